@@ -1,0 +1,126 @@
+"""Token datasets on disk, and the batches drawn from them.
+
+A dataset is a folder: `dataset.json` (what a token means), `train.npy` and `heldout.npy`.
+Text is one flat run of bytes whose documents end with byte 0; images are `[image, 1 + pixels]`,
+the label first (-1 for none), then one palette index per pixel in raster order.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Tokens = npt.NDArray[np.int64]
+
+END_OF_TEXT = 0
+"""The byte that closes a document: legal in UTF-8, absent from text files."""
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What the tokens of a dataset mean; goes into the bundle as it is."""
+
+    modality: Literal["text", "image"]
+    vocabulary: int
+    source: str
+    license: str
+    image_width: int = 0
+    image_height: int = 0
+    palette: tuple[tuple[int, int, int], ...] = ()
+    labels: tuple[str, ...] = ()
+
+    @property
+    def starts(self) -> int:
+        """Start tokens a model of this data needs: the unconditional one and one per label."""
+        return 1 + len(self.labels)
+
+    @property
+    def unit(self) -> str:
+        """Name of the loss in bits per token."""
+        return "bits/byte" if self.modality == "text" else "bits/dim"
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset in memory."""
+
+    info: DatasetInfo
+    train: npt.NDArray[Any]
+    heldout: npt.NDArray[Any]
+
+
+def save_dataset(folder: Path, dataset: Dataset) -> None:
+    """Write `dataset` to `folder`, made when missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / "train.npy", dataset.train)
+    np.save(folder / "heldout.npy", dataset.heldout)
+    (folder / "dataset.json").write_text(json.dumps(asdict(dataset.info)) + "\n")
+
+
+def load_dataset(folder: Path) -> Dataset:
+    """Read a dataset written by `save_dataset`. Raises FileNotFoundError when it is not one."""
+    if not (folder / "dataset.json").exists():
+        raise FileNotFoundError(
+            f"{folder} is not a dataset: dataset.json is missing; make one with `concertina data`"
+        )
+    raw = json.loads((folder / "dataset.json").read_text())
+    raw["palette"] = tuple(tuple(colour) for colour in raw["palette"])
+    raw["labels"] = tuple(raw["labels"])
+    return Dataset(
+        DatasetInfo(**raw), np.load(folder / "train.npy"), np.load(folder / "heldout.npy")
+    )
+
+
+def draw_batch(
+    dataset: Dataset, context: int, rows: int, seed: int, step: int
+) -> tuple[Tokens, Tokens]:
+    """Inputs and targets, both `[rows, T]`, as a pure function of (dataset, seed, step).
+
+    Inputs are the targets shifted right by one behind a start token. Half of the text windows
+    begin where a document begins; a tenth of the images lose their label.
+    """
+    rng = np.random.default_rng((seed, step))
+    if dataset.info.modality == "image":
+        images = dataset.train[rng.integers(len(dataset.train), size=rows)].astype(np.int64)
+        images[rng.random(rows) < 0.1, 0] = -1
+        return shift_images(images, dataset.info.vocabulary)
+    last = len(dataset.train) - context
+    starts = rng.integers(last + 1, size=rows)
+    documents = np.concatenate(([0], np.flatnonzero(dataset.train == END_OF_TEXT) + 1))
+    documents = documents[documents <= last]
+    whole = rng.random(rows) < 0.5
+    starts[whole] = rng.choice(documents, size=int(whole.sum()))
+    windows = np.stack([dataset.train[start : start + context] for start in starts])
+    return shift_text(windows.astype(np.int64), dataset.info.vocabulary)
+
+
+def heldout_batches(
+    dataset: Dataset, context: int, rows: int, limit: int | None = None
+) -> Iterator[tuple[Tokens, Tokens]]:
+    """The held-out data in order, at most `limit` rows of it, without overlap."""
+    held = dataset.heldout
+    if dataset.info.modality == "text":
+        held = held[: len(held) // context * context].reshape(-1, context)
+    if limit is not None:  # evenly spread, so that a part stands for the whole
+        held = held[np.linspace(0, len(held) - 1, min(limit, len(held))).astype(int)]
+    shift = shift_text if dataset.info.modality == "text" else shift_images
+    for first in range(0, len(held), rows):
+        yield shift(held[first : first + rows].astype(np.int64), dataset.info.vocabulary)
+
+
+def shift_text(windows: Tokens, vocabulary: int) -> tuple[Tokens, Tokens]:
+    """`[rows, T]` bytes to inputs and targets: the unconditional start token goes in front."""
+    start = np.full((len(windows), 1), vocabulary, np.int64)
+    return np.concatenate((start, windows[:, :-1]), axis=1), windows
+
+
+def shift_images(images: Tokens, vocabulary: int) -> tuple[Tokens, Tokens]:
+    """`[rows, 1 + pixels]` to inputs and targets: the label's start token goes in front."""
+    start = vocabulary + 1 + images[:, :1]
+    return np.concatenate((start, images[:, 1:-1]), axis=1), images[:, 1:]

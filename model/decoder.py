@@ -1,0 +1,132 @@
+"""A pre-norm decoder-only transformer whose attention pattern is one switch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.attention import fixed_attention, full_attention
+from model.config import ModelConfig
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Block(nn.Module):
+    """One layer: attention and a squared-ReLU MLP, each on the normalised residual stream."""
+
+    def __init__(self, config: ModelConfig, dropout: float) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.scale = config.head_dim**-0.5
+        self.norm_attention = nn.LayerNorm(config.width)
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.out = nn.Linear(config.width, config.width, bias=False)
+        self.norm_mlp = nn.LayerNorm(config.width)
+        self.up = nn.Linear(config.width, config.mlp, bias=False)
+        self.down = nn.Linear(config.mlp, config.width, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        """`[B, T, width]` to the same; `attend` maps q, k, v `[B, H, T, D]` to `[B, H, T, D]`."""
+        batch, length, width = x.shape
+        qkv = self.qkv(self.norm_attention(x))
+        q, k, v = (
+            part.view(batch, length, self.heads, -1).transpose(1, 2)
+            for part in qkv.split(width, dim=-1)
+        )
+        mixed = attend(q * self.scale, k, v).transpose(1, 2).reshape(batch, length, width)
+        x = x + self.dropout(self.out(mixed))
+        hidden = F.relu(self.up(self.norm_mlp(x)))
+        return x + self.dropout(self.down(hidden * hidden))
+
+
+class Decoder(nn.Module):
+    """Token ids to next-token logits. Absolute positions are added once, at the input."""
+
+    def __init__(self, config: ModelConfig, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocabulary + config.starts, config.width)
+        self.positions = (
+            FactoredPositions(config)
+            if config.positions == "factored"
+            else SinusoidPositions(config)
+        )
+        self.blocks = nn.ModuleList(Block(config, dropout) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.width)
+        self.head = nn.Linear(config.width, config.vocabulary)
+        self.dropout = nn.Dropout(dropout)
+        self.apply(_initialise)
+        for block in self.blocks:
+            nn.init.zeros_(block.out.weight)
+            nn.init.zeros_(block.down.weight)
+
+    def embed_at(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Input of the first layer, `[B, T, width]`, for tokens at absolute positions `[B, T]`."""
+        embedded: Tensor = self.embed(tokens) + self.positions(positions)
+        return embedded
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits `[B, T, vocabulary]` of the token after each of `tokens[B, T]`, in parallel."""
+        config = self.config
+        if tokens.shape[1] > config.context:
+            raise ValueError(f"{tokens.shape[1]} tokens exceed the context of {config.context}")
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if config.attention == "full":
+                return full_attention(q, k, v)
+            return fixed_attention(q, k, v, config.span)
+
+        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        x = self.dropout(self.embed_at(tokens, positions))
+        for block in self.blocks:
+            x = block(x, attend)
+        logits: Tensor = self.head(self.norm(x))
+        return logits
+
+
+class FactoredPositions(nn.Module):
+    """Learned position = embedding of the block + embedding of the offset inside it.
+
+    For an image whose span is its width these are the row and the column.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.span = config.span
+        self.block = nn.Embedding(config.blocks, config.width)
+        self.offset = nn.Embedding(config.span, config.width)
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """`[B, T]` absolute positions to `[B, T, width]`."""
+        block = torch.div(positions, self.span, rounding_mode="floor")
+        embedded: Tensor = self.block(block) + self.offset(positions - block * self.span)
+        return embedded
+
+
+class SinusoidPositions(nn.Module):
+    """The reference's fixed table, [all sines, all cosines]; computed, so it has no last row."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        half = config.width // 2
+        frequencies = torch.exp(-math.log(1e4) * torch.arange(half).double() / (half - 1))
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """`[B, T]` absolute positions to `[B, T, width]`."""
+        angles = positions.unsqueeze(-1).to(self.frequencies.dtype) * self.frequencies
+        return torch.cat((angles.sin(), angles.cos()), dim=-1)
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=0.5)

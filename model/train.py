@@ -1,0 +1,258 @@
+"""Training: one loop for every dataset and pattern, seeded, resumable to the bit."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.config import ModelConfig
+from model.data import Dataset, DatasetInfo, draw_batch, heldout_batches
+from model.decoder import Decoder
+
+CHECKPOINT = "checkpoint.safetensors"
+CONFIG = "config.json"
+LOG = "log.jsonl"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a checkpoint is trained. Rates are peaks of a warm-up and cosine schedule."""
+
+    tokens: int = 10_000_000
+    rows: int = 8
+    rate: float = 0.01
+    warmup: int = 100
+    clip: float = 1.0
+    weight_decay: float = 0.01
+    dropout: float = 0.0
+    seed: int = 0
+    bfloat16: bool = True
+    evaluate_every: int = 250
+    evaluate_rows: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "rows", "warmup", "evaluate_every", "evaluate_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def steps(self, context: int) -> int:
+        """Optimiser steps that see `tokens` tokens in windows of `context`."""
+        return max(1, self.tokens // (self.rows * context))
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What one optimiser step did. `heldout` is set on the steps that evaluate."""
+
+    step: int
+    steps: int
+    bits: float
+    tokens_per_second: float
+    heldout: float | None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A trained model as read back: its config, its data and its metrics."""
+
+    config: ModelConfig
+    train: TrainConfig
+    data: DatasetInfo
+    step: int
+    metrics: dict[str, float]
+    model: Decoder
+
+
+def train(
+    folder: Path,
+    model_config: ModelConfig,
+    train_config: TrainConfig,
+    dataset: Dataset,
+    on_step: Callable[[Progress], None] = lambda progress: None,
+) -> float:
+    """Train into `folder`, going on from the checkpoint there, and return held-out bits per token.
+
+    A run that was stopped and started again ends with the same weights as one that was not.
+    Raises ValueError when `folder` holds a run of another configuration.
+    """
+    _claim(folder, model_config, train_config, dataset.info)
+    torch.manual_seed(train_config.seed)
+    model = Decoder(model_config, train_config.dropout)
+    optimisers = _optimisers(model, train_config)
+    steps = train_config.steps(model_config.context)
+    first = _restore(folder, model, optimisers) if (folder / CHECKPOINT).exists() else 0
+    rows, context, seed = train_config.rows, model_config.context, train_config.seed
+
+    for step in range(first, steps):
+        began = time.monotonic()
+        torch.manual_seed(seed * 1_000_003 + step)  # dropout, too, is a function of the step
+        inputs, targets = draw_batch(dataset, context, rows, seed, step)
+        for optimiser in optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = group["peak"] * _schedule(step, steps, train_config.warmup)
+        model.train()
+        with torch.autocast("cpu", torch.bfloat16, enabled=train_config.bfloat16):
+            logits = model(torch.from_numpy(inputs))
+        loss = F.cross_entropy(logits.float().flatten(0, 1), torch.from_numpy(targets).flatten())
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(model.parameters(), train_config.clip)
+        for optimiser in optimisers:
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        seconds = time.monotonic() - began
+
+        heldout = None
+        if (step + 1) % train_config.evaluate_every == 0 or step + 1 == steps:
+            last = step + 1 == steps
+            heldout = evaluate(model, dataset, None if last else train_config.evaluate_rows)
+            metrics = {dataset.info.unit: heldout, "tokens": float((step + 1) * rows * context)}
+            _save(folder, model, optimisers, step + 1, metrics)
+        progress = Progress(
+            step + 1, steps, loss.item() / math.log(2), inputs.size / seconds, heldout
+        )
+        if heldout is not None:
+            with (folder / LOG).open("a") as log:
+                log.write(json.dumps(asdict(progress)) + "\n")
+        on_step(progress)
+    return next(iter(load_checkpoint(folder).metrics.values()))
+
+
+@torch.no_grad()
+def evaluate(model: Decoder, dataset: Dataset, limit: int | None = None, rows: int = 8) -> float:
+    """Bits per token on the held-out data, in float32, at most `limit` windows of it."""
+    model.eval()
+    total = count = 0.0
+    for inputs, targets in heldout_batches(dataset, model.config.context, rows, limit):
+        logits = model(torch.from_numpy(inputs))
+        flat = torch.from_numpy(targets).flatten()
+        total += F.cross_entropy(logits.flatten(0, 1), flat, reduction="sum").item()
+        count += targets.size
+    if not count:
+        raise ValueError(
+            f"the held-out data is shorter than one window of {model.config.context} tokens"
+        )
+    return total / count / math.log(2)
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Read the newest checkpoint of `folder`. Raises FileNotFoundError when there is none."""
+    if not (folder / CHECKPOINT).exists():
+        raise FileNotFoundError(f"{folder} holds no {CHECKPOINT}; has `concertina train` run?")
+    raw = json.loads((folder / CONFIG).read_text())
+    config = ModelConfig(**raw["model"])
+    data = raw["data"]
+    data["palette"] = tuple(tuple(colour) for colour in data["palette"])
+    data["labels"] = tuple(data["labels"])
+    model = Decoder(config)
+    with safe_open(folder / CHECKPOINT, framework="pt") as file:
+        metadata = file.metadata()
+        weights = {
+            name.removeprefix("model."): file.get_tensor(name)
+            for name in file.keys()  # noqa: SIM118 - not a dict
+            if name.startswith("model.")
+        }
+    model.load_state_dict(weights)
+    model.eval()
+    return Checkpoint(
+        config,
+        TrainConfig(**raw["train"]),
+        DatasetInfo(**data),
+        int(metadata["step"]),
+        json.loads(metadata["metrics"]),
+        model,
+    )
+
+
+def _claim(folder: Path, model: ModelConfig, train: TrainConfig, data: DatasetInfo) -> None:
+    text = json.dumps(
+        {"model": asdict(model), "train": asdict(train), "data": asdict(data)}, indent=1
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / CONFIG).exists() and (folder / CONFIG).read_text() != text:
+        raise ValueError(
+            f"{folder} holds a run with another configuration; "
+            "choose another folder, or repeat the settings in its config.json to go on with it"
+        )
+    (folder / CONFIG).write_text(text)
+
+
+def _optimisers(model: Decoder, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, AdamW for embeddings, norms and the head."""
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+    inside = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in inside]
+    muon = torch.optim.Muon(
+        matrices,
+        lr=config.rate,
+        weight_decay=config.weight_decay,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    adam = torch.optim.AdamW(others, lr=config.rate, betas=(0.9, 0.95), weight_decay=0.0)
+    for optimiser in (muon, adam):
+        for group in optimiser.param_groups:
+            group["peak"] = config.rate
+    return [muon, adam]
+
+
+def _schedule(step: int, steps: int, warmup: int) -> float:
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _save(
+    folder: Path,
+    model: Decoder,
+    optimisers: list[torch.optim.Optimizer],
+    step: int,
+    metrics: dict[str, float],
+) -> None:
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    tensors.update(dict(_optimiser_tensors(optimisers)))
+    partial = folder / (CHECKPOINT + ".partial")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        partial,
+        {"step": str(step), "metrics": json.dumps(metrics)},
+    )
+    os.replace(partial, folder / CHECKPOINT)
+
+
+def _optimiser_tensors(
+    optimisers: list[torch.optim.Optimizer],
+) -> Iterator[tuple[str, Tensor]]:
+    for number, optimiser in enumerate(optimisers):
+        for parameter, state in optimiser.state_dict()["state"].items():
+            for name, tensor in state.items():
+                yield f"optimiser.{number}.{parameter}.{name}", tensor
+
+
+def _restore(folder: Path, model: Decoder, optimisers: list[torch.optim.Optimizer]) -> int:
+    weights: dict[str, Tensor] = {}
+    states: list[dict[int, dict[str, Any]]] = [{} for _ in optimisers]
+    with safe_open(folder / CHECKPOINT, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 - not a dict
+            kind, _, rest = name.partition(".")
+            if kind == "model":
+                weights[rest] = file.get_tensor(name)
+            else:
+                number, parameter, field = rest.split(".")
+                states[int(number)].setdefault(int(parameter), {})[field] = file.get_tensor(name)
+        step = int(file.metadata()["step"])
+    model.load_state_dict(weights)
+    for optimiser, state in zip(optimisers, states, strict=True):
+        optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
+    return step

@@ -1,0 +1,105 @@
+"""A verified bundle, and the arithmetic of its state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from concertina.manifest import ManifestError, read_manifest
+from concertina.v1 import bundle_pb2 as pb
+from server.errors import BundleError
+
+Count = TypeVar("Count", int, npt.NDArray[np.int64])
+
+_BYTES = {pb.DATA_TYPE_FLOAT32: 4, pb.DATA_TYPE_FLOAT16: 2}
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle that passed every check, ready to be loaded."""
+
+    folder: Path
+    manifest: pb.Manifest
+
+    @property
+    def name(self) -> str:
+        """Name by which requests choose it."""
+        return self.manifest.name
+
+    @property
+    def context(self) -> int:
+        """Most tokens of one stream, prompt included."""
+        return self.manifest.context
+
+    @property
+    def is_image(self) -> bool:
+        """Whether tokens are pixels; otherwise they are bytes of text."""
+        return self.manifest.modality == pb.MODALITY_IMAGE
+
+    @property
+    def span(self) -> int | None:
+        """Tokens per block, or None for a family that never folds."""
+        return self.manifest.fold.span if self.manifest.HasField("fold") else None
+
+    @property
+    def step_path(self) -> Path:
+        """The graph that pushes and attends."""
+        return self.folder / "step.onnx"
+
+    @property
+    def fold_path(self) -> Path:
+        """The graph that folds. Only there when `span` is set."""
+        return self.folder / "fold.onnx"
+
+    def entries(self, pushed: Count) -> Count:
+        """Valid entries of every stack after `pushed` tokens and the fold they made due."""
+        if self.span is None:
+            return pushed
+        return pushed // self.span + pushed % self.span
+
+    def state_bytes(self, pushed: int) -> dict[str, int]:
+        """Bytes of state that one stream needs after `pushed` tokens, by kind."""
+        sizes = {"stack": 0, "recurrent": 0}
+        for tensor in self.manifest.state:
+            element = _BYTES[tensor.data_type]
+            if tensor.kind == pb.STATE_KIND_STACK:
+                heads, _, width = tensor.shape
+                sizes["stack"] += heads * self.entries(pushed) * width * element
+            else:
+                size = element
+                for extent in tensor.shape:
+                    size *= extent
+                sizes["recurrent"] += size
+        return sizes
+
+    @property
+    def max_state_bytes(self) -> int:
+        """Bytes reserved for each slot."""
+        total = 0
+        for tensor in self.manifest.state:
+            size = _BYTES[tensor.data_type]
+            for extent in tensor.shape:
+                size *= extent
+            total += size
+        return total
+
+
+def load_bundle(folder: Path) -> Bundle:
+    """Read and verify the bundle in `folder`. Raises BundleError naming the file that is wrong."""
+    try:
+        manifest = read_manifest(folder)
+    except ManifestError as error:
+        raise BundleError(str(error)) from None
+    bundle = Bundle(folder, manifest)
+    listed = {file.path for file in manifest.files}
+    for path in (bundle.step_path, bundle.fold_path) if bundle.span else (bundle.step_path,):
+        if path.name not in listed:
+            raise BundleError(f"{folder / 'manifest.json'} does not list {path.name}")
+    for tensor in manifest.state:
+        if tensor.data_type not in _BYTES:
+            raise BundleError(f"{folder}: state {tensor.name} has an unknown data type")
+    return bundle

@@ -1,0 +1,146 @@
+"""The books over the runtime's rows: who sits where, how far each is, and when a block folds.
+
+Rows `0 … len(positions) - 1` are the batch, kept dense. One more row behind the last slot is the
+bench, where one stream at a time is prefilled before it joins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from server.bundle import Bundle
+from server.runtime import Floats, Ints, Runtime, State
+
+
+@dataclass(frozen=True)
+class Parked:
+    """A stream's state outside any slot, and the number of tokens it has seen."""
+
+    state: State
+    pushed: int
+
+
+class Cache:
+    """State of up to `slots` decoding streams and one being prefilled."""
+
+    def __init__(self, bundle: Bundle, runtime: Runtime, slots: int) -> None:
+        self._bundle = bundle
+        self._runtime = runtime
+        self._slots = slots
+        self._bench = slots
+        self._bench_pushed = 0
+        self._pushed: Ints = np.zeros(0, np.int64)
+
+    @property
+    def num_running(self) -> int:
+        """Streams in the batch."""
+        return len(self._pushed)
+
+    @property
+    def num_free(self) -> int:
+        """Streams that can still join the batch."""
+        return self._slots - self.num_running
+
+    @property
+    def pushed(self) -> Ints:
+        """Tokens each stream of the batch has seen, `[B]`."""
+        return self._pushed
+
+    @property
+    def bench_pushed(self) -> int:
+        """Tokens the stream on the bench has seen."""
+        return self._bench_pushed
+
+    @property
+    def block_room(self) -> int:
+        """Tokens the bench takes before its block is full."""
+        if self._bundle.span is None:
+            return self._bundle.context - self._bench_pushed
+        return self._bundle.span - self._bench_pushed % self._bundle.span
+
+    def state_bytes(self) -> dict[str, int]:
+        """Bytes of live state by kind, over the batch."""
+        sizes = {"stack": 0, "recurrent": 0}
+        for pushed in self._pushed:
+            for kind, size in self._bundle.state_bytes(int(pushed)).items():
+                sizes[kind] += size
+        return sizes
+
+    def clear_bench(self) -> None:
+        """Make room on the bench for a stream that has not begun."""
+        self._runtime.reset(self._bench)
+        self._bench_pushed = 0
+
+    def prefill(self, tokens: Ints, logits: bool = False) -> Floats:
+        """Push `tokens[T]`, at most `block_room`, onto the bench."""
+        assert len(tokens) <= self.block_room
+        length = self._bundle.entries(self._bench_pushed)
+        out = self._runtime.prefill(self._bench, tokens, self._bench_pushed, length, logits)
+        self._bench_pushed += len(tokens)
+        self._fold([self._bench], np.array([self._bench_pushed]))
+        return out
+
+    def join(self) -> int:
+        """Move the stream from the bench into the batch; returns its row."""
+        row = self._append(self._bench_pushed)
+        self._runtime.move(self._bench, row, self._bundle.entries(self._bench_pushed))
+        return row
+
+    def begin(self) -> int:
+        """Add a stream that has not begun to the batch; returns its row."""
+        row = self._append(0)
+        self._runtime.reset(row)
+        return row
+
+    def leave(self, row: int) -> int | None:
+        """Take a stream out of the batch. The last row, if another, moves in: its old number."""
+        last = self.num_running - 1
+        if row != last:
+            self._runtime.move(last, row, self._bundle.entries(int(self._pushed[last])))
+            self._pushed[row] = self._pushed[last]
+        self._pushed = self._pushed[:last]
+        return last if row != last else None
+
+    def park(self, row: int) -> Parked:
+        """A copy of a stream's state; the stream itself stays where it is."""
+        pushed = int(self._pushed[row])
+        return Parked(self._runtime.read(row, self._bundle.entries(pushed)), pushed)
+
+    def restore(self, parked: Parked) -> int:
+        """Add a parked stream to the batch; returns its row."""
+        row = self._append(parked.pushed)
+        self._runtime.write(row, parked.state)
+        return row
+
+    def step(self, tokens: Ints) -> Floats:
+        """Push `tokens[B]`, one for each stream of the batch; logits `[B, vocabulary]`.
+
+        The blocks that this fills stay open until `fold`.
+        """
+        logits = self._runtime.step(tokens, self._pushed, self._bundle.entries(self._pushed))
+        self._pushed = self._pushed + 1
+        return logits
+
+    def fold(self, ended: Collection[int] = ()) -> int:
+        """Fold the blocks that the last step filled, but not those of rows that ended; how many."""
+        rows = [row for row in range(self.num_running) if row not in ended]
+        return self._fold(rows, self._pushed[rows])
+
+    def _append(self, pushed: int) -> int:
+        assert self.num_free > 0
+        self._pushed = np.append(self._pushed, pushed)
+        return self.num_running - 1
+
+    def _fold(self, rows: Sequence[int], pushed: Ints) -> int:
+        span = self._bundle.span
+        if span is None:
+            return 0
+        due = [
+            (row, int(n) // span - 1) for row, n in zip(rows, pushed, strict=True) if not n % span
+        ]
+        if due:
+            self._runtime.fold([row for row, _ in due], [base for _, base in due])
+        return len(due)

@@ -1,0 +1,355 @@
+"""The loop that makes progress: one thread per bundle, everything per step lives on it.
+
+Event loops and the engine meet in two places only: the inbox (`submit`, `cancel`, `caught_up`) and
+the streams' buffers, filled once a step through one wake-up of each loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from itertools import islice
+
+import numpy as np
+import psutil
+
+from server import metrics
+from server.bundle import Bundle
+from server.cache import Cache
+from server.config import EngineConfig
+from server.errors import EngineStopped, Overloaded, RequestError, StepFailed
+from server.runtime import Floats, Runtime
+from server.sampler import SamplingBatch, sample, surprisal
+from server.scheduler import Load, Plan, next_credit, plan
+from server.stream import Ending, Event, Finish, FinishReason, Request, Scored, Stream
+
+_log = logging.getLogger(__name__)
+_IDLE_WAIT_S = 1.0
+_Delivery = tuple[Stream, int | None, str, Ending | None]
+
+
+class Engine:
+    """Generates streams from one bundle. Its methods may be called from any event loop."""
+
+    def __init__(self, bundle: Bundle, config: EngineConfig) -> None:
+        self.bundle = bundle
+        self.config = config
+        self._runtime = Runtime(bundle, config.slots + 1, config.threads)
+        self._cache = Cache(bundle, self._runtime, config.slots)
+        self._measures = metrics.EngineMetrics(bundle.name)
+        self._measures.buffer_bytes(self._runtime.nbytes)
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._wake = threading.Event()
+        self._closing = False
+        self._lock = threading.Lock()
+        self._num_open = 0  # streams not ended; written under the lock, since both sides count
+        self._waiting: deque[Stream] = deque()
+        self._bench: Stream | None = None
+        self._running: list[Stream] = []
+        self._sampling: SamplingBatch | None = None  # of the batch as it is, None when it changed
+        self._paused: list[Stream] = []
+        self._limited: set[Stream] = set()
+        self._outbox: list[_Delivery] = []
+        self._credit_s = 0.0
+        self._last_step_at: float | None = None
+        self._memory_at = 0.0
+        self._thread = threading.Thread(target=self._run, name=f"engine-{bundle.name}", daemon=True)
+        self._thread.start()
+
+    # ---- called from event loops
+
+    @property
+    def alive(self) -> bool:
+        """Whether the loop runs; once it does not, it never will again."""
+        return self._thread.is_alive()
+
+    def submit(self, request: Request) -> Stream:
+        """Queue a stream that the running event loop will read.
+
+        Raises Overloaded when the queue is full, EngineStopped when nothing will be served.
+        """
+        if self._closing or not self.alive:
+            raise EngineStopped("the server is shutting down; try another one, or again later")
+        limit = self.config.slots + self.config.queue_limit
+        with self._lock:
+            if self._num_open >= limit:
+                self._measures.rejected("queue_full")
+                raise Overloaded(
+                    f"{self._num_open} streams of {self.bundle.name} are running or waiting, the "
+                    f"limit is {limit} ({self.config.slots} slots and a queue of "
+                    f"{self.config.queue_limit}); try again later",
+                    retry_after_s=1.0,
+                )
+            self._num_open += 1
+        stream = Stream(secrets.token_urlsafe(16), request, asyncio.get_running_loop())
+        self._post(lambda: self._enqueue(stream))
+        return stream
+
+    def cancel(self, stream: Stream) -> None:
+        """Drop a stream; its slot is free before the next step. Does nothing once it has ended."""
+        self._post(lambda: self._cancel(stream))
+
+    async def events(self, stream: Stream) -> AsyncIterator[Event]:
+        """What happens to `stream`, in order; the last event is its ending."""
+        async for event in stream.events():
+            if stream.paused:
+                self._wake.set()
+            yield event
+
+    def close(self) -> None:
+        """Stop the loop. Streams that have not ended end with an error."""
+        self._closing = True
+        self._wake.set()
+        self._thread.join()
+
+    def _post(self, action: Callable[[], None]) -> None:
+        self._inbox.append(action)
+        self._wake.set()
+
+    # ---- the engine's thread
+
+    def _run(self) -> None:
+        while not self._closing:
+            self._wake.clear()
+            while self._inbox:
+                self._inbox.popleft()()
+            self._expire(time.monotonic())
+            todo = plan(self._load())
+            try:
+                self._execute(todo)
+            except Exception:
+                _log.exception("a pass of %s failed", self.bundle.name)
+                self._fail_batch(StepFailed("the model failed on this step; see the server's log"))
+            self._publish()
+            self._measure()
+            if todo.idle:
+                self._last_step_at = None
+                self._wake.wait(self._until_next_expiry())
+        gone = EngineStopped("the server shut down before the stream ended; try again later")
+        while self._inbox:
+            self._inbox.popleft()()
+        for stream in [*self._waiting, *self._paused]:
+            self._end(stream, gone)
+        self._fail_batch(gone)
+        self._publish()
+
+    def _load(self) -> Load:
+        bench = self._bench
+        head = islice(self._waiting, self._cache.num_free + 1)
+        return Load(
+            num_running=self._cache.num_running,
+            num_free=self._cache.num_free,
+            num_returning=len(self._returning()),
+            waiting=tuple((len(s.request.prompt) - 1, not s.request.score) for s in head),
+            bench_left=None if bench is None else len(bench.unpushed(self._cache.bench_pushed)),
+            bench_joins=bench is not None and not bench.request.score,
+            block_room=self._cache.block_room,
+            prefill_credit_s=self._credit_s,
+        )
+
+    def _execute(self, todo: Plan) -> None:
+        for stream in self._returning()[: todo.restore]:
+            self._restore(stream)
+        for _ in range(todo.begin):
+            self._start(stream := self._waiting.popleft())
+            self._cache.begin()
+            self._join_batch(stream)
+        if todo.join:
+            assert self._bench is not None
+            self._cache.join()
+            self._join_batch(self._bench)
+            self._bench = None
+        prefill_s = self._prefill(todo.prefill) if todo.prefill else 0.0
+        if todo.seat:
+            self._start(stream := self._waiting.popleft())
+            self._cache.clear_bench()
+            self._bench = stream
+        decode_s = self._decode() if todo.decode else 0.0
+        share = self.config.prefill_share
+        self._credit_s = next_credit(self._credit_s, share, prefill_s, decode_s)
+
+    def _prefill(self, count: int) -> float:
+        stream = self._bench
+        assert stream is not None
+        began = time.perf_counter()
+        first = self._cache.bench_pushed
+        logits = self._cache.prefill(stream.unpushed(first)[:count], stream.request.score)
+        seconds = time.perf_counter() - began
+        self._measures.prefilled(count, seconds)
+        if stream.request.score:
+            stream.bits += surprisal(logits, stream.request.prompt[first + 1 :][:count]).tolist()
+            if not len(stream.unpushed(self._cache.bench_pushed)):
+                self._end(stream, Scored(tuple(stream.bits)))
+        return seconds
+
+    def _decode(self) -> float:
+        streams = self._running
+        if self._sampling is None:
+            self._sampling = SamplingBatch.of([s.request.sampling for s in streams])
+        began = time.perf_counter()
+        logits = self._cache.step(np.array([s.last_token for s in streams], np.int64))
+        tokens = sample(logits, self._sampling, self._cache.pushed - 1)
+        now, perf = time.monotonic(), time.perf_counter()
+        ended = self._broken(logits)
+        for row, (stream, token) in enumerate(zip(streams, tokens.tolist(), strict=True)):
+            if row not in ended:
+                reason = self._take_token(stream, token, now)
+                if reason is not None:
+                    sizes = self.bundle.state_bytes(int(self._cache.pushed[row]))
+                    ended[row] = stream.finish(reason, sum(sizes.values()), now)
+        self._measures.folded(self._cache.fold(ended.keys()))
+        self._measures.stepped(
+            len(streams), perf - began, self._last_step_at and perf - self._last_step_at
+        )
+        self._last_step_at = perf
+        for row in sorted(ended, reverse=True):
+            self._end(streams[row], ended[row])
+        for stream in [s for s in self._running if s.unread >= self.config.stream_buffer]:
+            self._pause(stream)
+        return time.perf_counter() - began
+
+    def _broken(self, logits: Floats) -> dict[int, Ending]:
+        """An error for every row whose logits are not finite."""
+        rows = np.flatnonzero(~np.isfinite(logits).all(axis=1)).tolist()
+        positions = self._cache.pushed - 1
+        text = "the model produced a value that is not a number at position {}"
+        return {row: StepFailed(text.format(positions[row])) for row in rows}
+
+    def _take_token(self, stream: Stream, token: int, now: float) -> FinishReason | None:
+        first = stream.first_token_at is None
+        text, reason = stream.accept_token(token, now)
+        if first:
+            self._measures.first_token(now - stream.accepted_at)
+        if reason in (FinishReason.END, FinishReason.MAX_TOKENS, FinishReason.TIME_LIMIT):
+            text += stream.text.flush()
+        unsent = token in stream.request.stop_tokens or token == stream.request.end_token
+        stream.published += not unsent
+        self._outbox.append((stream, None if unsent else token, text, None))
+        return reason
+
+    # ---- where streams are
+
+    def _enqueue(self, stream: Stream) -> None:
+        self._waiting.append(stream)
+        if stream.request.time_limit_s is not None:
+            self._limited.add(stream)
+
+    def _start(self, stream: Stream) -> None:
+        """Work on a stream that waited begins."""
+        stream.started_at = time.monotonic()
+        self._measures.started(stream.started_at - stream.accepted_at)
+
+    def _join_batch(self, stream: Stream) -> None:
+        self._running.append(stream)
+        self._sampling = None
+
+    def _leave_batch(self, stream: Stream) -> None:
+        row = self._running.index(stream)
+        moved = self._cache.leave(row)
+        last = self._running.pop()
+        if moved is not None:
+            self._running[row] = last
+        self._sampling = None
+
+    def _pause(self, stream: Stream) -> None:
+        """Park a stream whose reader lags; it comes back when half of its buffer is read."""
+        stream.parked = self._cache.park(self._running.index(stream))
+        self._leave_batch(stream)
+        self._paused.append(stream)
+        stream.paused = True
+
+    def _returning(self) -> list[Stream]:
+        return [s for s in self._paused if s.unread <= self.config.stream_buffer // 2]
+
+    def _restore(self, stream: Stream) -> None:
+        assert stream.parked is not None
+        self._cache.restore(stream.parked)
+        stream.parked, stream.paused = None, False
+        self._paused.remove(stream)
+        self._join_batch(stream)
+
+    def _end(self, stream: Stream, ending: Ending | None) -> None:
+        """Take a stream out of wherever it is; `ending` is what its reader gets, if it has one."""
+        if stream in self._running:
+            self._leave_batch(stream)
+        elif stream is self._bench:
+            self._bench = None
+        elif stream in self._paused:
+            self._paused.remove(stream)
+        else:
+            self._waiting.remove(stream)
+        with self._lock:
+            self._num_open -= 1
+        stream.ended = True
+        stream.parked = None
+        self._limited.discard(stream)
+        self._measures.finished(_reason(ending), time.monotonic() - stream.accepted_at)
+        if ending is not None:
+            self._outbox.append((stream, None, "", ending))
+
+    def _cancel(self, stream: Stream) -> None:
+        if not stream.ended:
+            self._end(stream, None)
+
+    def _fail_batch(self, error: RequestError) -> None:
+        for stream in [*self._running, *([self._bench] if self._bench else [])]:
+            self._end(stream, error)
+
+    def _expire(self, now: float) -> None:
+        for stream in [s for s in self._limited if s.expires_at <= now]:
+            rest = stream.text.flush()
+            if rest:
+                self._outbox.append((stream, None, rest, None))
+            size = 0
+            if stream in self._running:
+                pushed = int(self._cache.pushed[self._running.index(stream)])
+                size = sum(self.bundle.state_bytes(pushed).values())
+            self._end(stream, stream.finish(FinishReason.TIME_LIMIT, size, now))
+
+    def _until_next_expiry(self) -> float:
+        soonest = min((s.expires_at for s in self._limited), default=float("inf"))
+        return max(0.0, min(_IDLE_WAIT_S, soonest - time.monotonic()))
+
+    # ---- what leaves the thread
+
+    def _publish(self) -> None:
+        by_loop: dict[asyncio.AbstractEventLoop, list[_Delivery]] = {}
+        for delivery in self._outbox:
+            by_loop.setdefault(delivery[0].loop, []).append(delivery)
+        self._outbox = []
+        for loop, deliveries in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_deliver, deliveries)
+            except RuntimeError:  # the loop was closed: nobody will ever read these
+                for stream in {delivery[0] for delivery in deliveries}:
+                    self._cancel(stream)
+
+    def _measure(self) -> None:
+        self._measures.holding(
+            len(self._running), len(self._waiting), len(self._paused), self._cache.state_bytes()
+        )
+        if time.monotonic() - self._memory_at > 1:
+            self._memory_at = time.monotonic()
+            metrics.PROCESS_MEMORY.set(psutil.Process().memory_info().rss)
+
+
+def _deliver(deliveries: list[_Delivery]) -> None:
+    for stream, token, text, ending in deliveries:
+        stream.deliver(token, text, ending)
+
+
+def _reason(ending: Ending | None) -> str:
+    match ending:
+        case Finish(reason=reason):
+            return reason.value
+        case Scored():
+            return "scored"
+        case None:
+            return "cancelled"
+        case _:
+            return "error"

@@ -1,0 +1,120 @@
+"""Every metric of the server, in one table. Names follow vLLM's where the meaning is the same."""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge, Histogram
+
+_TTFT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
+_STEP = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
+_LONG = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640, 1280, 2560, 5120)
+_STATE_KINDS = ("stack", "recurrent")
+_BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+def _gauge(name: str, text: str, *labels: str) -> Gauge:
+    return Gauge(name, text, ("model_name", *labels), multiprocess_mode="livesum")
+
+
+def _histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+    return Histogram(name, text, ("model_name",), buckets=buckets)
+
+
+RUNNING = _gauge("concertina_streams_running", "Streams that hold a slot.")
+WAITING = _gauge("concertina_streams_waiting", "Streams that wait for a slot.")
+PAUSED = _gauge("concertina_streams_paused", "Streams parked until their reader catches up.")
+STATE_BYTES = _gauge("concertina_state_bytes", "Live state of the running streams.", "kind")
+BUFFER_BYTES = _gauge("concertina_state_buffer_bytes", "State memory reserved for all slots.")
+PROCESS_MEMORY = Gauge(
+    "concertina_process_resident_memory_bytes",
+    "Resident memory of the processes that hold an engine.",
+    multiprocess_mode="livesum",
+)
+PROMPT_TOKENS = Counter("concertina_prompt_tokens", "Prompt tokens pushed.", ("model_name",))
+GENERATION_TOKENS = Counter("concertina_generation_tokens", "Tokens drawn.", ("model_name",))
+FINISHED = Counter(
+    "concertina_streams_finished", "Streams that ended.", ("model_name", "finished_reason")
+)
+REJECTED = Counter("concertina_streams_rejected", "Requests refused.", ("model_name", "reason"))
+FOLDS = Counter("concertina_folds", "Blocks folded into summaries.", ("model_name",))
+TIME_TO_FIRST_TOKEN = _histogram(
+    "concertina_time_to_first_token_seconds", "From acceptance to the first token.", _TTFT
+)
+INTER_TOKEN = _histogram(
+    "concertina_inter_token_latency_seconds",
+    "Between two tokens of the running streams; observed once a step, not once a token.",
+    _STEP,
+)
+QUEUE_TIME = _histogram(
+    "concertina_stream_queue_time_seconds", "From acceptance until work on it began.", _TTFT
+)
+STREAM_TIME = _histogram(
+    "concertina_e2e_stream_latency_seconds", "From acceptance to the end.", _LONG
+)
+STEP_TIME = Histogram(
+    "concertina_step_seconds", "One pass of the model.", ("model_name", "phase"), buckets=_STEP
+)
+BATCH_SIZE = _histogram("concertina_step_batch_size", "Streams in one decode step.", _BATCH)
+
+
+class EngineMetrics:
+    """The metrics of one engine, its label filled in."""
+
+    def __init__(self, model_name: str) -> None:
+        self._name = model_name
+        self._running = RUNNING.labels(model_name)
+        self._waiting = WAITING.labels(model_name)
+        self._paused = PAUSED.labels(model_name)
+        self._state = {kind: STATE_BYTES.labels(model_name, kind) for kind in _STATE_KINDS}
+        self._inter_token = INTER_TOKEN.labels(model_name)
+        self._batch_size = BATCH_SIZE.labels(model_name)
+        self._decode_time = STEP_TIME.labels(model_name, "decode")
+        self._prefill_time = STEP_TIME.labels(model_name, "prefill")
+        self._generated = GENERATION_TOKENS.labels(model_name)
+        self._folds = FOLDS.labels(model_name)
+
+    def buffer_bytes(self, size: int) -> None:
+        """State memory was reserved."""
+        BUFFER_BYTES.labels(self._name).set(size)
+
+    def holding(self, running: int, waiting: int, paused: int, state: dict[str, int]) -> None:
+        """What the engine holds after a turn of its loop."""
+        self._running.set(running)
+        self._waiting.set(waiting)
+        self._paused.set(paused)
+        for kind, size in state.items():
+            self._state[kind].set(size)
+
+    def stepped(self, batch: int, seconds: float, since_last: float | None) -> None:
+        """A decode step of `batch` streams was done, `since_last` after the one before it."""
+        self._batch_size.observe(batch)
+        self._decode_time.observe(seconds)
+        self._generated.inc(batch)
+        if since_last is not None:
+            self._inter_token.observe(since_last)
+
+    def prefilled(self, tokens: int, seconds: float) -> None:
+        """Prompt tokens were pushed."""
+        PROMPT_TOKENS.labels(self._name).inc(tokens)
+        self._prefill_time.observe(seconds)
+
+    def folded(self, blocks: int) -> None:
+        """Blocks became summaries."""
+        if blocks:
+            self._folds.inc(blocks)
+
+    def started(self, queued_s: float) -> None:
+        """A stream left the queue."""
+        QUEUE_TIME.labels(self._name).observe(queued_s)
+
+    def first_token(self, seconds: float) -> None:
+        """A stream got its first token."""
+        TIME_TO_FIRST_TOKEN.labels(self._name).observe(seconds)
+
+    def finished(self, reason: str, seconds: float) -> None:
+        """A stream ended, for whatever reason."""
+        FINISHED.labels(self._name, reason).inc()
+        STREAM_TIME.labels(self._name).observe(seconds)
+
+    def rejected(self, reason: str) -> None:
+        """A request was refused."""
+        REJECTED.labels(self._name, reason).inc()

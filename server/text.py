@@ -1,0 +1,43 @@
+"""Bytes become text as they arrive: whole characters, and nothing a stop string may still eat."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+
+
+class TextStream:
+    """Turns the byte tokens of one stream into text, watching for stop strings."""
+
+    def __init__(self, stop: Sequence[str] = ()) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._stop = tuple(stop)
+        self._held = ""
+        self.matched: str | None = None
+
+    def push(self, token: int) -> str:
+        """Text that `token` completes. Once a stop string is met, `matched` says which."""
+        self._held += self._decoder.decode(bytes([token]))
+        found = [(at, s) for s in self._stop if (at := self._held.find(s)) >= 0]
+        if found:
+            at, self.matched = min(found)
+            released, self._held = self._held[:at], ""
+            return released
+        keep = self._possible_stop()
+        released = self._held[: len(self._held) - keep]
+        self._held = self._held[len(self._held) - keep :]
+        return released
+
+    def flush(self) -> str:
+        """What is left when the stream ends; a torn character becomes U+FFFD."""
+        released = self._held + self._decoder.decode(b"", final=True)
+        self._held = ""
+        return released
+
+    def _possible_stop(self) -> int:
+        """Length of the longest end of the held text that begins a stop string."""
+        longest = max((len(s) for s in self._stop), default=1) - 1
+        for size in range(min(longest, len(self._held)), 0, -1):
+            if any(s.startswith(self._held[-size:]) for s in self._stop):
+                return size
+        return 0
