@@ -1,0 +1,78 @@
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.SUFFIXES:
+
+VENV ?= .venv#            where the tools live
+EXTRA ?= cpu#             gpu for a machine with an NVIDIA driver
+HELM ?= build/bin/helm#   fetched when missing (linux, x86-64); elsewhere name your own
+IMAGE ?= concertina:dev
+MARKERS ?=#               a pytest -m expression, instead of the fast default
+PYTEST_ARGS ?=
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+
+BIN := $(abspath $(VENV))/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+PROTOS := $(wildcard protos/concertina/v1/*.proto)
+protoc = $(BIN)/python -m grpc_tools.protoc -Iprotos \
+  --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) $(PROTOS)
+
+export HELM
+
+.PHONY: help demo test lint format protos image clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/.server ## install the server (no torch) and watch it write text and images
+	$(BIN)/concertina demo
+
+test: $(VENV)/.dev $(HELM) ## run the tests; MARKERS=slow, PYTEST_ARGS='-k fold' narrow them
+	$(BIN)/python -m pytest $(if $(MARKERS),-m '$(MARKERS)') $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev $(HELM) ## every check that runs nothing: style, types, arrows, protos, image, chart
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	cd protos && $(BIN)/buf lint
+	rm -rf build/stubs && mkdir -p build/stubs && $(call protoc,build/stubs)
+	diff -r -x '*.proto' -x __init__.py -x __pycache__ build/stubs/concertina/v1 protos/concertina/v1 \
+	  || { echo 'The committed stubs are stale: run make protos.' >&2; exit 1; }
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/python tools/check_chart.py $(HELM) helm/concertina
+
+format: $(VENV)/.dev ## let ruff fix what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+protos: $(VENV)/.dev ## generate the stubs anew from protos/concertina/v1/*.proto
+	$(call protoc,protos)
+
+image: ## build the server's image; EXTRA=gpu for CUDA
+	docker build --build-arg EXTRA=$(EXTRA) --tag $(IMAGE) .
+
+clean: ## remove what the targets above made, the virtual environment too
+	rm -rf build dist $(VENV)
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo 'No python3 on PATH: install Python 3.11 or newer.' >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is $$($(PYTHON) -V); name 3.11 or newer: make PYTHON=…" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' || \
+	  { echo '$(PYTHON) has no venv module: install python3-venv, or its like.' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.server: pyproject.toml constraints.txt | $(BIN)/python
+	@echo 'Installing the server into $(VENV): a minute or two, once.'
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[$(EXTRA)]'
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo 'Installing server, training and tools into $(VENV): a few minutes, once.'
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[$(EXTRA),train,dev]'
+	touch $@ $(VENV)/.server
+
+build/bin/helm: tools/fetch_helm.py tools/helm.txt | $(BIN)/python
+	$(BIN)/python tools/fetch_helm.py $@

@@ -1,0 +1,35 @@
+{{- define "concertina.fullname" -}}
+{{- if contains .Chart.Name .Release.Name -}}
+{{- .Release.Name | trunc 63 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name .Chart.Name | trunc 63 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "concertina.selector" -}}
+app.kubernetes.io/name: {{ .Chart.Name }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
+{{- define "concertina.labels" -}}
+{{ include "concertina.selector" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
+{{- end -}}
+
+{{- define "concertina.serviceAccount" -}}
+{{- .Values.serviceAccount.name | default (ternary (include "concertina.fullname" .) "default" .Values.serviceAccount.create) -}}
+{{- end -}}
+
+{{- define "concertina.image" -}}
+{{- $tag := printf "%s%s" .Chart.AppVersion (ternary "-gpu" "" .Values.gpu.enabled) -}}
+{{- printf "%s:%s" .Values.image.repository (.Values.image.tag | default $tag) -}}
+{{- end -}}
+
+{{- /* A gRPC probe of the whole server: (list context name-of-probe) */ -}}
+{{- define "concertina.probe" -}}
+grpc:
+  port: {{ (index . 0).Values.server.port }}
+{{ toYaml (index (index . 0).Values.probes (index . 1)) }}
+{{- end -}}

@@ -1,0 +1,295 @@
+"""The chart's rendered objects, by property. `make lint` holds them against Kubernetes' schemas."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+
+from server.command import serve
+
+ROOT = Path(__file__).parents[2]
+CHART = ROOT / "helm" / "concertina"
+HELM = ROOT / os.environ.get("HELM", "build/bin/helm")
+VALUES = ["values.yaml", *(f"ci/{path.name}" for path in sorted(CHART.glob("ci/*.yaml")))]
+
+pytestmark = pytest.mark.skipif(not HELM.exists(), reason=f"no {HELM}: run make build/bin/helm")
+every_values = pytest.mark.parametrize("values", VALUES)
+
+Object = dict[str, Any]
+
+
+def helm(verb: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [str(HELM), verb, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+@cache
+def render(settings: str = "", values: str = "values.yaml", release: str = "demo") -> list[Object]:
+    """The objects of the chart with `settings`, as for --set and separated by spaces."""
+    sets = [part for setting in settings.split() for part in ("--set", setting)]
+    ran = helm("template", release, str(CHART), "--values", str(CHART / values), *sets)
+    assert ran.returncode == 0, ran.stderr
+    return [each for each in yaml.safe_load_all(ran.stdout) if each]
+
+
+def only(objects: list[Object], kind: str) -> Object:
+    (found,) = (each for each in objects if each["kind"] == kind)
+    return found
+
+
+def pod(objects: list[Object]) -> Object:
+    return only(objects, "Deployment")["spec"]["template"]["spec"]
+
+
+def server(objects: list[Object]) -> Object:
+    (container,) = pod(objects)["containers"]
+    return container
+
+
+def arguments(objects: list[Object]) -> Object:
+    """What `concertina serve` makes of the container's arguments; it refuses those it lacks."""
+    name, *rest = server(objects)["args"]
+    app = typer.Typer()
+    app.command(name)(serve)
+    return typer.main.get_command(app).make_context(name, rest).params
+
+
+@every_values
+def test_every_object_carries_the_release(values: str) -> None:
+    for each in render(values=values):
+        assert each["metadata"]["labels"]["app.kubernetes.io/instance"] == "demo"
+
+
+@every_values
+def test_selectors_find_the_pods_and_no_others(values: str) -> None:
+    def pod_labels(release: str) -> dict[str, str]:
+        template = only(render("", values, release), "Deployment")["spec"]["template"]
+        labels: dict[str, str] = template["metadata"]["labels"]
+        return labels
+
+    fields = {
+        "Deployment": "selector",
+        "NetworkPolicy": "podSelector",
+        "PodDisruptionBudget": "selector",
+        "PodMonitor": "selector",
+    }
+    objects = render(values=values)
+    selectors = [only(objects, "Service")["spec"]["selector"]]
+    for each in objects:
+        if field := fields.get(each["kind"]):
+            selectors.append(each["spec"][field]["matchLabels"])
+    assert len(selectors) >= 2
+    for selector in selectors:
+        assert selector.items() <= pod_labels("demo").items()
+        assert not selector.items() <= pod_labels("other").items()
+
+
+@every_values
+@pytest.mark.parametrize("ports", ["", "server.port=7001 server.metricsPort=7002"])
+def test_everybody_means_the_same_ports(values: str, ports: str) -> None:
+    objects = render(ports, values)
+    container, said = server(objects), arguments(objects)
+    port, metrics_port = said["port"], said["metrics_port"]
+    assert (port, metrics_port) == ((7001, 7002) if ports else (9000, 9100))
+    named = {each["name"]: each["containerPort"] for each in container["ports"]}
+    assert named == {"grpc": port, "metrics": metrics_port}
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert container[probe]["grpc"] == {"port": port}
+    service = {each["name"]: each for each in only(objects, "Service")["spec"]["ports"]}
+    assert {name: each["port"] for name, each in service.items()} == named
+    assert all(each["targetPort"] == name for name, each in service.items())
+    assert service["grpc"]["appProtocol"] == "kubernetes.io/h2c"
+
+
+def test_the_ports_are_those_of_the_image() -> None:
+    exposed = re.search(r"^EXPOSE (.*)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    assert exposed
+    ports = [each["containerPort"] for each in server(render())["ports"]]
+    assert ports == [int(each) for each in exposed[1].split()]
+
+
+@every_values
+def test_it_listens_to_more_than_itself(values: str) -> None:
+    assert arguments(render(values=values))["host"] == "0.0.0.0"
+
+
+@every_values
+def test_it_runs_as_nobody_and_writes_nowhere_but_to_its_volumes(values: str) -> None:
+    objects = render(values=values)
+    security = pod(objects)["securityContext"]
+    assert security["runAsNonRoot"] is True
+    assert f"USER {security['runAsUser']}:{security['runAsGroup']}" in dockerfile_lines()
+    assert security["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert server(objects)["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    assert pod(objects)["automountServiceAccountToken"] is False
+    volumes = {each["name"]: each for each in pod(objects)["volumes"]}
+    mounts = {each["mountPath"]: each for each in server(objects)["volumeMounts"]}
+    assert volumes[mounts["/tmp"]["name"]]["emptyDir"]["sizeLimit"]
+    assert volumes[mounts["/dev/shm"]["name"]]["emptyDir"]["medium"] == "Memory"
+
+
+def dockerfile_lines() -> list[str]:
+    return (ROOT / "Dockerfile").read_text().splitlines()
+
+
+@pytest.mark.parametrize("replicas", [1, 3])
+def test_gpus_are_asked_for_one_a_replica_and_only_when_enabled(replicas: int) -> None:
+    settings = f"server.replicas={replicas}"
+    limits = server(render(settings))["resources"]["limits"]
+    assert set(limits) == {"memory"}
+    limits = server(render(f"{settings} gpu.enabled=true"))["resources"]["limits"]
+    assert limits["nvidia.com/gpu"] == replicas and "memory" in limits
+    limits = server(render("gpu.enabled=true gpu.resource=amd.com/gpu"))["resources"]["limits"]
+    assert limits["amd.com/gpu"] == 1 and "nvidia.com/gpu" not in limits
+
+
+def test_the_gpu_image_is_another() -> None:
+    assert server(render())["image"] == "concertina:0.1.0"
+    assert server(render("gpu.enabled=true"))["image"] == "concertina:0.1.0-gpu"
+    assert server(render("gpu.enabled=true image.tag=x"))["image"] == "concertina:x"
+
+
+def test_a_pod_of_gpus_is_replaced_without_spare_ones() -> None:
+    def rolling(objects: list[Object]) -> Object:
+        update: Object = only(objects, "Deployment")["spec"]["strategy"]["rollingUpdate"]
+        return update
+
+    assert rolling(render()) == {"maxSurge": 1, "maxUnavailable": 0}
+    assert rolling(render("gpu.enabled=true")) == {"maxSurge": 0, "maxUnavailable": 1}
+
+
+@pytest.mark.parametrize("seconds", [0, 60, 3600])
+def test_the_pod_outlives_its_drain(seconds: int) -> None:
+    objects = render(f"server.drainSeconds={seconds}")
+    (command, sleep) = server(objects)["lifecycle"]["preStop"]["exec"]["command"]
+    assert command == "sleep" and arguments(objects)["drain_seconds"] == seconds
+    assert pod(objects)["terminationGracePeriodSeconds"] >= seconds + int(sleep) + 20
+
+
+def test_one_process_without_ray() -> None:
+    assert arguments(render())["local"] is False
+    assert arguments(render("server.ray=false"))["local"] is True
+
+
+def test_every_setting_of_the_server_reaches_it() -> None:
+    said = {"replicas": 2, "slots": 3, "queueLimit": 1_000_000, "threads": 4, "drainSeconds": 5}
+    objects = render(" ".join(f"server.{name}={value}" for name, value in said.items()))
+    heard = arguments(objects)
+    assert list(said.values()) == [
+        heard[name] for name in ("replicas", "slots", "queue_limit", "threads", "drain_seconds")
+    ]
+    extra = render("server.extraArgs={--threads=7}")
+    assert arguments(extra)["threads"] == 7
+
+
+def test_bundles_come_from_the_image_or_from_a_claim() -> None:
+    assert not arguments(render())["bundles"]
+    settings = "bundles.names={a,b}"
+    image = render(settings)
+    assert arguments(image)["bundles"] == [Path("/bundles/a"), Path("/bundles/b")]
+    assert "bundles" not in {each["name"] for each in pod(image)["volumes"]}
+    claim = render(f"{settings} bundles.existingClaim=mine")
+    assert server(claim)["args"] == server(image)["args"]
+    (mount,) = (each for each in server(claim)["volumeMounts"] if each["name"] == "bundles")
+    assert mount == {"name": "bundles", "mountPath": "/bundles", "readOnly": True}
+    (volume,) = (each for each in pod(claim)["volumes"] if each["name"] == "bundles")
+    assert volume["persistentVolumeClaim"] == {"claimName": "mine", "readOnly": True}
+
+
+def test_the_autoscaler_alone_says_how_many_pods() -> None:
+    assert only(render("replicaCount=3"), "Deployment")["spec"]["replicas"] == 3
+    objects = render("autoscaling.enabled=true")
+    assert "replicas" not in only(objects, "Deployment")["spec"]
+    target = only(objects, "HorizontalPodAutoscaler")["spec"]["scaleTargetRef"]
+    assert target["name"] == only(objects, "Deployment")["metadata"]["name"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "kind"),
+    [
+        ("networkPolicy.enabled", "NetworkPolicy"),
+        ("podDisruptionBudget.enabled", "PodDisruptionBudget"),
+        ("podMonitor.enabled", "PodMonitor"),
+        ("serviceAccount.create", "ServiceAccount"),
+    ],
+)
+def test_what_is_optional_comes_and_goes(setting: str, kind: str) -> None:
+    assert only(render(f"{setting}=true"), kind)
+    assert kind not in {each["kind"] for each in render(f"{setting}=false")}
+
+
+def test_only_the_two_ports_are_let_in() -> None:
+    (rule,) = only(render(), "NetworkPolicy")["spec"]["ingress"]
+    assert rule == {"ports": [{"port": "grpc"}, {"port": "metrics"}]}
+
+
+def test_without_an_account_of_its_own_the_pod_uses_a_named_one() -> None:
+    assert pod(render("serviceAccount.create=false"))["serviceAccountName"] == "default"
+    name = only(render(), "ServiceAccount")["metadata"]["name"]
+    assert pod(render())["serviceAccountName"] == name
+
+
+@pytest.mark.parametrize(
+    ("setting", "complaint"),
+    [
+        ("server.port=http", "server/port"),
+        ("server.port=80", "server/port"),
+        ("server.slots=0", "server/slots"),
+        ("server.ray=false server.replicas=2", "server/replicas"),
+        ("server.prot=9000", "prot"),
+        ("replicas=2", "replicas"),
+        ("bundles.names={../etc}", "bundles/names"),
+        ("gpu.enabled=yes", "gpu/enabled"),
+        ("resources.limits.nvidia\\.com/gpu=1", "resources/limits"),
+        ("service.type=ExternalName", "service/type"),
+        ("image.pullPolicy=Sometimes", "image/pullPolicy"),
+        ("probes.liveness.port=1", "probes/liveness"),
+    ],
+)
+def test_bad_values_are_refused(setting: str, complaint: str) -> None:
+    sets = [part for each in setting.split() for part in ("--set", each)]
+    ran = helm("template", "demo", str(CHART), *sets)
+    assert ran.returncode != 0
+    assert complaint in ran.stderr, ran.stderr
+
+
+def test_every_value_is_described() -> None:
+    """A value without an entry in the schema would be refused; one without a default is hidden."""
+    schema = yaml.safe_load((CHART / "values.schema.json").read_text())
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    assert set(values) == set(schema["properties"]) - {"global"}
+    for name, part in schema["properties"].items():
+        if "properties" in part:
+            assert set(values[name]) == set(part["properties"]), name
+
+
+def test_old_clusters_are_refused() -> None:
+    ran = helm("template", "demo", str(CHART), "--kube-version", "1.26.0")
+    assert ran.returncode != 0 and "kubeVersion" in ran.stderr
+
+
+def test_chart_and_project_are_of_one_version() -> None:
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    assert f'version = "{chart["appVersion"]}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_the_notes_name_the_service_and_its_port() -> None:
+    ran = helm("install", "demo", str(CHART), "--dry-run=client", "--set", "server.port=7001")
+    assert ran.returncode == 0, ran.stderr
+    notes = ran.stdout.split("NOTES:")[1]
+    (forward,) = (line for line in notes.splitlines() if "port-forward" in line)
+    assert "service/demo-concertina" in shlex.split(forward)
+    assert "7001:7001" in shlex.split(forward)
