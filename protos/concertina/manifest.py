@@ -42,6 +42,8 @@ def read_manifest(folder: Path) -> pb.Manifest:
         manifest = json_format.Parse(path.read_text(encoding="utf-8"), pb.Manifest())
     except FileNotFoundError:
         raise ManifestError(f"{folder} is not a bundle: it holds no {MANIFEST}") from None
+    except OSError as error:
+        raise ManifestError(f"{path} cannot be read: {error.strerror}") from None
     except (json_format.ParseError, UnicodeDecodeError) as error:
         raise ManifestError(f"{path} cannot be read: {error}") from None
     if manifest.format != FORMAT:

@@ -1,0 +1,134 @@
+"""What a caller can catch.
+
+ConcertinaError
+├── ServerUnavailable     nobody answers, or the server is going away
+├── ModelNotFound         the server has no model of this name
+├── InvalidRequest        a parameter or the prompt is wrong; sending it again will not help
+├── Overloaded            refused for now; wait `retry_after` seconds
+├── DeadlineExceeded      the caller's own `timeout` passed
+├── GenerationFailed      an accepted stream ended with an error event
+├── StreamCut             a stream ended without its terminal event
+├── ContractViolation     the server broke the stream protocol
+└── ServerError           any other status
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import grpc
+
+
+class ConcertinaError(Exception):
+    """Base of everything this package raises.
+
+    code: name of the gRPC status behind it, for example `NOT_FOUND`; empty when there is none.
+    retryable: whether the same request may succeed later.
+    retry_after: seconds to wait before, None when not known.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str = "",
+        retryable: bool = False,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.retryable = retryable
+        self.retry_after = retry_after
+
+
+class ServerUnavailable(ConcertinaError):
+    """Nobody answers at the address, or the server is going away."""
+
+
+class ModelNotFound(ConcertinaError):
+    """The server has no model of this name."""
+
+
+class InvalidRequest(ConcertinaError):
+    """A parameter or the prompt is wrong; sending it again will not help."""
+
+
+class Overloaded(ConcertinaError):
+    """The server refused the request for now."""
+
+
+class DeadlineExceeded(ConcertinaError):
+    """The `timeout` of the call passed."""
+
+
+class GenerationFailed(ConcertinaError):
+    """An accepted stream ended with an error event."""
+
+
+class StreamCut(ConcertinaError):
+    """A stream ended without its terminal event.
+
+    stream_id: name of the stream, empty when it was never accepted.
+    last_sequence: number of the last event that arrived, 0 for none.
+    """
+
+    def __init__(self, stream_id: str, last_sequence: int, code: str, details: str) -> None:
+        status = f"{code}: {details}" if details else code
+        super().__init__(
+            f"stream {stream_id or '(not accepted)'} was cut after event {last_sequence} "
+            f"without a terminal event (gRPC status {status})",
+            code=code,
+            retryable=True,
+        )
+        self.stream_id = stream_id
+        self.last_sequence = last_sequence
+
+
+class ContractViolation(ConcertinaError):
+    """The server broke the stream protocol; what arrived so far cannot be trusted."""
+
+
+class ServerError(ConcertinaError):
+    """The server failed in a way that no other class describes."""
+
+
+_BY_CODE: dict[str, type[ConcertinaError]] = {
+    "UNAVAILABLE": ServerUnavailable,
+    "NOT_FOUND": ModelNotFound,
+    "INVALID_ARGUMENT": InvalidRequest,
+    "OUT_OF_RANGE": InvalidRequest,
+    "RESOURCE_EXHAUSTED": Overloaded,
+    "DEADLINE_EXCEEDED": DeadlineExceeded,
+}
+_RETRYABLE = {"UNAVAILABLE", "RESOURCE_EXHAUSTED"}
+_NO_CONNECTION = ("failed to connect", "dns resolution failed", "connection refused")
+
+
+def refusal(
+    code: str, message: str, *, retryable: bool | None = None, retry_after: float | None = None
+) -> ConcertinaError:
+    """The error for a request that was refused with `code`, the name of a gRPC status."""
+    kind = _BY_CODE.get(code, ServerError)
+    return kind(
+        message if kind is not ServerError else f"the server failed with {code}: {message}",
+        code=code,
+        retryable=code in _RETRYABLE if retryable is None else retryable,
+        retry_after=retry_after,
+    )
+
+
+def status_error(address: str, code: grpc.StatusCode, details: str) -> ConcertinaError:
+    """The error for a call to `address` that ended with a status other than OK."""
+    if code.name == "UNAVAILABLE":
+        if any(phrase in details.lower() for phrase in _NO_CONNECTION):
+            details = (
+                f"no Concertina server answers at {address}; start one with `concertina serve`"
+            )
+        else:
+            details = f"the server at {address} is unavailable: {details}"
+    elif code.name == "DEADLINE_EXCEEDED":
+        details = f"the server at {address} did not finish within the timeout of the call"
+    elif code.name == "UNIMPLEMENTED":
+        details = f"the server at {address} does not speak concertina.v1 ({details})"
+    return refusal(code.name, details)

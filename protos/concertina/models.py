@@ -1,0 +1,88 @@
+"""What a server says about its models, and what a model says about given tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from concertina.v1 import bundle_pb2, generation_service_pb2, model_service_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFormat:
+    """Pixels of an image, and three bytes of colour per palette index."""
+
+    width: int
+    height: int
+    palette: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model as it is served.
+
+    modality: `text` or `image`.
+    vocabulary: ids below this number are predicted.
+    context: most tokens of one stream, prompt included.
+    slots: streams that decode at once; `queue_limit` more may wait.
+    max_state_bytes: state of one stream at its largest.
+    metrics: what training measured on held-out data, for example `bits/byte`.
+    """
+
+    name: str
+    version: str
+    fingerprint: str
+    modality: str
+    vocabulary: int
+    labels: tuple[str, ...]
+    context: int
+    image: ImageFormat | None
+    attention: str
+    parameters: int
+    metrics: dict[str, float]
+    slots: int
+    queue_limit: int
+    max_state_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How well a model predicts given tokens: bits of each, and their mean."""
+
+    model: str
+    fingerprint: str
+    bits_per_token: float
+    bits: tuple[float, ...]
+
+
+def score_from(response: generation_service_pb2.ScoreResponse) -> Score:
+    """The score in a response."""
+    return Score(
+        model=response.model,
+        fingerprint=response.fingerprint,
+        bits_per_token=response.bits_per_token,
+        bits=tuple(response.bits),
+    )
+
+
+def model_from(model: model_service_pb2.Model) -> Model:
+    """The model that a server describes."""
+    manifest = model.manifest
+    image = None
+    if manifest.HasField("image"):
+        image = ImageFormat(manifest.image.width, manifest.image.height, manifest.image.palette)
+    return Model(
+        name=manifest.name,
+        version=manifest.version,
+        fingerprint=manifest.fingerprint,
+        modality=bundle_pb2.Modality.Name(manifest.modality).removeprefix("MODALITY_").lower(),
+        vocabulary=manifest.vocabulary,
+        labels=tuple(manifest.labels),
+        context=manifest.context,
+        image=image,
+        attention=manifest.attention,
+        parameters=manifest.parameters,
+        metrics=dict(manifest.metrics),
+        slots=model.slots,
+        queue_limit=model.queue_limit,
+        max_state_bytes=model.max_state_bytes,
+    )

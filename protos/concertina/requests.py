@@ -1,0 +1,132 @@
+"""Requests from plain Python values."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, TypeAlias, TypedDict, TypeVar
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+
+from concertina.errors import InvalidRequest
+from concertina.v1 import generation_service_pb2 as pb
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    PromptLike: TypeAlias = str | bytes | Sequence[int] | Image
+    """Text; a PNG, or three bytes per pixel in raster order; token ids; or a Pillow image."""
+
+_Message = TypeVar("_Message", bound=Message)
+_PNG = b"\x89PNG\r\n\x1a\n"
+
+
+class GenerateParameters(TypedDict, total=False):
+    """Keyword arguments of `generate`. What is absent or None is the server's to choose.
+
+    model: name of the model; empty for the only one served.
+    label: one of the model's labels; None for unconditional.
+    temperature: divides the logits; 0 takes the likeliest token.
+    top_k: keep this many of the likeliest tokens; 0 keeps all.
+    top_p: keep the fewest likeliest tokens whose probabilities reach this sum, in (0, 1].
+    min_p: keep tokens at least this probable relative to the likeliest, in [0, 1].
+    seed: of the random numbers; the seed in force comes back in `Accepted`.
+    max_tokens: most tokens to generate.
+    stop: the stream ends before the first of these strings.
+    stop_token_ids: the stream ends before the first of these ids.
+    ignore_eos: go on past the model's end token.
+    time_limit: seconds after which the stream ends cleanly, with what is there.
+    """
+
+    model: str
+    label: str | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    seed: int | None
+    max_tokens: int | None
+    stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int] | None
+    ignore_eos: bool | None
+    time_limit: float | None
+
+
+def generate_request(
+    prompt: PromptLike | None, parameters: GenerateParameters
+) -> pb.GenerateRequest:
+    """Raises InvalidRequest, naming the parameter, for a value that the wire cannot carry."""
+    stop = parameters.get("stop")
+    return _message(
+        pb.GenerateRequest,
+        model=parameters.get("model"),
+        prompt=prompt_message(prompt, parameters.get("label")),
+        sampling=_message(
+            pb.SamplingParameters,
+            temperature=parameters.get("temperature"),
+            top_k=parameters.get("top_k"),
+            top_p=parameters.get("top_p"),
+            min_p=parameters.get("min_p"),
+            seed=parameters.get("seed"),
+        ),
+        stopping=_message(
+            pb.StoppingCriteria,
+            max_tokens=parameters.get("max_tokens"),
+            stop=[stop] if isinstance(stop, str) else stop,
+            stop_token_ids=parameters.get("stop_token_ids"),
+            ignore_eos=parameters.get("ignore_eos"),
+            time_limit=_duration(parameters.get("time_limit")),
+        ),
+    )
+
+
+def score_request(prompt: PromptLike, model: str, label: str | None) -> pb.ScoreRequest:
+    """Raises InvalidRequest for a prompt that the wire cannot carry."""
+    return _message(pb.ScoreRequest, model=model, prompt=prompt_message(prompt, label))
+
+
+def prompt_message(prompt: PromptLike | None, label: str | None) -> pb.Prompt | None:
+    """None for no prompt at all: an unconditional start."""
+    if prompt is None:
+        return None if label is None else _message(pb.Prompt, label=label)
+    if isinstance(prompt, str):
+        return _message(pb.Prompt, text=prompt, label=label)
+    if isinstance(prompt, bytes):
+        rows = pb.ImageRows(png=prompt) if prompt.startswith(_PNG) else pb.ImageRows(rgb=prompt)
+        return _message(pb.Prompt, image=rows, label=label)
+    if isinstance(prompt, Iterable):
+        return _message(pb.Prompt, tokens=_message(pb.TokenIds, ids=prompt), label=label)
+    if hasattr(prompt, "save"):
+        png = io.BytesIO()
+        prompt.save(png, format="PNG")
+        return _message(pb.Prompt, image=pb.ImageRows(png=png.getvalue()), label=label)
+    raise InvalidRequest(
+        f"a prompt is text, token ids, PNG or RGB bytes, or a Pillow image; "
+        f"got {type(prompt).__name__}"
+    )
+
+
+def _message(kind: type[_Message], **fields: object) -> _Message:
+    """A message with the fields that are not None, filled one by one so that errors name one."""
+    message = kind()
+    for name, value in fields.items():
+        if value is None:
+            continue
+        try:
+            message.MergeFrom(kind(**{name: value}))
+        except (TypeError, ValueError) as error:
+            raise InvalidRequest(f"{name} is not valid: {value!r} ({error})") from None
+    return message
+
+
+def _duration(time: float | None) -> Duration | None:
+    if time is None:
+        return None
+    duration = Duration()
+    try:
+        duration.FromTimedelta(timedelta(seconds=time))
+    except (OverflowError, ValueError, TypeError):
+        raise InvalidRequest(f"time_limit is not a number of seconds: {time!r}") from None
+    return duration
