@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from concertina.manifest import write_manifest
+from concertina.manifest import MANIFEST, write_manifest
 from concertina.v1 import bundle_pb2 as pb
 from export.graphs import export_fold, export_step, round_weights, state_tensors
 from export.parity import check_parity
@@ -28,8 +28,14 @@ def export_bundle(
     """Export the newest checkpoint of `checkpoint_folder` as the bundle `bundle_folder`.
 
     Nothing is left behind, and an older bundle stays as it is, when the parity check fails (raises
-    ParityError) or anything else does.
+    ParityError) or anything else does. Raises FileExistsError when what lies at `bundle_folder` is
+    no bundle.
     """
+    if bundle_folder.exists() and not (bundle_folder / MANIFEST).exists():
+        raise FileExistsError(
+            f"{bundle_folder} exists and is not a bundle, so it is not replaced: "
+            "name another folder, or remove it yourself"
+        )
     checkpoint = load_checkpoint(checkpoint_folder)
     round_weights(checkpoint.model)
     manifest = describe(checkpoint, name, version)

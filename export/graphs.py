@@ -241,7 +241,7 @@ def _export(
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             graph,
-            inputs,  # type: ignore[arg-type]
+            inputs,
             input_names=names,
             output_names=out,
             dynamic_shapes=shapes,  # type: ignore[arg-type]
@@ -250,7 +250,10 @@ def _export(
             verbose=False,
         )
     assert program is not None
-    return program.model_proto
+    proto = program.model_proto
+    for part in (proto.graph, *proto.graph.node, *proto.graph.value_info):
+        del part.metadata_props[:]  # stack traces, and with them the paths of this machine
+    return proto
 
 
 def _find_weights(proto: onnx.ModelProto, model: Decoder) -> dict[str, tuple[str, bool]]:

@@ -30,19 +30,21 @@ class ModelConfig:
     starts: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("vocabulary", "context", "width", "layers", "heads", "mlp", "starts"):
+        for name in ("vocabulary", "width", "layers", "heads", "mlp", "starts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.span < 2:
-            raise ValueError(f"span must be at least 2, got {self.span}")
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        for name in ("context", "span"):
+            if getattr(self, name) < 2:
+                raise ValueError(f"{name} must be at least 2, got {getattr(self, name)}")
+        if self.width % (8 * self.heads):
+            raise ValueError(
+                f"width {self.width} over {self.heads} heads: the kernel that serves needs a "
+                f"head_dim that is a multiple of 8, so a width that is one of {8 * self.heads}"
+            )
         if self.attention not in ("fixed", "full"):
             raise ValueError(f"attention must be 'fixed' or 'full', got {self.attention!r}")
         if self.positions not in ("factored", "sinusoid"):
             raise ValueError(f"positions must be 'factored' or 'sinusoid', got {self.positions!r}")
-        if self.positions == "sinusoid" and (self.width % 2 or self.width < 4):
-            raise ValueError(f"sinusoid positions need an even width >= 4, got {self.width}")
 
     @property
     def head_dim(self) -> int:

@@ -84,6 +84,7 @@ def draw_batch(
 
     Inputs are the targets shifted right by one behind a start token. Half of the text windows
     begin where a document begins; a tenth of the images lose their label.
+    Raises ValueError when a window is longer than all the text.
     """
     rng = np.random.default_rng((seed, step))
     if dataset.info.modality == "image":
@@ -91,6 +92,11 @@ def draw_batch(
         images[rng.random(rows) < 0.1, 0] = -1
         return shift_images(images, dataset.info.vocabulary)
     last = len(dataset.train) - context
+    if last < 0:
+        raise ValueError(
+            f"{len(dataset.train)} tokens to train on are fewer than one window of {context}: "
+            "take a shorter context, or more data"
+        )
     starts = rng.integers(last + 1, size=rows)
     documents = np.concatenate(([0], np.flatnonzero(dataset.train == END_OF_TEXT) + 1))
     documents = documents[documents <= last]

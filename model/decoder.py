@@ -41,7 +41,8 @@ class Block(nn.Module):
         mixed = attend(q * self.scale, k, v).transpose(1, 2).reshape(batch, length, width)
         x = x + self.dropout(self.out(mixed))
         hidden = F.relu(self.up(self.norm_mlp(x)))
-        return x + self.dropout(self.down(hidden * hidden))
+        after: Tensor = x + self.dropout(self.down(hidden * hidden))
+        return after
 
 
 class Decoder(nn.Module):
@@ -61,14 +62,11 @@ class Decoder(nn.Module):
         self.head = nn.Linear(config.width, config.vocabulary)
         self.dropout = nn.Dropout(dropout)
         self.apply(_initialise)
-        for block in self.blocks:
-            nn.init.zeros_(block.out.weight)
-            nn.init.zeros_(block.down.weight)
 
     def embed_at(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Input of the first layer, `[B, T, width]`, for tokens at absolute positions `[B, T]`."""
-        embedded: Tensor = self.embed(tokens) + self.positions(positions)
-        return embedded
+        embedded: Tensor = self.embed(tokens)
+        return embedded + self.positions(positions).to(embedded.dtype)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits `[B, T, vocabulary]` of the token after each of `tokens[B, T]`, in parallel."""
@@ -111,9 +109,12 @@ class FactoredPositions(nn.Module):
 class SinusoidPositions(nn.Module):
     """The reference's fixed table, [all sines, all cosines]; computed, so it has no last row."""
 
+    frequencies: Tensor
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         half = config.width // 2
+        # Double: at position 10,000 a float32 angle is already off by 1e-3.
         frequencies = torch.exp(-math.log(1e4) * torch.arange(half).double() / (half - 1))
         self.register_buffer("frequencies", frequencies, persistent=False)
 
@@ -130,3 +131,6 @@ def _initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=0.5)
+    elif isinstance(module, Block):  # visited after its parts: a new layer changes nothing
+        nn.init.zeros_(module.out.weight)
+        nn.init.zeros_(module.down.weight)

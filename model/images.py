@@ -47,7 +47,8 @@ def image_dataset(
     """Palette indices of `pictures` at `size` (width, height), split by family.
 
     At most four variants of a family are trained on and one is held out; mirrored copies are added
-    to the training part for labels where a mirror image is still of its kind.
+    to the training part for labels where a mirror image is still of its kind. Raises ValueError
+    when nothing would be left to train on.
     """
     rng = np.random.default_rng(seed)
     families: dict[str, list[Picture]] = {}
@@ -56,6 +57,8 @@ def image_dataset(
     names = sorted(families)
     rng.shuffle(names)
     kept = max(1, round(len(names) * heldout))
+    if len(names) <= kept:
+        raise ValueError(f"{len(names)} families are too few to hold {kept} of them out")
     held = [families[name][0] for name in names[:kept]]
     train: list[Picture] = []
     for name in names[kept:]:
@@ -186,6 +189,7 @@ def _palette(images: Sequence[Image.Image], colours: int) -> Image.Image:
     fitted = mosaic.quantize(colours, method=Image.Quantize.MEDIANCUT, kmeans=1)
     flat = np.asarray((fitted.getpalette() or [])[: 3 * colours]).reshape(-1, 3)
     flat = flat[np.argsort(flat @ (299, 587, 114))]
+    flat = np.pad(flat, ((0, colours - len(flat)), (0, 0)), constant_values=255)
     flat[-1] = 255  # the background exactly
     ordered = Image.new("P", (1, 1))
     ordered.putpalette(flat.ravel().tolist())

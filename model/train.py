@@ -85,8 +85,10 @@ def train(
     """Train into `folder`, going on from the checkpoint there, and return held-out bits per token.
 
     A run that was stopped and started again ends with the same weights as one that was not.
-    Raises ValueError when `folder` holds a run of another configuration.
+    Raises ValueError when `folder` holds a run of another configuration, or the model does not
+    fit the data.
     """
+    _check_fit(model_config, dataset.info)
     _claim(folder, model_config, train_config, dataset.info)
     torch.manual_seed(train_config.seed)
     model = Decoder(model_config, train_config.dropout)
@@ -173,6 +175,17 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         json.loads(metadata["metrics"]),
         model,
     )
+
+
+def _check_fit(model: ModelConfig, data: DatasetInfo) -> None:
+    wanted = {"vocabulary": data.vocabulary, "starts": data.starts}
+    if data.modality == "image":
+        wanted["context"] = data.image_width * data.image_height
+    for name, value in wanted.items():
+        if getattr(model, name) != value:
+            raise ValueError(
+                f"the model's {name} is {getattr(model, name)}, this data needs {name} {value}"
+            )
 
 
 def _claim(folder: Path, model: ModelConfig, train: TrainConfig, data: DatasetInfo) -> None:

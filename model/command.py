@@ -1,0 +1,171 @@
+"""`concertina data` and `concertina train`."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from model import images, text
+from model.config import ModelConfig
+from model.data import Dataset, load_dataset, save_dataset
+from model.train import Progress as TrainProgress
+from model.train import TrainConfig
+from model.train import train as train_into
+
+_console = Console(stderr=True)
+
+
+class Kind(enum.StrEnum):
+    """What to make a dataset of."""
+
+    PYTHON = "python"
+    EMOJI = "emoji"
+    TEXT = "text"
+    IMAGES = "images"
+
+
+class Attention(enum.StrEnum):
+    """Attention patterns."""
+
+    FIXED = "fixed"
+    FULL = "full"
+
+
+class Positions(enum.StrEnum):
+    """Position embeddings."""
+
+    FACTORED = "factored"
+    SINUSOID = "sinusoid"
+
+
+def data(
+    kind: Annotated[Kind, typer.Argument(help="What to make it of.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write the dataset to.")],
+    folder: Annotated[
+        Path | None, typer.Option("--from", help="Folder to read, for text and images.")
+    ] = None,
+    pattern: Annotated[str, typer.Option(help="Which files of the folder, for text.")] = "*.txt",
+    width: Annotated[int, typer.Option(help="Pixels per row, for images.")] = 32,
+    height: Annotated[int, typer.Option(help="Rows, for images.")] = 32,
+    colours: Annotated[int, typer.Option(min=2, max=256, help="Palette size, for images.")] = 256,
+    license: Annotated[str, typer.Option(help="Licence of your data (SPDX).")] = "unknown",
+    heldout: Annotated[float, typer.Option(help="Share that is never trained on.")] = 0.05,
+    seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
+) -> None:
+    """Prepare training data: bytes of text, or palette indices of images.
+
+    Examples:
+
+      concertina data python data/python
+
+      concertina data emoji data/emoji
+
+      concertina data text data/notes --from ~/notes --pattern '*.md'
+
+      concertina data images data/icons --from ~/icons --width 32 --height 32
+    """
+    if kind in (Kind.TEXT, Kind.IMAGES) and folder is None:
+        raise typer.BadParameter(f"{kind.value} needs the folder to read", param_hint="--from")
+    dataset: Dataset
+    if kind is Kind.PYTHON:
+        dataset = text.python_dataset()
+    elif kind is Kind.EMOJI:
+        dataset = images.image_dataset(
+            images.emoji_pictures(), (32, 32), source="Noto Color Emoji", license="OFL-1.1"
+        )
+    elif kind is Kind.TEXT:
+        assert folder is not None
+        files = sorted(path for path in folder.rglob(pattern) if path.is_file())
+        dataset = text.text_dataset(
+            files, source=folder.name, license=license, heldout=heldout, seed=seed
+        )
+    else:
+        assert folder is not None
+        dataset = images.image_dataset(
+            images.folder_pictures(folder),
+            (width, height),
+            source=folder.name,
+            license=license,
+            colours=colours,
+            heldout=heldout,
+            seed=seed,
+        )
+    save_dataset(out, dataset)
+    unit = "images" if dataset.info.modality == "image" else "bytes"
+    _console.print(
+        f"{out}: {len(dataset.train):,} {unit} to train on, {len(dataset.heldout):,} held out"
+    )
+
+
+def train(
+    dataset: Annotated[Path, typer.Argument(help="Dataset made by `concertina data`.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the run; one that exists is resumed.")],
+    context: Annotated[int, typer.Option(help="Tokens of a window (images: their pixels).")] = 1024,
+    span: Annotated[int, typer.Option(help="Tokens of a block.")] = 32,
+    width: Annotated[int, typer.Option(help="Width of the residual stream.")] = 256,
+    layers: Annotated[int, typer.Option(help="Layers.")] = 4,
+    heads: Annotated[int, typer.Option(help="Heads; each summarises a block in its own way.")] = 8,
+    mlp: Annotated[int, typer.Option(help="Width of the MLP.")] = 1024,
+    attention: Annotated[Attention, typer.Option(help="Pattern.")] = Attention.FIXED,
+    positions: Annotated[Positions, typer.Option(help="Embedding.")] = Positions.FACTORED,
+    tokens: Annotated[int, typer.Option(help="Tokens to train on.")] = 10_000_000,
+    rows: Annotated[int, typer.Option(help="Windows per step.")] = 8,
+    rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 0.01,
+    dropout: Annotated[float, typer.Option(help="Dropout on every residual branch.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of weights, batches and dropout.")] = 0,
+    float32: Annotated[bool, typer.Option("--float32", help="No bfloat16 in products.")] = False,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 takes every core.")] = 0,
+) -> None:
+    """Train a Combiner, or its full-attention twin, and report bits on held-out data.
+
+    Stopped runs go on where their last checkpoint was, and end with the same weights.
+
+    Examples:
+
+      concertina train data/emoji runs/emoji --context 1024 --span 32
+
+      concertina train data/python runs/python --context 4096 --span 64 --rows 2
+
+      concertina train data/python runs/twin --context 4096 --span 64 --rows 2 --attention full
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    loaded = load_dataset(dataset)
+    model_config = ModelConfig(
+        vocabulary=loaded.info.vocabulary,
+        starts=loaded.info.starts,
+        context=context,
+        width=width,
+        layers=layers,
+        heads=heads,
+        mlp=mlp,
+        span=span,
+        attention=attention.value,
+        positions=positions.value,
+    )
+    train_config = TrainConfig(
+        tokens=tokens, rows=rows, rate=rate, dropout=dropout, seed=seed, bfloat16=not float32
+    )
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=_console) as progress:
+        task = progress.add_task("starting", total=train_config.steps(context))
+
+        def show(done: TrainProgress) -> None:
+            text = f"{done.bits:.3f} {loaded.info.unit}, {done.tokens_per_second:,.0f} tokens/s"
+            progress.update(task, completed=done.step, description=text)
+            if done.heldout is not None:
+                progress.print(f"step {done.step}: {done.heldout:.4f} {loaded.info.unit} held out")
+
+        bits = train_into(out, model_config, train_config, loaded, show)
+    _console.print(f"{out}: {bits:.4f} {loaded.info.unit} on all held-out data")

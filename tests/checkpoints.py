@@ -1,0 +1,80 @@
+"""Checkpoints as training leaves them, and bundles of them, whose random weights hide no mistake.
+
+A fresh decoder adds nothing to its residual stream, so whatever attention does would go unseen.
+Here every token of the past moves the logits, and half of the query channels are negative
+throughout most blocks: a query maximum that starts at zero is seen, too.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from export.bundle import export_bundle
+from model.config import Attention, ModelConfig
+from model.data import DatasetInfo
+from model.decoder import Block, Decoder
+from model.train import CHECKPOINT, CONFIG, TrainConfig
+
+_SHARP = 1.5  # standard deviation of queries and keys, so that attention prefers some tokens
+
+
+def random_decoder(config: ModelConfig, seed: int = 7) -> Decoder:
+    """A decoder in which every weight matters; the same one for the same `config` and `seed`."""
+    generator = torch.Generator().manual_seed(seed)
+    model = Decoder(config).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            if weight.ndim == 1:
+                weight.add_(0.3 * noise)
+            elif name.startswith(("embed", "positions")):
+                weight.copy_(noise)
+            else:
+                weight.copy_(_SHARP * noise * weight.shape[1] ** -0.5)
+        for block in model.blocks:
+            assert isinstance(block, Block)
+            bias, queries = block.norm_attention.bias, block.qkv.weight[: config.width : 2]
+            queries -= 4 * bias / (bias @ bias)  # adds -4 to every other channel of q
+    return model
+
+
+def write_checkpoint(folder: Path, config: ModelConfig, info: DatasetInfo) -> Path:
+    """The folder that training `config` on `info` would leave, with random weights; `folder`."""
+    model = random_decoder(config)
+    weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    settings = {"model": asdict(config), "train": asdict(TrainConfig()), "data": asdict(info)}
+    metrics = {info.unit: 8.0, "tokens": 1.0}
+    folder.mkdir(parents=True)
+    (folder / CONFIG).write_text(json.dumps(settings))
+    save_file(weights, folder / CHECKPOINT, {"step": "1", "metrics": json.dumps(metrics)})
+    return folder
+
+
+def export_tiny(root: Path, attention: Attention) -> Path:
+    """Folder of a bundle below `root`, whose checkpoint lies beside it as `<name>-checkpoint`.
+
+    Pattern `fixed` comes as 8x4 pixels with two labels, `full` as text; both see 32 tokens.
+    """
+    pixels = DatasetInfo(
+        "image", 7, "noise", "CC0-1.0", 8, 4, tuple((40 * k, 9, 7) for k in range(7)), ("a", "b")
+    )
+    info = pixels if attention == "fixed" else DatasetInfo("text", 7, "noise", "CC0-1.0")
+    config = ModelConfig(
+        info.vocabulary,
+        context=32,
+        width=16,
+        layers=2,
+        heads=2,
+        mlp=24,
+        span=8,
+        attention=attention,
+        starts=info.starts,
+    )
+    checkpoint = write_checkpoint(root / f"{attention}-checkpoint", config, info)
+    export_bundle(checkpoint, root / attention, name=f"tiny-{attention}", version="7")
+    return root / attention
