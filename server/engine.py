@@ -23,7 +23,7 @@ from server.bundle import Bundle
 from server.cache import Cache
 from server.config import EngineConfig
 from server.errors import EngineStopped, Overloaded, RequestError, StepFailed
-from server.runtime import Floats, Runtime
+from server.runtime import Floats, Ints, Runtime
 from server.sampler import SamplingBatch, sample, surprisal
 from server.scheduler import Load, Plan, next_credit, plan
 from server.stream import Ending, Event, Finish, FinishReason, Request, Scored, Stream
@@ -73,10 +73,11 @@ class Engine:
 
         Raises Overloaded when the queue is full, EngineStopped when nothing will be served.
         """
-        if self._closing or not self.alive:
-            raise EngineStopped("the server is shutting down; try another one, or again later")
+        stream = Stream(secrets.token_urlsafe(16), request, asyncio.get_running_loop())
         limit = self.config.slots + self.config.queue_limit
         with self._lock:
+            if self._closing:
+                raise EngineStopped("the server is shutting down; try another one, or again later")
             if self._num_open >= limit:
                 self._measures.rejected("queue_full")
                 raise Overloaded(
@@ -86,8 +87,7 @@ class Engine:
                     retry_after_s=1.0,
                 )
             self._num_open += 1
-        stream = Stream(secrets.token_urlsafe(16), request, asyncio.get_running_loop())
-        self._post(lambda: self._enqueue(stream))
+            self._post(lambda: self._enqueue(stream))
         return stream
 
     def cancel(self, stream: Stream) -> None:
@@ -103,9 +103,13 @@ class Engine:
 
     def close(self) -> None:
         """Stop the loop. Streams that have not ended end with an error."""
-        self._closing = True
+        self._refuse_more()
         self._wake.set()
         self._thread.join()
+
+    def _refuse_more(self) -> None:
+        with self._lock:  # whatever was accepted is in the inbox by now, and will be ended
+            self._closing = True
 
     def _post(self, action: Callable[[], None]) -> None:
         self._inbox.append(action)
@@ -114,22 +118,12 @@ class Engine:
     # ---- the engine's thread
 
     def _run(self) -> None:
-        while not self._closing:
-            self._wake.clear()
-            while self._inbox:
-                self._inbox.popleft()()
-            self._expire(time.monotonic())
-            todo = plan(self._load())
-            try:
-                self._execute(todo)
-            except Exception:
-                _log.exception("a pass of %s failed", self.bundle.name)
-                self._fail_batch(StepFailed("the model failed on this step; see the server's log"))
-            self._publish()
-            self._measure()
-            if todo.idle:
-                self._last_step_at = None
-                self._wake.wait(self._until_next_expiry())
+        try:
+            while not self._closing:
+                self._turn()
+        except Exception:
+            _log.exception("the engine of %s died", self.bundle.name)
+        self._refuse_more()
         gone = EngineStopped("the server shut down before the stream ended; try again later")
         while self._inbox:
             self._inbox.popleft()()
@@ -137,6 +131,23 @@ class Engine:
             self._end(stream, gone)
         self._fail_batch(gone)
         self._publish()
+
+    def _turn(self) -> None:
+        self._wake.clear()
+        while self._inbox:
+            self._inbox.popleft()()
+        self._expire(time.monotonic())
+        todo = plan(self._load())
+        try:
+            self._execute(todo)
+        except Exception:
+            _log.exception("a pass of %s failed", self.bundle.name)
+            self._fail_batch(StepFailed("the model failed on this step; see the server's log"))
+        self._publish()
+        self._measure()
+        if todo.idle:
+            self._last_step_at = None
+            self._wake.wait(self._until_next_expiry())
 
     def _load(self) -> Load:
         bench = self._bench
@@ -182,10 +193,18 @@ class Engine:
         seconds = time.perf_counter() - began
         self._measures.prefilled(count, seconds)
         if stream.request.score:
-            stream.bits += surprisal(logits, stream.request.prompt[first + 1 :][:count]).tolist()
-            if not len(stream.unpushed(self._cache.bench_pushed)):
-                self._end(stream, Scored(tuple(stream.bits)))
+            self._score(stream, logits, first)
         return seconds
+
+    def _score(self, stream: Stream, logits: Floats, first: int) -> None:
+        broken = self._broken(logits, first + np.arange(len(logits)))
+        if broken:
+            self._end(stream, broken[min(broken)])
+            return
+        targets = stream.request.prompt[first + 1 :][: len(logits)]
+        stream.bits += surprisal(logits, targets).tolist()
+        if not len(stream.unpushed(self._cache.bench_pushed)):
+            self._end(stream, Scored(tuple(stream.bits)))
 
     def _decode(self) -> float:
         streams = self._running
@@ -195,7 +214,7 @@ class Engine:
         logits = self._cache.step(np.array([s.last_token for s in streams], np.int64))
         tokens = sample(logits, self._sampling, self._cache.pushed - 1)
         now, perf = time.monotonic(), time.perf_counter()
-        ended = self._broken(logits)
+        ended = self._broken(logits, self._cache.pushed - 1)
         for row, (stream, token) in enumerate(zip(streams, tokens.tolist(), strict=True)):
             if row not in ended:
                 reason = self._take_token(stream, token, now)
@@ -213,10 +232,9 @@ class Engine:
             self._pause(stream)
         return time.perf_counter() - began
 
-    def _broken(self, logits: Floats) -> dict[int, Ending]:
-        """An error for every row whose logits are not finite."""
+    def _broken(self, logits: Floats, positions: Ints) -> dict[int, Ending]:
+        """An error for every row of logits, which predict `positions`, that is not finite."""
         rows = np.flatnonzero(~np.isfinite(logits).all(axis=1)).tolist()
-        positions = self._cache.pushed - 1
         text = "the model produced a value that is not a number at position {}"
         return {row: StepFailed(text.format(positions[row])) for row in rows}
 
@@ -225,7 +243,7 @@ class Engine:
         text, reason = stream.accept_token(token, now)
         if first:
             self._measures.first_token(now - stream.accepted_at)
-        if reason in (FinishReason.END, FinishReason.MAX_TOKENS, FinishReason.TIME_LIMIT):
+        if reason is not None and stream.text.matched is None:
             text += stream.text.flush()
         unsent = token in stream.request.stop_tokens or token == stream.request.end_token
         stream.published += not unsent
@@ -305,11 +323,20 @@ class Engine:
             rest = stream.text.flush()
             if rest:
                 self._outbox.append((stream, None, rest, None))
-            size = 0
-            if stream in self._running:
-                pushed = int(self._cache.pushed[self._running.index(stream)])
-                size = sum(self.bundle.state_bytes(pushed).values())
-            self._end(stream, stream.finish(FinishReason.TIME_LIMIT, size, now))
+            held = self._state_bytes(stream)
+            self._end(stream, stream.finish(FinishReason.TIME_LIMIT, held, now))
+
+    def _state_bytes(self, stream: Stream) -> int:
+        """State that a stream holds now, wherever it is."""
+        if stream in self._running:
+            pushed = int(self._cache.pushed[self._running.index(stream)])
+        elif stream is self._bench:
+            pushed = self._cache.bench_pushed
+        elif stream.parked is not None:
+            pushed = stream.parked.pushed
+        else:
+            return 0
+        return sum(self.bundle.state_bytes(pushed).values())
 
     def _until_next_expiry(self) -> float:
         soonest = min((s.expires_at for s in self._limited), default=float("inf"))

@@ -99,7 +99,8 @@ def _from_image(bundle: Bundle, image: pb.ImageRows) -> Ints:
     pixels = _from_png(bundle, image.png) if form == "png" else _from_rgb(bundle, image.rgb)
     palette = np.frombuffer(bundle.manifest.image.palette, np.uint8).reshape(-1, 3).astype(np.int64)
     distance = ((pixels[:, None].astype(np.int64) - palette) ** 2).sum(axis=2)
-    return distance.argmin(axis=1)
+    nearest: Ints = distance.argmin(axis=1)
+    return nearest
 
 
 def _from_png(bundle: Bundle, png: bytes) -> npt.NDArray[np.uint8]:

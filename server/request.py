@@ -16,6 +16,7 @@ from server.stream import Request
 
 _MAX_STOPS = 16
 _MAX_STOP_BYTES = 256
+_MAX_SECONDS = 315_576_000_000  # what google.protobuf.Duration allows
 
 
 def generate_request(bundle: Bundle, request: pb.GenerateRequest) -> Request:
@@ -105,6 +106,8 @@ def _time_limit(stopping: pb.StoppingCriteria) -> float | None:
     if not stopping.HasField("time_limit"):
         return None
     seconds = stopping.time_limit.seconds + stopping.time_limit.nanos / 1e9
-    if seconds <= 0:
-        raise InvalidRequest(f"stopping.time_limit is {seconds} s; it must be above 0")
+    if not 0 < seconds <= _MAX_SECONDS:
+        raise InvalidRequest(
+            f"stopping.time_limit is {seconds} s; it must be above 0 and at most {_MAX_SECONDS}"
+        )
     return seconds

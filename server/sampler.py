@@ -112,7 +112,8 @@ def surprisal(logits: Floats, tokens: Ints) -> Doubles:
 
 def _softmax(logits: Floats, temperature: Doubles) -> Doubles:
     scaled = logits / temperature[:, None]
-    scaled -= scaled.max(axis=1, keepdims=True)
+    with np.errstate(invalid="ignore"):  # rows that are not finite end; that is no news here
+        scaled -= scaled.max(axis=1, keepdims=True)
     weights: Doubles = np.exp(scaled)
     weights /= weights.sum(axis=1, keepdims=True)
     return weights
@@ -128,4 +129,5 @@ def _floors(weights: Doubles, top_k: Ints, top_p: Doubles) -> Doubles:
     reached = falling.cumsum(axis=1) / falling.sum(axis=1, keepdims=True)
     needed = (reached < top_p[:, None]).sum(axis=1).clip(max=size - 1)
     nucleus = falling[np.arange(len(kept)), needed]
-    return np.where(top_p < 1, np.maximum(floor, nucleus), floor)
+    both: Doubles = np.where(top_p < 1, np.maximum(floor, nucleus), floor)
+    return both

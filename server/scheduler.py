@@ -83,6 +83,9 @@ def next_credit(credit_s: float, share: float, prefill_s: float, decode_s: float
     """Prefill credit after a turn: decode time earns it so that prefill gets `share` of all time.
 
     Unused credit is not saved up for long, so that a burst of prompts cannot stall the streams.
+    Prefill while nobody decodes takes nothing from anyone, and leaves no debt.
     """
+    if not decode_s:
+        return 0.0
     earned = decode_s * share / (1 - share)
     return min(credit_s + earned - prefill_s, earned)

@@ -90,8 +90,9 @@ class GenerationServicer(generation_grpc.GenerationServiceServicer):
             accepted = _accepted(engine.bundle, stream, wanted)
             yield pb.GenerateResponse(sequence=sequence, accepted=accepted)
             async for event in engine.events(stream):
+                response = _response(engine.bundle, wanted, event, sequence + 1)
                 sequence += 1
-                yield _response(engine.bundle, wanted, event, sequence)
+                yield response
         except Exception as error:
             if isinstance(error, grpc.RpcError):  # the client is gone; there is nobody to tell
                 raise
@@ -244,5 +245,5 @@ def _colours(bundle: Bundle, tokens: Iterable[int]) -> bytes:
 
 def _duration(seconds: float) -> Duration:
     duration = Duration()
-    duration.FromNanoseconds(int(seconds * 1e9))
+    duration.FromNanoseconds(round(seconds * 1e9))
     return duration

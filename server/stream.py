@@ -167,12 +167,12 @@ class Stream:
         while True:
             await self._arrived.wait()
             self._arrived.clear()
-            if self._tokens or self._texts:
+            while self._tokens or self._texts:
                 delta = Delta(self._next_position, tuple(self._tokens), "".join(self._texts))
                 self._next_position += len(self._tokens)
                 self.taken += len(self._tokens)
                 self._tokens, self._texts = [], []
                 yield delta
-            if self._ending is not None and not self._tokens:
+            if self._ending is not None:
                 yield self._ending
                 return

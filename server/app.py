@@ -1,0 +1,222 @@
+"""The same servicers on Ray Serve: a shim around them, and the cluster that runs it.
+
+The switches (`server.switches`) must be in the environment before this module is imported.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import redirect_stdout, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import grpc
+import psutil
+import ray
+from grpc_health.v1 import health_pb2
+from ray import serve as ray_serve
+from ray.serve._private import default_impl
+from ray.serve.exceptions import RayServeException
+
+from concertina.v1 import generation_service_pb2 as pb
+from concertina.v1 import model_service_pb2 as model_pb
+from server.config import ServeConfig
+from server.exporter import exporting
+from server.health import HealthServicer, wait_until_serving
+from server.logs import log_to_stderr
+from server.ports import free_ports, require_free
+from server.signals import ignore_stop_signals, interrupt_on_stop_signals
+from server.switches import DIRECT, GRPC_HOST, data_path
+
+if TYPE_CHECKING:
+    from server.servicer import Context
+
+APPLICATION: Final = "concertina"
+SERVICER_FUNCTIONS: Final = (
+    "concertina.v1.generation_service_pb2_grpc.add_GenerationServiceServicer_to_server",
+    "concertina.v1.model_service_pb2_grpc.add_ModelServiceServicer_to_server",
+    "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
+)
+_OBJECT_STORE_BYTES: Final = 100 * 1024 * 1024  # nothing of ours is in it
+_LOGGING: Final = {"log_level": "WARNING", "enable_access_log": False}
+_REACHABLE_SECONDS: Final = 30.0
+_REAP_SECONDS: Final = 10.0
+
+
+class StartFailed(Exception):
+    """Ray Serve could not start the application; the message says where its logs are."""
+
+
+class Replica:
+    """One process: an engine for every bundle, and the servicers over them.
+
+    Ray Serve calls the method named like the last word of the gRPC path, and passes the context of
+    the call to a parameter named `grpc_context`. It needs a response even where a call is refused.
+    """
+
+    def __init__(self, config: ServeConfig) -> None:
+        # Proxies import this module too, and have no use for an engine.
+        from server.servicer import GenerationServicer, ModelServicer, open_engines
+
+        log_to_stderr()
+        self._engines = open_engines(config.bundles, config.engine)
+        self._generation = GenerationServicer(self._engines)
+        self._models = ModelServicer(self._engines)
+        self._health = HealthServicer(self._engines)
+
+    async def Generate(
+        self, request: pb.GenerateRequest, grpc_context: Context
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        """GenerationService.Generate."""
+        async for response in self._generation.Generate(request, grpc_context):
+            yield response
+
+    async def Score(self, request: pb.ScoreRequest, grpc_context: Context) -> pb.ScoreResponse:
+        """GenerationService.Score."""
+        return await self._generation.Score(request, grpc_context) or pb.ScoreResponse()
+
+    async def ListModels(
+        self, request: model_pb.ListModelsRequest, grpc_context: Context
+    ) -> model_pb.ListModelsResponse:
+        """ModelService.ListModels."""
+        return await self._models.ListModels(request, grpc_context)
+
+    async def GetModel(
+        self, request: model_pb.GetModelRequest, grpc_context: Context
+    ) -> model_pb.GetModelResponse:
+        """ModelService.GetModel."""
+        return await self._models.GetModel(request, grpc_context) or model_pb.GetModelResponse()
+
+    async def Check(
+        self, request: health_pb2.HealthCheckRequest, grpc_context: Context
+    ) -> health_pb2.HealthCheckResponse:
+        """grpc.health.v1.Health.Check."""
+        return await self._health.Check(request, grpc_context)
+
+    async def Watch(
+        self, request: health_pb2.HealthCheckRequest, grpc_context: Context
+    ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
+        """grpc.health.v1.Health.Watch."""
+        async for response in self._health.Watch(request, grpc_context):
+            yield response
+
+    def check_health(self) -> None:
+        """Raise when an engine has died, so that Ray Serve replaces this replica."""
+        if dead := [name for name, engine in self._engines.items() if not engine.alive]:
+            raise RuntimeError(f"the engine of {', '.join(dead)} has died")
+
+    def __del__(self) -> None:
+        for engine in self._engines.values():
+            engine.close()
+
+
+def bind_grpc_to_host() -> list[object]:
+    """Make the gRPC server of this process listen on one address instead of on every interface.
+
+    Ray Serve calls this in proxies and replicas before their servers start, and takes the result
+    for HTTP middlewares.
+    """
+    host = os.environ[GRPC_HOST]
+
+    def add_address(server: grpc.aio.Server, address: str) -> None:
+        port = int(address.rpartition(":")[2])
+        try:
+            require_free(host, port, "the next one is tried")
+        except OSError as error:
+            # Of this kind, it makes Ray Serve try the next port.
+            raise RuntimeError(str(error)) from None
+        server.add_insecure_port(f"{host}:{port}")
+
+    default_impl.add_grpc_address = add_address  # type: ignore[assignment]
+    return []
+
+
+def application(config: ServeConfig, metrics: Path) -> ray_serve.Application:
+    """What Ray Serve runs for `config`; the replicas keep their metrics in the folder `metrics`."""
+    streams = len(config.bundles) * (config.engine.slots + config.engine.queue_limit)
+    deployment = ray_serve.deployment(
+        num_replicas=config.replicas,
+        # The engines bound what runs and waits, and must be the first to refuse.
+        max_ongoing_requests=2 * streams + 1000,
+        graceful_shutdown_timeout_s=config.drain_seconds,
+        graceful_shutdown_wait_loop_s=0.5,
+        health_check_period_s=5,
+        max_constructor_retry_count=1,
+        ray_actor_options={
+            # The engines take the cores they are told to: Ray need not keep any for them.
+            "num_cpus": 0,
+            "runtime_env": {"env_vars": {"PROMETHEUS_MULTIPROC_DIR": str(metrics)}},
+        },
+    )(Replica)
+    return deployment.bind(config)
+
+
+def serve(config: ServeConfig, directory: Path, announce: Callable[[str], None]) -> None:
+    """Serve until KeyboardInterrupt; `announce` is told the data path once calls are answered.
+
+    Running streams may end for `drain_seconds`; a second interrupt ends them at once. Files that
+    live as long as the server lie in `directory`. Raises `StartFailed`.
+    """
+    metrics = directory / "metrics"
+    metrics.mkdir()
+    path = data_path(os.environ)
+    with exporting(config.host, config.metrics_port, metrics):
+        try:
+            _start(config, metrics, path)
+            announce(path)
+            threading.Event().wait()
+        except (KeyboardInterrupt, SystemExit):  # the second: by Ray, for a SIGTERM at its start
+            pass
+        finally:
+            _stop()
+
+
+def _start(config: ServeConfig, metrics: Path, path: str) -> None:
+    """Start a cluster on this machine that serves `config`; return when it answers."""
+    ray.init(
+        address="local",
+        num_cpus=1,  # Ray starts as many idle workers; nothing of ours asks for any
+        include_dashboard=False,
+        object_store_memory=_OBJECT_STORE_BYTES,
+        logging_level=logging.ERROR,
+        _node_ip_address="127.0.0.1",
+    )
+    interrupt_on_stop_signals()  # Ray has put a handler of its own in place
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    http_port, proxy_port = free_ports(2)
+    ray_serve.start(
+        # HAProxy takes the host of HTTP for gRPC as well.
+        http_options={"host": config.host, "port": http_port},
+        grpc_options={
+            "port": proxy_port if path == DIRECT else config.port,
+            "grpc_servicer_functions": list(SERVICER_FUNCTIONS),
+        },
+        logging_config=_LOGGING,
+    )
+    try:
+        ray_serve.run(application(config, metrics), name=APPLICATION, logging_config=_LOGGING)
+    except RuntimeError as error:
+        raise StartFailed(f"the replicas did not start: {error}") from None
+    wait_until_serving(config.address, _REACHABLE_SECONDS)
+
+
+def _stop() -> None:
+    """Let running streams end, stop the cluster, and see that none of its processes is left."""
+    processes = psutil.Process().children(recursive=True)
+    try:
+        with redirect_stdout(io.StringIO()):  # Ray reports the controller that it ends itself
+            if ray.is_initialized():
+                with suppress(KeyboardInterrupt, RayServeException):
+                    ray_serve.delete(APPLICATION)
+                ignore_stop_signals()
+                ray_serve.shutdown()
+            ray.shutdown()
+    finally:
+        _, alive = psutil.wait_procs(processes, timeout=_REAP_SECONDS)
+        for process in alive:
+            process.kill()
+        psutil.wait_procs(alive, timeout=_REAP_SECONDS)

@@ -1,0 +1,222 @@
+"""The commands `serve` and `demo`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Annotated, BinaryIO, Final
+
+import psutil
+import typer
+from rich.console import Console
+
+from concertina.client import Client
+from concertina.command import generate, paint
+from server.bundle import load_bundle
+from server.config import EngineConfig, ServeConfig
+from server.health import is_serving
+from server.ports import free_ports, require_free
+from server.signals import interrupt_on_stop_signals
+from server.switches import switches
+
+BUNDLES: Final = Path("bundles")
+_PROMPT: Final = "def "
+_TOKENS: Final = 400
+_SEED: Final = 1
+_CALL_SECONDS: Final = 60.0
+_START_SECONDS: Final = 15
+_START_LIMIT_SECONDS: Final = 120.0
+_STOP_LIMIT_SECONDS: Final = 60.0
+
+
+class DemoFailed(Exception):
+    """Something that the demo shows did not work."""
+
+
+def serve(
+    bundles: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Folders of bundles. [dim]\\[default: every bundle in ./bundles][/]",
+            show_default=False,
+        ),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 opens the port to the network.")
+    ] = ServeConfig.host,
+    port: Annotated[int, typer.Option(help="Port of the gRPC services.")] = ServeConfig.port,
+    metrics_port: Annotated[
+        int, typer.Option(help="Port of the Prometheus page; 0 leaves it out.")
+    ] = ServeConfig.metrics_port,
+    slots: Annotated[
+        int, typer.Option(help="Streams of one bundle that decode at once.")
+    ] = EngineConfig.slots,
+    queue_limit: Annotated[
+        int, typer.Option(help="Streams of one bundle that may wait; more are refused.")
+    ] = EngineConfig.queue_limit,
+    replicas: Annotated[
+        int, typer.Option(help="Processes that serve, each with every bundle.")
+    ] = ServeConfig.replicas,
+    threads: Annotated[
+        int, typer.Option(help="Threads of a model; 0 takes the cores there are.")
+    ] = EngineConfig.threads,
+    drain_seconds: Annotated[
+        int, typer.Option(help="How long running streams may go on after Ctrl-C.")
+    ] = ServeConfig.drain_seconds,
+    local: Annotated[
+        bool, typer.Option("--local", help="One process without Ray: up in a second or two.")
+    ] = False,
+) -> None:
+    """Serve bundles over gRPC until Ctrl-C.
+
+    Examples:
+    concertina serve
+    concertina serve bundles/python-4k --port 9001 --slots 64
+    concertina serve --local
+    """
+    folders = tuple(folder.resolve() for folder in bundles or _bundles_in(BUNDLES))
+    if threads == 0 and replicas > 1:
+        threads = max(1, (os.cpu_count() or 1) // replicas)
+    config = ServeConfig(
+        bundles=folders,
+        host=host,
+        port=port,
+        metrics_port=metrics_port,
+        replicas=replicas,
+        drain_seconds=drain_seconds,
+        engine=EngineConfig(slots=slots, queue_limit=queue_limit, threads=threads),
+    )
+    # Here a wrong bundle or a taken port ends the start in a moment, and with a plain word.
+    names = [load_bundle(folder).name for folder in folders]
+    require_free(host, port, "choose another one with --port")
+    if metrics_port:
+        require_free(host, metrics_port, "choose another one with --metrics-port, or 0 for none")
+
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"starting {', '.join(names)}")
+
+    def announce(data_path: str) -> None:
+        ready_s = time.time() - psutil.Process().create_time()
+        console.print(f"ready after {ready_s:.1f} s: {data_path}")
+        console.print(f"  gRPC     {config.address}")
+        if metrics_port:
+            console.print(f"  metrics  http://{host}:{metrics_port}/metrics")
+        console.print(f"try: concertina models --address {config.address}")
+
+    interrupt_on_stop_signals()
+    with suppress(KeyboardInterrupt):
+        _serve(config, local, announce)
+    console.print("stopped")
+
+
+def _serve(config: ServeConfig, local: bool, announce: Callable[[str], None]) -> None:
+    if local:
+        from server.local import serve as serve_locally
+
+        serve_locally(config, announce)
+        return
+    with tempfile.TemporaryDirectory(prefix="concertina-") as directory:
+        for name, value in switches(config, Path(directory)).items():
+            os.environ.setdefault(name, value)
+        from server.app import serve as serve_on_ray
+
+        serve_on_ray(config, Path(directory), announce)
+
+
+def demo(
+    out: Annotated[
+        Path, typer.Option("--out", "-o", dir_okay=False, help="Where the picture goes.")
+    ] = Path("demo.png"),
+) -> None:
+    """Serve the bundles in ./bundles on Ray Serve, have one write and one paint, and stop again.
+
+    Fails unless everything worked and no process is left.
+
+    Examples:
+    concertina demo --out picture.png
+    """
+    bundles = _bundles_in(BUNDLES)
+    console = Console(highlight=False, soft_wrap=True)
+    with _server(bundles, console) as address, Client(address) as client:
+        models = client.models(timeout=_CALL_SECONDS)
+        for model in sorted(models, key=lambda model: model.modality != "text"):
+            console.rule(
+                f"{model.name} ({model.attention} attention, {model.parameters:,} weights)"
+            )
+            if model.modality == "text":
+                console.print(_PROMPT, end="")
+                generate(
+                    _PROMPT,
+                    model=model.name,
+                    max_tokens=_TOKENS,
+                    temperature=0.7,
+                    seed=_SEED,
+                    timeout=_CALL_SECONDS,
+                    address=address,
+                )
+                console.print()
+            else:
+                paint(model=model.name, out=out, seed=_SEED, timeout=_CALL_SECONDS, address=address)
+                console.print(f"saved {out}")
+    console.print("stopped; no process is left")
+
+
+@contextmanager
+def _server(bundles: list[Path], console: Console) -> Iterator[str]:
+    """The address of a server in a process of its own. Raises `DemoFailed` if it does not start,
+    or does not end cleanly.
+    """
+    port, metrics_port = free_ports(2)
+    address = f"127.0.0.1:{port}"
+    options = ["--port", str(port), "--metrics-port", str(metrics_port), "--drain-seconds", "5"]
+    command = [sys.executable, "-m", "concertina.cli", "serve", *map(str, bundles), *options]
+    with tempfile.TemporaryFile() as log:
+        server = psutil.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        try:
+            console.print(f"starting Ray Serve with {', '.join(b.name for b in bundles)}")
+            _wait_for(server, address, log, console)
+            yield address
+        finally:
+            left = _end(server)
+        if left or server.returncode:
+            raise DemoFailed(f"the server ended with {server.returncode}; processes left: {left}")
+
+
+def _wait_for(server: psutil.Popen, address: str, log: BinaryIO, console: Console) -> None:
+    began = time.monotonic()
+    waited_s = 0.0
+    with console.status("") as status:
+        while not is_serving(address):
+            waited_s = time.monotonic() - began
+            status.update(f"{waited_s:.0f} s of about {_START_SECONDS}")
+            if server.poll() is not None or waited_s > _START_LIMIT_SECONDS:
+                log.seek(0)
+                sys.stderr.write(log.read().decode(errors="replace"))
+                raise DemoFailed(f"the server did not start in {waited_s:.0f} s; its log is above")
+    console.print(f"ready after {waited_s:.1f} s")
+
+
+def _end(server: psutil.Popen) -> list[int]:
+    """Stop the server as Ctrl-C would; the processes that this left behind, and that are killed."""
+    if server.poll() is not None:
+        return []
+    processes = [server, *server.children(recursive=True)]
+    server.terminate()
+    _, alive = psutil.wait_procs(processes, timeout=_STOP_LIMIT_SECONDS)
+    for process in alive:
+        process.kill()
+    return [process.pid for process in alive]
+
+
+def _bundles_in(folder: Path) -> list[Path]:
+    """The folders with a manifest; none is an error that says what to do."""
+    found = sorted(manifest.parent for manifest in folder.glob("*/manifest.json"))
+    if not found:
+        raise FileNotFoundError(f"{folder.resolve()} holds no bundle: name the folder of one")
+    return found

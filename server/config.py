@@ -1,0 +1,91 @@
+"""What can be set about serving: frozen, checked once, and everywhere else taken as true."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+MEBIBYTE = 1024 * 1024
+
+
+class ConfigError(ValueError):
+    """A setting out of its range. The message names the setting, the value and the range."""
+
+
+def _check(setting: str, value: float, lowest: float, highest: float) -> None:
+    if not lowest <= value <= highest:
+        raise ConfigError(f"{setting} is {value}: it must be from {lowest} to {highest}")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How one engine divides its machine among streams."""
+
+    slots: int = 32
+    """Streams that decode at once."""
+
+    queue_limit: int = 256
+    """Streams that may wait for a slot; more are refused at once."""
+
+    stream_buffer: int = 256
+    """Tokens that a slow reader may lag behind before its stream is paused."""
+
+    prefill_share: float = 0.5
+    """Largest share of the loop's time that prefill may take while streams decode."""
+
+    threads: int = 0
+    """Threads of one step; 0 takes every core."""
+
+    def __post_init__(self) -> None:
+        _check("slots", self.slots, 1, 4096)
+        _check("queue_limit", self.queue_limit, 0, 1_000_000)
+        _check("stream_buffer", self.stream_buffer, 1, 1_000_000)
+        _check("prefill_share", self.prefill_share, 0.01, 0.95)
+        _check("threads", self.threads, 0, 1024)
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """What is served, where, and by how many replicas."""
+
+    bundles: tuple[Path, ...]
+    """Folders of the bundles; every replica opens an engine for each."""
+
+    host: str = "127.0.0.1"
+    """Address that callers connect to; `0.0.0.0` opens the port to the network."""
+
+    port: int = 9000
+    """Port of the gRPC services."""
+
+    metrics_port: int = 9100
+    """Port of the Prometheus page on the same host; 0 leaves it out."""
+
+    replicas: int = 1
+    """Processes that serve; each holds all engines."""
+
+    max_message_bytes: int = 16 * MEBIBYTE
+    """Largest request or response."""
+
+    drain_seconds: int = 60
+    """How long running streams may go on once the server was asked to stop."""
+
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """The same for every engine."""
+
+    def __post_init__(self) -> None:
+        if not self.bundles:
+            raise ConfigError("bundles is empty: name at least one folder that holds a bundle")
+        if not self.host:
+            raise ConfigError("host is empty: give an address such as 127.0.0.1")
+        _check("port", self.port, 1, 65535)
+        _check("metrics_port", self.metrics_port, 0, 65535)
+        if self.metrics_port == self.port:
+            raise ConfigError(f"metrics_port is {self.port}: it must differ from port")
+        _check("replicas", self.replicas, 1, 256)
+        _check("max_message_bytes", self.max_message_bytes, MEBIBYTE, 1024 * MEBIBYTE)
+        _check("drain_seconds", self.drain_seconds, 0, 24 * 3600)
+
+    @property
+    def address(self) -> str:
+        """Where this machine reaches the gRPC port."""
+        return f"{'127.0.0.1' if self.host == '0.0.0.0' else self.host}:{self.port}"

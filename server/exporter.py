@@ -1,0 +1,53 @@
+"""The Prometheus page: the metrics of this process, or of all processes that share a directory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+from prometheus_client import REGISTRY, CollectorRegistry, Metric, start_http_server
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from prometheus_client.registry import Collector
+
+
+class SharedDirectory(Collector):
+    """Metrics that processes keep in one directory (their `PROMETHEUS_MULTIPROC_DIR`).
+
+    The live gauges of a process that died are left out, its counts stay.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._metrics = MultiProcessCollector(None, path=str(directory))
+
+    def collect(self) -> Iterator[Metric]:
+        """Every metric, taken together over the processes."""
+        # Files are named after the kind of metric and the process: `counter_4711.db`.
+        for pid in {int(path.stem.rpartition("_")[2]) for path in self._directory.glob("*.db")}:
+            if not psutil.pid_exists(pid):
+                mark_process_dead(pid, path=str(self._directory))
+        yield from self._metrics.collect()
+
+
+@contextmanager
+def exporting(host: str, port: int, directory: Path | None = None) -> Iterator[None]:
+    """Serve `/metrics` while the context lasts, of this process unless a directory is given.
+
+    Port 0 serves nothing.
+    """
+    if port == 0:
+        yield
+        return
+    registry = REGISTRY
+    if directory is not None:
+        registry = CollectorRegistry()
+        registry.register(SharedDirectory(directory))
+    server, thread = start_http_server(port, addr=host, registry=registry)
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

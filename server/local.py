@@ -1,0 +1,83 @@
+"""The same servicers in this process, on plain grpc.aio: no Ray, up in a second or two."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from concertina.v1 import generation_service_pb2_grpc, model_service_pb2_grpc
+from server.config import ServeConfig
+from server.exporter import exporting
+from server.health import SERVICES, HealthServicer
+from server.logs import log_to_stderr
+from server.servicer import GenerationServicer, ModelServicer, open_engines
+from server.signals import STOP_SIGNALS
+
+try:
+    from uvloop import new_event_loop
+except ImportError:
+    from asyncio import new_event_loop  # type: ignore[assignment]
+
+_log = logging.getLogger(__name__)
+
+
+def serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
+    """Serve until SIGINT or SIGTERM; `announce` is told the data path once calls are answered.
+
+    Running streams may end for `drain_seconds`; a second signal ends them at once. Raises
+    `server.errors.BundleError` for a bundle that cannot be served.
+    """
+    log_to_stderr()
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(_serve(config, announce))
+
+
+async def _serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
+    stopping, stopping_now = _signals()
+    engines = open_engines(config.bundles, config.engine)
+    server = grpc.aio.server(
+        options=[
+            ("grpc.max_receive_message_length", config.max_message_bytes),
+            ("grpc.max_send_message_length", config.max_message_bytes),
+            ("grpc.so_reuseport", 0),
+        ]
+    )
+    generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(
+        GenerationServicer(engines), server
+    )
+    model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(engines), server)
+    health_pb2_grpc.add_HealthServicer_to_server(HealthServicer(engines), server)
+    health = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+    reflection.enable_server_reflection((*SERVICES, health, reflection.SERVICE_NAME), server)
+    try:
+        with exporting(config.host, config.metrics_port):
+            server.add_insecure_port(f"{config.host}:{config.port}")
+            await server.start()
+            announce("local, without Ray")
+            await stopping.wait()
+            _log.info("stopping; running streams have %d s to end", config.drain_seconds)
+            drain = asyncio.create_task(server.stop(config.drain_seconds))
+            cut = asyncio.create_task(stopping_now.wait())
+            await asyncio.wait((drain, cut), return_when=asyncio.FIRST_COMPLETED)
+            cut.cancel()
+    finally:
+        await server.stop(None)
+        for engine in engines.values():
+            engine.close()
+
+
+def _signals() -> tuple[asyncio.Event, asyncio.Event]:
+    """Events for the first and the second SIGINT or SIGTERM."""
+    first, second = asyncio.Event(), asyncio.Event()
+
+    def receive() -> None:
+        (second if first.is_set() else first).set()
+
+    for number in STOP_SIGNALS:
+        asyncio.get_running_loop().add_signal_handler(number, receive)
+    return first, second

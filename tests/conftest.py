@@ -1,0 +1,44 @@
+"""What several folders of tests share: two tiny bundles, and how hypothesis looks for examples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# The same examples everywhere, and no verdict that depends on how busy a machine is.
+settings.register_profile("steady", derandomize=True, deadline=None, database=None)
+settings.load_profile("steady")
+
+
+@pytest.fixture(scope="session")
+def text_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the bundle `tiny-text`: bytes, context 96, span 8."""
+    from tests.bundles import make_text_bundle
+
+    return make_text_bundle(tmp_path_factory.mktemp("bundles") / "tiny-text")
+
+
+@pytest.fixture(scope="session")
+def image_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the bundle `tiny-image`: 8x8 pixels, 16 colours, three labels, span 8."""
+    from tests.bundles import make_image_bundle
+
+    return make_image_bundle(tmp_path_factory.mktemp("bundles") / "tiny-image")
+
+
+@pytest.fixture(scope="session")
+def fixed_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the bundle `tiny-fixed`: the smallest that folds; negative queries, labels."""
+    from tests.checkpoints import export_tiny
+
+    return export_tiny(tmp_path_factory.mktemp("bundles"), "fixed")
+
+
+@pytest.fixture(scope="session")
+def full_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the bundle `tiny-full`: full attention, which never folds."""
+    from tests.checkpoints import export_tiny
+
+    return export_tiny(tmp_path_factory.mktemp("bundles"), "full")

@@ -1,0 +1,56 @@
+"""One server on Ray Serve and one without, and every test of this folder against both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from concertina.client import Client
+from tests.e2e.servers import Server, serving
+
+SLOTS, QUEUE_LIMIT = 4, 16
+CONTEXT = 32_768
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.e2e)
+
+
+@pytest.fixture(scope="session")
+def long_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the bundle `long-text`: bytes, and a context that no test can exhaust in time."""
+    from export.bundle import export_bundle
+    from model.config import ModelConfig
+    from model.data import DatasetInfo
+    from tests.checkpoints import write_checkpoint
+
+    root = tmp_path_factory.mktemp("bundles")
+    info = DatasetInfo("text", 256, "noise", "CC0-1.0")
+    config = ModelConfig(256, CONTEXT, width=16, layers=1, heads=2, mlp=16, span=64)
+    write_checkpoint(root / "checkpoint", config, info)
+    export_bundle(root / "checkpoint", root / "long-text", name="long-text")
+    return root / "long-text"
+
+
+@pytest.fixture(scope="session", params=["ray", "local"])
+def server(
+    request: pytest.FixtureRequest, long_bundle: Path, image_bundle: Path
+) -> Iterator[Server]:
+    """A server of the bundles `long-text` and `tiny-image`, with 4 slots and 16 waiting each."""
+    home = ["--local"] if request.param == "local" else []
+    limits = ["--slots", str(SLOTS), "--queue-limit", str(QUEUE_LIMIT), "--threads", "1"]
+    bundles = [str(long_bundle), str(image_bundle)]
+    with serving(*bundles, *limits, "--drain-seconds", "5", *home) as server:
+        yield server
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[Client]:
+    """A client of it."""
+    with Client(server.address) as client:
+        yield client

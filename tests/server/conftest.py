@@ -1,0 +1,75 @@
+"""Bundles as the server sees them, and the models they were exported from."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from server.bundle import Bundle, load_bundle
+from server.config import EngineConfig
+from server.engine import Engine
+from tests.server.engines import is_empty, until
+
+Logits = Callable[[list[int]], npt.NDArray[np.float64]]
+
+
+@pytest.fixture(scope="session")
+def text(text_bundle: Path) -> Bundle:
+    """The bundle `tiny-text`, verified."""
+    return load_bundle(text_bundle)
+
+
+@pytest.fixture(scope="session")
+def image(image_bundle: Path) -> Bundle:
+    """The bundle `tiny-image`, verified."""
+    return load_bundle(image_bundle)
+
+
+@pytest.fixture(scope="session", params=["text", "image"])
+def bundle(request: pytest.FixtureRequest) -> Bundle:
+    """Each of them in turn."""
+    found: Bundle = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture(scope="session")
+def exact_logits() -> Callable[[Bundle], Logits]:
+    """For a bundle: logits `[T, vocabulary]` after each of T tokens, by PyTorch, in float64."""
+    import torch
+
+    from export.graphs import load_decoder
+
+    def of(bundle: Bundle) -> Logits:
+        model = load_decoder(bundle.step_path).double()
+
+        def logits(tokens: list[int]) -> npt.NDArray[np.float64]:
+            with torch.no_grad():
+                out: npt.NDArray[np.float64] = model(torch.tensor([tokens]))[0].numpy()
+            return out
+
+        return logits
+
+    return of
+
+
+@pytest.fixture
+async def start() -> AsyncIterator[Callable[..., Engine]]:
+    """Starts engines; in the end nothing may be left in any that still runs."""
+    engines: list[Engine] = []
+
+    def start(bundle: Bundle, **settings: float) -> Engine:
+        engines.append(Engine(bundle, EngineConfig(threads=1, **settings)))  # type: ignore[arg-type]
+        return engines[-1]
+
+    yield start
+    try:
+        for engine in engines:
+            if engine.alive:
+                await until(lambda engine=engine: is_empty(engine))  # type: ignore[misc]
+    finally:
+        for engine in engines:
+            engine.close()

@@ -1,0 +1,150 @@
+"""Ways to drive an engine, to hold it still, and to put words into its model's mouth."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from server.engine import Engine
+from server.runtime import Floats, Ints
+from server.sampler import SamplingParameters
+from server.stream import Delta, Ending, Request, Stream
+
+LIMIT_S = 30.0
+START = 256
+GREEDY = SamplingParameters(temperature=0)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All that the reader of a stream got."""
+
+    tokens: tuple[int, ...]
+    text: str
+    ending: Ending
+
+
+def ask(prompt: bytes = b"", max_tokens: int = 8, seed: int = 1, **fields: Any) -> Request:
+    """A request to a text model."""
+    fields.setdefault("sampling", SamplingParameters(seed=seed))
+    return Request(np.array([START, *prompt]), max_tokens=max_tokens, **fields)
+
+
+async def read(engine: Engine, stream: Stream) -> Outcome:
+    """Reads a stream to its end; its deltas must follow each other, and the ending must be last."""
+    tokens: list[int] = []
+    text, ending = "", None
+    async with asyncio.timeout(LIMIT_S):
+        async for event in engine.events(stream):
+            assert ending is None
+            if isinstance(event, Delta):
+                assert event.first_position == len(stream.request.prompt) - 1 + len(tokens)
+                assert event.tokens or event.text
+                tokens += event.tokens
+                text += event.text
+            else:
+                ending = event
+    assert ending is not None
+    return Outcome(tuple(tokens), text, ending)
+
+
+async def generate(engine: Engine, wanted: Request) -> Outcome:
+    """Submits a request and reads its stream."""
+    return await read(engine, engine.submit(wanted))
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Waits for what another thread does."""
+    async with asyncio.timeout(LIMIT_S):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+def is_empty(engine: Engine) -> bool:
+    """Whether nothing of any stream is left."""
+    held = (engine._running, engine._waiting, engine._paused, engine._limited, engine._bench)
+    return not any((*held, engine._num_open, engine._cache.num_running, engine._inbox))
+
+
+class Gate:
+    """Holds an engine before each pass of its model until the test lets it through.
+
+    While it is held its thread stands still: whatever it owns can be looked at.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._changed = threading.Condition()
+        self._permits = 0.0
+        self._held: str | None = None
+        self._runtime: Any = engine._runtime
+        self._passes = {name: getattr(self._runtime, name) for name in ("step", "prefill")}
+
+    def __enter__(self) -> Gate:
+        for name, run in self._passes.items():
+            setattr(self._runtime, name, self._gated(name, run))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for name, run in self._passes.items():
+            setattr(self._runtime, name, run)
+        self.let(float("inf"))
+
+    def _gated(self, name: str, run: Callable[..., Floats]) -> Callable[..., Floats]:
+        def gated(*args: Any) -> Floats:
+            with self._changed:
+                self._held = name
+                assert self._changed.wait_for(lambda: self._permits > 0, LIMIT_S)
+                self._held = None
+                self._permits -= 1
+            return run(*args)
+
+        return gated
+
+    def let(self, passes: float) -> None:
+        """Lets the engine go on for some passes."""
+        with self._changed:
+            self._permits += passes
+            self._changed.notify_all()
+
+    async def held(self, name: str) -> None:
+        """Waits until the engine stands before a pass: a `step` or a `prefill`."""
+        await until(lambda: self._permits == 0 and self._held == name)
+
+    async def let_one(self, name: str) -> None:
+        """Lets one pass through and waits until the engine stands before the next: a `name`."""
+        self.let(1)
+        await self.held(name)
+
+
+def script(engine: Engine, content: bytes) -> None:
+    """Makes the model want `content`, whatever it saw: the token at position k is `content[k]`."""
+    wanted = np.frombuffer(content, np.uint8)
+
+    def speak(logits: Floats, positions: Ints) -> Floats:
+        logits = np.zeros_like(logits)
+        logits[np.arange(len(positions)), wanted[positions]] = 1e4
+        return logits
+
+    change_logits(engine, speak)
+
+
+def change_logits(engine: Engine, change: Callable[[Floats, Ints], Floats]) -> None:
+    """Puts `change(logits, positions)` in place of what each step says of these positions."""
+    runtime: Any = engine._runtime
+    step = runtime.step
+
+    def changed(tokens: Ints, positions: Ints, lengths: Ints) -> Floats:
+        return change(step(tokens, positions, lengths), positions)
+
+    runtime.step = changed

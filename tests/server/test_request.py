@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from google.protobuf.duration_pb2 import Duration
+
+from concertina.v1 import bundle_pb2
+from concertina.v1 import generation_service_pb2 as pb
+from server.bundle import Bundle
+from server.errors import InvalidRequest
+from server.request import generate_request, score_request
+from server.sampler import SamplingParameters
+
+
+def test_every_default_is_filled_in(text: Bundle) -> None:
+    request = generate_request(text, pb.GenerateRequest())
+    assert request.prompt.tolist() == [256]
+    assert replace(request.sampling, seed=0) == SamplingParameters(1.0, 0, 1.0, 0.0, 0)
+    assert (request.max_tokens, request.stop, request.stop_tokens) == (96, (), frozenset())
+    assert (request.end_token, request.time_limit_s, request.complete_at) == (0, None, None)
+    assert not request.score
+
+
+def test_an_image_is_complete_when_its_context_is_full(image: Bundle) -> None:
+    request = generate_request(image, pb.GenerateRequest(prompt=pb.Prompt(label="star")))
+    assert request.prompt.tolist() == [19]
+    assert (request.max_tokens, request.complete_at, request.end_token) == (64, 64, None)
+
+
+def test_a_seed_is_drawn_for_whoever_gives_none(text: Bundle) -> None:
+    seeds = {generate_request(text, pb.GenerateRequest()).sampling.seed for _ in range(20)}
+    assert len(seeds) == 20
+    assert all(0 <= seed < 1 << 63 for seed in seeds)
+
+
+def test_everything_that_is_given_is_taken(text: Bundle) -> None:
+    request = generate_request(
+        text,
+        pb.GenerateRequest(
+            prompt=pb.Prompt(text="abc"),
+            sampling=pb.SamplingParameters(
+                temperature=0.5, top_k=3, top_p=0.25, min_p=0.125, seed=(1 << 64) - 1
+            ),
+            stopping=pb.StoppingCriteria(
+                max_tokens=93,
+                stop=["\n", "x" * 256],
+                stop_token_ids=[7, 255, 7],
+                ignore_eos=True,
+                time_limit=Duration(seconds=1, nanos=500_000_000),
+            ),
+        ),
+    )
+    assert request.sampling == SamplingParameters(0.5, 3, 0.25, 0.125, (1 << 64) - 1)
+    assert request.prompt.tolist() == [256, 97, 98, 99]
+    assert (request.max_tokens, request.stop) == (93, ("\n", "x" * 256))
+    assert (request.stop_tokens, request.end_token) == (frozenset({7, 255}), None)
+    assert request.time_limit_s == 1.5
+
+
+def test_zero_is_not_the_same_as_absent(text: Bundle) -> None:
+    sampling = pb.SamplingParameters(temperature=0, seed=0)
+    request = generate_request(text, pb.GenerateRequest(sampling=sampling))
+    assert (request.sampling.temperature, request.sampling.seed) == (0, 0)
+
+
+def _sampling(**fields: float) -> pb.GenerateRequest:
+    return pb.GenerateRequest(sampling=pb.SamplingParameters(**fields))
+
+
+def _stopping(**fields: object) -> pb.GenerateRequest:
+    stopping = pb.StoppingCriteria(**fields)  # type: ignore[arg-type]
+    return pb.GenerateRequest(prompt=pb.Prompt(tokens=pb.TokenIds(ids=[1, 2])), stopping=stopping)
+
+
+LONGEST = 315_576_000_000  # seconds a Duration may have
+
+
+@pytest.mark.parametrize(
+    ("kind", "request_", "named"),
+    [
+        ("text", _sampling(temperature=np.nan), ["sampling.temperature is nan", ">= 0"]),
+        ("text", _sampling(temperature=np.inf), ["sampling.temperature is inf", "finite"]),
+        ("text", _sampling(temperature=-0.5), ["sampling.temperature is -0.5", ">= 0"]),
+        ("text", _sampling(top_p=0), ["sampling.top_p is 0.0", "above 0 and at most 1"]),
+        ("text", _sampling(top_p=1.5), ["sampling.top_p is 1.5", "at most 1"]),
+        ("text", _sampling(top_p=-1), ["sampling.top_p is -1.0", "above 0"]),
+        ("text", _sampling(top_p=np.nan), ["sampling.top_p is nan", "above 0"]),
+        ("text", _sampling(min_p=-0.25), ["sampling.min_p is -0.25", "between 0 and 1"]),
+        ("text", _sampling(min_p=1.25), ["sampling.min_p is 1.25", "between 0 and 1"]),
+        ("text", _sampling(min_p=np.nan), ["sampling.min_p is nan", "between 0 and 1"]),
+        ("text", _stopping(max_tokens=0), ["stopping.max_tokens is 0", "between 1 and 94"]),
+        ("text", _stopping(max_tokens=95), ["stopping.max_tokens is 95", "prompt takes 2"]),
+        (
+            "image",
+            _stopping(max_tokens=(1 << 32) - 1),
+            ["stopping.max_tokens is 4294967295", "between 1 and 62", "context of 64"],
+        ),
+        ("text", _stopping(stop=["x"] * 17), ["stopping.stop has 17", "limit is 16"]),
+        ("text", _stopping(stop=["x", ""]), ["stopping.stop[1] has 0 bytes", "1 to 256"]),
+        ("text", _stopping(stop=["€" * 86]), ["stopping.stop[0] has 258 bytes", "1 to 256"]),
+        ("image", _stopping(stop=["x"]), ["stopping.stop", "tiny-image makes images"]),
+        (
+            "text",
+            _stopping(stop_token_ids=[1, 256]),
+            ["stopping.stop_token_ids[1] is 256", "below 256"],
+        ),
+        (
+            "image",
+            _stopping(stop_token_ids=[16]),
+            ["stopping.stop_token_ids[0] is 16", "below 16"],
+        ),
+        ("text", _stopping(time_limit=Duration()), ["stopping.time_limit is 0", "above 0"]),
+        ("text", _stopping(time_limit=Duration(seconds=-1)), ["stopping.time_limit is -1"]),
+        (
+            "text",
+            _stopping(time_limit=Duration(seconds=LONGEST + 1)),
+            ["stopping.time_limit is 315576000001.0 s", "at most 315576000000"],
+        ),
+        (
+            "text",
+            _stopping(time_limit=Duration(seconds=(1 << 63) - 1)),
+            ["stopping.time_limit is 9", "at most"],
+        ),
+        ("text", pb.GenerateRequest(prompt=pb.Prompt()), ["prompt is empty"]),
+        ("text", pb.GenerateRequest(prompt=pb.Prompt(text="x" * 96)), ["limit is 95"]),
+    ],
+    ids=lambda value: str(value)[:60] if isinstance(value, pb.GenerateRequest) else None,
+)
+def test_a_request_that_cannot_be_is_refused(
+    request: pytest.FixtureRequest, kind: str, request_: pb.GenerateRequest, named: list[str]
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        generate_request(request.getfixturevalue(kind), request_)
+    message = caught.value.message
+    assert [part for part in named if part not in message] == [], message
+
+
+def test_the_longest_time_limit(text: Bundle) -> None:
+    request = generate_request(text, _stopping(time_limit=Duration(seconds=LONGEST)))
+    assert request.time_limit_s == LONGEST
+
+
+def test_scoring_takes_the_whole_context(text: Bundle, image: Bundle) -> None:
+    request = score_request(text, pb.ScoreRequest(prompt=pb.Prompt(text="x" * 96)))
+    assert request.score
+    assert len(request.prompt) == 97
+    rows = pb.ImageRows(rgb=bytes(192))
+    whole = score_request(image, pb.ScoreRequest(prompt=pb.Prompt(image=rows, label="star")))
+    assert len(whole.prompt) == 65
+    assert whole.prompt[0] == 19
+
+
+@pytest.mark.parametrize(
+    ("prompt", "named"),
+    [
+        (pb.Prompt(), "prompt is empty"),
+        (pb.Prompt(label="star"), "prompt is empty"),
+        (pb.Prompt(text="x" * 97), "limit is 96"),
+    ],
+)
+def test_scoring_nothing_or_too_much_is_refused(
+    text: Bundle, prompt: pb.Prompt, named: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=named):
+        score_request(text, pb.ScoreRequest(prompt=prompt))
+
+
+def test_a_bundle_without_an_end_token_has_none(text: Bundle) -> None:
+    manifest = bundle_pb2.Manifest()
+    manifest.CopyFrom(text.manifest)
+    manifest.ClearField("end_token")
+    request = generate_request(replace(text, manifest=manifest), pb.GenerateRequest())
+    assert request.end_token is None
