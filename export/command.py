@@ -23,9 +23,9 @@ def export(
     Every prefix length up to three blocks, several chunkings and mixed batches are compared with
     the trained model in float64; nothing is written when a logit differs by more than 1e-4.
 
-    Example:
-
-      concertina export runs/python bundles/python-4k
+    Examples:
+    concertina export runs/python bundles/python-4k
+    concertina export runs/notes bundles/notes --name notes --version 2026-11
     """
     console = Console(stderr=True)
     try:

@@ -61,14 +61,10 @@ def data(
     """Prepare training data: bytes of text, or palette indices of images.
 
     Examples:
-
-      concertina data python data/python
-
-      concertina data emoji data/emoji
-
-      concertina data text data/notes --from ~/notes --pattern '*.md'
-
-      concertina data images data/icons --from ~/icons --width 32 --height 32
+    concertina data python data/python
+    concertina data emoji data/emoji
+    concertina data text data/notes --from ~/notes --pattern '*.md'
+    concertina data images data/icons --from ~/icons --width 32 --height 32
     """
     if kind in (Kind.TEXT, Kind.IMAGES) and folder is None:
         raise typer.BadParameter(f"{kind.value} needs the folder to read", param_hint="--from")
@@ -127,12 +123,9 @@ def train(
     Stopped runs go on where their last checkpoint was, and end with the same weights.
 
     Examples:
-
-      concertina train data/emoji runs/emoji --context 1024 --span 32
-
-      concertina train data/python runs/python --context 4096 --span 64 --rows 2
-
-      concertina train data/python runs/twin --context 4096 --span 64 --rows 2 --attention full
+    concertina train data/emoji runs/emoji --context 1024 --span 32
+    concertina train data/python runs/python --context 4096 --span 64 --rows 2
+    concertina train data/python runs/twin --context 4096 --span 64 --rows 2 --attention full
     """
     if threads:
         torch.set_num_threads(threads)

@@ -183,7 +183,6 @@ def _start(config: ServeConfig, metrics: Path, path: str) -> None:
         include_dashboard=False,
         object_store_memory=_OBJECT_STORE_BYTES,
         logging_level=logging.ERROR,
-        _node_ip_address="127.0.0.1",
     )
     interrupt_on_stop_signals()  # Ray has put a handler of its own in place
     logging.getLogger("ray.serve").setLevel(logging.ERROR)

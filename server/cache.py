@@ -104,6 +104,10 @@ class Cache:
         self._pushed = self._pushed[:last]
         return last if row != last else None
 
+    def clear(self) -> None:
+        """Take every stream out of the batch."""
+        self._pushed = self._pushed[:0]
+
     def park(self, row: int) -> Parked:
         """A copy of a stream's state; the stream itself stays where it is."""
         pushed = int(self._pushed[row])

@@ -167,8 +167,8 @@ class Engine:
         for stream in self._returning()[: todo.restore]:
             self._restore(stream)
         for _ in range(todo.begin):
-            self._start(stream := self._waiting.popleft())
             self._cache.begin()
+            self._start(stream := self._waiting.popleft())
             self._join_batch(stream)
         if todo.join:
             assert self._bench is not None
@@ -177,8 +177,8 @@ class Engine:
             self._bench = None
         prefill_s = self._prefill(todo.prefill) if todo.prefill else 0.0
         if todo.seat:
-            self._start(stream := self._waiting.popleft())
             self._cache.clear_bench()
+            self._start(stream := self._waiting.popleft())
             self._bench = stream
         decode_s = self._decode() if todo.decode else 0.0
         share = self.config.prefill_share
@@ -192,6 +192,7 @@ class Engine:
         logits = self._cache.prefill(stream.unpushed(first)[:count], stream.request.score)
         seconds = time.perf_counter() - began
         self._measures.prefilled(count, seconds)
+        self._measures.folded(int(self._cache.block_room == self.bundle.span))
         if stream.request.score:
             self._score(stream, logits, first)
         return seconds
@@ -301,6 +302,10 @@ class Engine:
             self._paused.remove(stream)
         else:
             self._waiting.remove(stream)
+        self._settle(stream, ending)
+
+    def _settle(self, stream: Stream, ending: Ending | None) -> None:
+        """The books of a stream that is nowhere any more."""
         with self._lock:
             self._num_open -= 1
         stream.ended = True
@@ -315,8 +320,12 @@ class Engine:
             self._end(stream, None)
 
     def _fail_batch(self, error: RequestError) -> None:
-        for stream in [*self._running, *([self._bench] if self._bench else [])]:
-            self._end(stream, error)
+        """End every stream that the model was at work on, in whatever state a failure left them."""
+        streams = [*self._running, *([self._bench] if self._bench else [])]
+        self._running, self._bench, self._sampling = [], None, None
+        self._cache.clear()
+        for stream in streams:
+            self._settle(stream, error)
 
     def _expire(self, now: float) -> None:
         for stream in [s for s in self._limited if s.expires_at <= now]:

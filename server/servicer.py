@@ -83,6 +83,8 @@ class GenerationServicer(generation_grpc.GenerationServiceServicer):
             wanted = generate_request(engine.bundle, request)
             stream = engine.submit(wanted)
         except Exception as error:
+            if isinstance(error, RequestError) and error.retryable:
+                yield pb.GenerateResponse(sequence=1, error=_error(error))
             _refuse(context, error)
             return
         sequence = 1
@@ -218,15 +220,17 @@ def _response(bundle: Bundle, request: Request, event: Event, sequence: int) -> 
             finished = pb.Finished(reason=_REASONS[event.reason], stop=event.stop, usage=usage)
             response.finished.CopyFrom(finished)
         case RequestError():
-            failed = pb.Error(
-                code=event.code.name, message=event.message, retryable=event.retryable
-            )
-            if event.retry_after_s is not None:
-                failed.retry_after.CopyFrom(_duration(event.retry_after_s))
-            response.error.CopyFrom(failed)
+            response.error.CopyFrom(_error(event))
         case Scored():
             raise AssertionError("a generated stream is never scored")
     return response
+
+
+def _error(error: RequestError) -> pb.Error:
+    message = pb.Error(code=error.code.name, message=error.message, retryable=error.retryable)
+    if error.retry_after_s is not None:
+        message.retry_after.CopyFrom(_duration(error.retry_after_s))
+    return message
 
 
 def _model(engine: Engine) -> model_pb.Model:

@@ -65,9 +65,14 @@ def switches(config: ServeConfig, directory: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(directory / "server-state"),
         GRPC_HOST: "127.0.0.1" if haproxy else config.host,
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "server.app.bind_grpc_to_host",
-        # Ray's own ports are open on every interface, and run whatever code they are sent.
+        # As on a laptop: Ray keeps to loopback. It runs whatever code its ports are sent.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        # By default, workers yield to whatever else runs on the machine.
+        "RAY_worker_niceness": "0",
+        # On a busy machine, a proxy may need more than the 5 s after which it is started anew.
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     values.update(zip(PORTS, map(str, free_ports(len(PORTS))), strict=True))

@@ -1,7 +1,7 @@
 """A sheet of unselected samples of an image model: seeds 0, 1, 2, …, labels in turn.
 
-    concertina serve bundles/emoji-32 &
-    python tools/contact_sheet.py docs/images/emoji-32.png
+concertina serve bundles/emoji-32 &
+python tools/contact_sheet.py docs/images/emoji-32.png
 """
 
 from __future__ import annotations

@@ -52,7 +52,6 @@ COMMANDS = {
     "loadtest": Command("loadtest.command", "loadtest", "Drive a server hard and report."),
     "data": Command("model.command", "data", "Prepare training data."),
     "train": Command("model.command", "train", "Train a model."),
-    "sample": Command("model.command", "sample", "Sample a checkpoint, without a server."),
     "export": Command("export.command", "export", "Turn a checkpoint into a bundle."),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,8 @@ def exact_logits() -> Callable[[Bundle], Logits]:
 
     from export.graphs import load_decoder
 
+    torch.set_num_threads(1)  # on models this small, threads only wait for each other
+
     def of(bundle: Bundle) -> Logits:
         model = load_decoder(bundle.step_path).double()
 
@@ -69,7 +72,7 @@ async def start() -> AsyncIterator[Callable[..., Engine]]:
     try:
         for engine in engines:
             if engine.alive:
-                await until(lambda engine=engine: is_empty(engine))  # type: ignore[misc]
+                await until(partial(is_empty, engine), limit_s=5)
     finally:
         for engine in engines:
             engine.close()

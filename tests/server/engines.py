@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -59,9 +60,9 @@ async def generate(engine: Engine, wanted: Request) -> Outcome:
     return await read(engine, engine.submit(wanted))
 
 
-async def until(condition: Callable[[], object]) -> None:
+async def until(condition: Callable[[], object], limit_s: float = LIMIT_S) -> None:
     """Waits for what another thread does."""
-    async with asyncio.timeout(LIMIT_S):
+    async with asyncio.timeout(limit_s):
         while not condition():
             await asyncio.sleep(0.001)
 
@@ -72,6 +73,21 @@ def is_empty(engine: Engine) -> bool:
     return not any((*held, engine._num_open, engine._cache.num_running, engine._inbox))
 
 
+@contextmanager
+def together(engine: Engine) -> Iterator[None]:
+    """What is submitted inside reaches the engine at once."""
+    ready = threading.Event()
+
+    def wait() -> None:
+        assert ready.wait(LIMIT_S)
+
+    engine._post(wait)
+    try:
+        yield
+    finally:
+        ready.set()
+
+
 class Gate:
     """Holds an engine before each pass of its model until the test lets it through.
 
@@ -79,6 +95,7 @@ class Gate:
     """
 
     def __init__(self, engine: Engine) -> None:
+        self.passes = 0
         self._changed = threading.Condition()
         self._permits = 0.0
         self._held: str | None = None
@@ -106,6 +123,7 @@ class Gate:
                 self._held = name
                 assert self._changed.wait_for(lambda: self._permits > 0, LIMIT_S)
                 self._held = None
+                self.passes += 1
                 self._permits -= 1
             return run(*args)
 

@@ -69,6 +69,11 @@ class CacheMachine(RuleBasedStateMachine):
         if row != last:
             self.rows[row] = moved
 
+    @rule()
+    def clear(self) -> None:
+        self.cache.clear()
+        self.rows = []
+
     @precondition(lambda self: self.rows)
     @rule(pick=Pick)
     def park(self, pick: int) -> None:

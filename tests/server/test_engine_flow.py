@@ -24,6 +24,7 @@ from tests.server.engines import (
     is_empty,
     read,
     script,
+    together,
     until,
 )
 
@@ -180,7 +181,9 @@ async def test_two_hundred_cancels_at_any_moment_leave_nothing(text: Bundle, sta
                 engine.cancel(stream)
     for reader in readers:
         reader.cancel()
-    assert min(struck[place] for place in ("waiting", "bench", "running", "paused")) >= 5
+    for left in await asyncio.gather(*readers, return_exceptions=True):
+        assert isinstance(left, (Outcome, asyncio.CancelledError)), left
+    assert struck.keys() == {"waiting", "bench", "running", "paused"}
 
 
 def _before(engine: Engine, name: str, act: Callable[[], None]) -> None:
@@ -391,10 +394,9 @@ async def test_prompts_do_not_starve_running_streams(
 
     timed("step", 0.01)
     timed("prefill", 0.03)
-    with Gate(engine) as gate:
+    with together(engine):
         running = engine.submit(ask(max_tokens=90))
         prompts = [engine.submit(ask(b"x" * 80, max_tokens=1)) for _ in range(20)]
-        await gate.held("step")
     await asyncio.gather(*[read(engine, s) for s in (running, *prompts)])
     shared = passes[: 90 - 1]
     prefill_s, step_s = 0.03 * shared.count("prefill"), 0.01 * shared.count("step")

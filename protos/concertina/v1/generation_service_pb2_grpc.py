@@ -53,7 +53,8 @@ class GenerationServiceServicer:
 
     def Generate(self, request, context):
         """Generates one stream. The first event is `accepted`; the last is `finished` or `error`. A stream
-        that ends without one of these two was cut, whatever its status says.
+        that ends without one of these two was cut, whatever its status says. A refused request ends by
+        status; when the same request may succeed later, an `error` that says when is sent before.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

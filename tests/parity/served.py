@@ -1,0 +1,107 @@
+"""A bundle on the served path, Runtime and Cache, beside the float64 forward of its own weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from concertina.v1 import bundle_pb2 as pb
+from export.graphs import load_decoder
+from server.bundle import load_bundle
+from server.cache import Cache
+from server.runtime import Floats, Ints, Runtime
+
+TOLERANCE = 1e-4
+Logits = npt.NDArray[np.float64]
+
+
+def draw_tokens(folder: Path, rows: int, length: int | None = None, seed: int = 0) -> Ints:
+    """Random streams `[rows, length]`, as long as the context by default, each behind a start."""
+    manifest = load_bundle(folder).manifest
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(manifest.vocabulary, size=(rows, length or manifest.context))
+    tokens[:, 0] = manifest.vocabulary + rng.integers(1 + len(manifest.labels), size=rows)
+    return tokens
+
+
+def expected_logits(folder: Path, tokens: Ints, dtype: torch.dtype = torch.float64) -> Logits:
+    """`[rows, length, vocabulary]`, all positions in parallel, computed in `dtype`."""
+    with torch.no_grad():
+        logits = load_decoder(folder / "step.onnx").to(dtype)(torch.from_numpy(tokens))
+    wide: Logits = logits.double().numpy()
+    return wide
+
+
+def assert_parity(got: Floats, expected: Logits, tolerance: float = TOLERANCE) -> None:
+    """Every logit within the tolerance. NaN is not."""
+    assert got.shape == expected.shape
+    worst = np.abs(got - expected).max()
+    assert worst <= tolerance, f"off by {worst}"
+
+
+class Served:
+    """A cache over its own runtime; everything that no stream may read is kept full of `poison`."""
+
+    def __init__(self, folder: Path, slots: int = 4, poison: float = np.nan) -> None:
+        self.bundle = load_bundle(folder)
+        self.slots = slots
+        self.runtime = Runtime(self.bundle, slots + 1, threads=1)
+        self.cache = Cache(self.bundle, self.runtime, slots)
+        self.bench_in_use = False
+        self.value = poison
+        self.poison()
+
+    def poison(self) -> None:
+        """Overwrite dead entries of live rows, and all of the others."""
+        lengths = dict(enumerate(self.bundle.entries(self.cache.pushed).tolist()))
+        if self.bench_in_use:
+            lengths[self.slots] = self.bundle.entries(self.cache.bench_pushed)
+        for tensor in self.bundle.manifest.state:
+            buffer = self.runtime._buffers[tensor.name]
+            for row in range(self.slots + 1):
+                if tensor.kind == pb.STATE_KIND_STACK:
+                    buffer[row, :, lengths.get(row, 0) :] = self.value
+                elif row not in lengths:
+                    buffer[row] = self.value
+
+    def take_bench(self) -> None:
+        """Clear the bench for a new stream."""
+        self.cache.clear_bench()
+        self.bench_in_use = True
+        self.poison()
+
+    def prefill(self, tokens: Ints, limit: int | None = None) -> Floats:
+        """Push `tokens[T]` onto the bench in chunks of at most `limit`: `[T, vocabulary]`."""
+        parts = []
+        while len(tokens):
+            count = min(limit or len(tokens), self.cache.block_room, len(tokens))
+            parts.append(self.cache.prefill(tokens[:count], logits=True).copy())
+            self.poison()
+            tokens = tokens[count:]
+        return np.concatenate(parts)
+
+    def join(self) -> int:
+        """Move the bench into the batch."""
+        row = self.cache.join()
+        self.bench_in_use = False
+        self.poison()
+        return row
+
+    def step(self, tokens: Ints, ended: tuple[int, ...] = ()) -> Floats:
+        """One token for every row, then the folds: `[B, vocabulary]`."""
+        logits = self.cache.step(tokens).copy()
+        self.cache.fold(ended)
+        if not ended:  # an unfolded block holds more than the books say, until its row leaves
+            self.poison()
+        return logits
+
+    def decode(self, tokens: Ints) -> Floats:
+        """Step through `tokens[B, T]`: `[B, T, vocabulary]`."""
+        return np.stack([self.step(column) for column in tokens.T], axis=1)
+
+    def state(self, row: int) -> dict[str, npt.NDArray[np.generic]]:
+        """What a row of the batch holds."""
+        return self.runtime.read(row, self.bundle.entries(int(self.cache.pushed[row])))

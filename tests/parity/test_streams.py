@@ -1,0 +1,145 @@
+"""One stream on the served path equals the parallel float64 forward at every position."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.parity.served import Served, assert_parity, draw_tokens, expected_logits
+
+SPAN, LENGTH = 8, 26
+
+
+@pytest.fixture(params=["fixed", "full"])
+def bundle(request: pytest.FixtureRequest) -> Path:
+    folder: Path = request.getfixturevalue(f"{request.param}_bundle")
+    return folder
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 5, SPAN - 1, SPAN, None])
+def test_prefill_in_any_chunks(bundle: Path, limit: int | None) -> None:
+    tokens = draw_tokens(bundle, 1)
+    served = Served(bundle)
+    served.take_bench()
+    assert_parity(served.prefill(tokens[0], limit), expected_logits(bundle, tokens)[0])
+
+
+def test_prefill_in_random_chunks(bundle: Path) -> None:
+    rng = np.random.default_rng(0)
+    for seed in range(5):
+        tokens = draw_tokens(bundle, 1, LENGTH, seed)
+        expected = expected_logits(bundle, tokens)[0]
+        served = Served(bundle)
+        served.take_bench()
+        done = 0
+        while done < LENGTH:
+            part = tokens[0, done : done + int(rng.integers(1, SPAN + 3))]
+            assert_parity(served.prefill(part), expected[done : done + len(part)])
+            done += len(part)
+
+
+def test_a_stream_that_begins_in_the_batch(bundle: Path) -> None:
+    tokens = draw_tokens(bundle, 1)
+    served = Served(bundle)
+    served.cache.begin()
+    assert_parity(served.decode(tokens), expected_logits(bundle, tokens))
+
+
+def test_any_prefix_on_the_bench_and_the_rest_in_the_batch(bundle: Path) -> None:
+    tokens = draw_tokens(bundle, 1, LENGTH)
+    expected = expected_logits(bundle, tokens)
+    served = Served(bundle)
+    for prefix in range(1, LENGTH):
+        served.take_bench()
+        assert_parity(served.prefill(tokens[0, :prefix]), expected[0, :prefix])
+        row = served.join()
+        assert_parity(served.decode(tokens[:, prefix:]), expected[:, prefix:])
+        assert served.cache.leave(row) is None
+
+
+def test_prefill_and_steps_leave_the_same_state(bundle: Path) -> None:
+    tokens = draw_tokens(bundle, 1, LENGTH)
+    slow = Served(bundle)
+    slow.cache.begin()
+    for prefix in range(1, LENGTH):
+        slow.step(tokens[:, prefix - 1])
+        fast = Served(bundle)
+        fast.take_bench()
+        fast.prefill(tokens[0, :prefix])
+        at_once = fast.state(fast.join())
+        for name, values in slow.state(0).items():
+            assert values.shape == at_once[name].shape
+            np.testing.assert_allclose(values, at_once[name], rtol=0, atol=2e-5)
+
+
+def test_chunks_without_logits_leave_the_same_state(bundle: Path) -> None:
+    tokens = draw_tokens(bundle, 1, LENGTH)
+    states = []
+    for logits in (True, False):
+        served = Served(bundle)
+        served.take_bench()
+        for first in range(0, LENGTH, SPAN):
+            out = served.cache.prefill(tokens[0, first : first + SPAN], logits)
+            assert len(out) == (len(tokens[0, first : first + SPAN]) if logits else 0)
+        states.append(served.state(served.join()))
+    assert all(np.array_equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize("value", [1e4, np.nan])
+def test_dead_entries_are_never_read(bundle: Path, value: float) -> None:
+    tokens = draw_tokens(bundle, 1, LENGTH)
+    results = []
+    for poison in (0.0, value):
+        served = Served(bundle, poison=poison)
+        served.take_bench()
+        first = served.prefill(tokens[0, : SPAN + 3], 5)
+        served.join()
+        results.append(np.concatenate((first, served.decode(tokens[:, SPAN + 3 :])[0])))
+    assert np.isfinite(results[0]).all()
+    assert np.array_equal(*results)
+
+
+def test_the_poison_is_deadly(bundle: Path) -> None:
+    tokens = draw_tokens(bundle, 1, 6)
+    served = Served(bundle)
+    served.take_bench()
+    served.prefill(tokens[0, :5])
+    row = served.join()
+    served.runtime._buffers["values.1"][row, :, 4] = served.value
+    assert np.isnan(served.step(tokens[0, 5:])).all()
+
+
+def test_a_parked_stream_goes_on_to_the_bit(bundle: Path) -> None:
+    tokens = draw_tokens(bundle, 2, LENGTH)
+    for parked_at in (1, 5, SPAN - 1, SPAN, SPAN + 1, 2 * SPAN + 3):
+        tokens[1, :parked_at] = tokens[0, :parked_at]
+        served = Served(bundle)
+        served.take_bench()
+        served.prefill(tokens[0, :parked_at])
+        parked = served.cache.park(served.join())
+        went_on = served.decode(tokens[:1, parked_at:])
+        for row, fork in enumerate(("the same", "another", "the same")):
+            other = Served(bundle)
+            other.cache.restore(parked)
+            other.poison()
+            future = tokens[row % 2 : row % 2 + 1]
+            came_back = other.decode(future[:, parked_at:])
+            assert_parity(came_back, expected_logits(bundle, future)[:, parked_at:])
+            assert np.array_equal(came_back, went_on) == (fork == "the same")
+
+
+def test_a_parked_state_holds_no_more_than_its_entries(bundle: Path) -> None:
+    tokens = draw_tokens(bundle, 1, LENGTH)
+    served = Served(bundle)
+    served.cache.begin()
+    for pushed, token in enumerate(tokens[0], start=1):
+        served.step(np.array([token]))
+        parked = served.cache.park(0)
+        held = pushed // SPAN + pushed % SPAN if served.bundle.span else pushed
+        assert parked.pushed == pushed
+        assert parked.state["keys.0"].shape == parked.state["values.1"].shape == (2, held, 8)
+        sizes = served.bundle.state_bytes(pushed)
+        assert sum(sizes.values()) == sum(values.nbytes for values in parked.state.values())
+        assert sizes == served.cache.state_bytes()

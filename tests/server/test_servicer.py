@@ -1,0 +1,538 @@
+"""The API over a real gRPC channel: what callers see, and what they never see."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from google.protobuf.duration_pb2 import Duration
+from PIL import Image
+
+from concertina.v1 import generation_service_pb2 as pb
+from concertina.v1 import generation_service_pb2_grpc as generation_grpc
+from concertina.v1 import model_service_pb2 as model_pb
+from concertina.v1 import model_service_pb2_grpc as model_grpc
+from server import servicer
+from server.bundle import Bundle
+from server.config import EngineConfig
+from server.engine import Engine
+from server.errors import BundleError
+from server.servicer import GenerationServicer, ModelServicer, open_engines
+from server.stream import Delta, Event, Stream
+from tests.server.engines import LIMIT_S, Gate, change_logits, is_empty, script, until
+
+TEXT, IMAGE = "tiny-text", "tiny-image"
+SECRET = "a secret of /the/server"
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server, seen from both sides."""
+
+    engines: dict[str, Engine]
+    channel: grpc.aio.Channel
+
+    @property
+    def generation(self) -> generation_grpc.GenerationServiceAsyncStub:
+        return generation_grpc.GenerationServiceStub(self.channel)  # type: ignore[return-value]
+
+    @property
+    def models(self) -> model_grpc.ModelServiceAsyncStub:
+        return model_grpc.ModelServiceStub(self.channel)  # type: ignore[return-value]
+
+    async def generate(self, request: pb.GenerateRequest) -> list[pb.GenerateResponse]:
+        """All events of a stream, whose form is checked."""
+        events = [event async for event in self.generation.Generate(request, timeout=LIMIT_S)]
+        assert [event.sequence for event in events] == list(range(1, len(events) + 1))
+        kinds = [event.WhichOneof("event") for event in events]
+        assert kinds[0] == "accepted"
+        assert kinds[-1] in ("finished", "error")
+        assert set(kinds[1:-1]) <= {"tokens"}
+        position = events[0].accepted.prompt_tokens
+        for event in events[1:-1]:
+            assert event.tokens.first_position == position
+            position += len(event.tokens.ids)
+        return events
+
+
+Serve = Callable[..., Awaitable[Served]]
+
+
+@pytest.fixture
+async def serve(text_bundle: Path, image_bundle: Path) -> AsyncIterator[Serve]:
+    """Serves bundles, both unless told otherwise; in the end no engine may hold anything."""
+    servers, served = list[grpc.aio.Server](), list[Served]()
+
+    async def serve(*names: str, **settings: float) -> Served:
+        folders = {TEXT: text_bundle, IMAGE: image_bundle}
+        chosen = [folders[name] for name in names or (TEXT, IMAGE)]
+        engines = open_engines(chosen, EngineConfig(threads=1, **settings))  # type: ignore[arg-type]
+        server = grpc.aio.server()
+        generation_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(engines), server)
+        model_grpc.add_ModelServiceServicer_to_server(ModelServicer(engines), server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        servers.append(server)
+        served.append(Served(engines, grpc.aio.insecure_channel(f"127.0.0.1:{port}")))
+        return served[-1]
+
+    yield serve
+    engines = [engine for one in served for engine in one.engines.values()]
+    try:
+        for one in served:
+            await one.channel.close()
+        await until(lambda: all(is_empty(e) for e in engines if e.alive), limit_s=5)
+    finally:
+        for server in servers:
+            await server.stop(None)
+        for engine in engines:
+            engine.close()
+
+
+def _ids(events: list[pb.GenerateResponse]) -> list[int]:
+    return [token for event in events for token in event.tokens.ids]
+
+
+def _text(events: list[pb.GenerateResponse]) -> str:
+    return "".join(event.tokens.text for event in events)
+
+
+# ---- streams that go well
+
+
+async def test_a_request_without_anything_gets_every_default(serve: Serve, text: Bundle) -> None:
+    served = await serve(TEXT)
+    events = await served.generate(pb.GenerateRequest())
+    accepted, finished = events[0].accepted, events[-1].finished
+    assert (accepted.model, accepted.prompt_tokens) == (TEXT, 0)
+    assert accepted.fingerprint == text.manifest.fingerprint
+    assert len(accepted.stream_id) >= 20
+    sampling = pb.SamplingParameters(
+        temperature=1, top_k=0, top_p=1, min_p=0, seed=accepted.sampling.seed
+    )
+    assert accepted.sampling == sampling
+    assert accepted.stopping == pb.StoppingCriteria(max_tokens=96, ignore_eos=False)
+    assert finished.reason in (pb.FINISH_REASON_MAX_TOKENS, pb.FINISH_REASON_END)
+    assert finished.usage.prompt_tokens == 0
+    assert finished.usage.state_bytes > 0
+
+
+async def test_what_was_asked_for_is_echoed(serve: Serve) -> None:
+    served = await serve(TEXT)
+    sampling = pb.SamplingParameters(
+        temperature=0.5, top_k=7, top_p=0.75, min_p=0.125, seed=(1 << 64) - 1
+    )
+    stopping = pb.StoppingCriteria(
+        max_tokens=5,
+        stop=["never", "\n\n"],
+        stop_token_ids=[3, 9],
+        ignore_eos=True,
+        time_limit=Duration(seconds=99, nanos=300_000_000),
+    )
+    request = pb.GenerateRequest(
+        model=TEXT, prompt=pb.Prompt(text="é!"), sampling=sampling, stopping=stopping
+    )
+    accepted = (await served.generate(request))[0].accepted
+    assert (accepted.sampling, accepted.stopping) == (sampling, stopping)
+    assert accepted.prompt_tokens == 3
+
+
+@pytest.mark.parametrize("model", [TEXT, IMAGE])
+async def test_the_echo_asks_for_the_same_stream_again(serve: Serve, model: str) -> None:
+    served = await serve()
+    first = await served.generate(pb.GenerateRequest(model=model))
+    accepted = first[0].accepted
+    again = await served.generate(
+        pb.GenerateRequest(model=model, sampling=accepted.sampling, stopping=accepted.stopping)
+    )
+    other = await served.generate(pb.GenerateRequest(model=model))
+    assert _ids(again) == _ids(first)
+    assert _ids(other) != _ids(first)
+    assert len({events[0].accepted.stream_id for events in (first, again, other)}) == 3
+
+
+async def test_the_end_of_a_text(serve: Serve) -> None:
+    served = await serve(TEXT)
+    script(served.engines[TEXT], b"one two\0".ljust(96))
+    end = await served.generate(pb.GenerateRequest())
+    assert (_text(end), bytes(_ids(end))) == ("one two", b"one two")
+    assert end[-1].finished.reason == pb.FINISH_REASON_END
+    assert not end[-1].finished.HasField("stop")
+    assert end[-1].finished.usage.generated_tokens == 8
+    stopping = pb.StoppingCriteria(stop=["tw"])
+    stop = await served.generate(pb.GenerateRequest(stopping=stopping))
+    assert (_text(stop), stop[-1].finished.stop) == ("one ", "tw")
+    assert stop[-1].finished.reason == pb.FINISH_REASON_STOP
+    stopping = pb.StoppingCriteria(ignore_eos=True, max_tokens=10)
+    on = await served.generate(pb.GenerateRequest(stopping=stopping))
+    assert (_text(on), on[-1].finished.reason) == ("one two\0  ", pb.FINISH_REASON_MAX_TOKENS)
+
+
+async def test_an_image_is_completed_in_its_colours(serve: Serve, image: Bundle) -> None:
+    served = await serve()
+    palette = np.frombuffer(image.manifest.image.palette, np.uint8).reshape(-1, 3)
+    pixels = palette[np.arange(24) % 16].reshape(3, 8, 3)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    prompt = pb.Prompt(image=pb.ImageRows(png=file.getvalue()), label="square")
+    events = await served.generate(pb.GenerateRequest(model=IMAGE, prompt=prompt))
+    assert events[0].accepted.prompt_tokens == 24
+    assert len(_ids(events)) == 40
+    rgb = b"".join(event.tokens.rgb for event in events)
+    assert rgb == palette[_ids(events)].tobytes()
+    assert not _text(events)
+    assert events[-1].finished.reason == pb.FINISH_REASON_END
+
+
+async def test_usage_adds_up(serve: Serve) -> None:
+    served = await serve(TEXT)
+    request = pb.GenerateRequest(
+        prompt=pb.Prompt(text="0123456789"),
+        stopping=pb.StoppingCriteria(max_tokens=30, ignore_eos=True),
+    )
+    usage = (await served.generate(request))[-1].finished.usage
+    assert (usage.prompt_tokens, usage.generated_tokens) == (10, 30)
+    times = (usage.queue_time, usage.time_to_first_token, usage.total_time)
+    nanoseconds = [time.ToNanoseconds() for time in times]
+    assert 0 < nanoseconds[0] < nanoseconds[1] < nanoseconds[2] < LIMIT_S * 1e9
+
+
+async def test_sixteen_streams_at_once(serve: Serve) -> None:
+    served = await serve(slots=4)
+
+    def request(number: int) -> pb.GenerateRequest:
+        return pb.GenerateRequest(
+            model=(TEXT, IMAGE)[number % 2],
+            prompt=pb.Prompt(tokens=pb.TokenIds(ids=range(1, 2 + number % 9))),
+            sampling=pb.SamplingParameters(seed=number),
+            stopping=pb.StoppingCriteria(max_tokens=20),
+        )
+
+    alone = [_ids(await served.generate(request(number))) for number in range(16)]
+    crowd = await asyncio.gather(*[served.generate(request(number)) for number in range(16)])
+    assert [_ids(events) for events in crowd] == alone
+
+
+# ---- streams that are dropped
+
+
+def _long(max_tokens: int = 96) -> pb.GenerateRequest:
+    return pb.GenerateRequest(
+        model=TEXT, stopping=pb.StoppingCriteria(max_tokens=max_tokens, ignore_eos=True)
+    )
+
+
+async def test_a_cancelled_call_frees_its_slot_before_the_next_step(serve: Serve) -> None:
+    served = await serve(TEXT, slots=1)
+    engine = served.engines[TEXT]
+    with Gate(engine) as gate:
+        call = served.generation.Generate(_long())
+        await call.read()
+        await gate.held("step")
+        await gate.let_one("step")
+        assert len(engine._running) == 1
+        call.cancel()
+        await until(lambda: engine._inbox)  # the server has heard of it
+        gate.let(1)
+        await until(lambda: is_empty(engine))
+        assert gate.passes == 2
+
+
+@pytest.mark.parametrize("after", [0, 1, 3])
+async def test_a_client_that_goes_away_leaves_nothing(serve: Serve, after: int) -> None:
+    served = await serve(TEXT, slots=4)
+    engine = served.engines[TEXT]
+    with Gate(engine) as gate:
+        calls = [served.generation.Generate(_long()) for _ in range(4)]
+        await until(lambda: engine._num_open == 4)
+        for call in calls[:2]:
+            for _ in range(after):
+                gate.let(1)
+                await asyncio.wait_for(call.read(), LIMIT_S)
+        await served.channel.close()
+        gate.let(20)
+        await until(lambda: engine._num_open == 0)
+
+
+async def test_a_generator_that_is_dropped_in_the_middle_cancels(serve: Serve) -> None:
+    """Not every home cancels the handler: some just stop asking it."""
+    served = await serve(TEXT, slots=1, stream_buffer=4)
+    engine = served.engines[TEXT]
+    events = GenerationServicer(served.engines).Generate(_long(), _Context())
+    kinds = [(await anext(events)).WhichOneof("event") for _ in range(2)]
+    assert kinds == ["accepted", "tokens"]
+    await until(lambda: engine._paused)
+    await events.aclose()  # type: ignore[attr-defined]
+    await until(lambda: is_empty(engine))
+
+
+async def test_a_cancelled_score_leaves_nothing(serve: Serve) -> None:
+    served = await serve(TEXT)
+    engine = served.engines[TEXT]
+    with Gate(engine) as gate:
+        call = served.generation.Score(pb.ScoreRequest(prompt=pb.Prompt(text="x" * 90)))
+        await gate.held("prefill")
+        call.cancel()
+        await until(lambda: engine._inbox)
+        gate.let(1)
+        await until(lambda: is_empty(engine))
+
+
+class _Context:
+    def set_code(self, code: grpc.StatusCode) -> None:
+        raise AssertionError(code)
+
+    set_details = set_code  # type: ignore[assignment]
+
+
+# ---- requests that are refused, and streams that fail
+
+
+async def _refusal(call: Awaitable[object]) -> tuple[grpc.StatusCode, str]:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await asyncio.wait_for(call, LIMIT_S)
+    assert SECRET not in str(caught.value)
+    assert SECRET not in str(caught.value.trailing_metadata())
+    return caught.value.code(), caught.value.details() or ""
+
+
+@pytest.mark.parametrize(
+    ("request_", "code", "named"),
+    [
+        (pb.GenerateRequest(model="gpt"), "NOT_FOUND", "'gpt' is not served here; these are: tiny"),
+        (pb.GenerateRequest(), "NOT_FOUND", "model is empty, and several are served"),
+        (
+            pb.GenerateRequest(model=TEXT, prompt=pb.Prompt()),
+            "INVALID_ARGUMENT",
+            "prompt is empty",
+        ),
+        (
+            pb.GenerateRequest(model=TEXT, sampling=pb.SamplingParameters(top_p=0)),
+            "INVALID_ARGUMENT",
+            "sampling.top_p is 0.0",
+        ),
+        (
+            pb.GenerateRequest(
+                model=IMAGE, prompt=pb.Prompt(image=pb.ImageRows(png=b"\0" * 2_000_000))
+            ),
+            "INVALID_ARGUMENT",
+            "prompt.image.png has 2000000 bytes",
+        ),
+        (
+            pb.GenerateRequest(
+                model=TEXT,
+                stopping=pb.StoppingCriteria(time_limit=Duration(seconds=(1 << 63) - 1)),
+            ),
+            "INVALID_ARGUMENT",
+            "stopping.time_limit",
+        ),
+    ],
+)
+async def test_a_bad_request_is_refused_by_status_and_takes_no_slot(
+    serve: Serve, request_: pb.GenerateRequest, code: str, named: str
+) -> None:
+    served = await serve()
+    status, details = await _refusal(served.generation.Generate(request_).read())
+    assert (status.name, named in details) == (code, True), details
+    assert all(engine._num_open == 0 for engine in served.engines.values())
+    assert await served.generate(_long(3))
+
+
+async def test_scoring_refuses_alike(serve: Serve) -> None:
+    served = await serve()
+    score = served.generation.Score
+    status, details = await _refusal(score(pb.ScoreRequest(model=TEXT)))
+    assert (status.name, "prompt is empty" in details) == ("INVALID_ARGUMENT", True)
+    status, details = await _refusal(score(pb.ScoreRequest(model="x" * 10_000)))
+    assert (status.name, len(details) < 300) == ("NOT_FOUND", True)
+
+
+async def test_a_full_queue_is_told_at_once(serve: Serve) -> None:
+    """With an event that says when to try again, for a status says nothing but its text."""
+    served = await serve(TEXT, slots=1, queue_limit=0)
+    engine = served.engines[TEXT]
+    with Gate(engine) as gate:
+        running = asyncio.create_task(served.generate(_long()))
+        await gate.held("step")
+        refused = served.generation.Generate(_long())
+        event = await refused.read()
+        assert (event.sequence, event.error.code) == (1, "RESOURCE_EXHAUSTED")
+        assert event.error.retryable
+        assert event.error.retry_after == Duration(seconds=1)
+        status, details = await _refusal(refused.read())
+        assert (status.name, details) == ("RESOURCE_EXHAUSTED", event.error.message)
+        assert "limit is 1" in details
+        scored = served.generation.Score(pb.ScoreRequest(prompt=pb.Prompt(text="x")))
+        assert (await _refusal(scored))[0].name == "RESOURCE_EXHAUSTED"
+    assert len(_ids(await running)) == 96
+
+
+async def test_an_engine_that_stops_is_told_to_running_and_new_streams(serve: Serve) -> None:
+    served = await serve(TEXT)
+    engine = served.engines[TEXT]
+    with Gate(engine) as gate:
+        running = asyncio.create_task(served.generate(_long()))
+        score = pb.ScoreRequest(prompt=pb.Prompt(text="x" * 60))
+        scored = asyncio.ensure_future(served.generation.Score(score))
+        await until(lambda: engine._num_open == 2)
+        closing = asyncio.create_task(asyncio.to_thread(engine.close))
+        await until(lambda: engine._closing)
+        gate.let(1)
+    await closing
+    error = (await running)[-1].error
+    assert (error.code, error.retryable) == ("UNAVAILABLE", True)
+    assert (await _refusal(scored))[0].name == "UNAVAILABLE"
+    refused = served.generation.Generate(_long())
+    assert (await refused.read()).error.code == "UNAVAILABLE"
+    assert (await _refusal(refused.read()))[0].name == "UNAVAILABLE"
+
+
+@pytest.mark.parametrize("what", ["generate_request", "score_request", "_find"])
+async def test_a_failure_of_ours_before_the_stream_leaks_nothing(
+    serve: Serve,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    what: str,
+) -> None:
+    served = await serve(TEXT)
+    monkeypatch.setattr(servicer, what, _raise)
+    if what != "score_request":
+        status, details = await _refusal(served.generation.Generate(_long()).read())
+        assert (status.name, details) == ("INTERNAL", "internal error; see the server's log")
+    if what != "generate_request":
+        score = pb.ScoreRequest(prompt=pb.Prompt(text="x"))
+        status, details = await _refusal(served.generation.Score(score))
+        assert (status.name, details) == ("INTERNAL", "internal error; see the server's log")
+    assert SECRET in caplog.text
+
+
+def _raise(*args: object) -> None:
+    raise RuntimeError(SECRET)
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])
+async def test_a_failure_of_ours_in_a_stream_is_its_last_event_and_leaks_nothing(
+    serve: Serve,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    after: int,
+) -> None:
+    """Whether the engine's events fail, or what becomes of them."""
+    served = await serve(TEXT, stream_buffer=2)
+    engine, events, response = served.engines[TEXT], Engine.events, servicer._response
+    told = 0
+
+    async def break_off(self: Engine, stream: Stream) -> AsyncIterator[Event]:
+        seen = 0
+        async for event in events(self, stream):
+            if seen == after:
+                raise RuntimeError(SECRET)
+            yield event
+            seen += 1
+
+    def answer(*args: object) -> pb.GenerateResponse:
+        nonlocal told
+        told += 1
+        if told == after + 1 and isinstance(args[2], Delta):
+            raise RuntimeError(SECRET)
+        return response(*args)  # type: ignore[arg-type]
+
+    for patch in ((Engine, "events", break_off), (servicer, "_response", answer)):
+        with monkeypatch.context() as patched:
+            patched.setattr(*patch)
+            all_events = await served.generate(_long())
+        assert len(all_events) == 2 + after
+        error = all_events[-1].error
+        assert (error.code, error.message) == ("INTERNAL", "internal error; see the server's log")
+        assert SECRET in caplog.text
+        caplog.clear()
+        await until(lambda: is_empty(engine))
+    assert len(_ids(await served.generate(_long(9)))) == 9
+
+
+async def test_a_step_that_fails_is_told_in_the_stream(serve: Serve) -> None:
+    served = await serve(TEXT)
+
+    def spoil(logits: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        return np.where(positions[:, None] == 5, np.nan, logits)
+
+    change_logits(served.engines[TEXT], spoil)
+    events = await served.generate(_long())
+    error = events[-1].error
+    assert (error.code, error.retryable, len(_ids(events))) == ("INTERNAL", True, 5)
+    assert "position 5" in error.message
+    assert not error.HasField("retry_after")
+
+
+# ---- scores and models
+
+
+async def test_score(serve: Serve, text: Bundle) -> None:
+    served = await serve()
+    request = pb.ScoreRequest(model=TEXT, prompt=pb.Prompt(text="some words"))
+    response = await served.generation.Score(request, timeout=LIMIT_S)
+    assert len(response.bits) == 10
+    assert all(bits > 0 for bits in response.bits)
+    assert response.bits_per_token == pytest.approx(np.mean(response.bits))
+    assert (response.model, response.fingerprint) == (TEXT, text.manifest.fingerprint)
+
+
+async def test_models(serve: Serve, text: Bundle, image: Bundle) -> None:
+    served = await serve(TEXT, IMAGE, slots=3, queue_limit=7)
+    listed = await served.models.ListModels(model_pb.ListModelsRequest(), timeout=LIMIT_S)
+    assert [model.manifest for model in listed.models] == [image.manifest, text.manifest]
+    for model, bundle in zip(listed.models, (image, text), strict=True):
+        assert (model.slots, model.queue_limit) == (3, 7)
+        assert model.max_state_bytes == bundle.max_state_bytes
+        request = model_pb.GetModelRequest(model=bundle.name)
+        found = await served.models.GetModel(request, timeout=LIMIT_S)
+        assert found.model == model
+    for name in ("", "gpt"):
+        call = served.models.GetModel(model_pb.GetModelRequest(model=name))
+        status, details = await _refusal(call)
+        assert (status.name, "tiny-image, tiny-text" in details) == ("NOT_FOUND", True)
+
+
+async def test_the_only_model_needs_no_name(serve: Serve) -> None:
+    served = await serve(IMAGE)
+    found = await served.models.GetModel(model_pb.GetModelRequest(), timeout=LIMIT_S)
+    assert found.model.manifest.name == IMAGE
+    assert (await served.generate(pb.GenerateRequest()))[0].accepted.model == IMAGE
+
+
+# ---- opening
+
+
+def _alive() -> int:
+    return sum(thread.name.startswith("engine-") for thread in threading.enumerate())
+
+
+def test_two_bundles_of_one_name_are_refused(text_bundle: Path) -> None:
+    with pytest.raises(BundleError, match=r"another bundle is named 'tiny-text'"):
+        open_engines([text_bundle, text_bundle], EngineConfig())
+    assert _alive() == 0
+
+
+def test_a_bundle_that_cannot_be_opened_leaves_no_engine_running(
+    text_bundle: Path, image_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(BundleError, match=r"is not a bundle"):
+        open_engines([text_bundle, tmp_path], EngineConfig())
+    assert _alive() == 0
+
+    def only_one(bundle: Bundle, config: EngineConfig) -> Engine:
+        if bundle.is_image:
+            raise BundleError("broken")
+        return Engine(bundle, config)
+
+    monkeypatch.setattr(servicer, "Engine", only_one)
+    with pytest.raises(BundleError, match="broken"):
+        open_engines([text_bundle, image_bundle], EngineConfig(threads=1))
+    assert _alive() == 0
