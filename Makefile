@@ -20,7 +20,7 @@ protoc = $(BIN)/python -m grpc_tools.protoc -Iprotos \
 
 export HELM
 
-.PHONY: help demo test lint format protos image clean
+.PHONY: help demo test mutants lint format protos image clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -30,6 +30,9 @@ demo: $(VENV)/.server ## install the server (no torch) and watch it write text a
 
 test: $(VENV)/.dev $(HELM) ## run the tests; MARKERS=slow, PYTEST_ARGS='-k fold' narrow them
 	$(BIN)/python -m pytest $(if $(MARKERS),-m '$(MARKERS)') $(PYTEST_ARGS)
+
+mutants: $(VENV)/.dev ## plant known bugs into copies and require that the tests catch each
+	$(BIN)/python tools/mutate.py
 
 lint: $(VENV)/.dev $(HELM) ## every check that runs nothing: style, types, arrows, protos, image, chart
 	$(BIN)/ruff check .

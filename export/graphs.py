@@ -251,8 +251,8 @@ def _export(
         )
     assert program is not None
     proto = program.model_proto
-    for part in (proto.graph, *proto.graph.node, *proto.graph.value_info):
-        del part.metadata_props[:]  # stack traces, and with them the paths of this machine
+    for node in proto.graph.node:
+        del node.metadata_props[:]  # stack traces, and with them the paths of this machine
     return proto
 
 

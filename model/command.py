@@ -113,8 +113,13 @@ def train(
     tokens: Annotated[int, typer.Option(help="Tokens to train on.")] = 10_000_000,
     rows: Annotated[int, typer.Option(help="Windows per step.")] = 8,
     rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 0.01,
+    warmup: Annotated[int, typer.Option(help="Steps until the rate is at its peak.")] = 100,
+    weight_decay: Annotated[float, typer.Option(help="Decay of the layers' matrices.")] = 0.3,
     dropout: Annotated[float, typer.Option(help="Dropout on every residual branch.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of weights, batches and dropout.")] = 0,
+    init: Annotated[
+        Path | None, typer.Option(help="Another run whose weights to start from.")
+    ] = None,
     float32: Annotated[bool, typer.Option("--float32", help="No bfloat16 in products.")] = False,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 takes every core.")] = 0,
 ) -> None:
@@ -143,7 +148,15 @@ def train(
         positions=positions.value,
     )
     train_config = TrainConfig(
-        tokens=tokens, rows=rows, rate=rate, dropout=dropout, seed=seed, bfloat16=not float32
+        tokens=tokens,
+        rows=rows,
+        rate=rate,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        dropout=dropout,
+        seed=seed,
+        bfloat16=not float32,
+        init=str(init or ""),
     )
     columns = (
         TextColumn("{task.description}"),

@@ -65,8 +65,9 @@ class Decoder(nn.Module):
 
     def embed_at(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Input of the first layer, `[B, T, width]`, for tokens at absolute positions `[B, T]`."""
-        embedded: Tensor = self.embed(tokens)
-        return embedded + self.positions(positions).to(embedded.dtype)
+        token: Tensor = self.embed(tokens)
+        position: Tensor = self.positions(positions)
+        return token + position.to(token.dtype)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits `[B, T, vocabulary]` of the token after each of `tokens[B, T]`, in parallel."""

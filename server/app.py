@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import grpc
-import psutil
 import ray
 from grpc_health.v1 import health_pb2
 from ray import serve as ray_serve
@@ -26,11 +25,13 @@ from concertina.v1 import generation_service_pb2 as pb
 from concertina.v1 import model_service_pb2 as model_pb
 from server.config import ServeConfig
 from server.exporter import exporting
+from server.haproxy import wait_for_replicas
 from server.health import HealthServicer, wait_until_serving
 from server.logs import log_to_stderr
+from server.orphans import adopt_orphans, end_children
 from server.ports import free_ports, require_free
 from server.signals import ignore_stop_signals, interrupt_on_stop_signals
-from server.switches import DIRECT, GRPC_HOST, data_path
+from server.switches import DIRECT, GRPC_HOST, HAPROXY, STATS_PORT, data_path
 
 if TYPE_CHECKING:
     from server.servicer import Context
@@ -164,6 +165,7 @@ def serve(config: ServeConfig, directory: Path, announce: Callable[[str], None])
     metrics = directory / "metrics"
     metrics.mkdir()
     path = data_path(os.environ)
+    adopt_orphans()
     with exporting(config.host, config.metrics_port, metrics):
         try:
             _start(config, metrics, path)
@@ -201,11 +203,14 @@ def _start(config: ServeConfig, metrics: Path, path: str) -> None:
     except RuntimeError as error:
         raise StartFailed(f"the replicas did not start: {error}") from None
     wait_until_serving(config.address, _REACHABLE_SECONDS)
+    if path == HAPROXY:
+        stats_port = int(os.environ[STATS_PORT])
+        backend = f"grpc-{APPLICATION}"
+        wait_for_replicas(stats_port, backend, config.replicas, _REACHABLE_SECONDS)
 
 
 def _stop() -> None:
     """Let running streams end, stop the cluster, and see that none of its processes is left."""
-    processes = psutil.Process().children(recursive=True)
     try:
         with redirect_stdout(io.StringIO()):  # Ray reports the controller that it ends itself
             if ray.is_initialized():
@@ -215,7 +220,4 @@ def _stop() -> None:
                 ray_serve.shutdown()
             ray.shutdown()
     finally:
-        _, alive = psutil.wait_procs(processes, timeout=_REAP_SECONDS)
-        for process in alive:
-            process.kill()
-        psutil.wait_procs(alive, timeout=_REAP_SECONDS)
+        end_children(_REAP_SECONDS)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -63,29 +65,26 @@ class Bundle:
 
     def state_bytes(self, pushed: int) -> dict[str, int]:
         """Bytes of state that one stream needs after `pushed` tokens, by kind."""
-        sizes = {"stack": 0, "recurrent": 0}
+        entry, recurrent = self._bytes
+        return {"stack": entry * self.entries(pushed), "recurrent": recurrent}
+
+    @cached_property
+    def _bytes(self) -> tuple[int, int]:
+        """Of one entry on every stack, and of all that does not grow."""
+        entry = recurrent = 0
         for tensor in self.manifest.state:
             element = _BYTES[tensor.data_type]
             if tensor.kind == pb.STATE_KIND_STACK:
                 heads, _, width = tensor.shape
-                sizes["stack"] += heads * self.entries(pushed) * width * element
+                entry += heads * width * element
             else:
-                size = element
-                for extent in tensor.shape:
-                    size *= extent
-                sizes["recurrent"] += size
-        return sizes
+                recurrent += math.prod(tensor.shape) * element
+        return entry, recurrent
 
     @property
     def max_state_bytes(self) -> int:
         """Bytes reserved for each slot."""
-        total = 0
-        for tensor in self.manifest.state:
-            size = _BYTES[tensor.data_type]
-            for extent in tensor.shape:
-                size *= extent
-            total += size
-        return total
+        return sum(math.prod(t.shape) * _BYTES[t.data_type] for t in self.manifest.state)
 
 
 def load_bundle(folder: Path) -> Bundle:

@@ -29,8 +29,9 @@ PYTHON_PROXY: Final = "Python proxy, far slower than HAProxy"
 GRPC_HOST: Final = "CONCERTINA_GRPC_HOST"
 """Variable that tells proxies and replicas on which address to open their gRPC port."""
 
+STATS_PORT: Final = "RAY_SERVE_HAPROXY_STATS_PORT"
 PORTS: Final = (
-    "RAY_SERVE_HAPROXY_STATS_PORT",
+    STATS_PORT,
     "RAY_SERVE_HAPROXY_METRICS_PORT",
     "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
     "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT",
@@ -46,13 +47,13 @@ def switches(config: ServeConfig, directory: Path) -> dict[str, str]:
         # On a loop of its own, our code would never feel a reader that stalls.
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-        "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
         "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
         "RAY_SERVE_LOG_TO_STDERR": "0",
         "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(config.max_message_bytes),
         "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(config.max_message_bytes),
         "RAY_SERVE_HAPROXY_H2_FE_MAX_CONCURRENT_STREAMS": str(STREAMS_PER_CONNECTION),
-        "RAY_SERVE_HAPROXY_H2_BE_MAX_CONCURRENT_STREAMS": str(STREAMS_PER_CONNECTION),
+        # On a connection that streams share, one that is not read blocks all the others.
+        "RAY_SERVE_HAPROXY_H2_BE_MAX_CONCURRENT_STREAMS": "1",
         # Whenever the replicas change, the old HAProxy cuts what still runs after this time.
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(LONGEST_STREAM_SECONDS),
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(LONGEST_STREAM_SECONDS),

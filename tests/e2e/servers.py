@@ -15,7 +15,6 @@ from pathlib import Path
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.health import is_serving
 from server.ports import free_ports
 
 ROOT = Path(__file__).parents[2]
@@ -30,6 +29,11 @@ class Server:
     address: str
     metrics_address: str
     process: psutil.Popen
+    log: Path
+
+    def output(self) -> str:
+        """What it has printed so far."""
+        return self.log.read_text()
 
     def metric(self, name: str, **labels: str) -> float:
         """The sum of a metric over every sample that has these labels."""
@@ -56,18 +60,16 @@ def serving(*arguments: str) -> Iterator[Server]:
     port, metrics_port = free_ports(2)
     address, metrics_address = f"127.0.0.1:{port}", f"127.0.0.1:{metrics_port}"
     ports = ("--port", str(port), "--metrics-port", str(metrics_port))
-    with tempfile.TemporaryFile() as log:
+    with tempfile.NamedTemporaryFile() as log:
         process = concertina("serve", *arguments, *ports, stdout=log, stderr=log)
+        server = Server(address, metrics_address, process, Path(log.name))
         try:
-            starting = lambda: is_serving(address) or process.poll() is not None  # noqa: E731
-            until(starting, START_SECONDS)
-            log.seek(0)
-            assert process.poll() is None, log.read().decode()
-            yield Server(address, metrics_address, process)
+            until(lambda: "ready" in server.output() or process.poll() is not None, START_SECONDS)
+            assert process.poll() is None, server.output()
+            yield server
         finally:
             left = stop(process)
-        log.seek(0)
-        assert process.returncode == 0, log.read().decode()
+        assert process.returncode == 0, server.output()
         assert not left
 
 

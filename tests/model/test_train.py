@@ -203,3 +203,20 @@ def test_settings_below_one_are_refused(name: str) -> None:
     settings: dict[str, Any] = {name: 0}
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         TrainConfig(**settings)
+
+
+def test_rates_warm_up_then_fall_to_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def record(self: torch.optim.AdamW, *arguments: Any) -> Any:
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", record)
+    train(tmp_path, MODEL, replace(RUN, rate=0.3), text())
+    assert rates[:4] == pytest.approx([0.1, 0.2, 0.3, 0.3])
+    assert sorted(rates[3:], reverse=True) == rates[3:]
+    assert 0 < rates[-1] < 0.02

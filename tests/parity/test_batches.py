@@ -82,7 +82,6 @@ class Simulation:
         self.happened["one of several folds"] += 0 < full < len(self.rows)
         self.happened["two fold at once"] += full > 1
         for row in reversed(ended):
-            self.happened["ends on a full block"] += self.rows[row].pushed % SPAN == 0
             self.drop(row)
 
     def park(self) -> None:

@@ -31,3 +31,9 @@ def test_a_stream_as_long_as_the_context(bundle: Path) -> None:
     assert_parity(got, expected[0], tolerance)
     assert np.median(np.abs(got - expected[0])) < 4 * np.median(rounding)
     assert served.cache.pushed.tolist() == [served.bundle.context]
+
+
+@pytest.mark.parametrize("bundle", BUNDLES, ids=lambda folder: folder.name)
+def test_nothing_of_the_machine_that_exported(bundle: Path) -> None:
+    for path in bundle.iterdir():
+        assert b".py" not in path.read_bytes(), f"{path} holds stack traces: export it again"

@@ -72,7 +72,7 @@ async def start() -> AsyncIterator[Callable[..., Engine]]:
     try:
         for engine in engines:
             if engine.alive:
-                await until(partial(is_empty, engine), limit_s=5)
+                await until(partial(is_empty, engine), limit_s=10)
     finally:
         for engine in engines:
             engine.close()

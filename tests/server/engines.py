@@ -17,7 +17,7 @@ from server.runtime import Floats, Ints
 from server.sampler import SamplingParameters
 from server.stream import Delta, Ending, Request, Stream
 
-LIMIT_S = 30.0
+LIMIT_S = 60.0
 START = 256
 GREEDY = SamplingParameters(temperature=0)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-import threading
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,9 +13,10 @@ import pytest
 
 from server.bundle import Bundle
 from server.engine import Engine
+from server.runtime import Floats, Ints
 from server.sampler import SamplingBatch, SamplingParameters, sample
 from server.stream import Finish, FinishReason, Request, Scored
-from tests.server.engines import LIMIT_S, Outcome, ask, generate, script, until
+from tests.server.engines import LIMIT_S, Outcome, ask, change_logits, generate, script, until
 
 Start = Callable[..., Engine]
 Logits = Callable[[list[int]], npt.NDArray[np.float64]]
@@ -81,13 +82,12 @@ async def test_a_stream_is_the_same_alone_and_in_a_crowd(bundle: Bundle, start: 
 async def test_the_batch_is_as_large_as_it_can_be(text: Bundle, start: Start) -> None:
     engine = start(text, slots=3)
     batches: list[int] = []
-    step = engine._runtime.step
 
-    def counted(*args: np.ndarray) -> np.ndarray:
-        batches.append(len(args[0]))
-        return step(*args)
+    def count(logits: Floats, positions: Ints) -> Floats:
+        batches.append(len(positions))
+        return logits
 
-    engine._runtime.step = counted  # type: ignore[method-assign]
+    change_logits(engine, count)
     await asyncio.gather(*[generate(engine, ask(max_tokens=20)) for _ in range(7)])
     assert max(batches) == 3
     assert sum(batches) == 7 * 20
@@ -143,10 +143,11 @@ async def test_two_event_loops_share_an_engine(text: Bundle, start: Start) -> No
         for _ in range(3):
             outcomes[name] = await asyncio.gather(*[generate(engine, w) for w in requests])
 
-    threads = [threading.Thread(target=lambda n=n: asyncio.run(main(n))) for n in ("a", "b")]  # type: ignore[misc]
-    for thread in threads:
-        thread.start()
-    await asyncio.to_thread(lambda: [thread.join(LIMIT_S) for thread in threads])
+    def run(name: str) -> None:
+        asyncio.run(main(name))
+
+    both = [asyncio.to_thread(run, name) for name in "ab"]
+    await asyncio.wait_for(asyncio.gather(*both), LIMIT_S)
     assert [[outcome.tokens for outcome in outcomes[name]] for name in "ab"] == [expected] * 2
 
 
@@ -194,7 +195,7 @@ def _finish(outcome: Outcome) -> Finish:
 async def test_a_stream_ends_where_it_was_asked_to(
     text: Bundle,
     start: Start,
-    fields: dict[str, object],
+    fields: dict[str, Any],
     tokens: bytes,
     sent: str,
     reason: FinishReason,

@@ -35,7 +35,7 @@ def _image(png: bytes) -> pb.Prompt:
 
 
 def _tokens(bundle: Bundle, prompt: pb.Prompt, room: int = 1) -> list[int]:
-    return prompt_tokens(bundle, prompt, room=room).tolist()
+    return list(map(int, prompt_tokens(bundle, prompt, room=room)))
 
 
 def _refusal(bundle: Bundle, prompt: pb.Prompt, room: int = 1) -> str:

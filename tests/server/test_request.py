@@ -66,7 +66,7 @@ def test_zero_is_not_the_same_as_absent(text: Bundle) -> None:
 
 
 def _sampling(**fields: float) -> pb.GenerateRequest:
-    return pb.GenerateRequest(sampling=pb.SamplingParameters(**fields))
+    return pb.GenerateRequest(sampling=pb.SamplingParameters(**fields))  # type: ignore[arg-type]
 
 
 def _stopping(**fields: object) -> pb.GenerateRequest:

@@ -95,9 +95,9 @@ def test_streams_that_come_and_go_get_the_logits_of_the_model(
             away.append((cache.park(row), rows[row]))
             leave(row)
             continue
-        at = cache.pushed.copy()
-        logits = cache.step(np.array([prompts[s][n] for s, n in zip(rows, at, strict=True)]))
-        for row, (stream, n) in enumerate(zip(rows, at, strict=True)):
+        seen = cache.pushed.tolist()
+        logits = cache.step(np.array([prompts[s][n] for s, n in zip(rows, seen, strict=True)]))
+        for row, (stream, n) in enumerate(zip(rows, seen, strict=True)):
             assert np.abs(logits[row] - expected[stream][n]).max() < TOLERANCE, (stream, n)
         ended = {row for row, s in enumerate(rows) if cache.pushed[row] == len(prompts[s])}
         cache.fold(ended)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from server import sampler
 from server.sampler import (
     SamplingBatch,
     SamplingParameters,
@@ -111,6 +112,14 @@ def test_the_drawn_token_is_where_the_number_falls() -> None:
     assert sample(np.tile(logits, (200, 1)), batch, np.full(200, 5)).tolist() == expected.tolist()
 
 
+@pytest.mark.parametrize(("number", "expected"), [(0.0, 1), (1 - 2**-53, 3)])
+def test_the_outermost_numbers_fall_on_tokens_that_can_be(
+    monkeypatch: pytest.MonkeyPatch, number: float, expected: int
+) -> None:
+    monkeypatch.setattr(sampler, "uniform", lambda *_: np.array([number]))
+    assert _one([0, 2, 2, 2, 0], SamplingParameters(top_k=3)) == expected
+
+
 def _one(logits: list[float], parameters: SamplingParameters, position: int = 0) -> int:
     row = np.array([logits], np.float32)
     return int(sample(row, SamplingBatch.of([parameters]), np.array([position]))[0])
@@ -162,6 +171,12 @@ def test_top_p_counts_what_top_k_left() -> None:
     assert _drawn(logits, SamplingParameters(top_p=0.55, top_k=2)) == {0}
 
 
+def test_top_p_is_reached_when_it_is_met_exactly() -> None:
+    weights = np.array([[0.125, 0.5, 0.25, 0.125]])
+    for top_p, floor in [(0.49, 0.5), (0.5, 0.5), (0.51, 0.25), (0.75, 0.25), (0.76, 0.125)]:
+        assert sampler._floors(weights, np.array([0]), np.array([top_p])).tolist() == [floor]
+
+
 Parameters = st.builds(
     SamplingParameters,
     temperature=st.sampled_from([0.0, 0.1, 0.7, 1.0, 3.0]),
@@ -172,11 +187,21 @@ Parameters = st.builds(
 )
 
 
-@settings(max_examples=60)
-@given(st.lists(Parameters, min_size=1, max_size=12), st.integers(0, 2**20))
-def test_a_row_does_not_notice_the_others(rows: list[SamplingParameters], start: int) -> None:
-    logits = np.random.default_rng(start).normal(0, 3, (len(rows), 257)).astype(np.float32)
-    positions = start + np.arange(len(rows)) * 17
+@pytest.mark.parametrize("seed", range(40))
+def test_a_row_does_not_notice_the_others(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    rows = [
+        SamplingParameters(
+            temperature=float(rng.choice([0, 0.1, 0.7, 1, 3])),
+            top_k=int(rng.choice([0, 0, 1, 3, 40, 300])),
+            top_p=float(rng.choice([1e-6, 0.5, 0.95, 1, 1])),
+            min_p=float(rng.choice([0, 0, 0.05, 1])),
+            seed=int(rng.integers(U64, dtype=np.uint64)),
+        )
+        for _ in range(12)
+    ]
+    logits = rng.normal(0, 3, (len(rows), 257)).astype(np.float32)
+    positions = rng.integers(1 << 40, size=len(rows))
     together = sample(logits, SamplingBatch.of(rows), positions)
     alone = [
         sample(logits[row : row + 1], SamplingBatch.of([p]), positions[row : row + 1])[0]

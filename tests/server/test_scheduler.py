@@ -33,6 +33,8 @@ def _plan(**changes: object) -> Plan:
         ({"waiting": (NO_PROMPT, NO_PROMPT)}, Plan(begin=2, decode=True)),
         ({"waiting": (PROMPT,)}, Plan(seat=True)),
         ({"waiting": (NO_PROMPT, PROMPT, NO_PROMPT)}, Plan(begin=1, seat=True, decode=True)),
+        ({"num_free": 1, "waiting": (NO_PROMPT, PROMPT)}, Plan(begin=1, decode=True)),
+        ({"num_free": 1, "waiting": (NO_PROMPT, SCORE)}, Plan(begin=1, seat=True, decode=True)),
         # Full: nobody joins, but scoring needs no slot.
         ({"num_free": 0, "num_running": 4, "waiting": (NO_PROMPT,)}, Plan(decode=True)),
         ({"num_free": 0, "num_running": 4, "waiting": (PROMPT,)}, Plan(decode=True)),

@@ -40,12 +40,12 @@ class Served:
     channel: grpc.aio.Channel
 
     @property
-    def generation(self) -> generation_grpc.GenerationServiceAsyncStub:
-        return generation_grpc.GenerationServiceStub(self.channel)  # type: ignore[return-value]
+    def generation(self) -> generation_grpc.GenerationServiceStub:
+        return generation_grpc.GenerationServiceStub(self.channel)
 
     @property
-    def models(self) -> model_grpc.ModelServiceAsyncStub:
-        return model_grpc.ModelServiceStub(self.channel)  # type: ignore[return-value]
+    def models(self) -> model_grpc.ModelServiceStub:
+        return model_grpc.ModelServiceStub(self.channel)
 
     async def generate(self, request: pb.GenerateRequest) -> list[pb.GenerateResponse]:
         """All events of a stream, whose form is checked."""
@@ -88,7 +88,7 @@ async def serve(text_bundle: Path, image_bundle: Path) -> AsyncIterator[Serve]:
     try:
         for one in served:
             await one.channel.close()
-        await until(lambda: all(is_empty(e) for e in engines if e.alive), limit_s=5)
+        await until(lambda: all(is_empty(e) for e in engines if e.alive), limit_s=10)
     finally:
         for server in servers:
             await server.stop(None)
@@ -289,7 +289,8 @@ class _Context:
     def set_code(self, code: grpc.StatusCode) -> None:
         raise AssertionError(code)
 
-    set_details = set_code  # type: ignore[assignment]
+    def set_details(self, details: str) -> None:
+        raise AssertionError(details)
 
 
 # ---- requests that are refused, and streams that fail

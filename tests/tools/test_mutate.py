@@ -34,6 +34,7 @@ def project(tmp_path: Path) -> Path:
         if not Path(name).suffix:
             (root / name).mkdir(parents=True)
     shutil.copy(ROOT / "pyproject.toml", root)
+    (root / "model" / "__init__.py").touch()  # or an installed package of that name wins
     (root / "model" / "arithmetic.py").write_text(SOUND)
     (root / "tests" / "test_arithmetic.py").write_text(TEST)
     return root
