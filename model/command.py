@@ -117,9 +117,6 @@ def train(
     weight_decay: Annotated[float, typer.Option(help="Decay of the layers' matrices.")] = 0.3,
     dropout: Annotated[float, typer.Option(help="Dropout on every residual branch.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of weights, batches and dropout.")] = 0,
-    init: Annotated[
-        Path | None, typer.Option(help="Another run whose weights to start from.")
-    ] = None,
     float32: Annotated[bool, typer.Option("--float32", help="No bfloat16 in products.")] = False,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 takes every core.")] = 0,
 ) -> None:
@@ -156,7 +153,6 @@ def train(
         dropout=dropout,
         seed=seed,
         bfloat16=not float32,
-        init=str(init or ""),
     )
     columns = (
         TextColumn("{task.description}"),

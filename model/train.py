@@ -28,10 +28,7 @@ LOG = "log.jsonl"
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a checkpoint is trained. Rates are peaks of a warm-up and cosine schedule.
-
-    `init` is the folder of another run whose weights this one starts from; empty for fresh ones.
-    """
+    """How a checkpoint is trained. Rates are peaks of a warm-up and cosine schedule."""
 
     tokens: int = 10_000_000
     rows: int = 8
@@ -42,7 +39,6 @@ class TrainConfig:
     dropout: float = 0.0
     seed: int = 0
     bfloat16: bool = True
-    init: str = ""
     evaluate_every: int = 250
     evaluate_rows: int = 16
 
@@ -96,8 +92,6 @@ def train(
     _claim(folder, model_config, train_config, dataset.info)
     torch.manual_seed(train_config.seed)
     model = Decoder(model_config, train_config.dropout)
-    if train_config.init:
-        model.load_state_dict(load_checkpoint(Path(train_config.init)).model.state_dict())
     optimisers = _optimisers(model, train_config)
     steps = train_config.steps(model_config.context)
     first = _restore(folder, model, optimisers) if (folder / CHECKPOINT).exists() else 0

@@ -12,7 +12,7 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import grpc
 import ray
@@ -20,6 +20,7 @@ from grpc_health.v1 import health_pb2
 from ray import serve as ray_serve
 from ray.serve._private import default_impl
 from ray.serve.exceptions import RayServeException
+from ray.serve.grpc_util import RayServegRPCContext
 
 from concertina.v1 import generation_service_pb2 as pb
 from concertina.v1 import model_service_pb2 as model_pb
@@ -31,10 +32,7 @@ from server.logs import log_to_stderr
 from server.orphans import adopt_orphans, end_children
 from server.ports import free_ports, require_free
 from server.signals import ignore_stop_signals, interrupt_on_stop_signals
-from server.switches import DIRECT, GRPC_HOST, HAPROXY, STATS_PORT, data_path
-
-if TYPE_CHECKING:
-    from server.servicer import Context
+from server.switches import DIRECT, GRPC_HOST, HAPROXY, PYTHON_PROXY, STATS_PORT, data_path
 
 APPLICATION: Final = "concertina"
 SERVICER_FUNCTIONS: Final = (
@@ -70,36 +68,41 @@ class Replica:
         self._health = HealthServicer(self._engines)
 
     async def Generate(
-        self, request: pb.GenerateRequest, grpc_context: Context
+        self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext
     ) -> AsyncIterator[pb.GenerateResponse]:
         """GenerationService.Generate."""
         async for response in self._generation.Generate(request, grpc_context):
             yield response
+        if grpc_context.code() and data_path(os.environ) == PYTHON_PROXY:
+            # Its proxy learns of a status from a message, or from an exception.
+            raise RuntimeError("refused")
 
-    async def Score(self, request: pb.ScoreRequest, grpc_context: Context) -> pb.ScoreResponse:
+    async def Score(
+        self, request: pb.ScoreRequest, grpc_context: RayServegRPCContext
+    ) -> pb.ScoreResponse:
         """GenerationService.Score."""
         return await self._generation.Score(request, grpc_context) or pb.ScoreResponse()
 
     async def ListModels(
-        self, request: model_pb.ListModelsRequest, grpc_context: Context
+        self, request: model_pb.ListModelsRequest, grpc_context: RayServegRPCContext
     ) -> model_pb.ListModelsResponse:
         """ModelService.ListModels."""
         return await self._models.ListModels(request, grpc_context)
 
     async def GetModel(
-        self, request: model_pb.GetModelRequest, grpc_context: Context
+        self, request: model_pb.GetModelRequest, grpc_context: RayServegRPCContext
     ) -> model_pb.GetModelResponse:
         """ModelService.GetModel."""
         return await self._models.GetModel(request, grpc_context) or model_pb.GetModelResponse()
 
     async def Check(
-        self, request: health_pb2.HealthCheckRequest, grpc_context: Context
+        self, request: health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext
     ) -> health_pb2.HealthCheckResponse:
         """grpc.health.v1.Health.Check."""
         return await self._health.Check(request, grpc_context)
 
     async def Watch(
-        self, request: health_pb2.HealthCheckRequest, grpc_context: Context
+        self, request: health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext
     ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
         """grpc.health.v1.Health.Watch."""
         async for response in self._health.Watch(request, grpc_context):

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, BinaryIO, Final
+from typing import Annotated, Final
 
 import psutil
 import typer
@@ -20,7 +20,6 @@ from concertina.client import Client
 from concertina.command import generate, paint
 from server.bundle import load_bundle
 from server.config import EngineConfig, ServeConfig
-from server.health import is_serving
 from server.ports import free_ports, require_free
 from server.signals import interrupt_on_stop_signals
 from server.switches import switches
@@ -30,6 +29,7 @@ _PROMPT: Final = "def "
 _TOKENS: Final = 400
 _SEED: Final = 1
 _CALL_SECONDS: Final = 60.0
+_POLL_SECONDS: Final = 0.1
 _START_SECONDS: Final = 15
 _START_LIMIT_SECONDS: Final = 120.0
 _STOP_LIMIT_SECONDS: Final = 60.0
@@ -154,7 +154,7 @@ def demo(
                 generate(
                     _PROMPT,
                     model=model.name,
-                    max_tokens=_TOKENS,
+                    max_tokens=min(_TOKENS, model.context - len(_PROMPT)),
                     temperature=0.7,
                     seed=_SEED,
                     timeout=_CALL_SECONDS,
@@ -176,11 +176,10 @@ def _server(bundles: list[Path], console: Console) -> Iterator[str]:
     address = f"127.0.0.1:{port}"
     options = ["--port", str(port), "--metrics-port", str(metrics_port), "--drain-seconds", "5"]
     command = [sys.executable, "-m", "concertina.cli", "serve", *map(str, bundles), *options]
-    with tempfile.TemporaryFile() as log:
+    with tempfile.NamedTemporaryFile() as log:
         server = psutil.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         try:
-            console.print(f"starting Ray Serve with {', '.join(b.name for b in bundles)}")
-            _wait_for(server, address, log, console)
+            _wait_for(server, Path(log.name), console)
             yield address
         finally:
             left = _end(server)
@@ -188,17 +187,19 @@ def _server(bundles: list[Path], console: Console) -> Iterator[str]:
             raise DemoFailed(f"the server ended with {server.returncode}; processes left: {left}")
 
 
-def _wait_for(server: psutil.Popen, address: str, log: BinaryIO, console: Console) -> None:
+def _wait_for(server: psutil.Popen, log: Path, console: Console) -> None:
+    """Return when the server says that it is ready."""
     began = time.monotonic()
     waited_s = 0.0
+    console.print("starting Ray Serve")
     with console.status("") as status:
-        while not is_serving(address):
+        while "\nready" not in log.read_text():
             waited_s = time.monotonic() - began
-            status.update(f"{waited_s:.0f} s of about {_START_SECONDS}")
             if server.poll() is not None or waited_s > _START_LIMIT_SECONDS:
-                log.seek(0)
-                sys.stderr.write(log.read().decode(errors="replace"))
+                sys.stderr.write(log.read_text())
                 raise DemoFailed(f"the server did not start in {waited_s:.0f} s; its log is above")
+            status.update(f"{waited_s:.0f} s of about {_START_SECONDS}")
+            time.sleep(_POLL_SECONDS)
     console.print(f"ready after {waited_s:.1f} s")
 
 

@@ -92,8 +92,8 @@ class Streams:
     def step(self) -> None:
         tokens = [self.chance.randrange(256) for _ in self.rows]
         logits = self.cache.step(np.array(tokens))
-        for row, token in zip(self.rows, tokens, strict=True):
-            row.append(token)
+        for history, token in zip(self.rows, tokens, strict=True):
+            history.append(token)
         assert logits[:, 0].tolist() == [len(row) for row in self.rows]
         ended = {row for row in range(len(self.rows)) if self.chance.random() < 0.1}
         span = self.bundle.span
@@ -133,7 +133,7 @@ def test_state_bytes_are_those_of_the_batch() -> None:
     streams = Streams(3, random.Random(0))
     heads, entries, width = 2, 10, 4
     shape = [heads, entries, width]
-    streams.bundle.manifest.state.add(name="keys", kind=1, shape=shape, data_type=1)  # type: ignore[arg-type]
+    streams.bundle.manifest.state.add(name="keys", kind=1, shape=shape, data_type=1)
     streams.begin()
     streams.begin()
     for token in range(3):
