@@ -12,7 +12,7 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import grpc
 import ray
@@ -33,6 +33,9 @@ from server.orphans import adopt_orphans, end_children
 from server.ports import free_ports, require_free
 from server.signals import ignore_stop_signals, interrupt_on_stop_signals
 from server.switches import DIRECT, GRPC_HOST, HAPROXY, PYTHON_PROXY, STATS_PORT, data_path
+
+if TYPE_CHECKING:
+    from server.engine import Engine
 
 APPLICATION: Final = "concertina"
 SERVICER_FUNCTIONS: Final = (
@@ -62,6 +65,7 @@ class Replica:
         from server.servicer import GenerationServicer, ModelServicer, open_engines
 
         log_to_stderr()
+        self._engines: dict[str, Engine] = {}  # what `__del__` finds if the next line fails
         self._engines = open_engines(config.bundles, config.engine)
         self._generation = GenerationServicer(self._engines)
         self._models = ModelServicer(self._engines)
@@ -203,8 +207,10 @@ def _start(config: ServeConfig, metrics: Path, path: str) -> None:
     )
     try:
         ray_serve.run(application(config, metrics), name=APPLICATION, logging_config=_LOGGING)
-    except RuntimeError as error:
-        raise StartFailed(f"the replicas did not start: {error}") from None
+    except RuntimeError:
+        deployment = ray_serve.status().applications[APPLICATION].deployments[Replica.__name__]
+        print(repr(deployment.message))
+        raise StartFailed(f"the replicas did not start: {deployment.message}") from None
     wait_until_serving(config.address, _REACHABLE_SECONDS)
     if path == HAPROXY:
         stats_port = int(os.environ[STATS_PORT])

@@ -27,7 +27,8 @@ from server.switches import switches
 BUNDLES: Final = Path("bundles")
 _PROMPT: Final = "def "
 _TOKENS: Final = 400
-_SEED: Final = 1
+_LABEL: Final = "Smileys & Emotion"
+_SEED: Final = 2
 _CALL_SECONDS: Final = 60.0
 _POLL_SECONDS: Final = 0.1
 _START_SECONDS: Final = 15
@@ -93,13 +94,14 @@ def serve(
         engine=EngineConfig(slots=slots, queue_limit=queue_limit, threads=threads),
     )
     # Here a wrong bundle or a taken port ends the start in a moment, and with a plain word.
-    names = [load_bundle(folder).name for folder in folders]
+    opened = [load_bundle(folder) for folder in folders]
     require_free(host, port, "choose another one with --port")
     if metrics_port:
         require_free(host, metrics_port, "choose another one with --metrics-port, or 0 for none")
 
     console = Console(highlight=False, soft_wrap=True)
-    console.print(f"starting {', '.join(names)}")
+    console.print(f"starting {', '.join(bundle.name for bundle in opened)}")
+    verb = "paint" if opened[0].is_image else 'generate "import "'
 
     def announce(data_path: str) -> None:
         ready_s = time.time() - psutil.Process().create_time()
@@ -107,7 +109,7 @@ def serve(
         console.print(f"  gRPC     {config.address}")
         if metrics_port:
             console.print(f"  metrics  http://{host}:{metrics_port}/metrics")
-        console.print(f"try: concertina models --address {config.address}")
+        console.print(f"try: concertina {verb} -m {opened[0].name} --address {config.address}")
 
     interrupt_on_stop_signals()
     with suppress(KeyboardInterrupt):
@@ -155,14 +157,23 @@ def demo(
                     _PROMPT,
                     model=model.name,
                     max_tokens=min(_TOKENS, model.context - len(_PROMPT)),
-                    temperature=0.7,
+                    temperature=0.9,
+                    top_p=0.98,
                     seed=_SEED,
                     timeout=_CALL_SECONDS,
                     address=address,
                 )
                 console.print()
             else:
-                paint(model=model.name, out=out, seed=_SEED, timeout=_CALL_SECONDS, address=address)
+                paint(
+                    label=_LABEL if _LABEL in model.labels else None,
+                    model=model.name,
+                    out=out,
+                    temperature=0.9,
+                    seed=_SEED,
+                    timeout=_CALL_SECONDS,
+                    address=address,
+                )
                 console.print(f"saved {out}")
     console.print("stopped; no process is left")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from typing import Final
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -22,6 +23,8 @@ try:
     from uvloop import new_event_loop
 except ImportError:
     from asyncio import new_event_loop  # type: ignore[assignment]
+
+_FAREWELL_SECONDS: Final = 2.0
 
 _log = logging.getLogger(__name__)
 
@@ -61,14 +64,19 @@ async def _serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
             announce("local, without Ray")
             await stopping.wait()
             _log.info("stopping; running streams have %d s to end", config.drain_seconds)
-            drain = asyncio.create_task(server.stop(config.drain_seconds))
-            cut = asyncio.create_task(stopping_now.wait())
-            await asyncio.wait((drain, cut), return_when=asyncio.FIRST_COMPLETED)
-            cut.cancel()
+            done = asyncio.create_task(server.stop(config.drain_seconds + _FAREWELL_SECONDS))
+            hurry = asyncio.create_task(stopping_now.wait())
+            await asyncio.wait(
+                (done, hurry),
+                timeout=config.drain_seconds,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            hurry.cancel()
     finally:
-        await server.stop(None)
         for engine in engines.values():
             engine.close()
+        # The streams that were cut have an error event to send.
+        await server.stop(_FAREWELL_SECONDS)
 
 
 def _signals() -> tuple[asyncio.Event, asyncio.Event]:

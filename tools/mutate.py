@@ -334,7 +334,7 @@ def run_tests(tree: Path, tests: Sequence[str]) -> Outcome:
         return Outcome(None, f"did not end within {TIME_LIMIT_S} s", time.monotonic() - began)
     lines = (done.stdout + done.stderr).splitlines()
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    said = failed[0] if failed else lines[-1] if lines else ""
+    said = failed[0] if failed else f"pytest ended with {done.returncode}: {''.join(lines[-1:])}"
     return Outcome(done.returncode, said, time.monotonic() - began)
 
 

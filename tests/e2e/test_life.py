@@ -12,7 +12,14 @@ import psutil
 import pytest
 from PIL import Image
 
-from concertina.client import Accepted, Client, ConcertinaError, Tokens
+from concertina.client import (
+    Accepted,
+    Client,
+    ConcertinaError,
+    Finished,
+    GenerationFailed,
+    Tokens,
+)
 from tests.bundles import HEIGHT, WIDTH
 from tests.e2e.servers import Server, concertina, serving, until
 
@@ -58,6 +65,32 @@ def test_ctrl_c_stops_everything(home: list[str], image_bundle: Path) -> None:
         _, alive = psutil.wait_procs(family, timeout=SOON)
         assert not alive
         assert server.process.returncode == 0
+
+
+@pytest.mark.slow
+def test_running_streams_may_end(home: list[str], long_bundle: Path) -> None:
+    limits = ["--drain-seconds", "12", "--threads", "1"]
+    with serving(str(long_bundle), *limits, *home) as server, Client(server.address) as client:
+        asked = {"max_tokens": 30_000, "ignore_eos": True, "timeout": 60}
+        short = client.generate("a", time_limit=5, **asked)
+        for _ in range(2):
+            next(short)
+        server.process.terminate()
+        assert isinstance(list(short)[-1], Finished)
+        assert server.process.wait(SOON) == 0
+
+
+@pytest.mark.slow
+def test_streams_that_do_not_end_are_told(long_bundle: Path) -> None:
+    limits = ["--drain-seconds", "1", "--threads", "1", "--local"]
+    with serving(str(long_bundle), *limits) as server, Client(server.address) as client:
+        endless = client.generate("a", max_tokens=30_000, ignore_eos=True, timeout=60)
+        next(endless)
+        server.process.terminate()
+        with pytest.raises(GenerationFailed, match="shut down") as raised:
+            list(endless)
+        assert raised.value.retryable
+        assert server.process.wait(SOON) == 0
 
 
 @pytest.mark.slow
