@@ -50,7 +50,7 @@ _REAP_SECONDS: Final = 10.0
 
 
 class StartFailed(Exception):
-    """Ray Serve could not start the application; the message says where its logs are."""
+    """Ray Serve could not start a replica. The message says why."""
 
 
 class Replica:
@@ -209,8 +209,8 @@ def _start(config: ServeConfig, metrics: Path, path: str) -> None:
         ray_serve.run(application(config, metrics), name=APPLICATION, logging_config=_LOGGING)
     except RuntimeError:
         deployment = ray_serve.status().applications[APPLICATION].deployments[Replica.__name__]
-        print(repr(deployment.message))
-        raise StartFailed(f"the replicas did not start: {deployment.message}") from None
+        reason = deployment.message.rstrip().splitlines()[-1]
+        raise StartFailed(f"a replica did not start: {reason}") from None
     wait_until_serving(config.address, _REACHABLE_SECONDS)
     if path == HAPROXY:
         stats_port = int(os.environ[STATS_PORT])

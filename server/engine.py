@@ -103,13 +103,9 @@ class Engine:
 
     def close(self) -> None:
         """Stop the loop. Streams that have not ended end with an error."""
-        self._refuse_more()
+        self._closing = True
         self._wake.set()
         self._thread.join()
-
-    def _refuse_more(self) -> None:
-        with self._lock:  # whatever was accepted is in the inbox by now, and will be ended
-            self._closing = True
 
     def _post(self, action: Callable[[], None]) -> None:
         self._inbox.append(action)
@@ -123,7 +119,8 @@ class Engine:
                 self._turn()
         except Exception:
             _log.exception("the engine of %s died", self.bundle.name)
-        self._refuse_more()
+        with self._lock:  # whatever was not refused is in the inbox by now
+            self._closing = True
         gone = EngineStopped("the server shut down before the stream ended; try again later")
         while self._inbox:
             self._inbox.popleft()()
@@ -133,7 +130,6 @@ class Engine:
         self._publish()
 
     def _turn(self) -> None:
-        self._wake.clear()
         while self._inbox:
             self._inbox.popleft()()
         self._expire(time.monotonic())
@@ -148,6 +144,7 @@ class Engine:
         if todo.idle:
             self._last_step_at = None
             self._wake.wait(self._until_next_expiry())
+            self._wake.clear()
 
     def _load(self) -> Load:
         bench = self._bench

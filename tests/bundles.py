@@ -1,23 +1,13 @@
-"""Bundles small enough to be exported anew for every test session, from weights that matter.
-
-A fresh decoder adds nothing to its residual stream, so whatever attention does would go unseen:
-every weight here is random, and large enough that each token of the past moves the logits.
-"""
+"""Bundles small enough to be exported anew for every test session, from weights that matter."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from pathlib import Path
-
-import torch
-from safetensors.torch import save_file
 
 from export.bundle import export_bundle
 from model.config import ModelConfig
 from model.data import DatasetInfo
-from model.decoder import Decoder
-from model.train import CHECKPOINT, CONFIG, TrainConfig
+from tests.checkpoints import write_checkpoint
 
 TEXT_MODEL, IMAGE_MODEL = "tiny-text", "tiny-image"
 LABELS = ("circle", "square", "star")
@@ -58,27 +48,6 @@ def _make(folder: Path, name: str, info: DatasetInfo, context: int) -> Path:
         span=_SPAN,
         starts=info.starts,
     )
-    checkpoint = folder.with_name(folder.name + "-checkpoint")
-    checkpoint.mkdir(parents=True)
-    weights = {f"model.{key}": value for key, value in _random(config).state_dict().items()}
-    metrics = {info.unit: 8.0, "tokens": 1.0}
-    save_file(weights, checkpoint / CHECKPOINT, {"step": "1", "metrics": json.dumps(metrics)})
-    settings = {"model": asdict(config), "train": asdict(TrainConfig()), "data": asdict(info)}
-    (checkpoint / CONFIG).write_text(json.dumps(settings))
+    checkpoint = write_checkpoint(folder.with_name(folder.name + "-checkpoint"), config, info)
     export_bundle(checkpoint, folder, name=name)
     return folder
-
-
-def _random(config: ModelConfig) -> Decoder:
-    with torch.random.fork_rng():
-        torch.manual_seed(7)
-        model = Decoder(config)
-        with torch.no_grad():
-            for name, weight in model.named_parameters():
-                if weight.ndim == 1:
-                    weight.add_(torch.randn_like(weight) * 0.1)
-                elif name.startswith(("embed", "positions")):
-                    weight.normal_()
-                else:
-                    weight.normal_(std=1.5 * weight.shape[1] ** -0.5)
-    return model

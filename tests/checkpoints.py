@@ -56,10 +56,12 @@ def write_checkpoint(folder: Path, config: ModelConfig, info: DatasetInfo) -> Pa
 
 
 def export_tiny(root: Path, attention: Attention) -> Path:
-    """Folder of a bundle below `root`, whose checkpoint lies beside it as `<name>-checkpoint`.
+    """Folder of a bundle below `root`, exported unless it is there; `<name>-checkpoint` beside it.
 
     Pattern `fixed` comes as 8x4 pixels with two labels, `full` as text; both see 32 tokens.
     """
+    if (root / attention).exists():
+        return root / attention
     pixels = DatasetInfo(
         "image", 7, "noise", "CC0-1.0", 8, 4, tuple((40 * k, 9, 7) for k in range(7)), ("a", "b")
     )

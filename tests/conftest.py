@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -29,16 +30,22 @@ def image_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def fixed_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of the bundle `tiny-fixed`: the smallest that folds; negative queries, labels."""
-    from tests.checkpoints import export_tiny
-
-    return export_tiny(tmp_path_factory.mktemp("bundles"), "fixed")
+def tiny_bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the next two are exported to; tools/mutate.py keeps them from run to run."""
+    return Path(os.environ.get("TINY_BUNDLES") or tmp_path_factory.mktemp("bundles"))
 
 
 @pytest.fixture(scope="session")
-def full_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def fixed_bundle(tiny_bundles: Path) -> Path:
+    """Folder of the bundle `tiny-fixed`: the smallest that folds; negative queries, labels."""
+    from tests.checkpoints import export_tiny
+
+    return export_tiny(tiny_bundles, "fixed")
+
+
+@pytest.fixture(scope="session")
+def full_bundle(tiny_bundles: Path) -> Path:
     """Folder of the bundle `tiny-full`: full attention, which never folds."""
     from tests.checkpoints import export_tiny
 
-    return export_tiny(tmp_path_factory.mktemp("bundles"), "full")
+    return export_tiny(tiny_bundles, "full")

@@ -20,8 +20,9 @@ from concertina.client import (
     GenerationFailed,
     Tokens,
 )
+from concertina.manifest import read_manifest, write_manifest
 from tests.bundles import HEIGHT, WIDTH
-from tests.e2e.servers import Server, concertina, serving, until
+from tests.e2e.servers import START_SECONDS, Server, concertina, serving, until
 
 SOON = 30.0
 
@@ -51,6 +52,22 @@ def test_a_corrupt_bundle_ends_the_start(
     assert process.returncode == 1
     assert errors.startswith(b"error: ")
     assert b"step.onnx does not match its checksum" in errors
+    assert b"Traceback" not in errors
+
+
+@pytest.mark.slow
+def test_a_bundle_that_does_not_load_ends_the_start(
+    home: list[str], image_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(image_bundle, bundle)
+    manifest = read_manifest(bundle)
+    (bundle / "step.onnx").write_bytes(b"not a graph")
+    write_manifest(bundle, manifest, [file.path for file in manifest.files])
+    process = concertina("serve", str(bundle), *home, stderr=subprocess.PIPE)
+    _, errors = process.communicate(timeout=START_SECONDS)
+    assert process.returncode == 1
+    assert b"step.onnx cannot be loaded" in errors
     assert b"Traceback" not in errors
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 
@@ -45,10 +46,20 @@ def stalled(server: Server) -> Iterator[list[Iterator[pb.GenerateResponse]]]:
         yield calls
 
 
+def settled(server: Server, streams: int) -> bool:
+    """Whether all are paused for good: what lies between server and reader has filled up, too."""
+    before = server.metric("concertina_generation_tokens_total")
+    time.sleep(3)
+    return (
+        server.metric("concertina_streams_paused") == streams
+        and server.metric("concertina_generation_tokens_total") == before
+    )
+
+
 @pytest.mark.timeout(600)
 def test_stalled_readers(server: Server, stalled: list[Iterator[pb.GenerateResponse]]) -> None:
     # They are more than the slots: all are parked, so each has given its slot to the next.
-    until(lambda: server.metric("concertina_streams_paused") == len(stalled), STALL_SECONDS)
+    until(lambda: settled(server, len(stalled)), STALL_SECONDS)
     assert server.metric("concertina_streams_running") == 0
     memory = server.metric("concertina_process_resident_memory_bytes")
     tokens = server.metric("concertina_generation_tokens_total")

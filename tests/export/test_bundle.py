@@ -6,14 +6,21 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnxruntime
 import pytest
+import torch
 
 import export.bundle
 from concertina.manifest import read_manifest
 from concertina.v1 import bundle_pb2 as pb
 from export.bundle import export_bundle
+from export.graphs import load_decoder
 from export.parity import ParityError
+from model.config import ModelConfig
+from model.data import DatasetInfo
 from model.decoder import Decoder
+from tests.checkpoints import write_checkpoint
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -135,3 +142,33 @@ def test_a_folder_without_a_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="has `concertina train` run"):
         export_bundle(tmp_path, tmp_path / "bundle", name="new")
     assert not (tmp_path / "bundle").exists()
+
+
+def test_sinusoid_positions_are_exact_far_into_the_context(tmp_path: Path) -> None:
+    config = ModelConfig(
+        7, 40_000, 16, layers=1, heads=2, mlp=24, span=200, positions="sinusoid", attention="full"
+    )
+    info = DatasetInfo("text", 7, "noise", "CC0-1.0")
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", config, info)
+    manifest = export_bundle(checkpoint, tmp_path / "bundle", name="far")
+    assert manifest.parity.max_error < 1e-5
+    session = onnxruntime.InferenceSession(tmp_path / "bundle" / "step.onnx")
+    empty = np.zeros((1, 2, 40_000, 8), np.float32)
+    for position in (0, 39_999):
+        logits = session.run(
+            ["logits"],
+            {
+                "tokens": np.array([[3]]),
+                "positions": np.array([[position]]),
+                "lengths": np.array([1], np.int32),
+                "longest": np.array(1, np.int32),
+                "rows": np.array([0]),
+                "keys.0": empty,
+                "values.0": empty,
+            },
+        )[0]
+        model = load_decoder(tmp_path / "bundle" / "step.onnx").double()
+        block: Any = model.blocks[0]
+        x = model.embed_at(torch.tensor([[3]]), torch.tensor([[position]]))
+        expected = model.head(model.norm(block(x, lambda q, k, v: v)))[:, 0]
+        assert np.abs(logits - expected.detach().numpy()).max() < 1e-5

@@ -16,7 +16,7 @@ from server.engine import Engine
 from server.runtime import Floats, Ints
 from server.sampler import SamplingBatch, SamplingParameters, sample
 from server.stream import Finish, FinishReason, Request, Scored
-from tests.server.engines import LIMIT_S, Outcome, ask, change_logits, generate, script, until
+from tests.server.engines import LIMIT_S, Gate, Outcome, ask, change_logits, generate, script, until
 
 Start = Callable[..., Engine]
 Logits = Callable[[list[int]], npt.NDArray[np.float64]]
@@ -152,14 +152,18 @@ async def test_two_event_loops_share_an_engine(text: Bundle, start: Start) -> No
 
 
 async def test_a_loop_that_is_gone_leaves_nothing_behind(text: Bundle, start: Start) -> None:
+    """Its streams end with the first token that nobody can take, and not with their last."""
     engine = start(text, slots=2)
 
     async def forgetful() -> None:
         for _ in range(3):
             engine.submit(ask(max_tokens=90))
 
-    await asyncio.to_thread(lambda: asyncio.run(forgetful()))
-    await until(lambda: engine._num_open == 0)
+    with Gate(engine) as gate:
+        await asyncio.to_thread(lambda: asyncio.run(forgetful()))
+        gate.let(3)
+        await until(lambda: engine._num_open == 0)
+        assert gate.passes <= 3
     assert (await generate(engine, ask())).tokens
 
 

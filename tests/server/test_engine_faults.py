@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from itertools import count
 
@@ -10,11 +11,12 @@ import grpc
 import numpy as np
 import pytest
 
+from server import engine as engine_module
 from server.bundle import Bundle
 from server.engine import Engine
 from server.errors import EngineStopped, StepFailed
 from server.runtime import Floats, Ints
-from server.stream import Scored, Stream
+from server.stream import Scored
 from tests.server.engines import (
     LIMIT_S,
     Gate,
@@ -172,20 +174,42 @@ async def test_a_closed_engine_refuses(text: Bundle, start: Start) -> None:
     assert len(outcome.tokens) == 8
 
 
-async def test_a_stream_submitted_while_the_engine_closes_is_ended_or_refused(
+async def test_a_stream_submitted_while_the_engine_closes_is_not_forgotten(
     text: Bundle, start: Start
 ) -> None:
-    for _ in range(20):
-        engine, streams = start(text), list[Stream]()
-        closing = asyncio.create_task(asyncio.to_thread(engine.close))
-        with pytest.raises(EngineStopped):
-            async with asyncio.timeout(LIMIT_S):
-                while True:
-                    streams.append(engine.submit(ask(max_tokens=1)))
-                    await asyncio.sleep(0)
-        await asyncio.wait_for(closing, LIMIT_S)
-        for stream in streams:
-            assert (await read(engine, stream)).ending
+    """It was not refused, so it has to end, though the engine is told to stop before it is told."""
+    engine = start(text)
+    closing = threading.Thread(target=engine.close)
+    post = engine._post
+
+    def late(action: Callable[[], None]) -> None:
+        closing.start()
+        closing.join(0.2)
+        post(action)
+
+    engine._post = late  # type: ignore[method-assign]
+    stream = engine.submit(ask(max_tokens=90))
+    assert isinstance((await read(engine, stream)).ending, EngineStopped)
+    closing.join(LIMIT_S)
+
+
+async def test_closing_is_noticed_at_any_moment(
+    text: Bundle, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even between two looks at what there is to do, of which the second is a long wait."""
+    monkeypatch.setattr(engine_module, "_IDLE_WAIT_S", 10 * LIMIT_S)
+    engine = start(text)
+    await generate(engine, ask())
+    clear = engine._wake.clear
+
+    def close_before_clearing() -> None:
+        engine._closing = True
+        engine._wake.set()
+        clear()
+
+    engine._wake.clear = close_before_clearing  # type: ignore[method-assign]
+    engine._wake.set()
+    await until(lambda: not engine.alive)
 
 
 async def test_an_engine_that_dies_tells_everybody(

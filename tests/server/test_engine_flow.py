@@ -222,6 +222,20 @@ async def test_a_slow_reader_is_paused_and_misses_nothing(text: Bundle, start: S
     assert isinstance(event, Finish)
 
 
+async def test_a_paused_stream_comes_back_as_soon_as_it_was_read(
+    text: Bundle, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reader wakes the engine: there may be nobody else to do so."""
+    monkeypatch.setattr(engine_module, "_IDLE_WAIT_S", 10 * LIMIT_S)
+    engine = start(text, slots=1, stream_buffer=4)
+    stream, tokens = engine.submit(ask(max_tokens=40)), list[int]()
+    async with asyncio.timeout(LIMIT_S):
+        async for event in engine.events(stream):
+            tokens += event.tokens if isinstance(event, Delta) else ()
+            await until(lambda: stream.paused or stream.ended)
+    assert len(tokens) == 40
+
+
 async def test_slow_readers_beside_fast_ones_get_their_own_tokens(
     text: Bundle, start: Start
 ) -> None:

@@ -9,6 +9,7 @@ from prometheus_client import REGISTRY
 from server.bundle import Bundle
 from server.engine import Engine
 from server.errors import Overloaded
+from server.stream import Finish
 from tests.server.engines import Gate, ask, change_logits, generate, read, script, together, until
 
 Start = Callable[..., Engine]
@@ -60,6 +61,24 @@ async def test_what_a_stream_counts(text: Bundle, start: Start) -> None:
         "rows": 10,
         "max_tokens": 1,
     }
+
+
+async def test_a_step_counts_once_and_its_tokens_all(text: Bundle, start: Start) -> None:
+    engine, before = start(text), _counts()
+    with together(engine):
+        streams = [engine.submit(ask(max_tokens=5)) for _ in range(3)]
+    for stream in streams:
+        await read(engine, stream)
+    grown = _grown(before)
+    assert [grown[name] for name in ("steps", "rows", "generated", "gaps")] == [5, 15, 15, 4]
+
+
+async def test_an_idle_engine_is_no_slow_step(text: Bundle, start: Start) -> None:
+    engine, before = start(text), _counts()
+    for _ in range(2):
+        await generate(engine, ask(max_tokens=5))
+        await until(lambda: engine._last_step_at is None, limit_s=10)
+    assert _grown(before)["gaps"] == 2 * 4
 
 
 async def test_what_a_score_counts(text: Bundle, start: Start) -> None:
@@ -127,10 +146,13 @@ async def test_what_an_engine_holds(text: Bundle, start: Start) -> None:
 
 
 async def test_times_are_seconds(text: Bundle, start: Start) -> None:
-    names = ("time_to_first_token_seconds", "e2e_stream_latency_seconds")
-    before = [_value(f"{name}_sum") for name in names]
-    engine = start(text)
-    finish = (await generate(engine, ask(max_tokens=50))).ending
-    first, whole = (_value(f"{n}_sum") - b for n, b in zip(names, before, strict=True))
-    assert first == pytest.approx(getattr(finish, "first_token_s"))  # noqa: B009
-    assert whole == pytest.approx(getattr(finish, "total_s"), abs=0.05)  # noqa: B009
+    names = ("time_to_first_token", "inter_token_latency", "e2e_stream_latency")
+    before = [_value(f"{name}_seconds_sum") for name in names]
+    ending = (await generate(start(text), ask(max_tokens=50))).ending
+    assert isinstance(ending, Finish)
+    first, gaps, whole = (
+        _value(f"{name}_seconds_sum") - sum_ for name, sum_ in zip(names, before, strict=True)
+    )
+    assert first == pytest.approx(ending.first_token_s)
+    assert whole == pytest.approx(ending.total_s, abs=0.05)
+    assert gaps == pytest.approx(ending.total_s - ending.first_token_s, rel=0.2)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -191,6 +192,12 @@ def _solid(width: int, height: int, alpha: int = 255) -> bytes:
 _NOISE = _png(np.random.default_rng(0).integers(256, size=(4, SIZE, 4)))
 
 
+def _as(form: str) -> bytes:
+    file = io.BytesIO()
+    Image.open(io.BytesIO(_solid(SIZE, 2))).convert("RGB").save(file, form)
+    return file.getvalue()
+
+
 def _text_bomb() -> bytes:
     """A compressed comment that unpacks to far more than its file."""
     comment = b"zTXtx\0\0" + zlib.compress(b"\0" * 50_000_000)
@@ -209,6 +216,8 @@ def _text_bomb() -> bytes:
         (_NOISE[:40], ["not a readable PNG", "40 bytes"]),
         (_NOISE.replace(b"IDAT", b"JUNK"), ["not a readable PNG"]),
         (_text_bomb(), ["not a readable PNG"]),
+        (_as("GIF"), ["not a readable PNG"]),
+        (_as("BMP"), ["not a readable PNG"]),
         (_header(0, 0), ["prompt.image.png"]),
         (_header(100_000, 100_000), ["prompt.image.png"]),
         (_header(2**31 - 1, 2**31 - 1), ["prompt.image.png"]),
@@ -222,7 +231,7 @@ def _text_bomb() -> bytes:
         (_solid(SIZE, 3, alpha=0), ["wholly transparent", "at least 1 row"]),
         (b"\x89PNG\r\n\x1a\n" + b"\0" * 10_000_000, ["10000008 bytes", "limit is 1048576"]),
     ],
-    ids=range(19),
+    ids=range(21),
 )
 def test_a_png_that_cannot_be_is_refused(image: Bundle, png: bytes, named: list[str]) -> None:
     message = _refusal(image, _image(png))
@@ -237,6 +246,13 @@ def _palette_only() -> Bundle:
     bundle.manifest.image.width = bundle.manifest.image.height = SIZE
     bundle.manifest.image.palette = bytes(range(0, 240, 5))
     return bundle
+
+
+def test_a_bomb_makes_no_noise_in_the_log(image: Bundle) -> None:
+    with warnings.catch_warnings(record=True) as noise:
+        warnings.simplefilter("always")
+        _refusal(image, _image(_header(12_000, 8_000)))
+    assert noise == []
 
 
 @given(st.binary(max_size=200))

@@ -134,7 +134,7 @@ async def test_what_was_asked_for_is_echoed(serve: Serve) -> None:
         stop=["never", "\n\n"],
         stop_token_ids=[3, 9],
         ignore_eos=True,
-        time_limit=Duration(seconds=99, nanos=300_000_000),
+        time_limit=Duration(seconds=8, nanos=290_000_000),  # not a float
     )
     request = pb.GenerateRequest(
         model=TEXT, prompt=pb.Prompt(text="é!"), sampling=sampling, stopping=stopping

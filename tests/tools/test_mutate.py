@@ -84,7 +84,8 @@ def test_tests_that_fail_without_a_bug_prove_nothing(
 ) -> None:
     (project / "tests" / "test_arithmetic.py").write_text(TEST.replace("6", "7"))
     assert not survey(project, [WRONG], jobs=1)
-    assert "have to pass before bugs are planted" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "The tests have to pass without a bug: FAILED tests/test_arithmetic.py" in said
 
 
 def test_a_run_without_end_is_cut(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
