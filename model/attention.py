@@ -1,7 +1,7 @@
-"""Causal attention, parallel over all positions and as push / attend / fold on an explicit stack.
+"""The kernels that the patterns share: softmax, spans, stacks, histories.
 
-Shapes: `B` batch, `H` heads, `T` tokens, `s` span, `n` blocks, `D` head_dim. Queries arrive already
-divided by sqrt(D), as in the reference code, so pooled queries are never scaled again.
+Shapes: `B` batch, `H` heads, `T` tokens, `s` span, `E` entries, `D` head_dim. Queries arrive
+already divided by sqrt(D), as in the reference code, so pooled queries are never scaled again.
 Softmax is computed in float32 or better, whatever the inputs are.
 """
 
@@ -11,74 +11,95 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-
-def full_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention of every token to itself and all earlier ones, `[B, H, T, D]`."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
+NEVER = float(torch.finfo(torch.float32).min)
+"""Stands for -infinity where a running maximum starts: it survives export and storage."""
 
 
-def fixed_attention(q: Tensor, k: Tensor, v: Tensor, span: int) -> Tensor:
-    """Combiner-Fixed for all positions at once, `[B, H, T, D]`, any T; cost T (s + T/s).
-
-    Token i attends, in one softmax, to the raw tokens of its own block up to itself and to one
-    summary of every earlier block (arXiv 2107.05768, eq. 9 and 10, with block 0 included).
-    """
-    batch, heads, length, dim = q.shape
-    blocks = -(-length // span)
-    padding = (0, 0, 0, blocks * span - length)
-    grid = (batch, heads, blocks, span, dim)
-    qb, kb, vb = (F.pad(x, padding).view(grid) for x in (q, k, v))
-
-    # The last block is never summarised: no token follows it. Padding lies there alone.
-    summary_k, summary_v = summarise(
-        qb[:, :, :-1].amax(dim=3), kb[:, :, :-1], vb[:, :, :-1]
-    )  # [B, H, n-1, D]
-    local = qb @ kb.transpose(-1, -2)  # [B, H, n, s, s]
-    local = local.masked_fill(_future(span, q.device), float("-inf"))
-    if blocks == 1:
-        return (_softmax(local).to(v.dtype) @ vb).view(batch, heads, -1, dim)[:, :, :length]
-    far = qb.flatten(2, 3) @ summary_k.transpose(-1, -2)  # [B, H, n*s, n-1]
-    far = far.view(batch, heads, blocks, span, blocks - 1)
-    far = far.masked_fill(_not_yet_closed(blocks, q.device), float("-inf"))
-    weights = _softmax(torch.cat((local, far), dim=-1)).to(v.dtype)  # eq. 9: one normaliser
-    near_out = weights[..., :span] @ vb
-    far_out = weights[..., span:].reshape(batch, heads, blocks * span, -1) @ summary_v
-    out = near_out.flatten(2, 3) + far_out
-    return out[:, :, :length]
-
-
-def summarise(query_max: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Summary of complete blocks: `[…, D]`, `[…, s, D]`, `[…, s, D]` to two `[…, D]`.
-
-    Key: elementwise max of the keys. Value: attention over the block with the elementwise max of
-    the block's queries as its query (arXiv 2107.05768, section 3.2).
-    """
-    weights = _softmax((keys @ query_max.unsqueeze(-1)).squeeze(-1)).to(values.dtype)
-    return keys.amax(dim=-2), (weights.unsqueeze(-2) @ values).squeeze(-2)
-
-
-def attend(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
-    """Attention of new tokens to a stack that already holds them: the decode kernel.
-
-    `q` is `[B, H, t, D]`; `keys` and `values` are `[B, H, entries, D]`, of which the first
-    `lengths[b]` are valid, the last t of them belonging to the new tokens, oldest first.
-    """
-    entries = torch.arange(keys.shape[2], device=q.device)
-    newest = lengths[:, None] - q.shape[2] + torch.arange(q.shape[2], device=q.device)  # [B, t]
-    hidden = entries > newest[:, None, :, None]  # [B, 1, t, entries]
-    logits = (q @ keys.transpose(-1, -2)).masked_fill(hidden, float("-inf"))
-    return _softmax(logits).to(values.dtype) @ values
-
-
-def _softmax(logits: Tensor) -> Tensor:
+def softmax(logits: Tensor) -> Tensor:
+    """Over the last axis, in float32 at least."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return torch.softmax(wide, dim=-1)
 
 
-def _future(span: int, device: torch.device) -> Tensor:
-    return torch.ones(span, span, dtype=torch.bool, device=device).triu(1)
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention of every token to itself and all earlier ones, `[B, H, T, D]`."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
 
 
-def _not_yet_closed(blocks: int, device: torch.device) -> Tensor:
-    own = torch.arange(blocks, device=device)[:, None, None]
-    return torch.arange(blocks - 1, device=device) >= own  # [n, 1, n-1]
+def expectation(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """The local expectation of a span: `[…, D]`, `[…, s, D]`, `[…, s, D]` to `[…, D]`.
+
+    Attention over the span with one query for all of it (arXiv 2107.05768, section 3.2).
+    """
+    weights = softmax((keys @ query.unsqueeze(-1)).squeeze(-1)).to(values.dtype)
+    return (weights.unsqueeze(-2) @ values).squeeze(-2)
+
+
+def cumulative_max(x: Tensor) -> Tensor:
+    """Maximum over all earlier rows and the row itself, along the last axis but one."""
+    length, reach = x.shape[-2], 1
+    while reach < length:
+        x = torch.cat((x[..., :reach, :], torch.maximum(x[..., reach:, :], x[..., :-reach, :])), -2)
+        reach *= 2
+    return x
+
+
+def in_blocks(x: Tensor, span: int) -> Tensor:
+    """`[B, H, T, D]`, padded at the end, to `[B, H, blocks, span, D]`."""
+    batch, heads, length, dim = x.shape
+    return F.pad(x, (0, 0, 0, -length % span)).view(batch, heads, -1, span, dim)
+
+
+def future(length: int, device: torch.device) -> Tensor:
+    """`[length, length]`: which columns come after the row."""
+    return torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
+
+
+def push_and_attend(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Push T tokens `[B, H, T, D]` onto stacks `[B, H, E, D]`, then attend to all that is valid.
+
+    `lengths[B]` counts the valid entries after the push. A token sees those below it and itself.
+    """
+    keys, values = push(keys, k, lengths), push(values, v, lengths)
+    entries = torch.arange(keys.shape[2], device=q.device)
+    hidden = entries > _newest(lengths, q.shape[2])[:, None, :, None]  # [B, 1, T, E]
+    logits = (q @ keys.transpose(-1, -2)).masked_fill(hidden, float("-inf"))
+    return softmax(logits).to(values.dtype) @ values, keys, values
+
+
+def push(stack: Tensor, new: Tensor, lengths: Tensor) -> Tensor:
+    """`[B, H, E, D]` with `new[B, H, T, D]` as its last valid entries; `lengths` counts them."""
+    at = _newest(lengths, new.shape[2])
+    rows = torch.arange(at.shape[0], device=at.device)[:, None]
+    return stack.transpose(1, 2).index_put((rows, at), new.transpose(1, 2)).transpose(1, 2)
+
+
+def write(history: Tensor, new: Tensor, positions: Tensor) -> Tensor:
+    """`[B, L, …]` with `new[B, T, …]` at `positions[B, T]`."""
+    rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
+    return history.index_put((rows, positions), new)
+
+
+def read(history: Tensor, indices: Tensor) -> Tensor:
+    """Entries `[B, T, E, …]` of a history `[B, L, …]` at `indices[B, T, E]`."""
+    rows = torch.arange(indices.shape[0], device=indices.device)[:, None, None]
+    return history[rows, indices]
+
+
+def attend(q: Tensor, keys: Tensor, values: Tensor, valid: Tensor) -> Tensor:
+    """Attention of `q[B, H, T, D]` to lists `[B, T, E, H, D]`, where `valid[B, T, E]`.
+
+    What is not valid may be anything, even NaN.
+    """
+    values = values.masked_fill(~valid[..., None, None], 0.0)
+    keys, values = keys.permute(0, 3, 1, 2, 4), values.permute(0, 3, 1, 2, 4)
+    logits = (keys @ q.unsqueeze(-1)).squeeze(-1)  # [B, H, T, E]
+    weights = softmax(logits.masked_fill(~valid[:, None], float("-inf"))).to(values.dtype)
+    return (weights.unsqueeze(-2) @ values).squeeze(-2)
+
+
+def _newest(lengths: Tensor, count: int) -> Tensor:
+    """Indices of the `count` last valid entries, `[B, count]`."""
+    return lengths.long()[:, None] - count + torch.arange(count, device=lengths.device)

@@ -3,10 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-Attention = Literal["fixed", "full"]
+Attention = Literal[
+    "full",
+    "fixed",
+    "fixed-bidirectional",
+    "logsparse",
+    "logsparse-hierarchical",
+    "axial-rowmajor",
+    "axial-vertical",
+    "axial-horizontal",
+    "mixture",
+    "mixture-averaged",
+    "sparse-fixed",
+    "sparse-strided",
+    "sparse-logsparse",
+    "sparse-axial",
+]
+Pooling = Literal["max", "mean", "deepset-max"]
 Positions = Literal["factored", "sinusoid"]
+
+ROWS: tuple[Attention, ...] = (
+    "axial-rowmajor",
+    "axial-vertical",
+    "axial-horizontal",
+    "mixture",
+    "mixture-averaged",
+    "sparse-axial",
+)
+"""Patterns that see tokens as a grid, whose rows are blocks of `span` tokens."""
+_BLOCKS = ("fixed", "fixed-bidirectional", "sparse-fixed", "sparse-strided")
 
 
 @dataclass(frozen=True)
@@ -28,6 +55,7 @@ class ModelConfig:
     attention: Attention = "fixed"
     positions: Positions = "factored"
     starts: int = 1
+    pooling: Pooling = "max"
 
     def __post_init__(self) -> None:
         for name in ("vocabulary", "width", "layers", "heads", "mlp", "starts"):
@@ -41,10 +69,29 @@ class ModelConfig:
                 f"width {self.width} over {self.heads} heads: the kernel that serves needs a "
                 f"head_dim that is a multiple of 8, so a width that is one of {8 * self.heads}"
             )
-        if self.attention not in ("fixed", "full"):
-            raise ValueError(f"attention must be 'fixed' or 'full', got {self.attention!r}")
-        if self.positions not in ("factored", "sinusoid"):
-            raise ValueError(f"positions must be 'factored' or 'sinusoid', got {self.positions!r}")
+        for name, choices in (
+            ("attention", get_args(Attention)),
+            ("positions", get_args(Positions)),
+            ("pooling", get_args(Pooling)),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}"
+                )
+        if self.pooling != "max" and self.attention not in ("fixed", "fixed-bidirectional"):
+            raise ValueError(
+                f"pooling {self.pooling} is an option of fixed attention; {self.attention} has none"
+            )
+        if self.attention in _BLOCKS and self.context < self.span:
+            raise ValueError(
+                f"a context of {self.context} does not reach one block of {self.span} tokens: "
+                f"{self.attention} needs a span of at most the context"
+            )
+        if self.attention in ROWS and (self.context % self.span or self.blocks < 2):
+            raise ValueError(
+                f"a context of {self.context} is not two or more whole rows of {self.span} tokens: "
+                f"{self.attention} needs a context that is a multiple of the span"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -55,10 +102,3 @@ class ModelConfig:
     def blocks(self) -> int:
         """Number of blocks of `span` tokens that the context touches."""
         return -(-self.context // self.span)
-
-    @property
-    def entries(self) -> int:
-        """Most entries the stack of one layer ever holds for one stream."""
-        if self.attention == "full":
-            return self.context
-        return self.blocks - 1 + min(self.span, self.context)

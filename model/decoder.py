@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.attention import fixed_attention, full_attention
 from model.config import ModelConfig
+from model.patterns import make_pattern
+from model.patterns.pattern import Pattern
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+Attend = Callable[[Pattern, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""A pattern, q, k, v `[B, H, T, D]` and the layer's input `[B, T, width]` to `[B, H, T, D]`."""
 
 
 class Block(nn.Module):
@@ -28,17 +30,19 @@ class Block(nn.Module):
         self.norm_mlp = nn.LayerNorm(config.width)
         self.up = nn.Linear(config.width, config.mlp, bias=False)
         self.down = nn.Linear(config.mlp, config.width, bias=False)
+        self.pattern = make_pattern(config)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        """`[B, T, width]` to the same; `attend` maps q, k, v `[B, H, T, D]` to `[B, H, T, D]`."""
+        """`[B, T, width]` to the same; `attend` is how the layer's pattern is run."""
         batch, length, width = x.shape
-        qkv = self.qkv(self.norm_attention(x))
+        normed = self.norm_attention(x)
         q, k, v = (
             part.view(batch, length, self.heads, -1).transpose(1, 2)
-            for part in qkv.split(width, dim=-1)
+            for part in self.qkv(normed).split(width, dim=-1)
         )
-        mixed = attend(q * self.scale, k, v).transpose(1, 2).reshape(batch, length, width)
+        mixed = attend(self.pattern, q * self.scale, k, v, normed)
+        mixed = mixed.transpose(1, 2).reshape(batch, length, width)
         x = x + self.dropout(self.out(mixed))
         hidden = F.relu(self.up(self.norm_mlp(x)))
         after: Tensor = x + self.dropout(self.down(hidden * hidden))
@@ -71,19 +75,14 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits `[B, T, vocabulary]` of the token after each of `tokens[B, T]`, in parallel."""
-        config = self.config
-        if tokens.shape[1] > config.context:
-            raise ValueError(f"{tokens.shape[1]} tokens exceed the context of {config.context}")
-
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if config.attention == "full":
-                return full_attention(q, k, v)
-            return fixed_attention(q, k, v, config.span)
-
+        if tokens.shape[1] > self.config.context:
+            raise ValueError(
+                f"{tokens.shape[1]} tokens exceed the context of {self.config.context}"
+            )
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         x = self.dropout(self.embed_at(tokens, positions))
         for block in self.blocks:
-            x = block(x, attend)
+            x = block(x, _in_parallel)
         logits: Tensor = self.head(self.norm(x))
         return logits
 
@@ -123,6 +122,11 @@ class SinusoidPositions(nn.Module):
         """`[B, T]` absolute positions to `[B, T, width]`."""
         angles = positions.unsqueeze(-1).to(self.frequencies.dtype) * self.frequencies
         return torch.cat((angles.sin(), angles.cos()), dim=-1)
+
+
+def _in_parallel(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
+    out: Tensor = pattern(q, k, v, x)
+    return out
 
 
 def _initialise(module: nn.Module) -> None:

@@ -61,6 +61,8 @@ class Progress:
     bits: float
     tokens_per_second: float
     heldout: float | None
+    seconds: float
+    """Spent on all optimiser steps so far, without evaluations, also before an interruption."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ def train(
     optimisers = _optimisers(model, train_config)
     steps = train_config.steps(model_config.context)
     first = _restore(folder, model, optimisers) if (folder / CHECKPOINT).exists() else 0
+    total_s = read_log(folder)[-1].seconds if first else 0.0
     rows, context, seed = train_config.rows, model_config.context, train_config.seed
 
     for step in range(first, steps):
@@ -108,12 +111,13 @@ def train(
         with torch.autocast("cpu", torch.bfloat16, enabled=train_config.bfloat16):
             logits = model(torch.from_numpy(inputs))
         loss = F.cross_entropy(logits.float().flatten(0, 1), torch.from_numpy(targets).flatten())
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), train_config.clip)
         for optimiser in optimisers:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         seconds = time.monotonic() - began
+        total_s += seconds
 
         heldout = None
         if (step + 1) % train_config.evaluate_every == 0 or step + 1 == steps:
@@ -122,7 +126,7 @@ def train(
             metrics = {dataset.info.unit: heldout, "tokens": float((step + 1) * rows * context)}
             _save(folder, model, optimisers, step + 1, metrics)
         progress = Progress(
-            step + 1, steps, loss.item() / math.log(2), inputs.size / seconds, heldout
+            step + 1, steps, loss.item() / math.log(2), inputs.size / seconds, heldout, total_s
         )
         if heldout is not None:
             with (folder / LOG).open("a") as log:
@@ -146,6 +150,13 @@ def evaluate(model: Decoder, dataset: Dataset, limit: int | None = None, rows: i
             f"the held-out data is shorter than one window of {model.config.context} tokens"
         )
     return total / count / math.log(2)
+
+
+def read_log(folder: Path) -> list[Progress]:
+    """The steps of a run that evaluated, oldest first; a step done twice comes as done last."""
+    lines = (folder / LOG).read_text().splitlines()
+    steps = {line["step"]: line for line in ({"seconds": 0.0, **json.loads(x)} for x in lines)}
+    return [Progress(**steps[step]) for step in sorted(steps)]
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:

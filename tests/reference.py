@@ -1,48 +1,105 @@
 """Attention by definition: explicit index sets, loops and float64 (arXiv 2107.05768, section 3).
 
-The oracle of these tests. It shares nothing with model/attention.py, and is meant to be read
-beside the paper. Queries arrive already divided by sqrt(head_dim); arrays are `[heads, tokens, D]`.
+The oracle of these tests; it shares nothing with model/ but the index sets, which are tested by
+themselves, and is meant to be read beside the paper. Queries arrive divided by sqrt(head_dim);
+arrays are `[heads, tokens, D]`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import numpy.typing as npt
 
+from model.patterns.pattern import Support
+
 Array = npt.NDArray[np.float64]
+Pool = Callable[[Array], Array]
+"""Tokens of a span, `[heads, tokens, D]`, to one, `[heads, D]`."""
+Summary = Callable[[Array, Array, Array, Sequence[int], int], tuple[Array, Array]]
+"""q, k, v, a span and its reader to the key and value of the span's one entry, `[heads, D]`."""
 
 
-def supports(position: int, span: int) -> tuple[range, list[range]]:
-    """What a token attends to: raw tokens (Omega^0, itself included), and blocks (Omega^1 …)."""
-    own = position // span
-    return range(own * span, position + 1), [range(r * span, (r + 1) * span) for r in range(own)]
+def attend(q: Array, k: Array, v: Array, supports: Sequence[Support], summary: Summary) -> Array:
+    """What each token reads: one softmax over its direct tokens and its spans' summaries."""
+    read = []
+    for reader, support in enumerate(supports):
+        entries = [(k[:, j], v[:, j]) for j in support.direct]
+        entries += [summary(q, k, v, span, reader) for span in support.spans]
+        keys, values = (np.stack(parts, axis=1) for parts in zip(*entries, strict=True))
+        read.append(expectation(q[:, reader], keys, values))
+    return np.stack(read, axis=1)
 
 
-def fixed_attention(q: Array, k: Array, v: Array, span: int) -> Array:
-    """Combiner-Fixed, equations 4 to 10 with block 0 included."""
-    out = np.empty_like(v)
-    for head, i in np.ndindex(*q.shape[:2]):
-        direct, blocks = supports(i, span)
-        keys = [k[head, j] for j in direct]
-        values = [v[head, j] for j in direct]
-        for block in blocks:
-            pooled_query = np.max([q[head, j] for j in block], axis=0)
-            keys.append(np.max([k[head, j] for j in block], axis=0))
-            values.append(_attend(pooled_query, k[head, block], v[head, block]))
-        out[head, i] = _attend(q[head, i], np.array(keys), np.array(values))
-    return out
+def pooled(of_queries: Pool, of_keys: Pool) -> Summary:
+    """Eq. 8: the pooled query's expectation over the span, under the pooled key."""
+
+    def summary(
+        q: Array, k: Array, v: Array, span: Sequence[int], reader: int
+    ) -> tuple[Array, Array]:
+        tokens = list(span)
+        value = expectation(of_queries(q[:, tokens]), k[:, tokens], v[:, tokens])
+        return of_keys(k[:, tokens]), value
+
+    return summary
 
 
-def full_attention(q: Array, k: Array, v: Array) -> Array:
-    """Every token to itself and all earlier ones."""
-    out = np.empty_like(v)
-    for head, i in np.ndindex(*q.shape[:2]):
-        out[head, i] = _attend(q[head, i], k[head, : i + 1], v[head, : i + 1])
-    return out
+def by_maximum(span: Array) -> Array:
+    """The paper's pooling."""
+    pooled: Array = span.max(axis=1)
+    return pooled
 
 
-def _attend(query: Array, keys: Array, values: Array) -> Array:
-    logits = np.array([query @ key for key in keys])
-    weights = np.exp(logits - logits.max())
-    expectation: Array = weights / weights.sum() @ values
-    return expectation
+def by_mean(span: Array) -> Array:
+    """A pooling of the reference's TensorFlow code, as is the next."""
+    pooled: Array = span.sum(axis=1) / span.shape[1]
+    return pooled
+
+
+def by_deep_set(layer: Array) -> Pool:
+    """The maximum of what a layer `[D, D]`, shared by the heads, and a ReLU make of the tokens."""
+    return lambda span: by_maximum(np.maximum(0, np.einsum("od,htd->hto", layer, span)))
+
+
+def hierarchical(
+    q: Array, k: Array, v: Array, span: Sequence[int], reader: int
+) -> tuple[Array, Array]:
+    """p(j|S) = p(j|half) p(half|S), down to single tokens (combiner.md 1.8)."""
+    tokens = list(span)
+    if len(tokens) == 1:
+        return k[:, tokens[0]], v[:, tokens[0]]
+    middle = len(tokens) // 2
+    halves = [hierarchical(q, k, v, half, reader) for half in (tokens[:middle], tokens[middle:])]
+    keys, values = (np.stack(parts, axis=1) for parts in zip(*halves, strict=True))
+    return by_maximum(k[:, tokens]), expectation(by_maximum(q[:, tokens]), keys, values)
+
+
+def row_major(
+    x: Array, out: Array, gain: Array, bias: Array, key: Array, epsilon: float = 1e-5
+) -> Summary:
+    """A row as its token above the reader would have read it, had it seen the row (3.4).
+
+    `x` is the layer's input `[tokens, width]`; the key is projected from x + out(G), normalised.
+    """
+
+    def summary(
+        q: Array, k: Array, v: Array, span: Sequence[int], reader: int
+    ) -> tuple[Array, Array]:
+        tokens = list(span)
+        above = tokens[reader % len(tokens)]
+        value = expectation(q[:, above], k[:, tokens], v[:, tokens])
+        hidden = x[above] + out @ value.flatten()
+        spread = np.sqrt(hidden.var() + epsilon)
+        normed = gain * (hidden - hidden.mean()) / spread + bias
+        return (key @ normed).reshape(value.shape), value
+
+    return summary
+
+
+def expectation(query: Array, keys: Array, values: Array) -> Array:
+    """Softmax attention of one query, `[heads, D]`, to entries `[heads, E, D]`."""
+    logits = np.einsum("hd,hed->he", query, keys)
+    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+    weights /= weights.sum(axis=1, keepdims=True)
+    return np.einsum("he,hed->hd", weights, values)
