@@ -9,8 +9,10 @@ from pathlib import Path
 
 from concertina.manifest import MANIFEST, write_manifest
 from concertina.v1 import bundle_pb2 as pb
-from export.graphs import export_fold, export_step, round_weights, state_tensors
+from export.cost import count_cost
+from export.graphs import export_fold, export_step, layers, state_tensors
 from export.parity import check_parity
+from export.weights import round_weights
 from model.data import END_OF_TEXT
 from model.train import Checkpoint, load_checkpoint
 
@@ -78,10 +80,12 @@ def describe(checkpoint: Checkpoint, name: str, version: str) -> pb.Manifest:
         ),
         metrics=metrics,
         parameters=sum(p.numel() for p in checkpoint.model.parameters()),
-        attention=config.attention,
+        attention=config.attention + (f":{config.pooling}" if config.pooling != "max" else ""),
+        cost=count_cost(checkpoint.model),
     )
-    if config.attention == "fixed":
-        manifest.fold.span = config.span
+    schedule = layers(checkpoint.model)[0].schedule
+    if schedule is not None:
+        manifest.fold.span, manifest.fold.binary = schedule.span, schedule.binary
     if data.modality == "text":
         manifest.end_token = END_OF_TEXT
     else:

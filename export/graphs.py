@@ -1,75 +1,71 @@
-"""A trained decoder as two ONNX graphs: one that pushes and attends, one that folds.
+"""A trained decoder as two ONNX graphs: one that steps, one that folds.
 
-Shapes: `B` streams, `T` new tokens, `H` heads, `E` entries a stack has room for, `D` head_dim,
-`s` span. State tensors are named per layer; the graphs take them in the manifest's order.
+Shapes: `B` streams, `T` new tokens, `H` heads, `E` entries of a stack, `D` head_dim. State tensors
+are named `<name>.<layer>`; the graphs take them in the manifest's order, and only those they need.
 """
 
 from __future__ import annotations
 
-import json
 import warnings
-from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import onnx
 import torch
-from onnx import numpy_helper
 from torch import Tensor, nn
 from torch.export import Dim
 
 from concertina.v1 import bundle_pb2 as pb
-from model.attention import summarise
-from model.config import ModelConfig
-from model.decoder import Decoder
+from export.weights import name_weights, store_half
+from model.decoder import Block, Decoder
+from model.patterns.pattern import Pattern, Place, Push
 
 _OPSET = 18
-_HALF = ".half"
-_CONFIG_PROP = "concertina.model_config"
-_WEIGHTS_PROP = "concertina.weights"
-_NEVER = float(torch.finfo(torch.float32).min)  # stands for -infinity in the running query maximum
+_KINDS = {
+    "stack": pb.STATE_KIND_STACK,
+    "history": pb.STATE_KIND_HISTORY,
+    "recurrent": pb.STATE_KIND_RECURRENT,
+}
+
+
+def layers(model: Decoder) -> list[Pattern]:
+    """The pattern of each layer."""
+    return [block.pattern for block in model.blocks if isinstance(block, Block)]
 
 
 def state_tensors(model: Decoder) -> list[pb.StateTensor]:
-    """The state of one stream, in the order in which the graphs take it."""
-    config = model.config
-    stack = [config.heads, config.entries, config.head_dim]
-    tensors = []
-    for layer in range(config.layers):
-        for name in ("keys", "values"):
-            tensors.append(
-                pb.StateTensor(
-                    name=f"{name}.{layer}",
-                    kind=pb.STATE_KIND_STACK,
-                    shape=stack,
-                    data_type=pb.DATA_TYPE_FLOAT32,
-                )
-            )
-        if config.attention == "fixed":
-            tensors.append(
-                pb.StateTensor(
-                    name=f"query_max.{layer}",
-                    kind=pb.STATE_KIND_RECURRENT,
-                    shape=[config.heads, config.head_dim],
-                    data_type=pb.DATA_TYPE_FLOAT32,
-                    initial=_NEVER,
-                )
-            )
-    return tensors
+    """The state of one stream, in the order in which the graphs take it.
+
+    Raises ValueError for a pattern that cannot decode.
+    """
+    return [
+        pb.StateTensor(
+            name=f"{tensor.name}.{layer}",
+            kind=_KINDS[tensor.kind],
+            shape=tensor.shape,
+            data_type=pb.DATA_TYPE_FLOAT32,
+            initial=tensor.initial,
+        )
+        for layer, pattern in enumerate(layers(model))
+        for tensor in pattern.state()
+    ]
 
 
 class StepGraph(nn.Module):
-    """Pushes T tokens a stream, attends, and gives logits for the chosen tokens.
+    """T more tokens for each stream, and logits for the chosen tokens.
 
-    Inputs: `tokens[B, T]`, `positions[B, T]`, `lengths[B]` (entries after the push, int32),
-    `longest` (their largest possible value, int32 scalar, in host memory), `rows[R]` (which of the
-    B*T tokens need logits), then the state. Outputs: `logits[R, vocabulary]`, then the next state.
-    B > 1 with T > 1 is only for empty stacks; T tokens must not reach beyond the open block.
+    Inputs: `tokens[B, T]`, `positions[B, T]`, `lengths[B]` (valid entries of every stack after the
+    push, int32), `longest` (their largest possible value, int32 scalar, in host memory), `rows[R]`
+    (which of the B*T tokens need logits), then the state. Outputs: `logits[R, vocabulary]`, then
+    the state that changed. With a stack, B > 1 with T > 1 is only for empty ones. T tokens must not
+    reach beyond the point where a fold is due.
     """
 
-    def __init__(self, model: Decoder) -> None:
+    def __init__(self, model: Decoder, push: Push | None = None) -> None:
         super().__init__()
         self.model = model
+        self.push = push
+        self.changed: list[str] = []
+        """Which state tensors the last pass gave back."""
 
     def forward(
         self,
@@ -81,143 +77,134 @@ class StepGraph(nn.Module):
         state: list[Tensor],
     ) -> tuple[Tensor, list[Tensor]]:
         """See the class."""
-        config = self.model.config
         remaining = iter(state)
-        following: list[Tensor] = []
 
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys, values = next(remaining), next(remaining)
-            out, next_keys, next_values = _push_and_attend(
-                q, k, v, keys, values, lengths, longest, config.heads
-            )
-            following.extend((next_keys, next_values))
-            if config.attention == "fixed":
-                following.append(torch.maximum(next(remaining), q.amax(dim=2)))
-            return out
+        def push(
+            q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor
+        ) -> tuple[Tensor, Tensor, Tensor]:
+            return group_query_attention(q, k, v, keys, values, lengths, longest)
 
+        place = Place(positions, lengths, self.push or push)
+        following: dict[str, Tensor] = {}
         x = self.model.embed_at(tokens, positions)
-        for block in self.model.blocks:
+        for layer, block in enumerate(self.model.blocks):
+
+            def attend(
+                pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, x: Tensor, layer: int = layer
+            ) -> Tensor:
+                given = {t.name: next(remaining) for t in pattern.state()}
+                out, changed = pattern.step(q, k, v, x, place, given)
+                following.update({f"{name}.{layer}": changed[name] for name in changed})
+                return out
+
             x = block(x, attend)
+        self.changed = list(following)
         chosen = x.flatten(0, 1)[rows]
-        return self.model.head(self.model.norm(chosen)), following
+        return self.model.head(self.model.norm(chosen)), list(following.values())
 
 
 class FoldGraph(nn.Module):
-    """Turns the open block of every stack into one summary.
+    """A due fold of every layer, as `Pattern.fold` describes it."""
 
-    Inputs, per state tensor: a stack's open block `[B, H, s, D]`; a recurrent tensor as it is.
-    Outputs, in the same order: a stack's new entry `[B, H, 1, D]`; the recurrent tensor after.
-    """
-
-    def __init__(self, layers: int) -> None:
+    def __init__(self, model: Decoder) -> None:
         super().__init__()
-        self.layers = layers
+        self.patterns = nn.ModuleList(layers(model))
+        self.changed: list[str] = []
+        """Which state tensors the last pass gave back."""
 
     def forward(self, state: list[Tensor]) -> list[Tensor]:
         """See the class."""
-        following: list[Tensor] = []
-        for layer in range(self.layers):
-            keys, values, query_max = state[3 * layer : 3 * layer + 3]
-            key, value = summarise(query_max, keys, values)
-            following += [key.unsqueeze(2), value.unsqueeze(2)]
-            following.append(torch.full_like(query_max, _NEVER))
-        return following
+        remaining = iter(state)
+        following: dict[str, Tensor] = {}
+        for layer, pattern in enumerate(self.patterns):
+            assert isinstance(pattern, Pattern)
+            changed = pattern.fold({t.name: next(remaining) for t in pattern.state()})
+            following.update({f"{name}.{layer}": changed[name] for name in changed})
+        self.changed = list(following)
+        return list(following.values())
+
+
+def step_example(model: Decoder, batch: int = 2, time: int = 3) -> tuple[object, ...]:
+    """Inputs of the step graph for streams that have not begun."""
+    state = [torch.full((batch, *t.shape), t.initial) for t in state_tensors(model)]
+    return (
+        torch.zeros(batch, time, dtype=torch.int64),
+        torch.arange(time).expand(batch, time).contiguous(),
+        torch.full((batch,), time, dtype=torch.int32),
+        torch.tensor(time, dtype=torch.int32),
+        torch.arange(batch * time - 1),
+        state,
+    )
+
+
+def fold_example(model: Decoder, entries: int, rows: int, batch: int = 2) -> list[Tensor]:
+    """Inputs of the fold graph: that many entries of each stack, and rows of each history."""
+    example = []
+    for tensor in state_tensors(model):
+        shape = list(tensor.shape)
+        if tensor.kind == pb.STATE_KIND_STACK:
+            shape[1] = entries
+        elif tensor.kind == pb.STATE_KIND_HISTORY:
+            shape[0] = rows
+        example.append(torch.zeros(batch, *shape))
+    return example
 
 
 def export_step(model: Decoder, path: Path) -> None:
     """Write the step graph of `model` to `path`, weights inside, stored as float16."""
-    config, state = model.config, state_tensors(model)
-    batch, time, chosen = Dim("batch"), Dim("time"), Dim("chosen")
+    graph = StepGraph(model)
     # Example sizes differ from each other and from 1, or they would be taken for constants.
-    example_state = [torch.full((2, *t.shape), t.initial) for t in state]
-    inputs = (
-        torch.zeros(2, 3, dtype=torch.int64),
-        torch.zeros(2, 3, dtype=torch.int64),
-        torch.full((2,), 3, dtype=torch.int32),
-        torch.tensor(3, dtype=torch.int32),
-        torch.arange(5, dtype=torch.int64),
-        example_state,
-    )
+    inputs = step_example(model)
+    names = [t.name for t in state_tensors(model)]
+    batch, time, chosen = Dim("batch"), Dim("time"), Dim("chosen")
     shapes = (
         {0: batch, 1: time},
         {0: batch, 1: time},
         {0: batch},
         None,
         {0: chosen},
-        [{0: batch} for _ in state],
+        [{0: batch} for _ in names],
     )
-    names = ["tokens", "positions", "lengths", "longest", "rows", *(t.name for t in state)]
-    outputs = ["logits", *(f"next.{t.name}" for t in state)]
-    proto = _export(StepGraph(model), inputs, shapes, names, outputs)
-    onnx.helper.set_model_props(
-        proto,
-        {
-            _CONFIG_PROP: json.dumps(asdict(config)),
-            _WEIGHTS_PROP: json.dumps(_find_weights(proto, model)),
-        },
-    )
-    _store_half(proto)
+    graph(*inputs)
+    inputs_named = ["tokens", "positions", "lengths", "longest", "rows", *names]
+    outputs = ["logits", *(f"next.{name}" for name in graph.changed)]
+    proto = _export(graph, inputs, shapes, inputs_named, outputs)
+    name_weights(proto, model)
+    store_half(proto)
     onnx.save(proto, path)
-
-
-def load_decoder(path: Path) -> Decoder:
-    """The decoder whose step graph lies at `path`, as it was exported. Raises ValueError if none.
-
-    What is served can so be checked, or trained on, without the checkpoint it came from.
-    """
-    proto = onnx.load(path)
-    props = {prop.key: json.loads(prop.value) for prop in proto.metadata_props}
-    if _CONFIG_PROP not in props:
-        raise ValueError(f"{path} was not exported by Concertina: it names no {_CONFIG_PROP}")
-    stored = {i.name.removesuffix(_HALF): i for i in proto.graph.initializer}
-    model = Decoder(ModelConfig(**props[_CONFIG_PROP]))
-    weights = {}
-    for name, (initializer, transposed) in props[_WEIGHTS_PROP].items():
-        values = torch.from_numpy(numpy_helper.to_array(stored[initializer]).astype("float32"))
-        weights[name] = values.T if transposed else values
-    model.load_state_dict(weights)
-    return model.eval()
-
-
-def round_weights(model: Decoder) -> None:
-    """Round the matrices of `model` to float16 in place: the weights that are stored and served."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
-                parameter.copy_(parameter.half().float())
 
 
 def export_fold(model: Decoder, path: Path) -> None:
     """Write the fold graph of `model` to `path`. Only for patterns that fold."""
-    config, state = model.config, state_tensors(model)
-    batch = Dim("batch")
-    example = [
-        torch.zeros(2, config.heads, config.span, config.head_dim)
-        if t.kind == pb.STATE_KIND_STACK
-        else torch.zeros(2, *t.shape)
-        for t in state
-    ]
-    shapes = ([{0: batch} for _ in state],)
-    outputs = [f"next.{t.name}" for t in state]
-    graph = FoldGraph(config.layers)
-    onnx.save(_export(graph, (example,), shapes, [t.name for t in state], outputs), path)
+    graph = FoldGraph(model)
+    schedule = layers(model)[0].schedule
+    assert schedule is not None
+    sizes = (3, 4) if schedule.binary else (schedule.span, schedule.span)
+    state, example, batch = state_tensors(model), fold_example(model, *sizes), Dim("batch")
+    shapes: list[dict[int, object]] = [{0: batch} for _ in state]
+    if schedule.binary:
+        entries, rows = Dim("entries", min=2), Dim("rows", min=2)
+        for tensor, shape in zip(state, shapes, strict=True):
+            if tensor.kind == pb.STATE_KIND_STACK:
+                shape[2] = entries
+            elif tensor.kind == pb.STATE_KIND_HISTORY:
+                shape[1] = rows
+    graph(example)
+    outputs = [f"next.{name}" for name in graph.changed]
+    proto = _export(graph, (example,), (shapes,), [t.name for t in state], outputs)
+    name_weights(proto, model)
+    store_half(proto)
+    onnx.save(proto, path)
 
 
-def _push_and_attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    lengths: Tensor,
-    longest: Tensor,
-    heads: int,
+def group_query_attention(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, longest: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """GroupQueryAttention: writes k and v behind the valid entries and attends, in place.
+    """The kernel that serves: writes k and v behind the valid entries and attends, in place.
 
     The operator numbers entries from 0 and takes the index of the last valid one.
     """
-    batch, time = q.shape[0], q.shape[2]
+    batch, heads, time, dim = q.shape
 
     def flat(x: Tensor) -> Tensor:
         return x.transpose(1, 2).flatten(2)  # [B, T, H*D]
@@ -227,10 +214,10 @@ def _push_and_attend(
         (flat(q), flat(k), flat(v), keys, values, lengths - 1, longest),
         {"num_heads": heads, "kv_num_heads": heads, "scale": 1.0},
         dtypes=(q.dtype, q.dtype, q.dtype),
-        shapes=((batch, time, heads * q.shape[3]), keys.shape, values.shape),
+        shapes=((batch, time, heads * dim), keys.shape, values.shape),
         version=1,
     )
-    return out.view(batch, time, heads, -1).transpose(1, 2), next_keys, next_values
+    return out.view(batch, time, heads, dim).transpose(1, 2), next_keys, next_values
 
 
 def _export(
@@ -253,37 +240,8 @@ def _export(
     proto = program.model_proto
     for node in proto.graph.node:
         del node.metadata_props[:]  # stack traces, and with them the paths of this machine
+    read = {name for node in proto.graph.node for name in node.input}
+    unread = [value for value in proto.graph.input if value.name not in read]
+    for value in unread:
+        proto.graph.input.remove(value)
     return proto
-
-
-def _find_weights(proto: onnx.ModelProto, model: Decoder) -> dict[str, tuple[str, bool]]:
-    """Which initializer holds each parameter, and whether transposed; the exporter folds both."""
-    found = {}
-    for initializer in proto.graph.initializer:
-        values = numpy_helper.to_array(initializer)
-        found[values.shape, values.tobytes()] = initializer.name
-    weights = {}
-    for name, parameter in model.state_dict().items():
-        values = parameter.numpy()
-        flipped = np.ascontiguousarray(values.T)
-        plain = found.get((values.shape, values.tobytes()))
-        weights[name] = (plain or found[flipped.shape, flipped.tobytes()], plain is None)
-    return weights
-
-
-def _store_half(model: onnx.ModelProto) -> None:
-    """Store matrices as float16 behind a cast, which the runtime folds when it loads them."""
-    graph = model.graph
-    casts = []
-    for initializer in graph.initializer:
-        if initializer.data_type != onnx.TensorProto.FLOAT or len(initializer.dims) < 2:
-            continue
-        name = initializer.name
-        values = numpy_helper.to_array(initializer).astype("float16")
-        initializer.CopyFrom(numpy_helper.from_array(values, name + _HALF))
-        casts.append(
-            onnx.helper.make_node("Cast", [name + _HALF], [name], to=onnx.TensorProto.FLOAT)
-        )
-    nodes = [*casts, *graph.node]
-    del graph.node[:]
-    graph.node.extend(nodes)

@@ -1,4 +1,4 @@
-"""Does the exported pair of graphs compute what was trained? Streamed ONNX against PyTorch.
+"""Do the exported graphs compute what was trained? Streamed ONNX against PyTorch.
 
 The reference is the float64 parallel forward. The stream here keeps its own books (lengths, folds,
 slots) on purpose: it shares no code with the server.
@@ -30,7 +30,7 @@ class ParityError(Exception):
 
 @dataclass
 class _Stream:
-    """Buffers of `batch` streams and where each of them stands."""
+    """Buffers of `batch` streams and where each of them stands: tokens, and entries of a stack."""
 
     state: dict[str, Array]
     positions: npt.NDArray[np.int64]
@@ -38,7 +38,7 @@ class _Stream:
 
 
 class _Graphs:
-    """Both graphs of a bundle, run as a server would: stacks bound in place, folds on time."""
+    """The graphs of a bundle, run as a server would: state bound in place, folds on time."""
 
     def __init__(self, folder: Path, manifest: pb.Manifest) -> None:
         options = ort.SessionOptions()
@@ -47,7 +47,7 @@ class _Graphs:
         load = ort.InferenceSession
         self.tensors = list(manifest.state)
         self.span = manifest.fold.span if manifest.HasField("fold") else None
-        self.context = manifest.context
+        self.binary = manifest.fold.binary
         self.step_session = load(folder / "step.onnx", options)
         self.fold_session = load(folder / "fold.onnx", options) if self.span else None
 
@@ -55,7 +55,7 @@ class _Graphs:
         state = {
             t.name: np.full(
                 (batch, *t.shape),
-                _JUNK if t.kind == pb.STATE_KIND_STACK else t.initial,
+                t.initial if t.kind == pb.STATE_KIND_RECURRENT else _JUNK,
                 np.float32,
             )
             for t in self.tensors
@@ -67,18 +67,25 @@ class _Graphs:
         batch, time = tokens.shape
         positions = stream.positions[:, None] + np.arange(time)
         stream.lengths += time
+        feeds = {
+            "tokens": tokens,
+            "positions": positions,
+            "lengths": stream.lengths.astype(np.int32),
+            "longest": np.array(stream.lengths.max(), np.int32),
+            "rows": np.arange(batch * time),
+        }
         binding = self.step_session.io_binding()
-        binding.bind_cpu_input("tokens", tokens)
-        binding.bind_cpu_input("positions", positions)
-        binding.bind_cpu_input("lengths", stream.lengths.astype(np.int32))
-        binding.bind_cpu_input("longest", np.array(stream.lengths.max(), np.int32))
-        binding.bind_cpu_input("rows", np.arange(batch * time))
+        taken = {value.name for value in self.step_session.get_inputs()}
+        given = {value.name for value in self.step_session.get_outputs()}
+        for name in feeds.keys() & taken:
+            binding.bind_cpu_input(name, feeds[name])
         binding.bind_output("logits")
         for tensor in self.tensors:
-            values = stream.state[tensor.name]
-            value = ort.OrtValue.ortvalue_from_numpy(values)
-            binding.bind_ortvalue_input(tensor.name, value)
-            binding.bind_ortvalue_output("next." + tensor.name, value)
+            value = ort.OrtValue.ortvalue_from_numpy(stream.state[tensor.name])
+            if tensor.name in taken:
+                binding.bind_ortvalue_input(tensor.name, value)
+            if "next." + tensor.name in given:
+                binding.bind_ortvalue_output("next." + tensor.name, value)
         self.step_session.run_with_iobinding(binding)
         stream.positions += time
         logits: Array = binding.copy_outputs_to_cpu()[0]
@@ -88,22 +95,27 @@ class _Graphs:
     def _fold(self, stream: _Stream) -> None:
         if self.fold_session is None or self.span is None:
             return
+        given = [value.name.removeprefix("next.") for value in self.fold_session.get_outputs()]
         for row in np.flatnonzero(stream.positions % self.span == 0):
-            base = int(stream.lengths[row]) - self.span
-            feeds = {
-                t.name: stream.state[t.name][row : row + 1, :, base : base + self.span]
-                if t.kind == pb.STATE_KIND_STACK
-                else stream.state[t.name][row : row + 1]
-                for t in self.tensors
+            position, length = int(stream.positions[row]), int(stream.lengths[row])
+            tokens = position & -position if self.binary else self.span
+            entries = tokens.bit_length() if self.binary else self.span
+            newest = {
+                pb.STATE_KIND_STACK: (row, slice(None), slice(length - entries, length)),
+                pb.STATE_KIND_HISTORY: (row, slice(position - tokens, position)),
+                pb.STATE_KIND_RECURRENT: (row,),
             }
-            folded = self.fold_session.run(["next." + t.name for t in self.tensors], feeds)
-            for tensor, values in zip(self.tensors, folded, strict=True):
-                if tensor.kind == pb.STATE_KIND_STACK:
-                    stream.state[tensor.name][row, :, base:] = _JUNK
-                    stream.state[tensor.name][row, :, base] = values[0, :, 0]
+            parts = {t.name: (t.kind, stream.state[t.name][newest[t.kind]]) for t in self.tensors}
+            feeds = {v.name: parts[v.name][1][None] for v in self.fold_session.get_inputs()}
+            folded = self.fold_session.run(None, feeds)
+            for name, values in zip(given, folded, strict=True):
+                kind, part = parts[name]
+                if kind == pb.STATE_KIND_STACK:
+                    part[:] = _JUNK
+                    part[:, 0] = values[0, :, 0]
                 else:
-                    stream.state[tensor.name][row] = values[0]
-            stream.lengths[row] = base + 1
+                    part[:] = values[0]
+            stream.lengths[row] = length - entries + 1
 
 
 def check_parity(folder: Path, manifest: pb.Manifest, model: Decoder, seed: int = 0) -> pb.Parity:
@@ -114,7 +126,7 @@ def check_parity(folder: Path, manifest: pb.Manifest, model: Decoder, seed: int 
     """
     graphs = _Graphs(folder, manifest)
     rng = np.random.default_rng(seed)
-    span = manifest.fold.span if manifest.HasField("fold") else 16
+    span = model.config.span
     length = min(3 * span + 2, manifest.context)
     tokens = rng.integers(manifest.vocabulary, size=(4, length))
     tokens[:, 0] = manifest.vocabulary + rng.integers(1 + len(manifest.labels), size=4)

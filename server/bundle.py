@@ -6,18 +6,12 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
 
-import numpy as np
-import numpy.typing as npt
-
+from concertina import resources
 from concertina.manifest import ManifestError, read_manifest
+from concertina.resources import ELEMENT_BYTES, KIND_NAMES, Count
 from concertina.v1 import bundle_pb2 as pb
 from server.errors import BundleError
-
-Count = TypeVar("Count", int, npt.NDArray[np.int64])
-
-_BYTES = {pb.DATA_TYPE_FLOAT32: 4, pb.DATA_TYPE_FLOAT16: 2}
 
 
 @dataclass(frozen=True)
@@ -44,7 +38,7 @@ class Bundle:
 
     @property
     def span(self) -> int | None:
-        """Tokens per block, or None for a family that never folds."""
+        """Tokens between two folds, which no step crosses; None for a family that never folds."""
         return self.manifest.fold.span if self.manifest.HasField("fold") else None
 
     @property
@@ -58,33 +52,30 @@ class Bundle:
         return self.folder / "fold.onnx"
 
     def entries(self, pushed: Count) -> Count:
-        """Valid entries of every stack after `pushed` tokens and the fold they made due."""
-        if self.span is None:
-            return pushed
-        return pushed // self.span + pushed % self.span
+        """Valid entries of every stack after `pushed` tokens and the folds they made due."""
+        return resources.entries(self.manifest, pushed)
+
+    def fold_size(self, pushed: int) -> tuple[int, int]:
+        """Entries of every stack and rows of every history that the fold due now takes."""
+        return resources.fold_size(self.manifest, pushed)
 
     def state_bytes(self, pushed: int) -> dict[str, int]:
         """Bytes of state that one stream needs after `pushed` tokens, by kind."""
-        entry, recurrent = self._bytes
-        return {"stack": entry * self.entries(pushed), "recurrent": recurrent}
+        units = self._unit_bytes
+        return {
+            "stack": units["stack"] * self.entries(pushed),
+            "history": units["history"] * pushed,
+            "recurrent": units["recurrent"],
+        }
 
     @cached_property
-    def _bytes(self) -> tuple[int, int]:
-        """Of one entry on every stack, and of all that does not grow."""
-        entry = recurrent = 0
-        for tensor in self.manifest.state:
-            element = _BYTES[tensor.data_type]
-            if tensor.kind == pb.STATE_KIND_STACK:
-                heads, _, width = tensor.shape
-                entry += heads * width * element
-            else:
-                recurrent += math.prod(tensor.shape) * element
-        return entry, recurrent
+    def _unit_bytes(self) -> dict[str, int]:
+        return resources.unit_bytes(self.manifest)
 
     @property
     def max_state_bytes(self) -> int:
         """Bytes reserved for each slot."""
-        return sum(math.prod(t.shape) * _BYTES[t.data_type] for t in self.manifest.state)
+        return sum(math.prod(t.shape) * ELEMENT_BYTES[t.data_type] for t in self.manifest.state)
 
 
 def load_bundle(folder: Path) -> Bundle:
@@ -99,6 +90,8 @@ def load_bundle(folder: Path) -> Bundle:
         if path.name not in listed:
             raise BundleError(f"{folder / 'manifest.json'} does not list {path.name}")
     for tensor in manifest.state:
-        if tensor.data_type not in _BYTES:
+        if tensor.data_type not in ELEMENT_BYTES:
             raise BundleError(f"{folder}: state {tensor.name} has an unknown data type")
+        if tensor.kind not in KIND_NAMES:
+            raise BundleError(f"{folder}: state {tensor.name} is of a kind this server cannot keep")
     return bundle

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from concertina.resources import KIND_NAMES
 from server.bundle import Bundle
-from server.runtime import Floats, Ints, Runtime, State
+from server.runtime import Extent, Floats, Ints, Runtime, State
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Cache:
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of live state by kind, over the batch."""
-        sizes = {"stack": 0, "recurrent": 0}
+        sizes = dict.fromkeys(KIND_NAMES.values(), 0)
         for pushed in self._pushed:
             for kind, size in self._bundle.state_bytes(int(pushed)).items():
                 sizes[kind] += size
@@ -86,7 +87,7 @@ class Cache:
     def join(self) -> int:
         """Move the stream from the bench into the batch; returns its row."""
         row = self._append(self._bench_pushed)
-        self._runtime.move(self._bench, row, self._bundle.entries(self._bench_pushed))
+        self._runtime.move(self._bench, row, self._extent(self._bench_pushed))
         return row
 
     def begin(self) -> int:
@@ -99,7 +100,7 @@ class Cache:
         """Take a stream out of the batch. The last row, if another, moves in: its old number."""
         last = self.num_running - 1
         if row != last:
-            self._runtime.move(last, row, self._bundle.entries(int(self._pushed[last])))
+            self._runtime.move(last, row, self._extent(int(self._pushed[last])))
             self._pushed[row] = self._pushed[last]
         self._pushed = self._pushed[:last]
         return last if row != last else None
@@ -111,12 +112,12 @@ class Cache:
     def park(self, row: int) -> Parked:
         """A copy of a stream's state; the stream itself stays where it is."""
         pushed = int(self._pushed[row])
-        return Parked(self._runtime.read(row, self._bundle.entries(pushed)), pushed)
+        return Parked(self._runtime.read(row, self._extent(pushed)), pushed)
 
     def restore(self, parked: Parked) -> int:
         """Add a parked stream to the batch; returns its row."""
         row = self._append(parked.pushed)
-        self._runtime.write(row, parked.state)
+        self._runtime.write(row, self._extent(parked.pushed), parked.state)
         return row
 
     def step(self, tokens: Ints) -> Floats:
@@ -139,12 +140,16 @@ class Cache:
         return self.num_running - 1
 
     def _fold(self, rows: Sequence[int], pushed: Ints) -> int:
-        span = self._bundle.span
-        if span is None:
-            return 0
-        due = [
-            (row, int(n) // span - 1) for row, n in zip(rows, pushed, strict=True) if not n % span
-        ]
-        if due:
-            self._runtime.fold([row for row, _ in due], [base for _, base in due])
-        return len(due)
+        by_size: dict[tuple[int, int], list[tuple[int, Extent, Extent]]] = {}
+        for row, tokens in zip(rows, pushed.tolist(), strict=True):
+            entries, history = size = self._bundle.fold_size(tokens)
+            if entries:
+                end = Extent(self._bundle.entries(tokens - 1) + 1, tokens)
+                begin = Extent(end.entries - entries, tokens - history)
+                by_size.setdefault(size, []).append((row, begin, end))
+        for places in by_size.values():
+            self._runtime.fold(*zip(*places, strict=True))
+        return sum(len(places) for places in by_size.values())
+
+    def _extent(self, pushed: int) -> Extent:
+        return Extent(self._bundle.entries(pushed), pushed)

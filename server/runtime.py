@@ -7,6 +7,7 @@ Shapes: `B` streams, `T` tokens, `H` heads, `E` entries, `D` head_dim, `s` span.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,9 @@ from server.errors import BundleError
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 State = dict[str, npt.NDArray[np.generic]]
-"""The state of one stream, stacks cut to their valid entries."""
+"""The state of one stream, stacks and histories cut to what is valid."""
+
+_NEXT = "next."
 
 _DTYPES: dict[int, type[np.generic]] = {
     pb.DATA_TYPE_FLOAT32: np.float32,
@@ -28,17 +31,29 @@ _DTYPES: dict[int, type[np.generic]] = {
 }
 
 
+@dataclass(frozen=True)
+class Extent:
+    """How far the state of a stream reaches."""
+
+    entries: int
+    """Valid entries of every stack."""
+    tokens: int
+    """Rows of every history."""
+
+
+_NOTHING = Extent(0, 0)
+
+
 class Runtime:
     """Runs the graphs of one bundle over `rows` streams' state. Rows are plain indices."""
 
     def __init__(self, bundle: Bundle, rows: int, threads: int = 0) -> None:
-        self._tensors = list(bundle.manifest.state)
-        self._span = bundle.span
+        self._tensors = {tensor.name: tensor for tensor in bundle.manifest.state}
         self._step_session = _load(bundle.step_path, threads)
         self._fold_session = _load(bundle.fold_path, 1) if bundle.span else None
         self._buffers = {
             t.name: np.full((rows, *t.shape), t.initial, _DTYPES[t.data_type])
-            for t in self._tensors
+            for t in self._tensors.values()
         }
         self._steps: dict[tuple[int, int], _Binding] = {}
 
@@ -78,61 +93,54 @@ class Runtime:
             np.arange(time if logits else 0),
         )
 
-    def fold(self, rows: Sequence[int], bases: Sequence[int]) -> None:
-        """Replace, in each of `rows`, the span entries from its base on by one summary."""
-        assert self._fold_session is not None and self._span is not None
-        feeds = {}
-        for tensor in self._tensors:
-            buffer = self._buffers[tensor.name]
-            if tensor.kind == pb.STATE_KIND_STACK:
-                blocks = [
-                    buffer[row, :, base : base + self._span]
-                    for row, base in zip(rows, bases, strict=True)
-                ]
-                feeds[tensor.name] = np.stack(blocks)  # [B, H, s, D]
-            else:
-                feeds[tensor.name] = buffer[list(rows)]
-        folded = self._fold_session.run([f"next.{t.name}" for t in self._tensors], feeds)
-        for tensor, values in zip(self._tensors, folded, strict=True):
-            buffer = self._buffers[tensor.name]
-            for index, (row, base) in enumerate(zip(rows, bases, strict=True)):
-                if tensor.kind == pb.STATE_KIND_STACK:
-                    buffer[row, :, base] = values[index, :, 0]
+    def fold(self, rows: Sequence[int], begins: Sequence[Extent], ends: Sequence[Extent]) -> None:
+        """Fold what each of `rows` holds between two extents; all take parts of the same size."""
+        assert self._fold_session is not None
+        parts = {
+            name: [self._part(tensor, *place) for place in zip(rows, begins, ends, strict=True)]
+            for name, tensor in self._tensors.items()
+        }
+        feeds = {v.name: np.stack(parts[v.name]) for v in self._fold_session.get_inputs()}
+        folded = self._fold_session.run(None, feeds)
+        names = [v.name.removeprefix(_NEXT) for v in self._fold_session.get_outputs()]
+        for name, values in zip(names, folded, strict=True):
+            for part, value in zip(parts[name], values, strict=True):
+                if self._tensors[name].kind == pb.STATE_KIND_STACK:
+                    part[:, :1] = value  # the one entry that stands for the part
                 else:
-                    buffer[row] = values[index]
+                    part[...] = value
 
     def reset(self, row: int) -> None:
-        """Give `row` the state of a stream that has not begun. Dead stack entries may stay."""
-        for tensor in self._tensors:
-            if tensor.kind != pb.STATE_KIND_STACK:
+        """Give `row` the state of a stream that has not begun. What may not be read may stay."""
+        for tensor in self._tensors.values():
+            if tensor.kind == pb.STATE_KIND_RECURRENT:
                 self._buffers[tensor.name][row] = tensor.initial
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy the state of a stream with `length` valid entries to another row."""
-        for tensor in self._tensors:
-            buffer = self._buffers[tensor.name]
-            if tensor.kind == pb.STATE_KIND_STACK:
-                buffer[target, :, :length] = buffer[source, :, :length]
-            else:
-                buffer[target] = buffer[source]
+    def move(self, source: int, target: int, extent: Extent) -> None:
+        """Copy a stream's state, which reaches as far as `extent`, to another row."""
+        for tensor in self._tensors.values():
+            part = self._part(tensor, target, _NOTHING, extent)
+            part[...] = self._part(tensor, source, _NOTHING, extent)
 
-    def read(self, row: int, length: int) -> State:
-        """A copy of the state of a stream with `length` valid entries."""
-        return {
-            t.name: self._buffers[t.name][row, :, :length].copy()
-            if t.kind == pb.STATE_KIND_STACK
-            else self._buffers[t.name][row].copy()
-            for t in self._tensors
-        }
+    def read(self, row: int, extent: Extent) -> State:
+        """A copy of a stream's state, which reaches as far as `extent`."""
+        return {t.name: self._part(t, row, _NOTHING, extent).copy() for t in self._tensors.values()}
 
-    def write(self, row: int, state: State) -> None:
-        """Put a state that `read` gave into `row`."""
-        for tensor in self._tensors:
-            values = state[tensor.name]
-            if tensor.kind == pb.STATE_KIND_STACK:
-                self._buffers[tensor.name][row, :, : values.shape[1]] = values
-            else:
-                self._buffers[tensor.name][row] = values
+    def write(self, row: int, extent: Extent, state: State) -> None:
+        """Put a state that `read` gave for `extent` into `row`."""
+        for tensor in self._tensors.values():
+            self._part(tensor, row, _NOTHING, extent)[...] = state[tensor.name]
+
+    def _part(
+        self, tensor: pb.StateTensor, row: int, begin: Extent, end: Extent
+    ) -> npt.NDArray[np.generic]:
+        """A view of what a row holds between two extents; of a recurrent tensor, all."""
+        buffer: npt.NDArray[np.generic] = self._buffers[tensor.name][row]
+        if tensor.kind == pb.STATE_KIND_STACK:
+            return buffer[:, begin.entries : end.entries]
+        if tensor.kind == pb.STATE_KIND_HISTORY:
+            return buffer[begin.tokens : end.tokens]
+        return buffer
 
     def _bind(self, first: int, batch: int) -> _Binding:
         views = {
@@ -149,17 +157,23 @@ class _Binding:
         self._session = session
         self._views = views  # keeps the memory that the binding points to alive
         self._io = session.io_binding()
+        self._taken = {value.name for value in session.get_inputs()}
+        given = {value.name for value in session.get_outputs()}
         for name, view in views.items():
-            self._io.bind_ortvalue_input(name, view)
-            self._io.bind_ortvalue_output(f"next.{name}", view)
+            if name in self._taken:
+                self._io.bind_ortvalue_input(name, view)
+            if _NEXT + name in given:
+                self._io.bind_ortvalue_output(_NEXT + name, view)
 
     def run(self, tokens: Ints, positions: Ints, lengths: Ints, rows: Ints) -> Floats:
         """`tokens[B, T]`, `positions[B, T]`, `lengths[B]` after the push, `rows[R]` to logits."""
-        self._io.bind_cpu_input("tokens", tokens)
-        self._io.bind_cpu_input("positions", positions)
-        self._io.bind_cpu_input("lengths", lengths.astype(np.int32))
-        self._io.bind_cpu_input("longest", np.array(lengths.max(), np.int32))
-        self._io.bind_cpu_input("rows", rows)
+        feeds = {"tokens": tokens, "positions": positions, "rows": rows}
+        if "longest" in self._taken:
+            feeds["longest"] = np.array(lengths.max(), np.int32)
+        if "lengths" in self._taken:
+            feeds["lengths"] = lengths.astype(np.int32)
+        for name, values in feeds.items():
+            self._io.bind_cpu_input(name, values)
         self._io.bind_output("logits")
         self._session.run_with_iobinding(self._io)
         logits: Floats = self._io.get_outputs()[-1].numpy()

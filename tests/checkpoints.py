@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from export.bundle import export_bundle
-from model.config import Attention, ModelConfig
+from export.compare import Variant
+from model.config import ModelConfig
 from model.data import DatasetInfo
 from model.decoder import Block, Decoder
 from model.train import CHECKPOINT, CONFIG, TrainConfig
@@ -55,28 +56,33 @@ def write_checkpoint(folder: Path, config: ModelConfig, info: DatasetInfo) -> Pa
     return folder
 
 
-def export_tiny(root: Path, attention: Attention) -> Path:
+def export_tiny(root: Path, pattern: str, context: int = 32, span: int = 8) -> Path:
     """Folder of a bundle below `root`, exported unless it is there; `<name>-checkpoint` beside it.
 
-    Pattern `fixed` comes as 8x4 pixels with two labels, `full` as text; both see 32 tokens.
+    `pattern` is written as in the manifest. `full` comes as text, the others as 8x4 pixels with two
+    labels; longer contexts as text, too.
     """
-    if (root / attention).exists():
-        return root / attention
+    name = pattern.replace(":", "-") + (f"-{context}" if context != 32 else "")
+    if (root / name).exists():
+        return root / name
     pixels = DatasetInfo(
         "image", 7, "noise", "CC0-1.0", 8, 4, tuple((40 * k, 9, 7) for k in range(7)), ("a", "b")
     )
-    info = pixels if attention == "fixed" else DatasetInfo("text", 7, "noise", "CC0-1.0")
+    text = DatasetInfo("text", 7, "noise", "CC0-1.0")
+    info = text if pattern == "full" or context != 32 else pixels
+    variant = Variant.parse(pattern)
     config = ModelConfig(
         info.vocabulary,
-        context=32,
+        context=context,
         width=16,
         layers=2,
         heads=2,
         mlp=24,
-        span=8,
-        attention=attention,
+        span=span,
+        attention=variant.attention,
+        pooling=variant.pooling,
         starts=info.starts,
     )
-    checkpoint = write_checkpoint(root / f"{attention}-checkpoint", config, info)
-    export_bundle(checkpoint, root / attention, name=f"tiny-{attention}", version="7")
-    return root / attention
+    checkpoint = write_checkpoint(root / f"{name}-checkpoint", config, info)
+    export_bundle(checkpoint, root / name, name=f"tiny-{name}", version="7")
+    return root / name

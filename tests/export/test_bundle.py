@@ -15,8 +15,8 @@ import export.bundle
 from concertina.manifest import read_manifest
 from concertina.v1 import bundle_pb2 as pb
 from export.bundle import export_bundle
-from export.graphs import load_decoder
 from export.parity import ParityError
+from export.weights import load_decoder
 from model.config import ModelConfig
 from model.data import DatasetInfo
 from model.decoder import Decoder
@@ -57,10 +57,10 @@ def test_manifest_of_a_model_of_pixels(fixed_bundle: Path) -> None:
     assert (manifest.training_data.source, manifest.training_data.license) == ("noise", "CC0-1.0")
     assert manifest.training_data.tokens == 1
     assert 0 < manifest.parity.max_error < manifest.parity.tolerance == 1e-4
-    names = [f"{name}.{layer}" for layer in (0, 1) for name in ("keys", "values", "query_max")]
+    names = [f"{name}.{layer}" for layer in (0, 1) for name in ("keys", "values", "pooled_query")]
     assert [tensor.name for tensor in manifest.state] == names
     for tensor in manifest.state:
-        if tensor.name.startswith("query_max"):
+        if tensor.name.startswith("pooled_query"):
             assert (tensor.kind, [*tensor.shape]) == (pb.STATE_KIND_RECURRENT, [2, 8])
             assert tensor.initial < -1e38
         else:
@@ -167,8 +167,8 @@ def test_sinusoid_positions_are_exact_far_into_the_context(tmp_path: Path) -> No
                 "values.0": empty,
             },
         )[0]
-        model = load_decoder(tmp_path / "bundle" / "step.onnx").double()
+        model = load_decoder(tmp_path / "bundle").double()
         block: Any = model.blocks[0]
         x = model.embed_at(torch.tensor([[3]]), torch.tensor([[position]]))
-        expected = model.head(model.norm(block(x, lambda q, k, v: v)))[:, 0]
+        expected = model.head(model.norm(block(x, lambda pattern, q, k, v, x: v)))[:, 0]
         assert np.abs(logits - expected.detach().numpy()).max() < 1e-5

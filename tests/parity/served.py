@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 
 from concertina.v1 import bundle_pb2 as pb
-from export.graphs import load_decoder
+from export.weights import load_decoder
 from server.bundle import load_bundle
 from server.cache import Cache
 from server.runtime import Floats, Ints, Runtime
@@ -30,7 +30,7 @@ def draw_tokens(folder: Path, rows: int, length: int | None = None, seed: int = 
 def expected_logits(folder: Path, tokens: Ints, dtype: torch.dtype = torch.float64) -> Logits:
     """`[rows, length, vocabulary]`, all positions in parallel, computed in `dtype`."""
     with torch.no_grad():
-        logits = load_decoder(folder / "step.onnx").to(dtype)(torch.from_numpy(tokens))
+        logits = load_decoder(folder).to(dtype)(torch.from_numpy(tokens))
     wide: Logits = logits.double().numpy()
     return wide
 
@@ -56,15 +56,18 @@ class Served:
 
     def poison(self) -> None:
         """Overwrite dead entries of live rows, and all of the others."""
-        lengths = dict(enumerate(self.bundle.entries(self.cache.pushed).tolist()))
+        pushed = dict(enumerate(self.cache.pushed.tolist()))
         if self.bench_in_use:
-            lengths[self.slots] = self.bundle.entries(self.cache.bench_pushed)
+            pushed[self.slots] = self.cache.bench_pushed
         for tensor in self.bundle.manifest.state:
             buffer = self.runtime._buffers[tensor.name]
             for row in range(self.slots + 1):
+                tokens = pushed.get(row, 0)
                 if tensor.kind == pb.STATE_KIND_STACK:
-                    buffer[row, :, lengths.get(row, 0) :] = self.value
-                elif row not in lengths:
+                    buffer[row, :, self.bundle.entries(tokens) :] = self.value
+                elif tensor.kind == pb.STATE_KIND_HISTORY:
+                    buffer[row, tokens:] = self.value
+                elif row not in pushed:
                     buffer[row] = self.value
 
     def take_bench(self) -> None:
@@ -104,4 +107,4 @@ class Served:
 
     def state(self, row: int) -> dict[str, npt.NDArray[np.generic]]:
         """What a row of the batch holds."""
-        return self.runtime.read(row, self.bundle.entries(int(self.cache.pushed[row])))
+        return self.cache.park(row).state

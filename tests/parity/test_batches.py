@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from server.cache import Parked
-from server.runtime import Ints
+from server.runtime import Extent, Ints
 from tests.parity.served import Logits, Served, assert_parity, draw_tokens, expected_logits
 
 SPAN, SLOTS = 8, 4
@@ -116,10 +116,8 @@ class Simulation:
         return Place(int(self.rng.integers(len(self.tokens))), 0)
 
 
-@pytest.mark.parametrize("attention", ["fixed", "full"])
 @pytest.mark.parametrize("seed", range(3))
-def test_any_course_of_events(attention: str, seed: int, request: pytest.FixtureRequest) -> None:
-    bundle: Path = request.getfixturevalue(f"{attention}_bundle")
+def test_any_course_of_events(bundle: Path, seed: int) -> None:
     tokens = draw_tokens(bundle, 5)
     life = Simulation(Served(bundle, SLOTS), tokens, expected_logits(bundle, tokens), seed)
     life.run(turns=600)
@@ -144,24 +142,25 @@ def mixed(fixed_bundle: Path) -> Served:
 def test_a_fold_leaves_its_neighbours_alone(mixed: Served) -> None:
     tokens = draw_tokens(mixed.bundle.folder, SLOTS)
     mixed.cache.step(tokens[range(SLOTS), mixed.cache.pushed])
-    lengths = [4, 1 + SPAN, 2, 1 + 6]
-    before = [mixed.runtime.read(row, length) for row, length in enumerate(lengths)]
+    extents = [Extent(4, 4), Extent(1 + SPAN, 2 * SPAN), Extent(2, SPAN + 1), Extent(7, SPAN + 6)]
+    before = [mixed.runtime.read(row, extent) for row, extent in enumerate(extents)]
     assert mixed.cache.fold() == 1
-    after = [mixed.runtime.read(row, length) for row, length in enumerate(lengths)]
+    after = [mixed.runtime.read(row, extent) for row, extent in enumerate(extents)]
     for row in (0, 2, 3):
         assert all(np.array_equal(before[row][name], after[row][name]) for name in before[row])
     for name in ("keys.0", "values.1"):
         assert np.array_equal(before[1][name][:, 0], after[1][name][:, 0])  # the closed block
         assert not np.array_equal(before[1][name][:, 1], after[1][name][:, 1])
     assert np.array_equal(after[1]["keys.0"][:, 1], before[1]["keys.0"][:, 1:].max(axis=1))
-    assert (after[1]["query_max.0"] < -1e38).all()
+    assert (after[1]["pooled_query.0"] < -1e38).all()
 
 
 def test_rows_that_ended_are_not_folded(mixed: Served) -> None:
     mixed.cache.step(draw_tokens(mixed.bundle.folder, SLOTS)[range(SLOTS), mixed.cache.pushed])
-    before = mixed.runtime.read(1, 1 + SPAN)
+    full = Extent(1 + SPAN, 2 * SPAN)
+    before = mixed.runtime.read(1, full)
     assert mixed.cache.fold(ended=[1]) == 0
-    after = mixed.runtime.read(1, 1 + SPAN)
+    after = mixed.runtime.read(1, full)
     assert all(np.array_equal(before[name], after[name]) for name in before)
 
 

@@ -42,12 +42,12 @@ def exact_logits() -> Callable[[Bundle], Logits]:
     """For a bundle: logits `[T, vocabulary]` after each of T tokens, by PyTorch, in float64."""
     import torch
 
-    from export.graphs import load_decoder
+    from export.weights import load_decoder
 
     torch.set_num_threads(1)  # on models this small, threads only wait for each other
 
     def of(bundle: Bundle) -> Logits:
-        model = load_decoder(bundle.step_path).double()
+        model = load_decoder(bundle.folder).double()
 
         def logits(tokens: list[int]) -> npt.NDArray[np.float64]:
             with torch.no_grad():

@@ -30,10 +30,10 @@ def test_entries_are_what_pushing_and_folding_leave(span: int | None, tokens: in
 def test_state_bytes_by_hand(text: Bundle) -> None:
     """2 layers, 2 heads of 16: 2 stacks of float32 each, and the running maximum of the queries."""
     entry, recurrent = 2 * 2 * 2 * 16 * 4, 2 * 2 * 16 * 4
-    assert text.state_bytes(0) == {"stack": 0, "recurrent": recurrent}
-    assert text.state_bytes(7) == {"stack": 7 * entry, "recurrent": recurrent}
-    assert text.state_bytes(8) == {"stack": 1 * entry, "recurrent": recurrent}
-    assert text.state_bytes(95) == {"stack": (11 + 7) * entry, "recurrent": recurrent}
+    assert text.state_bytes(0) == {"stack": 0, "history": 0, "recurrent": recurrent}
+    assert text.state_bytes(7) == {"stack": 7 * entry, "history": 0, "recurrent": recurrent}
+    assert text.state_bytes(8) == {"stack": 1 * entry, "history": 0, "recurrent": recurrent}
+    assert text.state_bytes(95) == {"stack": (11 + 7) * entry, "history": 0, "recurrent": recurrent}
     assert text.max_state_bytes == (11 + 8) * entry + recurrent
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from server.cache import Cache, Parked
+from server.runtime import Extent
 from tests.fakes import FakeRuntime, bare_bundle
 
 SLOTS, CONTEXT = 3, 24
@@ -15,8 +16,8 @@ SLOTS, CONTEXT = 3, 24
 class Streams:
     """Does to a cache whatever chance says, and keeps the tokens of every stream in a list."""
 
-    def __init__(self, span: int | None, chance: random.Random) -> None:
-        self.bundle = bare_bundle(span, CONTEXT)
+    def __init__(self, span: int | None, chance: random.Random, binary: bool = False) -> None:
+        self.bundle = bare_bundle(span, CONTEXT, binary)
         self.runtime = FakeRuntime(self.bundle, SLOTS + 1)
         self.cache = Cache(self.bundle, self.runtime, SLOTS)  # type: ignore[arg-type]
         self.chance = chance
@@ -112,18 +113,20 @@ class Streams:
         assert self.cache.num_free == SLOTS - len(self.rows)
         assert self.cache.pushed.tolist() == [len(row) for row in self.rows]
         for row, history in enumerate(self.rows):
-            assert self.runtime.history(row, self.bundle.entries(len(history))) == history
+            assert self.runtime.seen(row, self.extent(history)) == history
         if self.bench is not None:
             assert self.cache.bench_pushed == len(self.bench)
-            length = self.bundle.entries(len(self.bench))
-            assert self.runtime.history(SLOTS, length) == self.bench
+            assert self.runtime.seen(SLOTS, self.extent(self.bench)) == self.bench
+
+    def extent(self, history: list[int]) -> Extent:
+        return Extent(self.bundle.entries(len(history)), len(history))
 
 
-@pytest.mark.parametrize("span", [None, 2, 3, 5, CONTEXT])
+@pytest.mark.parametrize("span", [None, 2, 3, 5, CONTEXT, "binary"])
 @pytest.mark.parametrize("seed", range(20))
-def test_any_order_of_operations_keeps_every_stream(seed: int, span: int | None) -> None:
+def test_any_order_of_operations_keeps_every_stream(seed: int, span: int | str | None) -> None:
     chance = random.Random(seed)
-    streams = Streams(span, chance)
+    streams = Streams(2, chance, True) if isinstance(span, str) else Streams(span, chance)
     for _ in range(150):
         chance.choice(streams.possible())()
         streams.check()
@@ -134,6 +137,7 @@ def test_state_bytes_are_those_of_the_batch() -> None:
     heads, entries, width = 2, 10, 4
     shape = [heads, entries, width]
     streams.bundle.manifest.state.add(name="keys", kind=1, shape=shape, data_type=1)
+    streams.bundle.manifest.state.add(name="raw", kind=3, shape=[CONTEXT, 5], data_type=1)
     streams.begin()
     streams.begin()
     for token in range(3):
@@ -142,4 +146,8 @@ def test_state_bytes_are_those_of_the_batch() -> None:
     streams.begin()
     streams.cache.step(np.array([7, 7, 7]))
     entry = heads * width * 4
-    assert streams.cache.state_bytes() == {"stack": (2 + 2 + 1) * entry, "recurrent": 0}
+    assert streams.cache.state_bytes() == {
+        "stack": (2 + 2 + 1) * entry,
+        "history": (4 + 4 + 1) * 5 * 4,
+        "recurrent": 0,
+    }

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from prometheus_client import REGISTRY
 
+from concertina.resources import KIND_NAMES
 from server.bundle import Bundle
 from server.engine import Engine
 from server.errors import Overloaded
@@ -117,7 +118,7 @@ async def test_what_an_engine_holds(text: Bundle, start: Start) -> None:
     def held() -> dict[str, float]:
         return {
             **{where: _value(f"streams_{where}") for where in ("running", "waiting", "paused")},
-            **{kind: _value("state_bytes", kind=kind) for kind in ("stack", "recurrent")},
+            **{kind: _value("state_bytes", kind=kind) for kind in KIND_NAMES.values()},
         }
 
     engine = start(text, slots=2, stream_buffer=10)

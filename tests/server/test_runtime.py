@@ -11,7 +11,7 @@ import pytest
 from server.bundle import Bundle
 from server.cache import Cache, Parked
 from server.errors import BundleError
-from server.runtime import Runtime
+from server.runtime import Extent, Runtime
 
 Logits = Callable[[list[int]], npt.NDArray[np.float64]]
 SLOTS, TOLERANCE = 4, 1e-4
@@ -108,9 +108,10 @@ def test_streams_that_come_and_go_get_the_logits_of_the_model(
 def test_state_read_and_written_is_the_same_state(bundle: Bundle, runtime: Runtime) -> None:
     runtime.reset(0)
     runtime.prefill(0, np.arange(5), 0, 0)
-    state = runtime.read(0, 5)
-    runtime.write(3, state)
-    again = runtime.read(3, 5)
+    far = Extent(entries=5, tokens=5)
+    state = runtime.read(0, far)
+    runtime.write(3, far, state)
+    again = runtime.read(3, far)
     assert all(np.array_equal(state[name], again[name]) for name in state)
     runtime.prefill(0, np.arange(2), 5, 5)
     assert all(np.array_equal(state[name], again[name]) for name in state), "a copy, not a view"

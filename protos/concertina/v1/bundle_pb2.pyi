@@ -18,6 +18,7 @@ class StateKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     STATE_KIND_UNSPECIFIED: _ClassVar[StateKind]
     STATE_KIND_STACK: _ClassVar[StateKind]
     STATE_KIND_RECURRENT: _ClassVar[StateKind]
+    STATE_KIND_HISTORY: _ClassVar[StateKind]
 
 class DataType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -30,12 +31,13 @@ MODALITY_IMAGE: Modality
 STATE_KIND_UNSPECIFIED: StateKind
 STATE_KIND_STACK: StateKind
 STATE_KIND_RECURRENT: StateKind
+STATE_KIND_HISTORY: StateKind
 DATA_TYPE_UNSPECIFIED: DataType
 DATA_TYPE_FLOAT32: DataType
 DATA_TYPE_FLOAT16: DataType
 
 class Manifest(_message.Message):
-    __slots__ = ("format", "name", "version", "fingerprint", "modality", "vocabulary", "labels", "end_token", "context", "image", "state", "fold", "files", "metrics", "training_data", "parity", "parameters", "attention")
+    __slots__ = ("format", "name", "version", "fingerprint", "modality", "vocabulary", "labels", "end_token", "context", "image", "state", "fold", "files", "metrics", "training_data", "parity", "parameters", "attention", "cost")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -61,6 +63,7 @@ class Manifest(_message.Message):
     PARITY_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     ATTENTION_FIELD_NUMBER: _ClassVar[int]
+    COST_FIELD_NUMBER: _ClassVar[int]
     format: int
     name: str
     version: str
@@ -79,7 +82,8 @@ class Manifest(_message.Message):
     parity: Parity
     parameters: int
     attention: str
-    def __init__(self, format: _Optional[int] = ..., name: _Optional[str] = ..., version: _Optional[str] = ..., fingerprint: _Optional[str] = ..., modality: _Optional[_Union[Modality, str]] = ..., vocabulary: _Optional[int] = ..., labels: _Optional[_Iterable[str]] = ..., end_token: _Optional[int] = ..., context: _Optional[int] = ..., image: _Optional[_Union[ImageFormat, _Mapping]] = ..., state: _Optional[_Iterable[_Union[StateTensor, _Mapping]]] = ..., fold: _Optional[_Union[FoldSchedule, _Mapping]] = ..., files: _Optional[_Iterable[_Union[BundleFile, _Mapping]]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., training_data: _Optional[_Union[TrainingData, _Mapping]] = ..., parity: _Optional[_Union[Parity, _Mapping]] = ..., parameters: _Optional[int] = ..., attention: _Optional[str] = ...) -> None: ...
+    cost: Cost
+    def __init__(self, format: _Optional[int] = ..., name: _Optional[str] = ..., version: _Optional[str] = ..., fingerprint: _Optional[str] = ..., modality: _Optional[_Union[Modality, str]] = ..., vocabulary: _Optional[int] = ..., labels: _Optional[_Iterable[str]] = ..., end_token: _Optional[int] = ..., context: _Optional[int] = ..., image: _Optional[_Union[ImageFormat, _Mapping]] = ..., state: _Optional[_Iterable[_Union[StateTensor, _Mapping]]] = ..., fold: _Optional[_Union[FoldSchedule, _Mapping]] = ..., files: _Optional[_Iterable[_Union[BundleFile, _Mapping]]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., training_data: _Optional[_Union[TrainingData, _Mapping]] = ..., parity: _Optional[_Union[Parity, _Mapping]] = ..., parameters: _Optional[int] = ..., attention: _Optional[str] = ..., cost: _Optional[_Union[Cost, _Mapping]] = ...) -> None: ...
 
 class ImageFormat(_message.Message):
     __slots__ = ("width", "height", "palette")
@@ -106,10 +110,26 @@ class StateTensor(_message.Message):
     def __init__(self, name: _Optional[str] = ..., kind: _Optional[_Union[StateKind, str]] = ..., shape: _Optional[_Iterable[int]] = ..., data_type: _Optional[_Union[DataType, str]] = ..., initial: _Optional[float] = ...) -> None: ...
 
 class FoldSchedule(_message.Message):
-    __slots__ = ("span",)
+    __slots__ = ("span", "binary")
     SPAN_FIELD_NUMBER: _ClassVar[int]
+    BINARY_FIELD_NUMBER: _ClassVar[int]
     span: int
-    def __init__(self, span: _Optional[int] = ...) -> None: ...
+    binary: bool
+    def __init__(self, span: _Optional[int] = ..., binary: _Optional[bool] = ...) -> None: ...
+
+class Cost(_message.Message):
+    __slots__ = ("step", "step_entry", "fold", "fold_entry", "fold_row")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    STEP_ENTRY_FIELD_NUMBER: _ClassVar[int]
+    FOLD_FIELD_NUMBER: _ClassVar[int]
+    FOLD_ENTRY_FIELD_NUMBER: _ClassVar[int]
+    FOLD_ROW_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    step_entry: int
+    fold: int
+    fold_entry: int
+    fold_row: int
+    def __init__(self, step: _Optional[int] = ..., step_entry: _Optional[int] = ..., fold: _Optional[int] = ..., fold_entry: _Optional[int] = ..., fold_row: _Optional[int] = ...) -> None: ...
 
 class BundleFile(_message.Message):
     __slots__ = ("path", "sha256", "bytes")

@@ -1,0 +1,53 @@
+"""What one token of a model costs: counted by running its graphs, not derived from its shape."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from concertina.v1 import bundle_pb2 as pb
+from export.graphs import FoldGraph, StepGraph, fold_example, layers, state_tensors, step_example
+from model.attention import push_and_attend
+from model.decoder import Decoder
+
+
+@torch.no_grad()
+def count_cost(model: Decoder) -> pb.Cost:
+    """Floating-point operations of the matrix products of one stream's step and fold."""
+    one, two = _count_step(model, 1), _count_step(model, 2)
+    cost = pb.Cost(step=2 * one - two, step_entry=two - one)
+    schedule = layers(model)[0].schedule
+    if schedule is None:
+        return cost
+    if not schedule.binary:
+        cost.fold = _count_fold(model, schedule.span, schedule.span)
+        return cost
+    sizes = [(1 + carries, 1 << carries) for carries in (1, 2, 3)]
+    counted = [_count_fold(model, *size) for size in sizes]
+    solved = np.linalg.solve([[1, *size] for size in sizes], counted).round().astype(int)
+    cost.fold, cost.fold_entry, cost.fold_row = solved.tolist()
+    return cost
+
+
+def _count_step(model: Decoder, entries: int) -> int:
+    """Of one token on stacks that have room for `entries`, which the plain kernel all visits."""
+    tokens, positions, lengths, longest, _, state = step_example(model, batch=1, time=1)
+    assert isinstance(lengths, Tensor) and isinstance(state, list)
+    state = [
+        values[:, :, :entries] if tensor.kind == pb.STATE_KIND_STACK else values
+        for tensor, values in zip(state_tensors(model), state, strict=True)
+    ]
+    graph = StepGraph(model, functools.partial(push_and_attend, lengths=lengths))
+    with FlopCounterMode(display=False) as counter:
+        graph(tokens, positions, lengths, longest, torch.zeros(1, dtype=torch.int64), state)
+    return int(counter.get_total_flops())
+
+
+def _count_fold(model: Decoder, entries: int, rows: int) -> int:
+    with FlopCounterMode(display=False) as counter:
+        FoldGraph(model)(fold_example(model, entries, rows, batch=1))
+    return int(counter.get_total_flops())

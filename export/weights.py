@@ -1,0 +1,97 @@
+"""The weights inside a step graph: stored as float16, and found again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from onnx import numpy_helper
+
+from model.config import ModelConfig
+from model.decoder import Decoder
+
+_HALF = ".half"
+_CONFIG_PROP = "concertina.model_config"
+_WEIGHTS_PROP = "concertina.weights"
+
+
+def name_weights(proto: onnx.ModelProto, model: Decoder) -> None:
+    """Note in a graph which model it is of, and where those parameters lie that it uses."""
+    onnx.helper.set_model_props(
+        proto,
+        {
+            _CONFIG_PROP: json.dumps(asdict(model.config)),
+            _WEIGHTS_PROP: json.dumps(_find_weights(proto, model)),
+        },
+    )
+
+
+def load_decoder(folder: Path) -> Decoder:
+    """The decoder in the bundle `folder`, as it was exported.
+
+    What is served can so be checked, or trained on, without the checkpoint it came from.
+    Raises ValueError when the graphs were not exported by Concertina.
+    """
+    config, weights = None, {}
+    for path in sorted(folder.glob("*.onnx")):
+        proto = onnx.load(path)
+        props = {prop.key: json.loads(prop.value) for prop in proto.metadata_props}
+        if _CONFIG_PROP not in props:
+            continue
+        config = ModelConfig(**props[_CONFIG_PROP])
+        stored = {i.name.removesuffix(_HALF): i for i in proto.graph.initializer}
+        for name, (initializer, transposed) in props[_WEIGHTS_PROP].items():
+            values = torch.from_numpy(numpy_helper.to_array(stored[initializer]).astype("float32"))
+            weights[name] = values.T if transposed else values
+    if config is None:
+        raise ValueError(f"{folder} was not exported by Concertina: no graph names {_CONFIG_PROP}")
+    model = Decoder(config)
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def round_weights(model: Decoder) -> None:
+    """Round the matrices of `model` to float16 in place: the weights that are stored and served."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.copy_(parameter.half().float())
+
+
+def store_half(model: onnx.ModelProto) -> None:
+    """Store matrices as float16 behind a cast, which the runtime folds when it loads them."""
+    graph = model.graph
+    casts = []
+    for initializer in graph.initializer:
+        if initializer.data_type != onnx.TensorProto.FLOAT or len(initializer.dims) < 2:
+            continue
+        name = initializer.name
+        values = numpy_helper.to_array(initializer).astype("float16")
+        initializer.CopyFrom(numpy_helper.from_array(values, name + _HALF))
+        casts.append(
+            onnx.helper.make_node("Cast", [name + _HALF], [name], to=onnx.TensorProto.FLOAT)
+        )
+    nodes = [*casts, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _find_weights(proto: onnx.ModelProto, model: Decoder) -> dict[str, tuple[str, bool]]:
+    """Which initializer holds a parameter, and whether transposed; the exporter folds both."""
+    found = {}
+    for initializer in proto.graph.initializer:
+        values = numpy_helper.to_array(initializer)
+        found[values.shape, values.tobytes()] = initializer.name
+    weights = {}
+    for name, parameter in model.state_dict().items():
+        values = parameter.numpy()
+        flipped = np.ascontiguousarray(values.T)
+        plain = found.get((values.shape, values.tobytes()))
+        holder = plain or found.get((flipped.shape, flipped.tobytes()))
+        if holder is not None:
+            weights[name] = (holder, plain is None)
+    return weights

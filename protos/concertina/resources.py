@@ -1,0 +1,80 @@
+"""What a stream of a bundle costs at any position: bytes of state, and operations of a step.
+
+All of it is arithmetic on the manifest: nothing is loaded, and a stream can be weighed before it
+starts.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from concertina.v1 import bundle_pb2 as pb
+
+Count = TypeVar("Count", int, npt.NDArray[np.int64])
+
+ELEMENT_BYTES = {pb.DATA_TYPE_FLOAT32: 4, pb.DATA_TYPE_FLOAT16: 2}
+KIND_NAMES = {
+    pb.STATE_KIND_STACK: "stack",
+    pb.STATE_KIND_HISTORY: "history",
+    pb.STATE_KIND_RECURRENT: "recurrent",
+}
+
+
+def entries(manifest: pb.Manifest, pushed: Count) -> Count:
+    """Valid entries of every stack after `pushed` tokens and the folds they made due."""
+    if not manifest.HasField("fold"):
+        return pushed
+    if manifest.fold.binary:
+        return np.bitwise_count(pushed) if isinstance(pushed, np.ndarray) else pushed.bit_count()
+    return pushed // manifest.fold.span + pushed % manifest.fold.span
+
+
+def fold_size(manifest: pb.Manifest, pushed: int) -> tuple[int, int]:
+    """Entries of every stack and rows of every history that the fold due after `pushed` takes.
+
+    `(0, 0)` when none is due.
+    """
+    span = manifest.fold.span
+    if not span or not pushed or pushed % span:
+        return 0, 0
+    if manifest.fold.binary:
+        rows = pushed & -pushed
+        return rows.bit_length(), rows
+    return span, span
+
+
+def unit_bytes(manifest: pb.Manifest) -> dict[str, int]:
+    """Bytes by kind: of one entry on every stack, one row of every history, all that is fixed."""
+    units = dict.fromkeys(KIND_NAMES.values(), 0)
+    for tensor in manifest.state:
+        shape = list(tensor.shape)
+        if tensor.kind == pb.STATE_KIND_STACK:
+            del shape[1]
+        elif tensor.kind == pb.STATE_KIND_HISTORY:
+            del shape[0]
+        units[KIND_NAMES[tensor.kind]] += math.prod(shape) * ELEMENT_BYTES[tensor.data_type]
+    return units
+
+
+def state_bytes(manifest: pb.Manifest, pushed: int) -> int:
+    """Bytes of state that a stream needs after `pushed` tokens."""
+    units = unit_bytes(manifest)
+    grown = units["stack"] * entries(manifest, pushed) + units["history"] * pushed
+    return grown + units["recurrent"]
+
+
+def step_flops(manifest: pb.Manifest, position: int) -> int:
+    """Floating-point operations for the token at `position`, and for the fold it makes due.
+
+    Counted are matrix products; a multiply-add is two operations. Positions begin at 0.
+    """
+    cost = manifest.cost
+    flops = cost.step + cost.step_entry * (entries(manifest, position) + 1)
+    taken, rows = fold_size(manifest, position + 1)
+    if taken:
+        flops += cost.fold + cost.fold_entry * taken + cost.fold_row * rows
+    return flops
