@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from model import images, text
-from model.config import ModelConfig
+from model.config import Attention, ModelConfig, Pooling, Positions
 from model.data import Dataset, load_dataset, save_dataset
 from model.train import Progress as TrainProgress
 from model.train import TrainConfig
@@ -28,20 +28,6 @@ class Kind(enum.StrEnum):
     EMOJI = "emoji"
     TEXT = "text"
     IMAGES = "images"
-
-
-class Attention(enum.StrEnum):
-    """Attention patterns."""
-
-    FIXED = "fixed"
-    FULL = "full"
-
-
-class Positions(enum.StrEnum):
-    """Position embeddings."""
-
-    FACTORED = "factored"
-    SINUSOID = "sinusoid"
 
 
 def data(
@@ -108,8 +94,11 @@ def train(
     layers: Annotated[int, typer.Option(help="Layers.")] = 4,
     heads: Annotated[int, typer.Option(help="Heads; each summarises a block in its own way.")] = 8,
     mlp: Annotated[int, typer.Option(help="Width of the MLP.")] = 1024,
-    attention: Annotated[Attention, typer.Option(help="Pattern.")] = Attention.FIXED,
-    positions: Annotated[Positions, typer.Option(help="Embedding.")] = Positions.FACTORED,
+    attention: Annotated[
+        Attention, typer.Option(help="Pattern; docs/quality.md compares them.")
+    ] = "fixed",
+    pooling: Annotated[Pooling, typer.Option(help="How fixed attention pools a block.")] = "max",
+    positions: Annotated[Positions, typer.Option(help="Embedding.")] = "factored",
     tokens: Annotated[int, typer.Option(help="Tokens to train on.")] = 10_000_000,
     rows: Annotated[int, typer.Option(help="Windows per step.")] = 8,
     rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 0.01,
@@ -120,14 +109,16 @@ def train(
     float32: Annotated[bool, typer.Option("--float32", help="No bfloat16 in products.")] = False,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 takes every core.")] = 0,
 ) -> None:
-    """Train a Combiner, or its full-attention twin, and report bits on held-out data.
+    """Train a decoder with any attention pattern, and report bits on held-out data.
 
-    Stopped runs go on where their last checkpoint was, and end with the same weights.
+    Stopped runs go on where their last checkpoint was, and end with the same weights. The
+    bidirectional pattern learns to fill in masked tokens; it cannot be served as a stream.
 
     Examples:
     concertina train data/emoji runs/emoji --context 1024 --span 32
     concertina train data/python runs/python --context 4096 --span 64 --rows 2
     concertina train data/python runs/twin --context 4096 --span 64 --rows 2 --attention full
+    concertina train data/emoji runs/rows --context 1024 --span 32 --attention axial-rowmajor
     """
     if threads:
         torch.set_num_threads(threads)
@@ -141,8 +132,9 @@ def train(
         heads=heads,
         mlp=mlp,
         span=span,
-        attention=attention.value,
-        positions=positions.value,
+        attention=attention,
+        pooling=pooling,
+        positions=positions,
     )
     train_config = TrainConfig(
         tokens=tokens,

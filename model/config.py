@@ -99,6 +99,11 @@ class ModelConfig:
         return self.width // self.heads
 
     @property
+    def masked(self) -> bool:
+        """Whether a token reads later ones, so that training has to hide what it asks for."""
+        return self.attention == "fixed-bidirectional"
+
+    @property
     def blocks(self) -> int:
         """Number of blocks of `span` tokens that the context touches."""
         return -(-self.context // self.span)

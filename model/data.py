@@ -20,6 +20,10 @@ Tokens = npt.NDArray[np.int64]
 
 END_OF_TEXT = 0
 """The byte that closes a document: legal in UTF-8, absent from text files."""
+MASKED = 0.15
+"""Share of the tokens that a masked model has to guess."""
+IGNORED = -100
+"""Stands where no target is; what `torch.nn.functional.cross_entropy` skips."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,16 @@ def heldout_batches(
     shift = shift_text if dataset.info.modality == "text" else shift_images
     for first in range(0, len(held), rows):
         yield shift(held[first : first + rows].astype(np.int64), dataset.info.vocabulary)
+
+
+def mask(targets: Tokens, vocabulary: int, seed: tuple[int, ...]) -> tuple[Tokens, Tokens]:
+    """Inputs and targets of a masked model: `MASKED` of all tokens, hidden behind the start token.
+
+    Targets that are not asked for are `IGNORED`. A pure function of (targets, seed).
+    """
+    hidden = np.random.default_rng(seed).random(targets.shape) < MASKED
+    hidden[:, 0] |= ~hidden.any(axis=1)
+    return np.where(hidden, vocabulary, targets), np.where(hidden, targets, IGNORED)
 
 
 def shift_text(windows: Tokens, vocabulary: int) -> tuple[Tokens, Tokens]:

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.config import ModelConfig
-from model.data import Dataset, DatasetInfo, draw_batch, heldout_batches
+from model.config import ROWS, ModelConfig
+from model.data import IGNORED, Dataset, DatasetInfo, draw_batch, heldout_batches, mask
 from model.decoder import Decoder
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -104,6 +104,8 @@ def train(
         began = time.monotonic()
         torch.manual_seed(seed * 1_000_003 + step)  # dropout, too, is a function of the step
         inputs, targets = draw_batch(dataset, context, rows, seed, step)
+        if model_config.masked:
+            inputs, targets = mask(targets, model_config.vocabulary, (seed, step))
         for optimiser in optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = group["peak"] * _schedule(step, steps, train_config.warmup)
@@ -137,14 +139,20 @@ def train(
 
 @torch.no_grad()
 def evaluate(model: Decoder, dataset: Dataset, limit: int | None = None, rows: int = 8) -> float:
-    """Bits per token on the held-out data, in float32, at most `limit` windows of it."""
+    """Bits per token on the held-out data, in float32, at most `limit` windows of it.
+
+    Of a masked model: per masked token.
+    """
     model.eval()
     total = count = 0.0
-    for inputs, targets in heldout_batches(dataset, model.config.context, rows, limit):
+    batches = heldout_batches(dataset, model.config.context, rows, limit)
+    for number, (inputs, targets) in enumerate(batches):
+        if model.config.masked:
+            inputs, targets = mask(targets, model.config.vocabulary, (number,))
         logits = model(torch.from_numpy(inputs))
         flat = torch.from_numpy(targets).flatten()
         total += F.cross_entropy(logits.flatten(0, 1), flat, reduction="sum").item()
-        count += targets.size
+        count += int((targets != IGNORED).sum())
     if not count:
         raise ValueError(
             f"the held-out data is shorter than one window of {model.config.context} tokens"
@@ -189,6 +197,11 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _check_fit(model: ModelConfig, data: DatasetInfo) -> None:
+    if data.modality == "image" and model.attention in ROWS and model.span != data.image_width:
+        raise ValueError(
+            f"{model.attention} sees rows of {model.span} tokens, the images have rows of "
+            f"{data.image_width} pixels: its span has to be the width of the images"
+        )
     wanted = {"vocabulary": data.vocabulary, "starts": data.starts}
     if data.modality == "image":
         wanted["context"] = data.image_width * data.image_height

@@ -156,7 +156,7 @@ class Engine:
             waiting=tuple((len(s.request.prompt) - 1, not s.request.score) for s in head),
             bench_left=None if bench is None else len(bench.unpushed(self._cache.bench_pushed)),
             bench_joins=bench is not None and not bench.request.score,
-            block_room=self._cache.block_room,
+            prefill_room=min(self._cache.block_room, self.config.prefill_chunk),
             prefill_credit_s=self._credit_s,
         )
 

@@ -19,8 +19,8 @@ class Load:
     """Prompt tokens left to push for the stream on the bench; None when the bench is empty."""
     bench_joins: bool
     """Whether the stream on the bench needs a slot afterwards."""
-    block_room: int
-    """Tokens the bench takes before it has to fold."""
+    prefill_room: int
+    """Tokens the bench takes in one pass."""
     prefill_credit_s: float
     """Time that prefill may still take from the running streams."""
 
@@ -75,7 +75,7 @@ def plan(load: Load) -> Plan:
     decoding = load.num_running + restore + begin + join > 0
     prefill = 0
     if load.bench_left and (load.prefill_credit_s > 0 or not decoding):
-        prefill = min(load.bench_left, load.block_room)
+        prefill = min(load.bench_left, load.prefill_room)
     return Plan(restore, begin, seat, join, prefill, decoding)
 
 

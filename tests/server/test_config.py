@@ -32,6 +32,7 @@ def test_the_address_of_a_port_that_is_open_to_the_network_is_local_too() -> Non
         ({"prefill_share": 0.0}, "prefill_share is 0.0"),
         ({"prefill_share": 1.5}, "prefill_share is 1.5: it must be from 0.01 to 0.95"),
         ({"prefill_share": float("nan")}, "prefill_share is nan"),
+        ({"prefill_chunk": 0}, "prefill_chunk is 0: it must be from 1 to"),
         ({"threads": -2}, "threads is -2"),
     ],
 )

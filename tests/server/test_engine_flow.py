@@ -14,6 +14,7 @@ from server import stream as stream_module
 from server.bundle import Bundle
 from server.engine import Engine
 from server.errors import Overloaded
+from server.runtime import Floats, Ints
 from server.stream import Delta, Finish, FinishReason, Stream
 from tests.server.engines import (
     LIMIT_S,
@@ -416,6 +417,19 @@ async def test_prompts_do_not_starve_running_streams(
     prefill_s, step_s = 0.03 * shared.count("prefill"), 0.01 * shared.count("step")
     assert prefill_s / (prefill_s + step_s) == pytest.approx(share, abs=0.06)
     assert "prefill prefill" not in " ".join(shared)
+
+
+async def test_a_pass_of_prefill_is_no_longer_than_its_limit(text: Bundle, start: Start) -> None:
+    engine, passes = start(text, prefill_chunk=3), list[int]()
+    prefill = engine._cache.prefill
+
+    def noted(tokens: Ints, logits: bool = False) -> Floats:
+        passes.append(len(tokens))
+        return prefill(tokens, logits)
+
+    engine._cache.prefill = noted  # type: ignore[method-assign]
+    await read(engine, engine.submit(ask(b"x" * 20, max_tokens=1)))
+    assert passes == [3, 3, 2, 3, 3, 2, 3, 1]  # blocks are of 8 tokens
 
 
 async def test_streams_are_begun_in_the_order_they_came(text: Bundle, start: Start) -> None:

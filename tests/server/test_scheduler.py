@@ -16,7 +16,7 @@ EMPTY = Load(
     waiting=(),
     bench_left=None,
     bench_joins=False,
-    block_room=8,
+    prefill_room=8,
     prefill_credit_s=0.0,
 )
 PROMPT, NO_PROMPT, SCORE = (20, True), (0, True), (20, False)
@@ -131,7 +131,7 @@ class World:
             waiting=tuple((job.prompt, not job.score) for job in self.waiting)[: self.slots + 1],
             bench_left=None if self.bench is None else self.bench.prompt - self.pushed,
             bench_joins=self.bench is not None and not self.bench.score,
-            block_room=self.span - self.pushed % self.span,
+            prefill_room=self.span - self.pushed % self.span,
             prefill_credit_s=self.credit_s,
         )
 
