@@ -37,7 +37,7 @@ def export(
                 version=version,
                 on_stage=status.update,
             )
-    except (FileExistsError, FileNotFoundError, ParityError) as error:
+    except (FileExistsError, FileNotFoundError, ParityError, ValueError) as error:
         console.print(f"[red]error:[/red] {error}", highlight=False)
         raise typer.Exit(1) from None
     size = sum(file.bytes for file in manifest.files)

@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
+import numpy as np
+
+from concertina.resources import state_bytes, step_flops
+from export.bundle import describe
 from model.config import Attention, ModelConfig, Pooling
+from model.data import Dataset
 from model.patterns import make_pattern
+from model.train import Checkpoint, Progress, TrainConfig, load_checkpoint, read_log, train
+
+RESULTS = "results.json"
+_SAMPLES = 200
 
 
 @dataclass(frozen=True)
@@ -18,7 +30,7 @@ class Variant:
 
     @classmethod
     def parse(cls, text: str) -> Variant:
-        """From its written form. Raises ValueError for a name that is none, when it is used."""
+        """From its written form; whether there is such a pattern, ModelConfig knows."""
         attention, _, pooling = text.partition(":")
         return cls(attention, pooling or "max")  # type: ignore[arg-type]
 
@@ -26,11 +38,105 @@ class Variant:
         return self.attention if self.pooling == "max" else f"{self.attention}:{self.pooling}"
 
 
-def configure(base: ModelConfig, variant: Variant) -> ModelConfig:
-    """`base` with another pattern and the same number of weights.
+@dataclass(frozen=True)
+class Entry:
+    """A variant to compare, and the number of seeds to train it with, written `fixed@3`."""
 
-    Where a pattern brings weights of its own, the MLP is narrower by as many.
+    variant: Variant
+    seeds: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Entry:
+        """From its written form. Raises ValueError when the number of seeds is none."""
+        variant, _, seeds = text.partition("@")
+        if seeds and not (seeds.isdecimal() and int(seeds)):
+            raise ValueError(f"{text}: behind @ comes the number of seeds, at least 1")
+        return cls(Variant.parse(variant), int(seeds or 1))
+
+
+@dataclass(frozen=True)
+class Result:
+    """One trained run, and what one stream of its model costs."""
+
+    variant: str
+    seed: int
+    bits: float
+    """On all held-out data."""
+    seconds: float
+    """Wall-clock time of all optimiser steps."""
+    curve: tuple[tuple[float, float], ...]
+    """Seconds of training and held-out bits, at every evaluation; the last is over all data."""
+    parameters: int
+    tokens: tuple[int, ...]
+    """Lengths of a stream at which the next two were computed, up to the context."""
+    state_bytes: tuple[int, ...]
+    """Most bytes of float32 state that a stream holds on its way there."""
+    flops: tuple[float, ...]
+    """Operations per token on its way there, in the mean, folds included."""
+
+
+def configure(base: ModelConfig, variant: Variant) -> ModelConfig:
+    """`base` with another pattern and, but for rounding, the same number of weights.
+
+    Where a pattern brings weights of its own, the MLP is narrower by as many. Raises ValueError for
+    a pattern that does not exist, that does not fit `base`, or that reads later tokens.
     """
     config = dataclasses.replace(base, attention=variant.attention, pooling=variant.pooling)
+    if config.masked:
+        raise ValueError(
+            f"{variant} guesses masked tokens: its bits cannot be compared with those of models "
+            "that predict the next one"
+        )
     own = sum(p.numel() for p in make_pattern(config).parameters())
     return dataclasses.replace(config, mlp=config.mlp - round(own / (2 * config.width)))
+
+
+def run_folder(out: Path, variant: Variant, seed: int) -> Path:
+    """Where a run is trained; one that exists is resumed."""
+    return out / f"{variant}-{seed}".replace(":", "-")
+
+
+def compare(
+    dataset: Dataset,
+    base: ModelConfig,
+    budget: TrainConfig,
+    entries: Sequence[Entry],
+    out: Path,
+    on_step: Callable[[str, Progress], None] = lambda run, progress: None,
+) -> list[Result]:
+    """Train every entry below `out`, and write `results.json` there after each run.
+
+    All runs see the same batches of their seed. Runs that were finished before are only read.
+    Raises ValueError for an entry that cannot be trained, before anything is.
+    """
+    configs = {entry.variant: configure(base, entry.variant) for entry in entries}
+    runs = [(entry.variant, seed) for entry in entries for seed in range(entry.seeds)]
+    results: list[Result] = []
+    for variant, seed in runs:
+        folder, settings = run_folder(out, variant, seed), dataclasses.replace(budget, seed=seed)
+        name = f"{variant}, seed {seed}"
+        train(folder, configs[variant], settings, dataset, lambda p, name=name: on_step(name, p))  # type: ignore[misc]
+        results.append(weigh(str(variant), seed, load_checkpoint(folder), read_log(folder)))
+        text = json.dumps([asdict(result) for result in results], indent=1)
+        (out / RESULTS).write_text(text + "\n")
+    return results
+
+
+def weigh(variant: str, seed: int, checkpoint: Checkpoint, log: Sequence[Progress]) -> Result:
+    """What came out of a run, and the resource model of the bundle it would become."""
+    manifest = describe(checkpoint, variant, "1")
+    context = checkpoint.config.context
+    tokens = np.unique(np.geomspace(1, context, _SAMPLES).round().astype(np.int64))
+    held = np.maximum.accumulate(state_bytes(manifest, np.arange(context)))  # before the last fold
+    flops = np.cumsum([step_flops(manifest, position) for position in range(context)])
+    return Result(
+        variant,
+        seed,
+        bits=checkpoint.metrics[checkpoint.data.unit],
+        seconds=log[-1].seconds,
+        curve=tuple((p.seconds, p.heldout) for p in log if p.heldout is not None),
+        parameters=manifest.parameters,
+        tokens=tuple(tokens.tolist()),
+        state_bytes=tuple(held[tokens - 1].tolist()),
+        flops=tuple((flops[tokens - 1] / tokens).tolist()),
+    )

@@ -53,6 +53,7 @@ COMMANDS = {
     "data": Command("model.command", "data", "Prepare training data."),
     "train": Command("model.command", "train", "Train a model."),
     "export": Command("export.command", "export", "Turn a checkpoint into a bundle."),
+    "compare": Command("export.compare_command", "compare", "Train patterns side by side."),
 }
 
 

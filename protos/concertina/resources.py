@@ -29,7 +29,9 @@ def entries(manifest: pb.Manifest, pushed: Count) -> Count:
     if not manifest.HasField("fold"):
         return pushed
     if manifest.fold.binary:
-        return np.bitwise_count(pushed) if isinstance(pushed, np.ndarray) else pushed.bit_count()
+        if isinstance(pushed, np.ndarray):
+            return np.bitwise_count(pushed).astype(np.int64)
+        return pushed.bit_count()
     return pushed // manifest.fold.span + pushed % manifest.fold.span
 
 
@@ -60,7 +62,7 @@ def unit_bytes(manifest: pb.Manifest) -> dict[str, int]:
     return units
 
 
-def state_bytes(manifest: pb.Manifest, pushed: int) -> int:
+def state_bytes(manifest: pb.Manifest, pushed: Count) -> Count:
     """Bytes of state that a stream needs after `pushed` tokens."""
     units = unit_bytes(manifest)
     grown = units["stack"] * entries(manifest, pushed) + units["history"] * pushed

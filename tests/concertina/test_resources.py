@@ -47,6 +47,7 @@ def test_state_bytes_by_hand(made: pb.Manifest, pushed: int, held: int) -> None:
 def test_entries_of_a_batch_are_those_of_its_streams(made: pb.Manifest) -> None:
     pushed = np.arange(64)
     assert entries(made, pushed).tolist() == [entries(made, int(n)) for n in pushed]
+    assert state_bytes(made, pushed).tolist() == [state_bytes(made, int(n)) for n in pushed]
 
 
 @pytest.mark.parametrize(

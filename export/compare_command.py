@@ -1,0 +1,107 @@
+"""`concertina compare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from export.compare import Entry
+from export.compare import compare as compare_runs
+from export.comparison import table, write_report
+from model.config import ModelConfig, Positions
+from model.data import load_dataset
+from model.train import Progress as TrainProgress
+from model.train import TrainConfig
+
+_DEFAULT = (
+    *("fixed@3", "full@3", "fixed:mean", "fixed:deepset-max", "logsparse"),
+    *("logsparse-hierarchical", "axial-rowmajor", "axial-vertical", "axial-horizontal"),
+    *("mixture", "mixture-averaged", "sparse-fixed", "sparse-strided", "sparse-logsparse"),
+    "sparse-axial",
+)
+
+
+def compare(
+    dataset: Annotated[Path, typer.Argument(help="Dataset made by `concertina data`.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the runs and the report.")],
+    patterns: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="`NAME`, `NAME:POOLING`, `NAME@SEEDS`; default: all, the headline pair 3 times."
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens that each run sees.")] = 1_000_000,
+    context: Annotated[int, typer.Option(help="Tokens of a window (images: their pixels).")] = 1024,
+    span: Annotated[int, typer.Option(help="Tokens of a block (images: their width).")] = 32,
+    width: Annotated[int, typer.Option(help="Width of the residual stream.")] = 128,
+    layers: Annotated[int, typer.Option(help="Layers.")] = 4,
+    heads: Annotated[int, typer.Option(help="Heads.")] = 4,
+    mlp: Annotated[int, typer.Option(help="Width of the MLP, before own weights are paid.")] = 512,
+    positions: Annotated[Positions, typer.Option(help="Embedding.")] = "factored",
+    rows: Annotated[int, typer.Option(help="Windows per step.")] = 8,
+    rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 0.01,
+    evaluations: Annotated[int, typer.Option(min=1, help="Points on the curve of a run.")] = 6,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 takes every core.")] = 0,
+) -> None:
+    """Train patterns on the same data, tokens, seeds and number of weights, and compare them.
+
+    Writes results.json, table.md, quality.svg (bits against time and against state) and cost.svg
+    (operations and state against position). Stopped comparisons go on; finished runs are kept.
+
+    Examples:
+    concertina compare data/emoji runs/compare-emoji
+    concertina compare data/emoji runs/pools fixed@3 fixed:mean@3 fixed:deepset-max@3
+    concertina compare data/python runs/long fixed full --context 4096 --span 64 --rows 2
+    """
+    console = Console(stderr=True)
+    if threads:
+        torch.set_num_threads(threads)
+    loaded = load_dataset(dataset)
+    info = loaded.info
+    base = ModelConfig(
+        vocabulary=info.vocabulary,
+        starts=info.starts,
+        context=context,
+        width=width,
+        layers=layers,
+        heads=heads,
+        mlp=mlp,
+        span=span,
+        positions=positions,
+    )
+    steps = TrainConfig(tokens=tokens, rows=rows).steps(context)
+    every = max(1, steps // evaluations)
+    budget = TrainConfig(tokens=tokens, rows=rows, rate=rate, evaluate_every=every)
+    entries = [Entry.parse(pattern) for pattern in patterns or _DEFAULT]
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        runs: dict[str, TaskID] = {}
+
+        def show(run: str, done: TrainProgress) -> None:
+            if run not in runs:
+                runs[run] = progress.add_task(run, total=done.steps)
+            text = f"{run}: {done.bits:.3f} {info.unit}"
+            progress.update(runs[run], completed=done.step, description=text)
+
+        results = compare_runs(loaded, base, budget, entries, out, show)
+    write_report(out, results, info.unit)
+    Console().print(Markdown(table(results, info.unit)))
+    console.print(f"{out}: results.json, table.md, quality.svg, cost.svg", highlight=False)
