@@ -10,7 +10,7 @@ from pathlib import Path
 from concertina.manifest import MANIFEST, write_manifest
 from concertina.v1 import bundle_pb2 as pb
 from export.cost import count_cost
-from export.graphs import export_fold, export_step, layers, state_tensors
+from export.graphs import export_fold, export_step, fold_resets, layers, state_tensors
 from export.parity import check_parity
 from export.weights import round_weights
 from model.data import END_OF_TEXT
@@ -86,6 +86,7 @@ def describe(checkpoint: Checkpoint, name: str, version: str) -> pb.Manifest:
     schedule = layers(checkpoint.model)[0].schedule
     if schedule is not None:
         manifest.fold.span, manifest.fold.binary = schedule.span, schedule.binary
+        manifest.fold.resets = fold_resets(checkpoint.model)
     if data.modality == "text":
         manifest.end_token = END_OF_TEXT
     else:

@@ -197,6 +197,22 @@ def export_fold(model: Decoder, path: Path) -> None:
     onnx.save(proto, path)
 
 
+@torch.no_grad()
+def fold_resets(model: Decoder) -> bool:
+    """Whether a fold leaves nothing but entries; see `FoldSchedule.resets`."""
+    schedule, state = layers(model)[0].schedule, state_tensors(model)
+    if schedule is None or any(t.kind == pb.STATE_KIND_HISTORY for t in state):
+        return False
+    graph = FoldGraph(model)
+    after = graph([torch.randn_like(x) for x in fold_example(model, schedule.span, schedule.span)])
+    given = dict(zip(graph.changed, after, strict=True))
+    return all(
+        t.name in given and bool((given[t.name] == t.initial).all())
+        for t in state
+        if t.kind == pb.STATE_KIND_RECURRENT
+    )
+
+
 def group_query_attention(
     q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, longest: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -42,6 +42,11 @@ class Bundle:
         return self.manifest.fold.span if self.manifest.HasField("fold") else None
 
     @property
+    def shares_blocks(self) -> bool:
+        """Whether the entries of folded blocks are all there is to a prefix."""
+        return self.manifest.fold.resets and not self.manifest.fold.binary
+
+    @property
     def step_path(self) -> Path:
         """The graph that pushes and attends."""
         return self.folder / "step.onnx"
@@ -54,6 +59,12 @@ class Bundle:
     def entries(self, pushed: Count) -> Count:
         """Valid entries of every stack after `pushed` tokens and the folds they made due."""
         return resources.entries(self.manifest, pushed)
+
+    @cached_property
+    def stacks(self) -> frozenset[str]:
+        """Names of the state tensors that are stacks."""
+        kinds = ((tensor.name, tensor.kind) for tensor in self.manifest.state)
+        return frozenset(name for name, kind in kinds if kind == pb.STATE_KIND_STACK)
 
     def fold_size(self, pushed: int) -> tuple[int, int]:
         """Entries of every stack and rows of every history that the fold due now takes."""

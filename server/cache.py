@@ -13,6 +13,7 @@ import numpy as np
 
 from concertina.resources import KIND_NAMES
 from server.bundle import Bundle
+from server.prefix import PrefixCache
 from server.runtime import Extent, Floats, Ints, Runtime, State
 
 
@@ -27,12 +28,15 @@ class Parked:
 class Cache:
     """State of up to `slots` decoding streams and one being prefilled."""
 
-    def __init__(self, bundle: Bundle, runtime: Runtime, slots: int) -> None:
+    def __init__(self, bundle: Bundle, runtime: Runtime, slots: int, prefix_bytes: int = 0) -> None:
         self._bundle = bundle
         self._runtime = runtime
         self._slots = slots
         self._bench = slots
-        self._bench_pushed = 0
+        self._bench_tokens: Ints = np.zeros(0, np.int64)
+        self._prefixes: PrefixCache | None = None
+        if bundle.span and bundle.shares_blocks and prefix_bytes:
+            self._prefixes = PrefixCache(bundle.span, prefix_bytes)
         self._pushed: Ints = np.zeros(0, np.int64)
 
     @property
@@ -53,14 +57,19 @@ class Cache:
     @property
     def bench_pushed(self) -> int:
         """Tokens the stream on the bench has seen."""
-        return self._bench_pushed
+        return len(self._bench_tokens)
+
+    @property
+    def prefix_bytes(self) -> int:
+        """Bytes of the blocks that are kept for prompts which begin alike."""
+        return self._prefixes.nbytes if self._prefixes else 0
 
     @property
     def block_room(self) -> int:
         """Tokens the bench takes before its block is full."""
         if self._bundle.span is None:
-            return self._bundle.context - self._bench_pushed
-        return self._bundle.span - self._bench_pushed % self._bundle.span
+            return self._bundle.context - self.bench_pushed
+        return self._bundle.span - self.bench_pushed % self._bundle.span
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of live state by kind, over the batch."""
@@ -70,24 +79,42 @@ class Cache:
                 sizes[kind] += size
         return sizes
 
-    def clear_bench(self) -> None:
-        """Make room on the bench for a stream that has not begun."""
+    def seat(self, prompt: Ints | None = None) -> None:
+        """Make room on the bench for a stream that has not begun.
+
+        Of its `prompt[T]`, if given, the blocks that an earlier prompt began with count as pushed.
+        """
         self._runtime.reset(self._bench)
-        self._bench_pushed = 0
+        self._bench_tokens = np.zeros(0, np.int64)
+        if self._prefixes is None or prompt is None:
+            return
+        blocks = self._prefixes.match(prompt)
+        if blocks:
+            self._bench_tokens = prompt[: len(blocks) * (self._bundle.span or 0)]
+            stacks = {
+                name: np.concatenate([block[name] for block in blocks], axis=1)
+                for name in self._bundle.stacks
+            }
+            self._runtime.write(self._bench, self._extent(self.bench_pushed), stacks)
 
     def prefill(self, tokens: Ints, logits: bool = False) -> Floats:
         """Push `tokens[T]`, at most `block_room`, onto the bench."""
         assert len(tokens) <= self.block_room
-        length = self._bundle.entries(self._bench_pushed)
-        out = self._runtime.prefill(self._bench, tokens, self._bench_pushed, length, logits)
-        self._bench_pushed += len(tokens)
-        self._fold([self._bench], np.array([self._bench_pushed]))
+        length = self._bundle.entries(self.bench_pushed)
+        out = self._runtime.prefill(self._bench, tokens, self.bench_pushed, length, logits)
+        self._bench_tokens = np.concatenate((self._bench_tokens, tokens))
+        folded = self._fold([self._bench], np.array([self.bench_pushed]))
+        if folded and self._prefixes is not None:
+            end = self._extent(self.bench_pushed)
+            entry = self._runtime.read(self._bench, end, Extent(end.entries - 1, end.tokens))
+            stacks = {name: entry[name] for name in self._bundle.stacks}
+            self._prefixes.insert(self._bench_tokens, stacks)
         return out
 
     def join(self) -> int:
         """Move the stream from the bench into the batch; returns its row."""
-        row = self._append(self._bench_pushed)
-        self._runtime.move(self._bench, row, self._extent(self._bench_pushed))
+        row = self._append(self.bench_pushed)
+        self._runtime.move(self._bench, row, self._extent(self.bench_pushed))
         return row
 
     def begin(self) -> int:

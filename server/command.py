@@ -61,6 +61,12 @@ def serve(
     queue_limit: Annotated[
         int, typer.Option(help="Streams of one bundle that may wait; more are refused.")
     ] = EngineConfig.queue_limit,
+    prefix_cache_bytes: Annotated[
+        int, typer.Option(help="Memory for blocks that prompts begin with; 0 keeps none.")
+    ] = EngineConfig.prefix_cache_bytes,
+    prefill_chunk: Annotated[
+        int, typer.Option(help="Prompt tokens of one pass at most; streams step in between.")
+    ] = EngineConfig.prefill_chunk,
     replicas: Annotated[
         int, typer.Option(help="Processes that serve, each with every bundle.")
     ] = ServeConfig.replicas,
@@ -91,7 +97,13 @@ def serve(
         metrics_port=metrics_port,
         replicas=replicas,
         drain_seconds=drain_seconds,
-        engine=EngineConfig(slots=slots, queue_limit=queue_limit, threads=threads),
+        engine=EngineConfig(
+            slots=slots,
+            queue_limit=queue_limit,
+            prefix_cache_bytes=prefix_cache_bytes,
+            prefill_chunk=prefill_chunk,
+            threads=threads,
+        ),
     )
     # Here a wrong bundle or a taken port ends the start in a moment, and with a plain word.
     opened = [load_bundle(folder) for folder in folders]

@@ -33,6 +33,9 @@ class EngineConfig:
     prefill_share: float = 0.5
     """Largest share of the loop's time that prefill may take while streams decode."""
 
+    prefix_cache_bytes: int = 64 * MEBIBYTE
+    """Memory for folded blocks that later prompts may begin with; 0 keeps none."""
+
     prefill_chunk: int = 512
     """Prompt tokens of one pass at most; running streams step in between."""
 
@@ -44,6 +47,7 @@ class EngineConfig:
         _check("queue_limit", self.queue_limit, 0, 1_000_000)
         _check("stream_buffer", self.stream_buffer, 1, 1_000_000)
         _check("prefill_share", self.prefill_share, 0.01, 0.95)
+        _check("prefix_cache_bytes", self.prefix_cache_bytes, 0, 1024 * 1024 * MEBIBYTE)
         _check("prefill_chunk", self.prefill_chunk, 1, 1_000_000)
         _check("threads", self.threads, 0, 1024)
 

@@ -40,7 +40,7 @@ class Engine:
         self.bundle = bundle
         self.config = config
         self._runtime = Runtime(bundle, config.slots + 1, config.threads)
-        self._cache = Cache(bundle, self._runtime, config.slots)
+        self._cache = Cache(bundle, self._runtime, config.slots, config.prefix_cache_bytes)
         self._measures = metrics.EngineMetrics(bundle.name)
         self._measures.buffer_bytes(self._runtime.nbytes)
         self._inbox: deque[Callable[[], None]] = deque()
@@ -174,8 +174,10 @@ class Engine:
             self._bench = None
         prefill_s = self._prefill(todo.prefill) if todo.prefill else 0.0
         if todo.seat:
-            self._cache.clear_bench()
             self._start(stream := self._waiting.popleft())
+            # Every token that is scored has to be pushed.
+            self._cache.seat(None if stream.request.score else stream.unpushed(0))
+            self._measures.shared(self._cache.bench_pushed, self._cache.prefix_bytes)
             self._bench = stream
         decode_s = self._decode() if todo.decode else 0.0
         share = self.config.prefill_share

@@ -32,6 +32,12 @@ PROCESS_MEMORY = Gauge(
     multiprocess_mode="livesum",
 )
 PROMPT_TOKENS = Counter("concertina_prompt_tokens", "Prompt tokens pushed.", ("model_name",))
+SHARED_TOKENS = Counter(
+    "concertina_prefix_cache_hits",
+    "Prompt tokens that did not have to be pushed: an earlier prompt began with them.",
+    ("model_name",),
+)
+PREFIX_BYTES = _gauge("concertina_prefix_cache_bytes", "Folded blocks kept for later prompts.")
 GENERATION_TOKENS = Counter("concertina_generation_tokens", "Tokens drawn.", ("model_name",))
 FINISHED = Counter(
     "concertina_streams_finished", "Streams that ended.", ("model_name", "finished_reason")
@@ -98,6 +104,11 @@ class EngineMetrics:
         """Prompt tokens were pushed."""
         PROMPT_TOKENS.labels(self._name).inc(tokens)
         self._prefill_time.observe(seconds)
+
+    def shared(self, tokens: int, kept: int) -> None:
+        """So many tokens of a prompt were found folded; `kept` bytes are held for such prompts."""
+        SHARED_TOKENS.labels(self._name).inc(tokens)
+        PREFIX_BYTES.labels(self._name).set(kept)
 
     def folded(self, blocks: int) -> None:
         """Blocks became summaries."""

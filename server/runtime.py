@@ -122,14 +122,14 @@ class Runtime:
             part = self._part(tensor, target, _NOTHING, extent)
             part[...] = self._part(tensor, source, _NOTHING, extent)
 
-    def read(self, row: int, extent: Extent) -> State:
-        """A copy of a stream's state, which reaches as far as `extent`."""
-        return {t.name: self._part(t, row, _NOTHING, extent).copy() for t in self._tensors.values()}
+    def read(self, row: int, end: Extent, begin: Extent = _NOTHING) -> State:
+        """A copy of a stream's state, which reaches as far as `end`, from `begin` on."""
+        return {t.name: self._part(t, row, begin, end).copy() for t in self._tensors.values()}
 
-    def write(self, row: int, extent: Extent, state: State) -> None:
-        """Put a state that `read` gave for `extent` into `row`."""
-        for tensor in self._tensors.values():
-            self._part(tensor, row, _NOTHING, extent)[...] = state[tensor.name]
+    def write(self, row: int, end: Extent, state: State) -> None:
+        """Put those tensors of a state that reaches as far as `end` into `row`."""
+        for name, values in state.items():
+            self._part(self._tensors[name], row, _NOTHING, end)[...] = values
 
     def _part(
         self, tensor: pb.StateTensor, row: int, begin: Extent, end: Extent

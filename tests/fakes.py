@@ -84,11 +84,11 @@ class FakeRuntime:
         self.histories[source] = [_DEAD] * len(self.histories[source])
         self.recurrent[source] = _DEAD
 
-    def read(self, row: int, extent: Extent) -> dict[str, Any]:
+    def read(self, row: int, end: Extent) -> dict[str, Any]:
         """What `write` takes."""
         return {
-            "stack": self.stacks[row][: extent.entries],
-            "history": self.histories[row][: extent.tokens],
+            "stack": self.stacks[row][: end.entries],
+            "history": self.histories[row][: end.tokens],
             "recurrent": self.recurrent[row],
         }
 

@@ -45,11 +45,13 @@ def assert_parity(got: Floats, expected: Logits, tolerance: float = TOLERANCE) -
 class Served:
     """A cache over its own runtime; everything that no stream may read is kept full of `poison`."""
 
-    def __init__(self, folder: Path, slots: int = 4, poison: float = np.nan) -> None:
+    def __init__(
+        self, folder: Path, slots: int = 4, poison: float = np.nan, prefix_bytes: int = 0
+    ) -> None:
         self.bundle = load_bundle(folder)
         self.slots = slots
         self.runtime = Runtime(self.bundle, slots + 1, threads=1)
-        self.cache = Cache(self.bundle, self.runtime, slots)
+        self.cache = Cache(self.bundle, self.runtime, slots, prefix_bytes)
         self.bench_in_use = False
         self.value = poison
         self.poison()
@@ -72,7 +74,7 @@ class Served:
 
     def take_bench(self) -> None:
         """Clear the bench for a new stream."""
-        self.cache.clear_bench()
+        self.cache.seat()
         self.bench_in_use = True
         self.poison()
 

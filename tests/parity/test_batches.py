@@ -203,7 +203,7 @@ def test_a_new_stream_knows_nothing_of_the_one_before(fixed_bundle: Path) -> Non
             got = served.decode(tokens[row : row + 1, : 12 - row])
             assert_parity(got, expected[row : row + 1, : 12 - row])
             served.cache.leave(0)
-            served.cache.clear_bench()
+            served.cache.seat()
             for first, last in ((0, SPAN), (SPAN, SPAN + 4)):
                 got = served.cache.prefill(tokens[row, first:last], logits=True)
                 assert_parity(got, expected[row, first:last])

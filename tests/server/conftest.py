@@ -65,6 +65,7 @@ async def start() -> AsyncIterator[Callable[..., Engine]]:
     engines: list[Engine] = []
 
     def start(bundle: Bundle, **settings: float) -> Engine:
+        settings = {"prefix_cache_bytes": 0, **settings}  # prompts are pushed whole, unless asked
         engines.append(Engine(bundle, EngineConfig(threads=1, **settings)))  # type: ignore[arg-type]
         return engines[-1]
 

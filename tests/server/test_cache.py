@@ -47,7 +47,7 @@ class Streams:
         self.rows.append([])
 
     def clear_bench(self) -> None:
-        self.cache.clear_bench()
+        self.cache.seat()
         self.bench = []
 
     def prefill(self) -> None:

@@ -432,6 +432,29 @@ async def test_a_pass_of_prefill_is_no_longer_than_its_limit(text: Bundle, start
     assert passes == [3, 3, 2, 3, 3, 2, 3, 1]  # blocks are of 8 tokens
 
 
+async def test_a_prompt_seen_before_is_pushed_from_its_last_block_on(
+    text: Bundle, start: Start
+) -> None:
+    engine, passes = start(text, prefix_cache_bytes=10**6), list[int]()
+    prefill = engine._cache.prefill
+
+    def noted(tokens: Ints, logits: bool = False) -> Floats:
+        passes.append(len(tokens))
+        return prefill(tokens, logits)
+
+    engine._cache.prefill = noted  # type: ignore[method-assign]
+    first = await read(engine, engine.submit(ask(b"x" * 20, max_tokens=5)))
+    assert passes == [8, 8, 4]
+    passes.clear()
+    again = await read(engine, engine.submit(ask(b"x" * 20, max_tokens=5)))
+    assert (passes, again.tokens) == ([4], first.tokens)
+    passes.clear()
+    scored = [await read(engine, engine.submit(ask(b"x" * 20, score=True))) for _ in range(2)]
+    assert passes == [8, 8, 4] * 2
+    assert scored[0].ending == scored[1].ending
+    assert engine._cache.prefix_bytes > 0
+
+
 async def test_streams_are_begun_in_the_order_they_came(text: Bundle, start: Start) -> None:
     engine, begun = start(text, slots=2), list[Stream]()
     begin = engine._start

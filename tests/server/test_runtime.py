@@ -39,7 +39,7 @@ def test_prefill_in_chunks_gives_the_logits_of_the_model(
 ) -> None:
     tokens = _tokens(bundle, np.random.default_rng(chunk), bundle.context)
     cache = Cache(bundle, runtime, SLOTS)
-    cache.clear_bench()
+    cache.seat()
     got: list[npt.NDArray[np.float32]] = []
     while len(got) < len(tokens):
         part = tokens[len(got) :][: min(chunk, cache.block_room)]
@@ -80,7 +80,7 @@ def test_streams_that_come_and_go_get_the_logits_of_the_model(
             if rng.random() < 0.3:
                 cache.begin()
             else:
-                cache.clear_bench()
+                cache.seat()
                 ahead = int(rng.integers(1, len(prompts[stream])))
                 while cache.bench_pushed < ahead:
                     at = cache.bench_pushed

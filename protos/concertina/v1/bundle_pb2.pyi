@@ -110,12 +110,14 @@ class StateTensor(_message.Message):
     def __init__(self, name: _Optional[str] = ..., kind: _Optional[_Union[StateKind, str]] = ..., shape: _Optional[_Iterable[int]] = ..., data_type: _Optional[_Union[DataType, str]] = ..., initial: _Optional[float] = ...) -> None: ...
 
 class FoldSchedule(_message.Message):
-    __slots__ = ("span", "binary")
+    __slots__ = ("span", "binary", "resets")
     SPAN_FIELD_NUMBER: _ClassVar[int]
     BINARY_FIELD_NUMBER: _ClassVar[int]
+    RESETS_FIELD_NUMBER: _ClassVar[int]
     span: int
     binary: bool
-    def __init__(self, span: _Optional[int] = ..., binary: _Optional[bool] = ...) -> None: ...
+    resets: bool
+    def __init__(self, span: _Optional[int] = ..., binary: _Optional[bool] = ..., resets: _Optional[bool] = ...) -> None: ...
 
 class Cost(_message.Message):
     __slots__ = ("step", "step_entry", "fold", "fold_entry", "fold_row")

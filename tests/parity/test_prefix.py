@@ -1,0 +1,70 @@
+"""A prompt that begins like an earlier one starts behind its blocks, and computes the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from server.runtime import Ints
+from tests.parity.served import Served, assert_parity, draw_tokens, expected_logits
+
+SPAN, LENGTH = 8, 30
+
+
+@pytest.fixture
+def tokens(bundle: Path) -> Ints:
+    """Two streams that part in the middle of their third block."""
+    tokens = draw_tokens(bundle, 2, LENGTH)
+    tokens[1, : 2 * SPAN + 3] = tokens[0, : 2 * SPAN + 3]
+    tokens[1, 2 * SPAN + 3] = (tokens[0, 2 * SPAN + 3] + 1) % 7
+    return tokens
+
+
+def prompted(served: Served, prompt: Ints) -> int:
+    """Seat a prompt; the tokens of it that need not be pushed."""
+    served.cache.seat(prompt)
+    served.bench_in_use = True
+    served.poison()
+    return served.cache.bench_pushed
+
+
+def test_a_hit_skips_blocks_and_changes_no_logit(bundle: Path, tokens: Ints) -> None:
+    expected = expected_logits(bundle, tokens)
+    served, alone = Served(bundle, prefix_bytes=10**6), Served(bundle)
+    assert prompted(served, tokens[0]) == 0
+    served.prefill(tokens[0])
+    shares = served.bundle.shares_blocks
+    assert shares == (bundle.name in ("fixed", "fixed-mean", "fixed-deepset-max", "sparse-fixed"))
+    skipped = prompted(served, tokens[1])
+    assert skipped == (2 * SPAN if shares else 0)
+    assert prompted(alone, tokens[1]) == 0
+    got = served.prefill(tokens[1, skipped:])
+    assert_parity(got, expected[1, skipped:])
+    assert np.array_equal(got, alone.prefill(tokens[1])[skipped:])
+    states = [it.state(it.join()) for it in (served, alone)]
+    for name, values in states[0].items():
+        assert np.array_equal(values, states[1][name], equal_nan=True)
+
+
+def test_what_is_kept_is_a_copy(fixed_bundle: Path) -> None:
+    tokens = draw_tokens(fixed_bundle, 1, LENGTH)
+    served = Served(fixed_bundle, prefix_bytes=10**6)
+    prompted(served, tokens[0])
+    served.prefill(tokens[0])
+    for buffer in served.runtime._buffers.values():
+        buffer.fill(np.nan)
+    skipped = prompted(served, tokens[0])
+    assert skipped == 3 * SPAN
+    expected = expected_logits(fixed_bundle, tokens)[0]
+    assert_parity(served.prefill(tokens[0, skipped:]), expected[skipped:])
+
+
+def test_without_memory_nothing_is_kept(fixed_bundle: Path) -> None:
+    tokens = draw_tokens(fixed_bundle, 1, LENGTH)
+    served = Served(fixed_bundle)
+    for _ in range(2):
+        assert prompted(served, tokens[0]) == 0
+        served.prefill(tokens[0])
+    assert served.cache.prefix_bytes == 0
