@@ -97,7 +97,7 @@ def train(
     optimisers = _optimisers(model, train_config)
     steps = train_config.steps(model_config.context)
     first = _restore(folder, model, optimisers) if (folder / CHECKPOINT).exists() else 0
-    total_s = read_log(folder)[-1].seconds if first else 0.0
+    total_s = next((p.seconds for p in read_log(folder) if p.step == first), 0.0) if first else 0.0
     rows, context, seed = train_config.rows, model_config.context, train_config.seed
 
     for step in range(first, steps):
@@ -125,14 +125,15 @@ def train(
         if (step + 1) % train_config.evaluate_every == 0 or step + 1 == steps:
             last = step + 1 == steps
             heldout = evaluate(model, dataset, None if last else train_config.evaluate_rows)
-            metrics = {dataset.info.unit: heldout, "tokens": float((step + 1) * rows * context)}
-            _save(folder, model, optimisers, step + 1, metrics)
         progress = Progress(
             step + 1, steps, loss.item() / math.log(2), inputs.size / seconds, heldout, total_s
         )
         if heldout is not None:
+            # First the line: a run that dies in between repeats the steps, and writes it again.
             with (folder / LOG).open("a") as log:
                 log.write(json.dumps(asdict(progress)) + "\n")
+            metrics = {dataset.info.unit: heldout, "tokens": float((step + 1) * rows * context)}
+            _save(folder, model, optimisers, step + 1, metrics)
         on_step(progress)
     return next(iter(load_checkpoint(folder).metrics.values()))
 
@@ -171,11 +172,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     """Read the newest checkpoint of `folder`. Raises FileNotFoundError when there is none."""
     if not (folder / CHECKPOINT).exists():
         raise FileNotFoundError(f"{folder} holds no {CHECKPOINT}; has `concertina train` run?")
-    raw = json.loads((folder / CONFIG).read_text())
-    config = ModelConfig(**raw["model"])
-    data = raw["data"]
-    data["palette"] = tuple(tuple(colour) for colour in data["palette"])
-    data["labels"] = tuple(data["labels"])
+    config, train_config, data = _read_config(folder)
     model = Decoder(config)
     with safe_open(folder / CHECKPOINT, framework="pt") as file:
         metadata = file.metadata()
@@ -188,8 +185,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     model.eval()
     return Checkpoint(
         config,
-        TrainConfig(**raw["train"]),
-        DatasetInfo(**data),
+        train_config,
+        data,
         int(metadata["step"]),
         json.loads(metadata["metrics"]),
         model,
@@ -212,12 +209,21 @@ def _check_fit(model: ModelConfig, data: DatasetInfo) -> None:
             )
 
 
+def _read_config(folder: Path) -> tuple[ModelConfig, TrainConfig, DatasetInfo]:
+    """What a run was started with; settings that came later have their defaults."""
+    raw = json.loads((folder / CONFIG).read_text())
+    data = raw["data"]
+    data["palette"] = tuple(tuple(colour) for colour in data["palette"])
+    data["labels"] = tuple(data["labels"])
+    return ModelConfig(**raw["model"]), TrainConfig(**raw["train"]), DatasetInfo(**data)
+
+
 def _claim(folder: Path, model: ModelConfig, train: TrainConfig, data: DatasetInfo) -> None:
     text = json.dumps(
         {"model": asdict(model), "train": asdict(train), "data": asdict(data)}, indent=1
     )
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / CONFIG).exists() and (folder / CONFIG).read_text() != text:
+    if (folder / CONFIG).exists() and _read_config(folder) != (model, train, data):
         raise ValueError(
             f"{folder} holds a run with another configuration; "
             "choose another folder, or repeat the settings in its config.json to go on with it"

@@ -102,4 +102,5 @@ def expectation(query: Array, keys: Array, values: Array) -> Array:
     logits = np.einsum("hd,hed->he", query, keys)
     weights = np.exp(logits - logits.max(axis=1, keepdims=True))
     weights /= weights.sum(axis=1, keepdims=True)
-    return np.einsum("he,hed->hd", weights, values)
+    read: Array = np.einsum("he,hed->hd", weights, values)
+    return read

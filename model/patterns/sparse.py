@@ -66,7 +66,8 @@ class SparseLogsparse(_Listed):
         offsets = [0, *(1 << bit for bit in range((length - 1).bit_length()))]
         keys = [F.pad(k, (0, 0, offset, 0))[:, :, :length] for offset in offsets]
         logits = torch.stack([(q * key).sum(dim=-1) for key in keys], dim=-1)
-        before_all = torch.arange(length, device=q.device)[:, None] < torch.tensor(offsets)
+        behind = torch.tensor(offsets, device=q.device)
+        before_all = torch.arange(length, device=q.device)[:, None] < behind
         weights = softmax(logits.masked_fill(before_all, float("-inf"))).to(v.dtype)
         out = torch.zeros_like(v)
         for index, offset in enumerate(offsets):

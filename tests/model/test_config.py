@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
-from model.config import ModelConfig
+from model.config import ROWS, Attention, ModelConfig
+from model.patterns import PATTERNS
 
 
 def config(**changes: Any) -> ModelConfig:
     settings: dict[str, Any] = {"vocabulary": 7, "context": 26, "width": 32, "heads": 2, "span": 8}
     return ModelConfig(**{**settings, **changes})
+
+
+NOT_ROWS = "is not two or more whole rows of 8 tokens: {} needs a context that is a multiple of the"
 
 
 @pytest.mark.parametrize(
@@ -26,37 +30,50 @@ def config(**changes: Any) -> ModelConfig:
         ({"span": 1}, "span must be at least 2, got 1"),
         ({"width": 36}, "width 36 over 2 heads: .* a width that is one of 16"),
         ({"width": 33, "heads": 1}, "width 33 over 1 heads"),
-        ({"attention": "axial"}, "attention must be 'fixed' or 'full', got 'axial'"),
-        ({"positions": "rotary"}, "positions must be 'factored' or 'sinusoid', got 'rotary'"),
+        ({"attention": "axial"}, "attention must be one of full, fixed, .*; got 'axial'"),
+        ({"positions": "rotary"}, "positions must be one of factored, sinusoid; got 'rotary'"),
+        ({"pooling": "min"}, "pooling must be one of max, mean, deepset-max; got 'min'"),
+        ({"context": 7}, "a context of 7 does not reach one block of 8 tokens: fixed needs a span"),
+        *(
+            ({"attention": name, "context": 7}, f"does not reach one block .*: {name} needs a span")
+            for name in ("fixed-bidirectional", "sparse-fixed", "sparse-strided")
+        ),
+        *(
+            ({"attention": name, "context": context}, f"a context of {context} {NOT_ROWS}")
+            for name in ROWS
+            for context in (8, 26)
+        ),
+        *(
+            ({"attention": name, "context": 32, "pooling": "mean"}, "pooling mean is an option of")
+            for name in PATTERNS
+            if name not in ("fixed", "fixed-bidirectional")
+        ),
     ],
 )
 def test_names_the_value_and_the_limit(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message.format(changes.get("attention"))):
         config(**changes)
 
 
-@pytest.mark.parametrize(
-    ("attention", "context", "span", "blocks", "entries"),
-    [
-        ("fixed", 32, 8, 4, 11),
-        ("fixed", 26, 8, 4, 11),
-        ("fixed", 8, 8, 1, 8),
-        ("fixed", 5, 8, 1, 5),
-        ("full", 26, 8, 4, 26),
-    ],
-)
-def test_arithmetic_of_the_stack(
-    attention: Any, context: int, span: int, blocks: int, entries: int
-) -> None:
-    made = config(attention=attention, context=context, span=span)
-    assert (made.head_dim, made.blocks, made.entries) == (16, blocks, entries)
+def test_every_name_has_a_pattern() -> None:
+    assert tuple(PATTERNS) == get_args(Attention)
 
 
-@pytest.mark.parametrize("span", [2, 5, 8])
-def test_entries_are_enough_at_every_token_and_needed_by_whole_blocks(span: int) -> None:
-    for context in range(2, 6 * span):
-        made = config(context=context, span=span)
-        held = [t // span + t % span + 1 for t in range(context)]  # after a push, before the fold
-        assert max(held) <= made.entries
-        if context % span == 0:
-            assert max(held) == made.entries
+@pytest.mark.parametrize("attention", PATTERNS)
+def test_the_smallest_context_of_every_pattern(attention: Attention) -> None:
+    if attention in ROWS:
+        smallest = 16
+    else:
+        smallest = 2 if "logsparse" in attention or attention == "full" else 8
+    assert config(attention=attention, context=smallest).context == smallest
+
+
+def test_only_a_pattern_that_reads_ahead_is_masked() -> None:
+    masked = [name for name in PATTERNS if config(attention=name, context=32).masked]
+    assert masked == ["fixed-bidirectional"]
+
+
+@pytest.mark.parametrize(("context", "blocks"), [(32, 4), (26, 4), (24, 3), (8, 1)])
+def test_arithmetic(context: int, blocks: int) -> None:
+    made = config(context=context)
+    assert (made.head_dim, made.blocks) == (16, blocks)

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 
 from model.data import (
+    IGNORED,
+    MASKED,
     Dataset,
     DatasetInfo,
     draw_batch,
     heldout_batches,
     load_dataset,
+    mask,
     save_dataset,
     shift_images,
     shift_text,
@@ -148,3 +151,20 @@ def test_datasets_survive_the_disk(dataset: Dataset, tmp_path: Path) -> None:
 def test_a_folder_without_a_dataset_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=f"{tmp_path} is not a dataset: dataset.json"):
         load_dataset(tmp_path)
+
+
+def test_masked_tokens_are_hidden_and_asked_for() -> None:
+    tokens = np.random.default_rng(0).integers(256, size=(200, 64))
+    inputs, targets = mask(tokens, 256, (3, 5))
+    asked = targets != IGNORED
+    assert asked.mean() == pytest.approx(MASKED, rel=0.1)
+    assert (inputs[asked] == 256).all() and np.array_equal(targets[asked], tokens[asked])
+    assert np.array_equal(inputs[~asked], tokens[~asked])
+    again, other = mask(tokens, 256, (3, 5)), mask(tokens, 256, (3, 6))
+    assert np.array_equal(again[1], targets) and not np.array_equal(other[1], targets)
+
+
+def test_every_masked_row_asks_for_something() -> None:
+    _, targets = mask(np.zeros((100, 2), np.int64), 256, (0,))
+    assert ((targets != IGNORED).sum(axis=1) > 0).all()
+    assert (targets[:, 1] == IGNORED).any()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,8 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from model.config import ModelConfig
-from model.data import Dataset, DatasetInfo
+import model.train
+from model.config import ROWS, ModelConfig
+from model.data import IGNORED, Dataset, DatasetInfo, mask
 from model.decoder import Decoder
 from model.train import (
     CHECKPOINT,
@@ -23,6 +26,7 @@ from model.train import (
     TrainConfig,
     evaluate,
     load_checkpoint,
+    read_log,
     train,
 )
 
@@ -120,7 +124,7 @@ def test_another_dataset_is_refused(uninterrupted: Path) -> None:
     ],
 )
 def test_a_model_that_does_not_fit_the_data_is_refused(
-    changes: dict[str, int], message: str, tmp_path: Path
+    changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=message):
         train(tmp_path / "run", replace(MODEL, **changes), RUN, text())
@@ -134,13 +138,32 @@ def test_an_image_model_needs_a_context_of_all_pixels(tmp_path: Path) -> None:
         train(tmp_path, MODEL, RUN, Dataset(info, rows, rows))
 
 
-@pytest.mark.parametrize("attention", ["fixed", "full"])
-def test_loss_goes_down(attention: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("attention", ROWS)
+def test_rows_of_a_model_are_rows_of_the_pictures(attention: Any, tmp_path: Path) -> None:
+    info = DatasetInfo("image", 4, "x", "CC0-1.0", 8, 2, ((0, 0, 0),) * 4)
+    rows = np.zeros((9, 17), np.int16)
+    with pytest.raises(ValueError, match=f"{attention} sees rows of 4 tokens, .* of 8 pixels"):
+        train(tmp_path, replace(MODEL, attention=attention), RUN, Dataset(info, rows, rows))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attention": "fixed"},
+        {"attention": "fixed", "pooling": "deepset-max"},
+        {"attention": "full"},
+        {"attention": "axial-rowmajor"},
+        {"attention": "fixed-bidirectional"},  # which guesses what was hidden
+    ],
+    ids=lambda changes: ":".join(changes.values()),
+)
+def test_loss_goes_down(changes: Any, tmp_path: Path) -> None:
     run = np.tile(np.arange(4, dtype=np.uint8), 60)
     dataset = Dataset(DatasetInfo("text", 4, "counting", "CC0-1.0"), run, run[:64])
-    model = replace(MODEL, attention=attention)
+    model = replace(MODEL, **changes)
     losses: list[float] = []
-    settings = TrainConfig(tokens=60 * 64, rows=4, warmup=5, evaluate_every=30)
+    steps = 200 if model.masked else 60  # seven tokens in eight teach a masked model nothing
+    settings = TrainConfig(tokens=steps * 64, rows=4, warmup=5, evaluate_every=60)
     bits = train(tmp_path, model, settings, dataset, lambda p: losses.append(p.bits))
     assert 1.5 < losses[0] < 4
     assert bits < 0.35  # where a window begins stays unknown: some three bits in sixteen tokens
@@ -160,6 +183,21 @@ def test_evaluate_is_the_cross_entropy_of_what_the_model_predicts(limit: int | N
     assert evaluate(model.train(), dataset, limit, rows=3) == pytest.approx(expected, rel=1e-6)
 
 
+def test_evaluate_of_a_masked_model_counts_what_was_hidden() -> None:
+    model = Decoder(replace(MODEL, attention="fixed-bidirectional"))
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.head.bias.copy_(torch.tensor([0.5, 0.25, 0.2, 0.05]).log())
+    dataset = text()
+    windows = dataset.heldout[:64].reshape(4, 16).astype(np.int64)
+    batches = [mask(windows[first : first + 2], 4, (first // 2,))[1] for first in (0, 2)]
+    targets = np.concatenate(batches)
+    asked = targets[targets != IGNORED]
+    assert 4 <= len(asked) < 32
+    expected = -np.log2(np.array([0.5, 0.25, 0.2, 0.05]))[asked].mean()
+    assert evaluate(model, dataset, rows=2) == pytest.approx(expected, rel=1e-6)
+
+
 def test_evaluate_needs_a_whole_window() -> None:
     short = replace(text(), heldout=text().heldout[:15])
     with pytest.raises(ValueError, match="shorter than one window of 16 tokens"):
@@ -175,6 +213,17 @@ def test_a_checkpoint_holds_what_it_was_made_from(uninterrupted: Path) -> None:
     assert not checkpoint.model.training
 
 
+def test_a_checkpoint_from_before_there_were_poolings(uninterrupted: Path, tmp_path: Path) -> None:
+    shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
+    settings = json.loads((tmp_path / CONFIG).read_text())
+    assert settings["model"].pop("pooling") == "max"
+    (tmp_path / CONFIG).write_text(json.dumps(settings))
+    old, new = load_checkpoint(tmp_path), load_checkpoint(uninterrupted)
+    assert old.config == new.config
+    for name, tensor in new.model.state_dict().items():
+        assert torch.equal(old.model.state_dict()[name], tensor), name
+
+
 def test_labels_and_palette_survive_the_checkpoint(tmp_path: Path) -> None:
     info = DatasetInfo("image", 4, "x", "CC0-1.0", 4, 4, ((0, 0, 0), (9, 8, 7)) * 2, ("a", "b"))
     rows = np.random.default_rng(0).integers(2, size=(9, 17)).astype(np.int16)
@@ -186,7 +235,41 @@ def test_labels_and_palette_survive_the_checkpoint(tmp_path: Path) -> None:
 def test_the_log_has_a_line_for_every_evaluation(uninterrupted: Path) -> None:
     lines = [json.loads(line) for line in (uninterrupted / LOG).read_text().splitlines()]
     assert [line["step"] for line in lines] == [4, 8, 12]
+    assert [asdict(progress) for progress in read_log(uninterrupted)] == lines
     assert lines[-1]["heldout"] == load_checkpoint(uninterrupted).metrics["bits/byte"]
+
+
+def test_a_step_in_the_log_is_as_it_was_done_last(tmp_path: Path) -> None:
+    old = {"step": 4, "steps": 8, "bits": 3.0, "tokens_per_second": 9.0, "heldout": 2.0}
+    lines = [old, {**old, "step": 8, "seconds": 5.0}, {**old, "bits": 1.0, "seconds": 2.0}]
+    (tmp_path / LOG).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [(p.step, p.bits, p.seconds) for p in read_log(tmp_path)] == [
+        (4, 1.0, 2.0),
+        (8, 3.0, 5.0),
+    ]
+    (tmp_path / LOG).write_text(json.dumps(old) + "\n")  # from before seconds were written
+    assert read_log(tmp_path) == [Progress(4, 8, 3.0, 9.0, 2.0, seconds=0.0)]
+
+
+def test_seconds_are_those_of_all_steps_and_of_no_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+
+    def spend(seconds: float) -> float:
+        nonlocal now
+        now += seconds
+        return now
+
+    monkeypatch.setattr(model.train, "time", SimpleNamespace(monotonic=lambda: spend(0.25)))
+    monkeypatch.setattr(model.train, "evaluate", lambda *_: spend(100.0))
+    with pytest.raises(Stop):
+        train(tmp_path, MODEL, RUN, text(), stop_at(6))
+    seen: list[Progress] = []
+    train(tmp_path, MODEL, RUN, text(), seen.append)
+    assert [(p.step, p.seconds) for p in seen] == [(n, n / 4) for n in range(5, 13)]
+    assert [p.seconds for p in read_log(tmp_path)] == [1.0, 2.0, 3.0]
+    assert all(p.tokens_per_second == 32 / 0.25 for p in seen)
 
 
 def test_no_partial_file_is_left(uninterrupted: Path) -> None:
