@@ -51,13 +51,14 @@ def fit_streams(samples: Sequence[Sample]) -> dict[str, float]:
         for name in ("fixed", "full", "logsparse-hierarchical")
     )
     peaks = [(math.log2(end), size) for end, size in hierarchical if end.bit_count() == 1]
-    b, a = np.polyfit(*zip(*peaks, strict=True), 1)
+    bits, sizes = zip(*peaks, strict=True)
+    b, a = np.polyfit(bits, sizes, 1)
     return {
         "fixed_exponent": slope(*zip(*fixed, strict=True)),
         "full_exponent": slope(*zip(*full, strict=True)),
         "hierarchical_a": float(a),
         "hierarchical_b": float(b),
-        "hierarchical_worst_residual": max(abs(a + b * x - size) for x, size in peaks),
+        "hierarchical_worst_residual": float(np.abs(a + b * np.array(bits) - sizes).max()),
     }
 
 
