@@ -23,7 +23,7 @@ from model.patterns.pattern import Pattern
 
 _HEAD_DIM = 16
 _WARM_UP = 256
-_LIMIT_S = 300.0
+_LIMIT_S = 900.0
 
 Make = Callable[[ModelConfig], Pattern]
 
