@@ -18,7 +18,7 @@ from server.logprobs import TokenLogprobs, token_logprobs
 
 _Words = npt.NDArray[np.uint64]
 
-_MOST_AHEAD = 64
+_MOST_AHEAD = 64  # positions for which random numbers are made at once
 
 NOTHING_LEFT = -1
 """Drawn where the rules leave no token to draw."""
