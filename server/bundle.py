@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from concertina import resources
 from concertina.manifest import ManifestError, read_manifest
 from concertina.resources import ELEMENT_BYTES, KIND_NAMES, Count
@@ -77,6 +80,15 @@ class Bundle:
             "stack": units["stack"] * self.entries(pushed),
             "history": units["history"] * pushed,
             "recurrent": units["recurrent"],
+        }
+
+    def total_state_bytes(self, pushed: npt.NDArray[np.int64]) -> dict[str, int]:
+        """The same, summed over streams that have seen `pushed[B]` tokens."""
+        units = self._unit_bytes
+        return {
+            "stack": units["stack"] * int(self.entries(pushed).sum()),
+            "history": units["history"] * int(pushed.sum()),
+            "recurrent": units["recurrent"] * len(pushed),
         }
 
     @cached_property

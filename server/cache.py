@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from concertina.resources import KIND_NAMES
 from server.bundle import Bundle
 from server.prefix import PrefixCache
 from server.runtime import Extent, Floats, Ints, Runtime, State
+
+_NEVER = np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,7 @@ class Cache:
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of live state by kind, over the batch."""
-        sizes = dict.fromkeys(KIND_NAMES.values(), 0)
-        for pushed in self._pushed:
-            for kind, size in self._bundle.state_bytes(int(pushed)).items():
-                sizes[kind] += size
-        return sizes
+        return self._bundle.total_state_bytes(self._pushed)
 
     def seat(self, prompt: Ints | None = None) -> None:
         """Make room on the bench for a stream that has not begun.
@@ -168,12 +165,12 @@ class Cache:
 
     def _fold(self, rows: Sequence[int], pushed: Ints) -> int:
         by_size: dict[tuple[int, int], list[tuple[int, Extent, Extent]]] = {}
-        for row, tokens in zip(rows, pushed.tolist(), strict=True):
+        for index in np.flatnonzero(pushed % (self._bundle.span or _NEVER) == 0).tolist():
+            tokens = int(pushed[index])
             entries, history = size = self._bundle.fold_size(tokens)
-            if entries:
-                end = Extent(self._bundle.entries(tokens - 1) + 1, tokens)
-                begin = Extent(end.entries - entries, tokens - history)
-                by_size.setdefault(size, []).append((row, begin, end))
+            end = Extent(self._bundle.entries(tokens - 1) + 1, tokens)
+            begin = Extent(end.entries - entries, tokens - history)
+            by_size.setdefault(size, []).append((rows[index], begin, end))
         for places in by_size.values():
             self._runtime.fold(*zip(*places, strict=True))
         return sum(len(places) for places in by_size.values())

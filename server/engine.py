@@ -12,25 +12,36 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from itertools import islice
 
 import numpy as np
-import psutil
 
 from server import metrics
 from server.bundle import Bundle
 from server.cache import Cache
 from server.config import EngineConfig
 from server.errors import EngineStopped, Overloaded, RequestError, StepFailed
-from server.runtime import Floats, Ints, Runtime
-from server.sampler import SamplingBatch, sample, surprisal
+from server.logit_rules import Memory
+from server.logprobs import TokenLogprobs, surprisal, token_logprobs
+from server.outbox import Outbox
+from server.runtime import Floats, Runtime
+from server.sampler import SamplingBatch, failures, sample
 from server.scheduler import Load, Plan, next_credit, plan
-from server.stream import Ending, Event, Finish, FinishReason, Request, Scored, Stream
+from server.stream import (
+    Ending,
+    Event,
+    FinishReason,
+    Piece,
+    Request,
+    Scored,
+    Stream,
+    events,
+    outcome,
+)
 
 _log = logging.getLogger(__name__)
 _IDLE_WAIT_S = 1.0
-_Delivery = tuple[Stream, int | None, str, Ending | None]
 
 
 class Engine:
@@ -54,10 +65,9 @@ class Engine:
         self._sampling: SamplingBatch | None = None  # of the batch as it is, None when it changed
         self._paused: list[Stream] = []
         self._limited: set[Stream] = set()
-        self._outbox: list[_Delivery] = []
+        self._outbox = Outbox()
         self._credit_s = 0.0
         self._last_step_at: float | None = None
-        self._memory_at = 0.0
         self._thread = threading.Thread(target=self._run, name=f"engine-{bundle.name}", daemon=True)
         self._thread.start()
 
@@ -73,12 +83,21 @@ class Engine:
 
         Raises Overloaded when the queue is full, EngineStopped when nothing will be served.
         """
-        stream = Stream(secrets.token_urlsafe(16), request, asyncio.get_running_loop())
+        return self.submit_together([request])[0]
+
+    def submit_together(self, requests: Sequence[Request]) -> tuple[Stream, ...]:
+        """Queue streams, all or none, that the running event loop reads with `events_together`.
+
+        Those with the same prompt array wait for one prefill of it. Raises as `submit` does.
+        """
+        name, arrived = secrets.token_urlsafe(16), asyncio.Event()
+        loop = asyncio.get_running_loop()
+        streams = tuple(Stream(name, request, loop, arrived) for request in requests)
         limit = self.config.slots + self.config.queue_limit
         with self._lock:
             if self._closing:
                 raise EngineStopped("the server is shutting down; try another one, or again later")
-            if self._num_open >= limit:
+            if self._num_open + len(streams) > limit:
                 self._measures.rejected("queue_full")
                 raise Overloaded(
                     f"{self._num_open} streams of {self.bundle.name} are running or waiting, the "
@@ -86,9 +105,9 @@ class Engine:
                     f"{self.config.queue_limit}); try again later",
                     retry_after_s=1.0,
                 )
-            self._num_open += 1
-            self._post(lambda: self._enqueue(stream))
-        return stream
+            self._num_open += len(streams)
+            self._post(lambda: self._enqueue(streams))
+        return streams
 
     def cancel(self, stream: Stream) -> None:
         """Drop a stream; its slot is free before the next step. Does nothing once it has ended."""
@@ -96,10 +115,17 @@ class Engine:
 
     async def events(self, stream: Stream) -> AsyncIterator[Event]:
         """What happens to `stream`, in order; the last event is its ending."""
-        async for event in stream.events():
+        async for _, event in self.events_together([stream]):
+            yield event
+
+    async def events_together(
+        self, streams: Sequence[Stream]
+    ) -> AsyncIterator[tuple[Stream, Event]]:
+        """What happens to streams that were submitted together, each in its order."""
+        async for stream, event in events(streams):
             if stream.paused:
                 self._wake.set()
-            yield event
+            yield stream, event
 
     def close(self) -> None:
         """Stop the loop. Streams that have not ended end with an error."""
@@ -140,7 +166,7 @@ class Engine:
             _log.exception("a pass of %s failed", self.bundle.name)
             self._fail_batch(StepFailed("the model failed on this step; see the server's log"))
         self._publish()
-        self._measure()
+        self._measure(todo.idle)
         if todo.idle:
             self._last_step_at = None
             self._wake.wait(self._until_next_expiry())
@@ -153,7 +179,7 @@ class Engine:
             num_running=self._cache.num_running,
             num_free=self._cache.num_free,
             num_returning=len(self._returning()),
-            waiting=tuple((len(s.request.prompt) - 1, not s.request.score) for s in head),
+            waiting=tuple((s.to_prefill, not s.request.score) for s in head),
             bench_left=None if bench is None else len(bench.unpushed(self._cache.bench_pushed)),
             bench_joins=bench is not None and not bench.request.score,
             prefill_room=min(self._cache.block_room, self.config.prefill_chunk),
@@ -164,19 +190,18 @@ class Engine:
         for stream in self._returning()[: todo.restore]:
             self._restore(stream)
         for _ in range(todo.begin):
-            self._cache.begin()
-            self._start(stream := self._waiting.popleft())
-            self._join_batch(stream)
+            self._begin(self._waiting[0])
+            self._start(self._waiting.popleft())
         if todo.join:
             assert self._bench is not None
-            self._cache.join()
+            self._share(self._bench, self._cache.join())
             self._join_batch(self._bench)
             self._bench = None
         prefill_s = self._prefill(todo.prefill) if todo.prefill else 0.0
-        if todo.seat:
+        if todo.seat and self._waiting[0].parked is None:
             self._start(stream := self._waiting.popleft())
-            # Every token that is scored has to be pushed.
-            self._cache.seat(None if stream.request.score else stream.unpushed(0))
+            # Where the prompt itself is predicted, every token of it has to be pushed.
+            self._cache.seat(None if stream.request.predicts_prompt else stream.unpushed(0))
             self._measures.shared(self._cache.bench_pushed, self._cache.prefix_bytes)
             self._bench = stream
         decode_s = self._decode() if todo.decode else 0.0
@@ -188,36 +213,48 @@ class Engine:
         assert stream is not None
         began = time.perf_counter()
         first = self._cache.bench_pushed
-        logits = self._cache.prefill(stream.unpushed(first)[:count], stream.request.score)
+        request = stream.request
+        logits = self._cache.prefill(stream.unpushed(first)[:count], request.predicts_prompt)
         seconds = time.perf_counter() - began
         self._measures.prefilled(count, seconds)
         self._measures.folded(int(self._cache.block_room == self.bundle.span))
-        if stream.request.score:
-            self._score(stream, logits, first)
+        if request.predicts_prompt:
+            self._predict_prompt(stream, logits, first)
         return seconds
 
-    def _score(self, stream: Stream, logits: Floats, first: int) -> None:
-        broken = self._broken(logits, first + np.arange(len(logits)))
-        if broken:
-            self._end(stream, broken[min(broken)])
+    def _predict_prompt(self, stream: Stream, logits: Floats, first: int) -> None:
+        """Report or score the tokens that `logits` predicted, the prompt's from `first` on."""
+        request = stream.request
+        targets = request.prompt[first + 1 :][: len(logits)]
+        failed = failures(logits, targets, first + np.arange(len(logits)))
+        if failed:
+            self._end(stream, failed[min(failed)])
             return
-        targets = stream.request.prompt[first + 1 :][: len(logits)]
-        stream.bits += surprisal(logits, targets).tolist()
-        if not len(stream.unpushed(self._cache.bench_pushed)):
-            self._end(stream, Scored(tuple(stream.bits)))
+        if request.prompt_logprobs is not None:
+            said = token_logprobs(logits, targets, [request.prompt_logprobs] * len(targets))
+            self._outbox.put(stream, Piece(prompt=said))
+        if request.score:
+            stream.bits += surprisal(logits, targets).tolist()
+            if not len(stream.unpushed(self._cache.bench_pushed)):
+                self._end(stream, Scored(tuple(stream.bits)))
 
     def _decode(self) -> float:
         streams = self._running
         if self._sampling is None:
-            self._sampling = SamplingBatch.of([s.request.sampling for s in streams])
+            self._sampling = SamplingBatch.of(
+                [s.request.sampling for s in streams], [s.memory for s in streams]
+            )
         began = time.perf_counter()
         logits = self._cache.step(np.array([s.last_token for s in streams], np.int64))
-        tokens = sample(logits, self._sampling, self._cache.pushed - 1)
+        positions = self._cache.pushed - 1
+        tokens = sample(logits, self._sampling, positions)
+        self._sampling.remember(tokens)
+        logprobs = self._sampling.logprobs(logits, tokens)
         now, perf = time.monotonic(), time.perf_counter()
-        ended = self._broken(logits, self._cache.pushed - 1)
+        ended: dict[int, Ending] = {**failures(logits, tokens, positions)}
         for row, (stream, token) in enumerate(zip(streams, tokens.tolist(), strict=True)):
             if row not in ended:
-                reason = self._take_token(stream, token, now)
+                reason = self._take_token(stream, token, logprobs.get(row), now)
                 if reason is not None:
                     sizes = self.bundle.state_bytes(int(self._cache.pushed[row]))
                     ended[row] = stream.finish(reason, sum(sizes.values()), now)
@@ -232,35 +269,53 @@ class Engine:
             self._pause(stream)
         return time.perf_counter() - began
 
-    def _broken(self, logits: Floats, positions: Ints) -> dict[int, Ending]:
-        """An error for every row of logits, which predict `positions`, that is not finite."""
-        rows = np.flatnonzero(~np.isfinite(logits).all(axis=1)).tolist()
-        text = "the model produced a value that is not a number at position {}"
-        return {row: StepFailed(text.format(positions[row])) for row in rows}
-
-    def _take_token(self, stream: Stream, token: int, now: float) -> FinishReason | None:
+    def _take_token(
+        self, stream: Stream, token: int, logprobs: TokenLogprobs | None, now: float
+    ) -> FinishReason | None:
         first = stream.first_token_at is None
         text, reason = stream.accept_token(token, now)
         if first:
             self._measures.first_token(now - stream.accepted_at)
         if reason is not None and stream.text.matched is None:
             text += stream.text.flush()
-        unsent = token in stream.request.stop_tokens or token == stream.request.end_token
-        stream.published += not unsent
-        self._outbox.append((stream, None if unsent else token, text, None))
+        if stream.request.is_unsent(token):
+            self._outbox.put(stream, Piece(text=text))
+        else:
+            stream.published += 1
+            self._outbox.put(stream, Piece(token, text, logprobs))
         return reason
 
     # ---- where streams are
 
-    def _enqueue(self, stream: Stream) -> None:
-        self._waiting.append(stream)
-        if stream.request.time_limit_s is not None:
-            self._limited.add(stream)
+    def _enqueue(self, streams: Sequence[Stream]) -> None:
+        self._waiting += streams
+        self._limited.update(s for s in streams if s.request.time_limit_s is not None)
 
     def _start(self, stream: Stream) -> None:
         """Work on a stream that waited begins."""
         stream.started_at = time.monotonic()
         self._measures.started(stream.started_at - stream.accepted_at)
+        request = stream.request
+        if request.sampling.rules is not None:
+            vocabulary = self.bundle.manifest.vocabulary
+            stream.memory = Memory.of(request.sampling.rules, request.prompt, vocabulary)
+
+    def _begin(self, stream: Stream) -> None:
+        """Put a stream that has nothing to prefill, or no longer has, into the batch."""
+        if stream.parked is None:
+            self._cache.begin()
+        else:
+            self._cache.restore(stream.parked)
+            stream.parked = None
+        self._join_batch(stream)
+
+    def _share(self, stream: Stream, row: int) -> None:
+        """Give the other outputs of a request the state that its prompt left in `row`."""
+        siblings = [s for s in self._waiting if s.shares_prompt(stream)]
+        if siblings:
+            parked = self._cache.park(row)
+            for sibling in siblings:
+                sibling.parked = parked
 
     def _join_batch(self, stream: Stream) -> None:
         self._running.append(stream)
@@ -285,11 +340,9 @@ class Engine:
         return [s for s in self._paused if s.unread <= self.config.stream_buffer // 2]
 
     def _restore(self, stream: Stream) -> None:
-        assert stream.parked is not None
-        self._cache.restore(stream.parked)
-        stream.parked, stream.paused = None, False
+        self._begin(stream)
+        stream.paused = False
         self._paused.remove(stream)
-        self._join_batch(stream)
 
     def _end(self, stream: Stream, ending: Ending | None) -> None:
         """Take a stream out of wherever it is; `ending` is what its reader gets, if it has one."""
@@ -310,9 +363,9 @@ class Engine:
         stream.ended = True
         stream.parked = None
         self._limited.discard(stream)
-        self._measures.finished(_reason(ending), time.monotonic() - stream.accepted_at)
+        self._measures.finished(outcome(ending), time.monotonic() - stream.accepted_at)
         if ending is not None:
-            self._outbox.append((stream, None, "", ending))
+            self._outbox.put(stream, Piece(ending=ending))
 
     def _cancel(self, stream: Stream) -> None:
         if not stream.ended:
@@ -330,7 +383,7 @@ class Engine:
         for stream in [s for s in self._limited if s.expires_at <= now]:
             rest = stream.text.flush()
             if rest:
-                self._outbox.append((stream, None, rest, None))
+                self._outbox.put(stream, Piece(text=rest))
             held = self._state_bytes(stream)
             self._end(stream, stream.finish(FinishReason.TIME_LIMIT, held, now))
 
@@ -353,38 +406,11 @@ class Engine:
     # ---- what leaves the thread
 
     def _publish(self) -> None:
-        by_loop: dict[asyncio.AbstractEventLoop, list[_Delivery]] = {}
-        for delivery in self._outbox:
-            by_loop.setdefault(delivery[0].loop, []).append(delivery)
-        self._outbox = []
-        for loop, deliveries in by_loop.items():
-            try:
-                loop.call_soon_threadsafe(_deliver, deliveries)
-            except RuntimeError:  # the loop was closed: nobody will ever read these
-                for stream in {delivery[0] for delivery in deliveries}:
-                    self._cancel(stream)
+        for stream in self._outbox.publish():
+            self._cancel(stream)
 
-    def _measure(self) -> None:
-        self._measures.holding(
-            len(self._running), len(self._waiting), len(self._paused), self._cache.state_bytes()
-        )
-        if time.monotonic() - self._memory_at > 1:
-            self._memory_at = time.monotonic()
-            metrics.PROCESS_MEMORY.set(psutil.Process().memory_info().rss)
-
-
-def _deliver(deliveries: list[_Delivery]) -> None:
-    for stream, token, text, ending in deliveries:
-        stream.deliver(token, text, ending)
-
-
-def _reason(ending: Ending | None) -> str:
-    match ending:
-        case Finish(reason=reason):
-            return reason.value
-        case Scored():
-            return "scored"
-        case None:
-            return "cancelled"
-        case _:
-            return "error"
+    def _measure(self, idle: bool) -> None:
+        if idle or self._measures.are_due(time.monotonic()):
+            self._measures.holding(
+                len(self._running), len(self._waiting), len(self._paused), self._cache.state_bytes()
+            )

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import time
+
+import psutil
 from prometheus_client import Counter, Gauge, Histogram
 
 from concertina.resources import KIND_NAMES
+
+_GAUGE_INTERVAL_S = 0.05
+_MEMORY_INTERVAL_S = 1.0
 
 _TTFT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
 _STEP = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
@@ -69,6 +75,7 @@ class EngineMetrics:
 
     def __init__(self, model_name: str) -> None:
         self._name = model_name
+        self._held_at = self._memory_at = 0.0
         self._running = RUNNING.labels(model_name)
         self._waiting = WAITING.labels(model_name)
         self._paused = PAUSED.labels(model_name)
@@ -84,6 +91,10 @@ class EngineMetrics:
         """State memory was reserved."""
         BUFFER_BYTES.labels(self._name).set(size)
 
+    def are_due(self, now: float) -> bool:
+        """Whether a busy engine should tell what it holds; it need not after every step."""
+        return now - self._held_at >= _GAUGE_INTERVAL_S
+
     def holding(self, running: int, waiting: int, paused: int, state: dict[str, int]) -> None:
         """What the engine holds after a turn of its loop."""
         self._running.set(running)
@@ -91,6 +102,10 @@ class EngineMetrics:
         self._paused.set(paused)
         for kind, size in state.items():
             self._state[kind].set(size)
+        self._held_at = time.monotonic()
+        if self._held_at - self._memory_at > _MEMORY_INTERVAL_S:
+            self._memory_at = self._held_at
+            PROCESS_MEMORY.set(psutil.Process().memory_info().rss)
 
     def stepped(self, batch: int, seconds: float, since_last: float | None) -> None:
         """A decode step of `batch` streams was done, `since_last` after the one before it."""

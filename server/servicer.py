@@ -24,8 +24,19 @@ from server.bundle import Bundle, load_bundle
 from server.config import EngineConfig
 from server.engine import Engine
 from server.errors import BundleError, RequestError, StepFailed, UnknownModel
+from server.logit_rules import LogitRules
+from server.logprobs import TokenLogprobs
 from server.request import generate_request, score_request
-from server.stream import Delta, Event, Finish, FinishReason, Request, Scored, Stream
+from server.stream import (
+    Delta,
+    Event,
+    Finish,
+    FinishReason,
+    PromptLogprobs,
+    Request,
+    Scored,
+    Stream,
+)
 
 _log = logging.getLogger(__name__)
 _INTERNAL = "internal error; see the server's log"
@@ -80,29 +91,34 @@ class GenerationServicer(generation_grpc.GenerationServiceServicer):
         """One stream; see generation_service.proto."""
         try:
             engine = _find(self._engines, request.model)
-            wanted = generate_request(engine.bundle, request)
-            stream = engine.submit(wanted)
+            wanted = generate_request(engine.bundle, request, engine.config)
+            streams = engine.submit_together(wanted)
         except Exception as error:
             if isinstance(error, RequestError) and error.retryable:
                 yield pb.GenerateResponse(sequence=1, error=_error(error))
             _refuse(context, error)
             return
-        sequence = 1
+        sequence, told = 1, set[Stream]()
         try:
-            accepted = _accepted(engine.bundle, stream, wanted)
+            accepted = _accepted(engine.bundle, streams)
             yield pb.GenerateResponse(sequence=sequence, accepted=accepted)
-            async for event in engine.events(stream):
-                response = _response(engine.bundle, wanted, event, sequence + 1)
+            async for stream, event in engine.events_together(streams):
+                response = _response(engine.bundle, stream.request, event, sequence + 1)
                 sequence += 1
                 yield response
+                if stream.is_over:
+                    told.add(stream)
         except Exception as error:
             if isinstance(error, grpc.RpcError):  # the client is gone; there is nobody to tell
                 raise
-            _log.exception("stream %s failed", stream.id)
-            failed = StepFailed(_INTERNAL)
-            yield _response(engine.bundle, wanted, failed, sequence + 1)
+            _log.exception("stream %s failed", streams[0].id)
+            for stream in streams:
+                if stream not in told:
+                    sequence += 1
+                    yield _response(engine.bundle, stream.request, StepFailed(_INTERNAL), sequence)
         finally:
-            engine.cancel(stream)
+            for stream in streams:
+                engine.cancel(stream)
 
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse | None:
         """Bits per token; see generation_service.proto."""
@@ -174,18 +190,21 @@ def _refuse(context: Context, error: Exception) -> None:
     context.set_details(error.message)
 
 
-def _accepted(bundle: Bundle, stream: Stream, request: Request) -> pb.Accepted:
+def _accepted(bundle: Bundle, streams: Sequence[Stream]) -> pb.Accepted:
+    request = streams[0].request
     stopping = pb.StoppingCriteria(
         max_tokens=request.max_tokens,
+        min_tokens=request.min_tokens,
+        include_stop=request.include_stop,
         stop=request.stop,
         stop_token_ids=sorted(request.stop_tokens),
         ignore_eos=bundle.manifest.HasField("end_token") and request.end_token is None,
     )
     if request.time_limit_s is not None:
         stopping.time_limit.CopyFrom(_duration(request.time_limit_s))
-    sampling = request.sampling
+    sampling, rules = request.sampling, request.sampling.rules or LogitRules()
     return pb.Accepted(
-        stream_id=stream.id,
+        stream_id=streams[0].id,
         model=bundle.name,
         fingerprint=bundle.manifest.fingerprint,
         sampling=pb.SamplingParameters(
@@ -194,19 +213,39 @@ def _accepted(bundle: Bundle, stream: Stream, request: Request) -> pb.Accepted:
             top_p=sampling.top_p,
             min_p=sampling.min_p,
             seed=sampling.seed,
+            typical_p=sampling.typical_p,
+            repetition_penalty=rules.repetition_penalty,
+            presence_penalty=rules.presence_penalty,
+            frequency_penalty=rules.frequency_penalty,
+            logit_bias=dict(rules.bias),
+            allowed_token_ids=rules.allowed,
+            bad_words=[bytes(word).decode() for word in rules.bad_words],
         ),
         stopping=stopping,
         prompt_tokens=len(request.prompt) - 1,
+        output=pb.OutputOptions(
+            n=len(streams),
+            logprobs=sampling.logprobs,
+            prompt_logprobs=request.prompt_logprobs,
+            stream_interval=request.stream_interval,
+        ),
     )
 
 
 def _response(bundle: Bundle, request: Request, event: Event, sequence: int) -> pb.GenerateResponse:
-    response = pb.GenerateResponse(sequence=sequence)
+    response = pb.GenerateResponse(sequence=sequence, output=request.sampling.output)
     match event:
         case Delta(first_position=position, tokens=tokens, text=text):
             rgb = _colours(bundle, tokens) if bundle.is_image else b""
+            logprobs = _logprobs(event.logprobs)
             response.tokens.CopyFrom(
-                pb.Tokens(first_position=position, ids=tokens, text=text, rgb=rgb)
+                pb.Tokens(
+                    first_position=position, ids=tokens, text=text, rgb=rgb, logprobs=logprobs
+                )
+            )
+        case PromptLogprobs(first_position=position, logprobs=said):
+            response.prompt_logprobs.CopyFrom(
+                pb.PromptLogprobs(first_position=position, logprobs=_logprobs(said))
             )
         case Finish():
             usage = pb.Usage(
@@ -224,6 +263,13 @@ def _response(bundle: Bundle, request: Request, event: Event, sequence: int) -> 
         case Scored():
             raise AssertionError("a generated stream is never scored")
     return response
+
+
+def _logprobs(said: Iterable[TokenLogprobs]) -> list[pb.TokenLogprobs]:
+    return [
+        pb.TokenLogprobs(logprob=s.logprob, top_ids=s.top_ids, top_logprobs=s.top_logprobs)
+        for s in said
+    ]
 
 
 def _error(error: RequestError) -> pb.Error:

@@ -83,7 +83,7 @@ def _stream(
         bundle = load_bundle(_export(config, Path(folder)))
         cache = Cache(bundle, Runtime(bundle, rows=2, threads=1), slots=1)
     tokens = np.random.default_rng(0).integers(config.vocabulary, size=_CHUNK)
-    cache.clear_bench()
+    cache.seat()
     for position in positions:
         expected, allocated = state_bytes(bundle.manifest, position), None
         if position <= limit:

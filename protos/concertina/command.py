@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -20,29 +21,44 @@ from rich.table import Table
 
 from concertina.client import (
     DEFAULT_ADDRESS,
-    Accepted,
     Client,
     ConcertinaError,
-    Event,
-    Finished,
     ImageFormat,
     InvalidRequest,
     Model,
     ModelNotFound,
-    Tokens,
 )
+from concertina.following import Follower, event_json, own_line, write_outputs
 from concertina.options import (
     Address,
+    AllowedTokenIds,
+    BadWords,
+    FrequencyPenalty,
+    IgnoreEos,
+    IncludeStop,
     Json,
     Label,
+    LogitBias,
+    Logprobs,
+    MaxTokens,
     MinP,
+    MinTokens,
     ModelName,
+    Outputs,
+    PresencePenalty,
+    PromptLogprobs,
+    RepetitionPenalty,
     Seed,
+    Stop,
+    StopTokenIds,
+    StreamInterval,
     Temperature,
     TimeLimit,
     Timeout,
     TopK,
     TopP,
+    TypicalP,
+    logit_biases,
     png_file,
     readable_file,
 )
@@ -53,10 +69,6 @@ if TYPE_CHECKING:
 
 _LOOKUP_TIMEOUT = 30.0
 _FRAMES_PER_SECOND = 12
-# Escape sequences that a model writes must not command the terminal.
-_CONTROL_PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"} | {
-    code: 0xFFFD for code in range(0x7F, 0xA0)
-}
 
 
 def generate(
@@ -68,18 +80,29 @@ def generate(
         typer.Option("--prompt-file", "-f", exists=True, dir_okay=False, help="Text to continue."),
     ] = None,
     label: Label = None,
-    max_tokens: Annotated[
-        int | None, typer.Option("--max-tokens", "-n", min=1, help="Most tokens to generate.")
-    ] = None,
+    max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
     min_p: MinP = None,
+    typical_p: TypicalP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    presence_penalty: PresencePenalty = None,
+    frequency_penalty: FrequencyPenalty = None,
+    logit_bias: LogitBias = None,
+    allowed_token_id: AllowedTokenIds = None,
+    bad_word: BadWords = None,
     seed: Seed = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="End before this text. May be given several times.")
-    ] = None,
+    stop: Stop = None,
+    stop_token_id: StopTokenIds = None,
+    include_stop: IncludeStop = None,
+    min_tokens: MinTokens = None,
+    ignore_eos: IgnoreEos = None,
     time_limit: TimeLimit = None,
+    outputs: Outputs = None,
+    logprobs: Logprobs = None,
+    prompt_logprobs: PromptLogprobs = None,
+    stream_interval: StreamInterval = None,
     timeout: Timeout = None,
     model: ModelName = "",
     address: Address = DEFAULT_ADDRESS,
@@ -87,10 +110,15 @@ def generate(
 ) -> None:
     """Write text to standard output as it is generated.
 
+    Of several outputs, the first is written as it comes, the others when all are complete.
+
+    Log-probabilities are shown with --json.
+
     Examples:
     concertina generate "def fibonacci(n):"
     concertina generate "import " -n 400 --temperature 0.7 --seed 7
     concertina generate --prompt-file main.py --stop "def " --stop "class "
+    concertina generate "x = " --n 3 --logprobs 5 --json
     git diff | concertina generate - --json
     """
     if prompt is not None and prompt_file is not None:
@@ -107,16 +135,33 @@ def generate(
             top_k=top_k,
             top_p=top_p,
             min_p=min_p,
+            typical_p=typical_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            logit_bias=logit_biases(logit_bias),
+            allowed_token_ids=allowed_token_id,
+            bad_words=bad_word,
             seed=seed,
             stop=stop,
+            stop_token_ids=stop_token_id,
+            include_stop=include_stop,
+            min_tokens=min_tokens,
+            ignore_eos=ignore_eos,
             time_limit=time_limit,
+            n=outputs,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            stream_interval=stream_interval,
             timeout=timeout,
         )
         follower = Follower(json_output)
-        with stream, nullcontext() if json_output else _own_line():
-            for tokens in follower.tokens(stream):
-                if not json_output:
-                    _write(tokens.text)
+        with stream, nullcontext() if json_output else own_line():
+            tokens = follower.tokens(stream)
+            if json_output:
+                deque(tokens, maxlen=0)  # they are printed as they pass
+            else:
+                write_outputs(tokens, outputs or 1)
     follower.summarise()
 
 
@@ -238,7 +283,7 @@ def models(address: Address = DEFAULT_ADDRESS, json_output: Json = False) -> Non
         served = client.models(timeout=_LOOKUP_TIMEOUT)
     if json_output:
         for model in served:
-            print(_json(asdict(model)))
+            print(event_json(asdict(model)))
         return
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for heading in ("model", "writes", "attention"):
@@ -256,42 +301,6 @@ def models(address: Address = DEFAULT_ADDRESS, json_output: Json = False) -> Non
             "\n".join(f"{value:.3f} {name}" for name, value in model.metrics.items()),
         )
     Console().print(table)
-
-
-class Follower:
-    """Passes the tokens of a stream on, and tells of its events: as JSON, or in one line."""
-
-    def __init__(self, json_output: bool) -> None:
-        self._json_output = json_output
-        self._accepted: Accepted | None = None
-        self._finished: Finished | None = None
-
-    def tokens(self, stream: Iterable[Event]) -> Iterator[Tokens]:
-        """The token events; every event is printed first, if JSON is asked for."""
-        for event in stream:
-            if self._json_output:
-                print(_json({"event": type(event).__name__.lower(), **asdict(event)}), flush=True)
-            match event:
-                case Accepted():
-                    self._accepted = event
-                case Tokens():
-                    yield event
-                case Finished():
-                    self._finished = event
-
-    def summarise(self) -> None:
-        """One line on standard error, if somebody sits there."""
-        if self._json_output or not sys.stderr.isatty():
-            return
-        assert self._accepted is not None and self._finished is not None
-        usage = self._finished.usage
-        rate = usage.generated_tokens / max(usage.total_time, 1e-9)
-        Console(stderr=True, highlight=False, soft_wrap=True).print(
-            f"{usage.generated_tokens:,} tokens in {usage.total_time:.2f} s ({rate:.0f} tokens/s, "
-            f"first after {1000 * usage.time_to_first_token:.0f} ms), "
-            f"ended by {self._finished.reason}, seed {self._accepted.seed}",
-            style="dim",
-        )
 
 
 @contextmanager
@@ -352,22 +361,3 @@ def _is_image(path: Path) -> bool:
             return True
     except (FileNotFoundError, UnidentifiedImageError):
         return False
-
-
-@contextmanager
-def _own_line() -> Iterator[None]:
-    """Ends the line that a stream, even a broken one, leaves open in the terminal."""
-    try:
-        yield
-    finally:
-        if sys.stdout.isatty():
-            print(flush=True)
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text.translate(_CONTROL_PICTURES) if sys.stdout.isatty() else text)
-    sys.stdout.flush()
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, default=bytes.hex)

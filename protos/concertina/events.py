@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeAlias
@@ -37,6 +38,13 @@ class Sampling:
     top_k: int
     top_p: float
     min_p: float
+    typical_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: dict[int, float]
+    allowed_token_ids: tuple[int, ...]
+    bad_words: tuple[str, ...]
     seed: int
 
 
@@ -45,10 +53,22 @@ class Stopping:
     """When a stream ends, every default filled in; `time_limit` in seconds, None for never."""
 
     max_tokens: int
+    min_tokens: int
     stop: tuple[str, ...]
     stop_token_ids: tuple[int, ...]
+    include_stop: bool
     ignore_eos: bool
     time_limit: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What is sent, every default filled in; None for log-probabilities that are not."""
+
+    n: int
+    logprobs: int | None
+    prompt_logprobs: int | None
+    stream_interval: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +82,7 @@ class Accepted:
     sampling: Sampling
     stopping: Stopping
     prompt_tokens: int
+    output: Output
 
     @property
     def seed(self) -> int:
@@ -70,11 +91,31 @@ class Accepted:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural logarithms of how probable the model held a token and those it held likeliest."""
+
+    logprob: float
+    top_ids: tuple[int, ...]
+    top_logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Log-probabilities of more tokens of the prompt, from `first_position` on."""
+
+    sequence: int
+    first_position: int
+    logprobs: tuple[TokenLogprobs, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Tokens:
     """More tokens, a delta. `first_position` counts from the prompt's first token, which is 0.
 
     text: whole characters that the tokens complete, for text models.
     rgb: three bytes per token, for image models.
+    output: which of the `n` outputs they belong to.
+    logprobs: one for each token, if they were asked for.
     """
 
     sequence: int
@@ -82,6 +123,8 @@ class Tokens:
     ids: tuple[int, ...]
     text: str
     rgb: bytes
+    output: int = 0
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,15 +141,16 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The stream is complete; always the last event. `stop` is the stop string that was met."""
+    """An output is complete; always its last event. `stop` is the stop string that was met."""
 
     sequence: int
     reason: FinishReason
     stop: str | None
     usage: Usage
+    output: int = 0
 
 
-Event: TypeAlias = Accepted | Tokens | Finished
+Event: TypeAlias = Accepted | PromptLogprobs | Tokens | Finished
 
 _REASONS = {
     pb.FINISH_REASON_END: FinishReason.END,
@@ -131,7 +175,9 @@ class EventReader:
         self._address = address
         self._stream_id = ""
         self._sequence = 0
-        self._position = 0
+        self._prompt_position = 0
+        self._positions: list[int] = []  # of each output; empty before the stream is accepted
+        self._finished: set[int] = set()
         self._complete = False
 
     def read(self, message: pb.GenerateResponse) -> Event:
@@ -151,14 +197,24 @@ class EventReader:
         if (kind == "accepted") != (self._sequence == 0) and kind != "error":
             raise self._violation(f"event {message.sequence} is `{kind}`")
         self._sequence = message.sequence
+        output = message.output
+        if kind in ("tokens", "finished") and output >= len(self._positions):
+            raise self._violation(
+                f"event {message.sequence} is of output {output}, {len(self._positions)} were due"
+            )
+        if output in self._finished:
+            raise self._violation(f"`{kind}` follows the terminal event of output {output}")
         match kind:
             case "accepted":
                 return self._accepted(message.accepted)
+            case "prompt_logprobs":
+                return self._prompt_logprobs(message.prompt_logprobs)
             case "tokens":
-                return self._tokens(message.tokens)
+                return self._tokens(message.tokens, output)
             case "finished":
-                self._complete = True
-                return _finished(self._sequence, message.finished)
+                self._finished.add(output)
+                self._complete = len(self._finished) == len(self._positions)
+                return _finished(self._sequence, message.finished, output)
             case "error":
                 self._complete = True
                 raise self._failure(message.error)
@@ -180,8 +236,8 @@ class EventReader:
 
     def _accepted(self, accepted: pb.Accepted) -> Accepted:
         self._stream_id = accepted.stream_id
-        self._position = accepted.prompt_tokens
-        sampling, stopping = accepted.sampling, accepted.stopping
+        sampling, stopping, options = accepted.sampling, accepted.stopping, accepted.output
+        self._positions = [accepted.prompt_tokens] * max(1, options.n)
         return Accepted(
             sequence=self._sequence,
             stream_id=accepted.stream_id,
@@ -192,35 +248,65 @@ class EventReader:
                 top_k=sampling.top_k,
                 top_p=_shortest(sampling.top_p),
                 min_p=_shortest(sampling.min_p),
+                typical_p=_shortest(sampling.typical_p),
+                repetition_penalty=_shortest(sampling.repetition_penalty),
+                presence_penalty=_shortest(sampling.presence_penalty),
+                frequency_penalty=_shortest(sampling.frequency_penalty),
+                logit_bias={id_: _shortest(bias) for id_, bias in sampling.logit_bias.items()},
+                allowed_token_ids=tuple(sampling.allowed_token_ids),
+                bad_words=tuple(sampling.bad_words),
                 seed=sampling.seed,
             ),
             stopping=Stopping(
                 max_tokens=stopping.max_tokens,
+                min_tokens=stopping.min_tokens,
                 stop=tuple(stopping.stop),
                 stop_token_ids=tuple(stopping.stop_token_ids),
+                include_stop=stopping.include_stop,
                 ignore_eos=stopping.ignore_eos,
                 time_limit=(
                     seconds(stopping.time_limit) if stopping.HasField("time_limit") else None
                 ),
             ),
             prompt_tokens=accepted.prompt_tokens,
+            output=Output(
+                n=len(self._positions),
+                logprobs=options.logprobs if options.HasField("logprobs") else None,
+                prompt_logprobs=(
+                    options.prompt_logprobs if options.HasField("prompt_logprobs") else None
+                ),
+                stream_interval=options.stream_interval,
+            ),
         )
 
-    def _tokens(self, tokens: pb.Tokens) -> Tokens:
-        if tokens.first_position != self._position:
-            raise self._violation(
-                f"event {self._sequence} starts at position {tokens.first_position}, "
-                f"{self._position} was due"
-            )
+    def _prompt_logprobs(self, told: pb.PromptLogprobs) -> PromptLogprobs:
+        self._check_position(told.first_position, self._prompt_position)
+        self._prompt_position += len(told.logprobs)
+        return PromptLogprobs(self._sequence, told.first_position, _logprobs(told.logprobs))
+
+    def _tokens(self, tokens: pb.Tokens, output: int) -> Tokens:
+        self._check_position(tokens.first_position, self._positions[output])
         if tokens.rgb and len(tokens.rgb) != 3 * len(tokens.ids):
             raise self._violation(
                 f"event {self._sequence} has {len(tokens.rgb)} bytes of colour "
                 f"for {len(tokens.ids)} tokens"
             )
-        self._position += len(tokens.ids)
+        self._positions[output] += len(tokens.ids)
         return Tokens(
-            self._sequence, tokens.first_position, tuple(tokens.ids), tokens.text, tokens.rgb
+            self._sequence,
+            tokens.first_position,
+            tuple(tokens.ids),
+            tokens.text,
+            tokens.rgb,
+            output,
+            _logprobs(tokens.logprobs),
         )
+
+    def _check_position(self, position: int, due: int) -> None:
+        if position != due:
+            raise self._violation(
+                f"event {self._sequence} starts at position {position}, {due} was due"
+            )
 
     def _failure(self, error: pb.Error) -> Exception:
         retry_after = seconds(error.retry_after) if error.HasField("retry_after") else None
@@ -237,7 +323,7 @@ class EventReader:
         return ContractViolation(f"{self._address} broke the contract of {stream}: {what}")
 
 
-def _finished(sequence: int, finished: pb.Finished) -> Finished:
+def _finished(sequence: int, finished: pb.Finished, output: int) -> Finished:
     usage = finished.usage
     return Finished(
         sequence=sequence,
@@ -251,6 +337,13 @@ def _finished(sequence: int, finished: pb.Finished) -> Finished:
             total_time=seconds(usage.total_time),
             state_bytes=usage.state_bytes,
         ),
+        output=output,
+    )
+
+
+def _logprobs(told: Iterable[pb.TokenLogprobs]) -> tuple[TokenLogprobs, ...]:
+    return tuple(
+        TokenLogprobs(one.logprob, tuple(one.top_ids), tuple(one.top_logprobs)) for one in told
     )
 
 

@@ -24,6 +24,22 @@ def readable_file(path: Path) -> Path:
     return path
 
 
+def logit_biases(pairs: list[str] | None) -> dict[int, float] | None:
+    """Biases by token id from `ID=BIAS`. Raises BadParameter."""
+    if pairs is None:
+        return None
+    biases = {}
+    for pair in pairs:
+        token, _, bias = pair.partition("=")
+        try:
+            biases[int(token)] = float(bias)
+        except ValueError:
+            raise typer.BadParameter(
+                f"{pair!r} is not ID=BIAS, for example 10=-5", param_hint="--logit-bias"
+            ) from None
+    return biases
+
+
 Address: TypeAlias = Annotated[
     str, typer.Option(envvar="CONCERTINA_ADDRESS", help="Where the server listens.")
 ]
@@ -33,6 +49,9 @@ ModelName: TypeAlias = Annotated[
 ]
 Label: TypeAlias = Annotated[
     str | None, typer.Option(help="One of the model's labels. Without one: unconditional.")
+]
+MaxTokens: TypeAlias = Annotated[
+    int | None, typer.Option("--max-tokens", "-n", min=1, help="Most tokens to generate.")
 ]
 Temperature: TypeAlias = Annotated[
     float | None,
@@ -48,6 +67,59 @@ TopP: TypeAlias = Annotated[
 MinP: TypeAlias = Annotated[
     float | None,
     typer.Option(min=0, max=1, help="Keep tokens this probable relative to the likeliest."),
+]
+TypicalP: TypeAlias = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help="Keep the tokens of typical surprise that reach this."),
+]
+RepetitionPenalty: TypeAlias = Annotated[
+    float | None,
+    typer.Option(min=0, help="Above 1: tokens that prompt or output have become less likely."),
+]
+PresencePenalty: TypeAlias = Annotated[
+    float | None,
+    typer.Option(min=-2, max=2, help="Taken from the logits of tokens that the output has."),
+]
+FrequencyPenalty: TypeAlias = Annotated[
+    float | None, typer.Option(min=-2, max=2, help="The same, for every time it has them.")
+]
+LogitBias: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(metavar="ID=BIAS", help="Added to the logit of a token id. Repeatable."),
+]
+AllowedTokenIds: TypeAlias = Annotated[
+    list[int] | None, typer.Option(min=0, help="Draw no other token ids. Repeatable.")
+]
+BadWords: TypeAlias = Annotated[
+    list[str] | None, typer.Option(help="Text that is never completed. Repeatable.")
+]
+Stop: TypeAlias = Annotated[
+    list[str] | None, typer.Option(help="End before this text. May be given several times.")
+]
+StopTokenIds: TypeAlias = Annotated[
+    list[int] | None, typer.Option(min=0, help="End before this token id. Repeatable.")
+]
+IncludeStop: TypeAlias = Annotated[
+    bool | None, typer.Option("--include-stop", help="Send what the stream stopped at, too.")
+]
+MinTokens: TypeAlias = Annotated[
+    int | None, typer.Option(min=0, help="Tokens before which nothing is a reason to stop.")
+]
+IgnoreEos: TypeAlias = Annotated[
+    bool | None, typer.Option("--ignore-eos", help="Go on past the model's end token.")
+]
+Outputs: TypeAlias = Annotated[
+    int | None, typer.Option("--n", min=1, help="Outputs to generate side by side.")
+]
+Logprobs: TypeAlias = Annotated[
+    int | None,
+    typer.Option(min=0, help="Log-probabilities of tokens and of this many of the likeliest."),
+]
+PromptLogprobs: TypeAlias = Annotated[
+    int | None, typer.Option(min=0, help="The same for the tokens of the prompt.")
+]
+StreamInterval: TypeAlias = Annotated[
+    int | None, typer.Option(min=1, help="Fewest tokens that the server sends at once.")
 ]
 Seed: TypeAlias = Annotated[
     int | None, typer.Option(min=0, help="The same seed and prompt give the same stream.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeAlias, TypedDict, TypeVar
 
@@ -32,12 +32,26 @@ class GenerateParameters(TypedDict, total=False):
     top_k: keep this many of the likeliest tokens; 0 keeps all.
     top_p: keep the fewest likeliest tokens whose probabilities reach this sum, in (0, 1].
     min_p: keep tokens at least this probable relative to the likeliest, in [0, 1].
+    typical_p: keep the tokens of the most typical surprise that reach this sum, in (0, 1].
+    repetition_penalty: divides positive and multiplies negative logits of tokens that the prompt or
+        the output has, above 0.
+    presence_penalty: taken from the logits of tokens that the output has, in [-2, 2].
+    frequency_penalty: the same once for every time it has them, in [-2, 2].
+    logit_bias: added to the logits of token ids, each in [-100, 100].
+    allowed_token_ids: no other ids are drawn.
+    bad_words: strings that the output never holds.
     seed: of the random numbers; the seed in force comes back in `Accepted`.
     max_tokens: most tokens to generate.
+    min_tokens: tokens before which nothing but `max_tokens` or `time_limit` ends the stream.
     stop: the stream ends before the first of these strings.
     stop_token_ids: the stream ends before the first of these ids.
+    include_stop: send the stop string's text, or the stop id, that ended the stream.
     ignore_eos: go on past the model's end token.
     time_limit: seconds after which the stream ends cleanly, with what is there.
+    n: outputs to generate side by side; each event says which it is about.
+    logprobs: send the log-probability of each token and of this many of the likeliest, or 0.
+    prompt_logprobs: the same for the tokens of the prompt.
+    stream_interval: fewest tokens of an event that is neither the first nor the last.
     """
 
     model: str
@@ -46,12 +60,25 @@ class GenerateParameters(TypedDict, total=False):
     top_k: int | None
     top_p: float | None
     min_p: float | None
+    typical_p: float | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: Mapping[int, float] | None
+    allowed_token_ids: Sequence[int] | None
+    bad_words: Sequence[str] | None
     seed: int | None
     max_tokens: int | None
+    min_tokens: int | None
     stop: str | Sequence[str] | None
     stop_token_ids: Sequence[int] | None
+    include_stop: bool | None
     ignore_eos: bool | None
     time_limit: float | None
+    n: int | None
+    logprobs: int | None
+    prompt_logprobs: int | None
+    stream_interval: int | None
 
 
 def generate_request(
@@ -69,15 +96,31 @@ def generate_request(
             top_k=parameters.get("top_k"),
             top_p=parameters.get("top_p"),
             min_p=parameters.get("min_p"),
+            typical_p=parameters.get("typical_p"),
+            repetition_penalty=parameters.get("repetition_penalty"),
+            presence_penalty=parameters.get("presence_penalty"),
+            frequency_penalty=parameters.get("frequency_penalty"),
+            logit_bias=parameters.get("logit_bias"),
+            allowed_token_ids=parameters.get("allowed_token_ids"),
+            bad_words=parameters.get("bad_words"),
             seed=parameters.get("seed"),
         ),
         stopping=_message(
             pb.StoppingCriteria,
             max_tokens=parameters.get("max_tokens"),
+            min_tokens=parameters.get("min_tokens"),
             stop=[stop] if isinstance(stop, str) else stop,
             stop_token_ids=parameters.get("stop_token_ids"),
+            include_stop=parameters.get("include_stop"),
             ignore_eos=parameters.get("ignore_eos"),
             time_limit=_duration(parameters.get("time_limit")),
+        ),
+        output=_message(
+            pb.OutputOptions,
+            n=parameters.get("n"),
+            logprobs=parameters.get("logprobs"),
+            prompt_logprobs=parameters.get("prompt_logprobs"),
+            stream_interval=parameters.get("stream_interval"),
         ),
     )
 

@@ -97,21 +97,39 @@ class Fake(GenerationServiceServicer, ModelServiceServicer):
             context.abort(self.refusal.code, self.refusal.details)
 
     @staticmethod
-    def accepted(sequence: int = 1, prompt_tokens: int = 0) -> pb.GenerateResponse:
+    def accepted(
+        sequence: int = 1, prompt_tokens: int = 0, outputs: int = 1
+    ) -> pb.GenerateResponse:
         accepted = pb.Accepted(
             stream_id="s1",
             model="prose",
             fingerprint="f0",
-            sampling=pb.SamplingParameters(temperature=0.8, top_k=5, top_p=0.9, min_p=0, seed=7),
-            stopping=pb.StoppingCriteria(max_tokens=9, stop=["\n"], stop_token_ids=[3]),
+            sampling=pb.SamplingParameters(
+                temperature=0.8,
+                top_k=5,
+                top_p=0.9,
+                min_p=0,
+                typical_p=0.7,
+                repetition_penalty=1.1,
+                presence_penalty=-0.3,
+                frequency_penalty=0.6,
+                logit_bias={9: 0.2},
+                allowed_token_ids=[9, 10],
+                bad_words=["no"],
+                seed=7,
+            ),
+            stopping=pb.StoppingCriteria(
+                max_tokens=9, min_tokens=2, stop=["\n"], stop_token_ids=[3], include_stop=True
+            ),
             prompt_tokens=prompt_tokens,
+            output=pb.OutputOptions(n=outputs, logprobs=0, stream_interval=4),
         )
         return pb.GenerateResponse(sequence=sequence, accepted=accepted)
 
     @staticmethod
-    def text(sequence: int, first_position: int, text: str) -> pb.GenerateResponse:
+    def text(sequence: int, first_position: int, text: str, output: int = 0) -> pb.GenerateResponse:
         tokens = pb.Tokens(first_position=first_position, ids=text.encode(), text=text)
-        return pb.GenerateResponse(sequence=sequence, tokens=tokens)
+        return pb.GenerateResponse(sequence=sequence, tokens=tokens, output=output)
 
     @staticmethod
     def pixels(sequence: int, first_position: int, ids: list[int]) -> pb.GenerateResponse:
@@ -121,13 +139,13 @@ class Fake(GenerationServiceServicer, ModelServiceServicer):
 
     @staticmethod
     def finished(
-        sequence: int, reason: pb.FinishReason = pb.FINISH_REASON_MAX_TOKENS
+        sequence: int, reason: pb.FinishReason = pb.FINISH_REASON_MAX_TOKENS, output: int = 0
     ) -> pb.GenerateResponse:
         usage = pb.Usage(generated_tokens=9, state_bytes=4096)
         usage.total_time.FromMilliseconds(1500)
         usage.time_to_first_token.FromMilliseconds(250)
         finished = pb.Finished(reason=reason, stop="\n", usage=usage)
-        return pb.GenerateResponse(sequence=sequence, finished=finished)
+        return pb.GenerateResponse(sequence=sequence, finished=finished, output=output)
 
     @staticmethod
     def error(

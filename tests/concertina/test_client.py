@@ -27,12 +27,15 @@ from concertina.client import (
     ImageFormat,
     InvalidRequest,
     ModelNotFound,
+    Output,
     Overloaded,
+    PromptLogprobs,
     Sampling,
     ServerError,
     ServerUnavailable,
     Stopping,
     StreamCut,
+    TokenLogprobs,
     Tokens,
     Usage,
 )
@@ -77,11 +80,31 @@ def test_events_are_typed_and_complete(fake: Fake, collect: Collect) -> None:
             stream_id="s1",
             model="prose",
             fingerprint="f0",
-            sampling=Sampling(temperature=0.8, top_k=5, top_p=0.9, min_p=0, seed=7),
+            sampling=Sampling(
+                temperature=0.8,
+                top_k=5,
+                top_p=0.9,
+                min_p=0,
+                typical_p=0.7,
+                repetition_penalty=1.1,
+                presence_penalty=-0.3,
+                frequency_penalty=0.6,
+                logit_bias={9: 0.2},
+                allowed_token_ids=(9, 10),
+                bad_words=("no",),
+                seed=7,
+            ),
             stopping=Stopping(
-                max_tokens=9, stop=("\n",), stop_token_ids=(3,), ignore_eos=False, time_limit=None
+                max_tokens=9,
+                min_tokens=2,
+                stop=("\n",),
+                stop_token_ids=(3,),
+                include_stop=True,
+                ignore_eos=False,
+                time_limit=None,
             ),
             prompt_tokens=2,
+            output=Output(n=1, logprobs=0, prompt_logprobs=None, stream_interval=4),
         ),
         Tokens(sequence=2, first_position=2, ids=(97, 98), text="ab", rgb=b""),
         Tokens(sequence=3, first_position=4, ids=(99,), text="c", rgb=b""),
@@ -99,6 +122,52 @@ def test_events_are_typed_and_complete(fake: Fake, collect: Collect) -> None:
             ),
         ),
     ]
+
+
+def _prompt(sequence: int, first_position: int, *logprobs: float) -> pb.GenerateResponse:
+    told = [pb.TokenLogprobs(logprob=x, top_ids=[7], top_logprobs=[-0.5]) for x in logprobs]
+    message = pb.PromptLogprobs(first_position=first_position, logprobs=told)
+    return pb.GenerateResponse(sequence=sequence, prompt_logprobs=message)
+
+
+def test_outputs_come_side_by_side(fake: Fake, collect: Collect) -> None:
+    fake.script = [
+        fake.accepted(outputs=2),
+        fake.text(2, 0, "a", output=1),
+        fake.text(3, 0, "bc"),
+        fake.finished(4, output=1),
+        fake.text(5, 2, "d"),
+        fake.finished(6, pb.FINISH_REASON_STOP),
+    ]
+    accepted, *events = collect(fake.address, n=2)
+    assert isinstance(accepted, Accepted)
+    assert accepted.output.n == 2
+    seen = [(type(e), e.output) for e in events if isinstance(e, Tokens | Finished)]
+    assert seen == [(Tokens, 1), (Tokens, 0), (Finished, 1), (Tokens, 0), (Finished, 0)]
+
+
+def test_an_output_without_its_terminal_event_was_cut(fake: Fake, collect: Collect) -> None:
+    fake.script = [fake.accepted(outputs=2), fake.finished(2, output=1)]
+    with pytest.raises(StreamCut):
+        collect(fake.address, n=2)
+
+
+def test_logprobs_are_told_of_prompt_and_tokens(fake: Fake, collect: Collect) -> None:
+    said = pb.TokenLogprobs(logprob=-1.5, top_ids=[3, 9], top_logprobs=[-0.25, -2])
+    tokens = pb.Tokens(first_position=3, ids=[9], logprobs=[said])
+    fake.script = [
+        fake.accepted(prompt_tokens=3),
+        _prompt(2, 0, -1.0, -2.0),
+        _prompt(3, 2, -3.0),
+        pb.GenerateResponse(sequence=4, tokens=tokens),
+        fake.finished(5),
+    ]
+    _, first, second, delta, _ = collect(fake.address)
+    like = [TokenLogprobs(logprob, (7,), (-0.5,)) for logprob in (-1.0, -2.0, -3.0)]
+    assert first == PromptLogprobs(2, 0, (like[0], like[1]))
+    assert second == PromptLogprobs(3, 2, (like[2],))
+    assert isinstance(delta, Tokens)
+    assert delta.logprobs == (TokenLogprobs(-1.5, (3, 9), (-0.25, -2.0)),)
 
 
 def test_events_arrive_while_the_stream_runs(fake: Fake) -> None:
@@ -121,22 +190,52 @@ def test_every_parameter_reaches_the_wire(fake: Fake, collect: Collect) -> None:
         top_k=0,
         top_p=0.25,
         min_p=0.125,
+        typical_p=0.75,
+        repetition_penalty=1.25,
+        presence_penalty=0,
+        frequency_penalty=-0.5,
+        logit_bias={0: 1, 255: -2.5},
+        allowed_token_ids=range(3),
+        bad_words=["é"],
         seed=2**64 - 1,
         max_tokens=10,
+        min_tokens=2,
         stop="\n\n",
         stop_token_ids=[0, 1],
+        include_stop=True,
         ignore_eos=True,
         time_limit=1.5,
+        n=1,
+        logprobs=0,
+        prompt_logprobs=3,
+        stream_interval=4,
     )
     expected = pb.GenerateRequest(
         model="prose",
         prompt=pb.Prompt(text="def ", label="python"),
         sampling=pb.SamplingParameters(
-            temperature=0.5, top_k=0, top_p=0.25, min_p=0.125, seed=2**64 - 1
+            temperature=0.5,
+            top_k=0,
+            top_p=0.25,
+            min_p=0.125,
+            typical_p=0.75,
+            repetition_penalty=1.25,
+            presence_penalty=0,
+            frequency_penalty=-0.5,
+            logit_bias={0: 1, 255: -2.5},
+            allowed_token_ids=[0, 1, 2],
+            bad_words=["é"],
+            seed=2**64 - 1,
         ),
         stopping=pb.StoppingCriteria(
-            max_tokens=10, stop=["\n\n"], stop_token_ids=[0, 1], ignore_eos=True
+            max_tokens=10,
+            min_tokens=2,
+            stop=["\n\n"],
+            stop_token_ids=[0, 1],
+            include_stop=True,
+            ignore_eos=True,
         ),
+        output=pb.OutputOptions(n=1, logprobs=0, prompt_logprobs=3, stream_interval=4),
     )
     expected.stopping.time_limit.FromMilliseconds(1500)
     assert fake.requests == [expected]
@@ -150,6 +249,7 @@ def test_what_is_not_given_is_left_to_the_server(fake: Fake, collect: Collect) -
     assert not request.HasField("prompt")
     assert not request.sampling.ListFields()
     assert not request.stopping.ListFields()
+    assert not request.output.ListFields()
 
 
 @pytest.mark.parametrize(
@@ -186,6 +286,9 @@ def test_a_pillow_image_is_sent_as_png(fake: Fake) -> None:
         ({"temperature": "hot"}, "temperature"),
         ({"stop_token_ids": [-1]}, "stop_token_ids"),
         ({"stop": [1]}, "stop"),
+        ({"logit_bias": {-1: 0.0}}, "logit_bias"),
+        ({"allowed_token_ids": [1 << 32]}, "allowed_token_ids"),
+        ({"n": -1}, "n is not valid"),
         ({"time_limit": float("nan")}, "time_limit"),
         ({"time_limit": 1e300}, "time_limit"),
         ({"prompt": [2**40]}, "ids"),
@@ -217,6 +320,21 @@ def test_a_value_the_wire_cannot_carry_is_named(parameters: Any, named: str) -> 
         ([Fake.accepted(), Fake.finished(2), Fake.finished(3)], "follows the terminal event"),
         ([Fake.accepted(), Fake.finished(2), Fake.text(3, 0, "a")], "follows the terminal event"),
         ([Fake.accepted(), pb.GenerateResponse(sequence=2)], "no kind"),
+        ([Fake.accepted(), Fake.text(2, 0, "a", output=1)], "of output 1, 1 were due"),
+        ([Fake.accepted(outputs=2), Fake.finished(2, output=2)], "of output 2, 2 were due"),
+        (
+            [Fake.accepted(outputs=2), Fake.finished(2, output=1), Fake.text(3, 0, "a", output=1)],
+            "`tokens` follows the terminal event of output 1",
+        ),
+        (
+            [Fake.accepted(outputs=2), Fake.text(2, 0, "a", output=1), Fake.text(3, 1, "a")],
+            "starts at position 1, 0 was due",
+        ),
+        ([Fake.accepted(), _prompt(2, 1, -1.0)], "starts at position 1, 0 was due"),
+        (
+            [Fake.accepted(), _prompt(2, 0, -1.0, -2.0), _prompt(3, 0, -1.0)],
+            "starts at position 0, 2 was due",
+        ),
         (
             [
                 Fake.accepted(),

@@ -132,17 +132,67 @@ def test_generate_passes_its_options_on(fake: Fake, run: Run) -> None:
     fake.script = [fake.accepted(), fake.finished(2)]
     options = (
         "--temperature 0.5 --top-k 3 --top-p 0.25 --min-p 0.125 --seed 9 --max-tokens 5 "
-        "--stop a --stop b --time-limit 2 --label x --model prose"
+        "--stop a --stop b --time-limit 2 --label x --model prose --typical-p 0.75 "
+        "--repetition-penalty 1.5 --presence-penalty 0.5 --frequency-penalty -0.5 "
+        "--logit-bias 3=-1.5 --logit-bias 4=2 --allowed-token-id 3 --allowed-token-id 4 "
+        "--bad-word c --bad-word d --stop-token-id 4 --include-stop --min-tokens 2 --ignore-eos "
+        "--n 1 --logprobs 0 --prompt-logprobs 1 --stream-interval 8"
     )
     assert run("generate", "def ", *options.split())[0] == 0
     expected = pb.GenerateRequest(
         model="prose",
         prompt=pb.Prompt(text="def ", label="x"),
-        sampling=pb.SamplingParameters(temperature=0.5, top_k=3, top_p=0.25, min_p=0.125, seed=9),
-        stopping=pb.StoppingCriteria(max_tokens=5, stop=["a", "b"]),
+        sampling=pb.SamplingParameters(
+            temperature=0.5,
+            top_k=3,
+            top_p=0.25,
+            min_p=0.125,
+            seed=9,
+            typical_p=0.75,
+            repetition_penalty=1.5,
+            presence_penalty=0.5,
+            frequency_penalty=-0.5,
+            logit_bias={3: -1.5, 4: 2},
+            allowed_token_ids=[3, 4],
+            bad_words=["c", "d"],
+        ),
+        stopping=pb.StoppingCriteria(
+            max_tokens=5,
+            stop=["a", "b"],
+            stop_token_ids=[4],
+            include_stop=True,
+            min_tokens=2,
+            ignore_eos=True,
+        ),
+        output=pb.OutputOptions(n=1, logprobs=0, prompt_logprobs=1, stream_interval=8),
     )
     expected.stopping.time_limit.FromSeconds(2)
     assert fake.requests == [expected]
+
+
+def test_several_outputs_are_written_one_after_the_other(fake: Fake, run: Run) -> None:
+    fake.script = [
+        fake.accepted(outputs=3),
+        fake.text(2, 0, "two ", output=2),
+        fake.text(3, 0, "zero"),
+        fake.finished(4),
+        fake.text(5, 0, "one", output=1),
+        fake.text(6, 4, "more", output=2),
+        fake.finished(7, output=2),
+        fake.finished(8, output=1),
+    ]
+    assert run("generate", "--n", "3") == (
+        0,
+        "--- output 0 ---\nzero\n--- output 1 ---\none\n--- output 2 ---\ntwo more",
+        "",
+    )
+
+
+@pytest.mark.parametrize("bias", ["7", "x=1", "7=", "7:1"])
+def test_a_bias_that_is_none_is_wrong_usage(run: Run, bias: str) -> None:
+    code, _, err = run("generate", "x", "--logit-bias", bias)
+    assert code == 2
+    assert "ID=BIAS" in err
 
 
 @pytest.mark.parametrize(
@@ -198,9 +248,27 @@ def test_generate_json_is_an_object_per_event(fake: Fake, run: Run) -> None:
         "ids": [97, 98],
         "text": "ab",
         "rgb": "",
+        "output": 0,
+        "logprobs": [],
     }
     assert (finished["event"], finished["reason"]) == ("finished", "max_tokens")
     assert finished["usage"]["generated_tokens"] == 9
+
+
+def test_events_of_two_words_are_named_as_on_the_wire(fake: Fake, run: Run) -> None:
+    told = pb.PromptLogprobs(logprobs=[pb.TokenLogprobs(logprob=-0.5)])
+    fake.script = [
+        fake.accepted(prompt_tokens=1),
+        pb.GenerateResponse(sequence=2, prompt_logprobs=told),
+        fake.finished(3),
+    ]
+    _, out, _ = run("generate", "x", "--json")
+    assert json.loads(out.splitlines()[1]) == {
+        "event": "prompt_logprobs",
+        "sequence": 2,
+        "first_position": 0,
+        "logprobs": [{"logprob": -0.5, "top_ids": [], "top_logprobs": []}],
+    }
 
 
 def test_a_failed_stream_leaves_its_text_and_one_line(fake: Fake, run: Run) -> None:

@@ -218,7 +218,7 @@ async def test_an_engine_that_dies_tells_everybody(
     """Nobody may wait for ever for a thread that is gone."""
     engine = start(text, slots=1)
 
-    def die() -> None:
+    def die(idle: bool) -> None:
         raise MemoryError("a secret of /the/server")
 
     with Gate(engine) as gate:

@@ -7,6 +7,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 from concertina.resources import KIND_NAMES
+from server import metrics
 from server.bundle import Bundle
 from server.engine import Engine
 from server.errors import Overloaded
@@ -114,7 +115,11 @@ async def test_why_streams_ended(text: Bundle, start: Start) -> None:
     assert [grown[why] for why in reasons] == [2, 1, 1, 1, 3, 1, 8]
 
 
-async def test_what_an_engine_holds(text: Bundle, start: Start) -> None:
+async def test_what_an_engine_holds(
+    text: Bundle, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "_GAUGE_INTERVAL_S", 0.0)  # after every step
+
     def held() -> dict[str, float]:
         return {
             **{where: _value(f"streams_{where}") for where in ("running", "waiting", "paused")},

@@ -9,9 +9,21 @@ from google.protobuf.duration_pb2 import Duration
 from concertina.v1 import bundle_pb2
 from concertina.v1 import generation_service_pb2 as pb
 from server.bundle import Bundle
+from server.config import EngineConfig
 from server.errors import InvalidRequest
-from server.request import generate_request, score_request
+from server.logit_rules import LogitRules
+from server.request import generate_request as generate_requests
+from server.request import score_request
 from server.sampler import SamplingParameters
+from server.stream import Request
+
+CONFIG = EngineConfig(slots=4, queue_limit=6, stream_buffer=32)
+
+
+def generate_request(bundle: Bundle, request: pb.GenerateRequest) -> Request:
+    """The only output of a request."""
+    (only,) = generate_requests(bundle, request, CONFIG)
+    return only
 
 
 def test_every_default_is_filled_in(text: Bundle) -> None:
@@ -41,10 +53,24 @@ def test_everything_that_is_given_is_taken(text: Bundle) -> None:
         pb.GenerateRequest(
             prompt=pb.Prompt(text="abc"),
             sampling=pb.SamplingParameters(
-                temperature=0.5, top_k=3, top_p=0.25, min_p=0.125, seed=(1 << 64) - 1
+                temperature=0.5,
+                top_k=3,
+                top_p=0.25,
+                min_p=0.125,
+                seed=(1 << 64) - 1,
+                typical_p=0.75,
+                repetition_penalty=1.5,
+                presence_penalty=-2,
+                frequency_penalty=2,
+                logit_bias={255: -100, 0: 100},
+                allowed_token_ids=[9, 8, 9],
+                bad_words=["é", "x" * 64],
             ),
+            output=pb.OutputOptions(n=1, logprobs=0, prompt_logprobs=20, stream_interval=32),
             stopping=pb.StoppingCriteria(
                 max_tokens=93,
+                min_tokens=93,
+                include_stop=True,
                 stop=["\n", "x" * 256],
                 stop_token_ids=[7, 255, 7],
                 ignore_eos=True,
@@ -52,7 +78,21 @@ def test_everything_that_is_given_is_taken(text: Bundle) -> None:
             ),
         ),
     )
-    assert request.sampling == SamplingParameters(0.5, 3, 0.25, 0.125, (1 << 64) - 1)
+    rules = LogitRules(
+        bias=((0, 100), (255, -100)),
+        allowed=(8, 9),
+        bad_words=((0xC3, 0xA9), (ord("x"),) * 64),
+        min_tokens=93,
+        withheld=(7, 255),
+        repetition_penalty=1.5,
+        frequency_penalty=2,
+        presence_penalty=-2,
+    )
+    assert request.sampling == SamplingParameters(
+        0.5, 3, 0.25, 0.125, (1 << 64) - 1, typical_p=0.75, logprobs=0, rules=rules
+    )
+    assert (request.min_tokens, request.include_stop) == (93, True)
+    assert (request.prompt_logprobs, request.stream_interval) == (20, 32)
     assert request.prompt.tolist() == [256, 97, 98, 99]
     assert (request.max_tokens, request.stop) == (93, ("\n", "x" * 256))
     assert (request.stop_tokens, request.end_token) == (frozenset({7, 255}), None)
@@ -65,8 +105,43 @@ def test_zero_is_not_the_same_as_absent(text: Bundle) -> None:
     assert (request.sampling.temperature, request.sampling.seed) == (0, 0)
 
 
-def _sampling(**fields: float) -> pb.GenerateRequest:
+def _sampling(**fields: object) -> pb.GenerateRequest:
     return pb.GenerateRequest(sampling=pb.SamplingParameters(**fields))  # type: ignore[arg-type]
+
+
+def test_outputs_differ_in_their_index_alone(text: Bundle) -> None:
+    sampling = pb.SamplingParameters(presence_penalty=1)
+    options = pb.OutputOptions(n=3, prompt_logprobs=1, logprobs=2)
+    asked = pb.GenerateRequest(prompt=pb.Prompt(text="a"), sampling=sampling, output=options)
+    first, *others = generate_requests(text, asked, CONFIG)
+    assert first.prompt_logprobs == 1
+    assert [r.sampling.output for r in (first, *others)] == [0, 1, 2]
+    for number, other in enumerate(others, 1):
+        assert other.prompt is first.prompt
+        assert other.prompt_logprobs is None  # they are told once
+        assert other.sampling == replace(first.sampling, output=number)
+
+
+def test_tokens_that_end_the_stream_are_withheld_before_min_tokens(text: Bundle) -> None:
+    for ignore_eos, stop, withheld in [(False, [], (0,)), (False, [9, 3], (0, 3, 9)),
+                                       (True, [9, 3], (3, 9))]:  # fmt: skip
+        asked = _stopping(min_tokens=2, ignore_eos=ignore_eos, stop_token_ids=stop)
+        rules = generate_request(text, asked).sampling.rules
+        assert rules == LogitRules(min_tokens=2, withheld=withheld)
+    assert generate_request(text, _stopping(min_tokens=2, ignore_eos=True)).sampling.rules is None
+
+
+def test_a_stream_that_asks_for_nothing_has_no_rules(text: Bundle) -> None:
+    neutral = pb.SamplingParameters(
+        repetition_penalty=1, presence_penalty=0, frequency_penalty=0, top_k=5
+    )
+    for sampling in (pb.SamplingParameters(), neutral):
+        asked = pb.GenerateRequest(sampling=sampling)
+        assert generate_request(text, asked).sampling.rules is None
+
+
+def _output(**fields: int) -> pb.GenerateRequest:
+    return pb.GenerateRequest(output=pb.OutputOptions(**fields))
 
 
 def _stopping(**fields: object) -> pb.GenerateRequest:
@@ -90,6 +165,49 @@ LONGEST = 315_576_000_000  # seconds a Duration may have
         ("text", _sampling(min_p=-0.25), ["sampling.min_p is -0.25", "between 0 and 1"]),
         ("text", _sampling(min_p=1.25), ["sampling.min_p is 1.25", "between 0 and 1"]),
         ("text", _sampling(min_p=np.nan), ["sampling.min_p is nan", "between 0 and 1"]),
+        ("text", _sampling(typical_p=0), ["sampling.typical_p is 0.0", "above 0 and at most 1"]),
+        ("text", _sampling(typical_p=np.nan), ["sampling.typical_p is nan", "above 0"]),
+        ("text", _sampling(repetition_penalty=0), ["sampling.repetition_penalty is 0", "above 0"]),
+        ("text", _sampling(repetition_penalty=-1), ["sampling.repetition_penalty is -1"]),
+        ("text", _sampling(repetition_penalty=np.inf), ["repetition_penalty is inf", "finite"]),
+        ("text", _sampling(repetition_penalty=np.nan), ["repetition_penalty is nan", "finite"]),
+        ("text", _sampling(presence_penalty=2.5), ["presence_penalty is 2.5", "between -2 and 2"]),
+        ("text", _sampling(presence_penalty=np.nan), ["sampling.presence_penalty is nan"]),
+        ("text", _sampling(frequency_penalty=-2.5), ["frequency_penalty is -2.5", "-2 and 2"]),
+        ("text", _sampling(frequency_penalty=np.nan), ["sampling.frequency_penalty is nan"]),
+        ("text", _sampling(logit_bias={256: 0}), ["sampling.logit_bias has id 256", "below 256"]),
+        ("text", _sampling(logit_bias={7: 101}), ["sampling.logit_bias[7] is 101", "-100 and 100"]),
+        ("text", _sampling(logit_bias={7: np.nan}), ["sampling.logit_bias[7] is nan"]),
+        (
+            "image",
+            _sampling(allowed_token_ids=[3, 16]),
+            ["sampling.allowed_token_ids[1] is 16", "below 16"],
+        ),
+        ("text", _sampling(bad_words=["x"] * 129), ["bad_words has 129 strings", "limit is 128"]),
+        ("text", _sampling(bad_words=["x", ""]), ["sampling.bad_words[1] has 0 bytes", "1 to 64"]),
+        ("text", _sampling(bad_words=["€" * 22]), ["bad_words[0] has 66 bytes", "1 to 64"]),
+        ("image", _sampling(bad_words=["x"]), ["bad_words", "tiny-image makes images"]),
+        (
+            "text",
+            _sampling(allowed_token_ids=[97, 98], bad_words=["a", "b", "abc"]),
+            ["allowed_token_ids has 2 ids", "forbid them all", "at least 1 token"],
+        ),
+        (
+            "text",
+            pb.GenerateRequest(
+                sampling=pb.SamplingParameters(allowed_token_ids=[0]),
+                stopping=pb.StoppingCriteria(min_tokens=1),
+            ),
+            ["allowed_token_ids has 1 ids", "min_tokens"],
+        ),
+        ("text", _stopping(min_tokens=6, max_tokens=5), ["min_tokens is 6", "at most 5"]),
+        ("text", _stopping(min_tokens=95), ["stopping.min_tokens is 95", "at most 94"]),
+        ("text", _output(n=0), ["output.n is 0", "between 1 and 10"]),
+        ("text", _output(n=11), ["output.n is 11", "between 1 and 10"]),
+        ("text", _output(logprobs=21), ["output.logprobs is 21", "at most 20"]),
+        ("text", _output(prompt_logprobs=21), ["output.prompt_logprobs is 21", "at most 20"]),
+        ("text", _output(stream_interval=0), ["output.stream_interval is 0", "between 1 and 32"]),
+        ("text", _output(stream_interval=33), ["output.stream_interval is 33", "1 and 32"]),
         ("text", _stopping(max_tokens=0), ["stopping.max_tokens is 0", "between 1 and 94"]),
         ("text", _stopping(max_tokens=95), ["stopping.max_tokens is 95", "prompt takes 2"]),
         (

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import io
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -51,14 +52,17 @@ class Served:
         """All events of a stream, whose form is checked."""
         events = [event async for event in self.generation.Generate(request, timeout=LIMIT_S)]
         assert [event.sequence for event in events] == list(range(1, len(events) + 1))
-        kinds = [event.WhichOneof("event") for event in events]
-        assert kinds[0] == "accepted"
-        assert kinds[-1] in ("finished", "error")
-        assert set(kinds[1:-1]) <= {"tokens"}
-        position = events[0].accepted.prompt_tokens
-        for event in events[1:-1]:
-            assert event.tokens.first_position == position
-            position += len(event.tokens.ids)
+        assert events[0].HasField("accepted")
+        for output in range(events[0].accepted.output.n):
+            own = [event for event in events[1:] if event.output == output]
+            kinds = [event.WhichOneof("event") for event in own]
+            assert kinds[-1] in ("finished", "error")
+            told = kinds.count("prompt_logprobs")
+            assert kinds[:-1] == ["prompt_logprobs"] * told + ["tokens"] * (len(own) - 1 - told)
+            position = events[0].accepted.prompt_tokens
+            for event in own[told:-1]:
+                assert event.tokens.first_position == position
+                position += len(event.tokens.ids)
         return events
 
 
@@ -115,10 +119,21 @@ async def test_a_request_without_anything_gets_every_default(serve: Serve, text:
     assert accepted.fingerprint == text.manifest.fingerprint
     assert len(accepted.stream_id) >= 20
     sampling = pb.SamplingParameters(
-        temperature=1, top_k=0, top_p=1, min_p=0, seed=accepted.sampling.seed
+        temperature=1,
+        top_k=0,
+        top_p=1,
+        min_p=0,
+        seed=accepted.sampling.seed,
+        typical_p=1,
+        repetition_penalty=1,
+        presence_penalty=0,
+        frequency_penalty=0,
     )
     assert accepted.sampling == sampling
-    assert accepted.stopping == pb.StoppingCriteria(max_tokens=96, ignore_eos=False)
+    assert accepted.stopping == pb.StoppingCriteria(
+        max_tokens=96, ignore_eos=False, min_tokens=0, include_stop=False
+    )
+    assert accepted.output == pb.OutputOptions(n=1, stream_interval=1)
     assert finished.reason in (pb.FINISH_REASON_MAX_TOKENS, pb.FINISH_REASON_END)
     assert finished.usage.prompt_tokens == 0
     assert finished.usage.state_bytes > 0
@@ -127,10 +142,23 @@ async def test_a_request_without_anything_gets_every_default(serve: Serve, text:
 async def test_what_was_asked_for_is_echoed(serve: Serve) -> None:
     served = await serve(TEXT)
     sampling = pb.SamplingParameters(
-        temperature=0.5, top_k=7, top_p=0.75, min_p=0.125, seed=(1 << 64) - 1
+        temperature=0.5,
+        top_k=7,
+        top_p=0.75,
+        min_p=0.125,
+        seed=(1 << 64) - 1,
+        typical_p=0.875,
+        repetition_penalty=1.25,
+        presence_penalty=0.5,
+        frequency_penalty=-0.5,
+        logit_bias={3: 1.5, 250: -2},
+        allowed_token_ids=[3, 4, 250],
+        bad_words=["é", "no"],
     )
     stopping = pb.StoppingCriteria(
         max_tokens=5,
+        min_tokens=2,
+        include_stop=True,
         stop=["never", "\n\n"],
         stop_token_ids=[3, 9],
         ignore_eos=True,
@@ -139,8 +167,10 @@ async def test_what_was_asked_for_is_echoed(serve: Serve) -> None:
     request = pb.GenerateRequest(
         model=TEXT, prompt=pb.Prompt(text="é!"), sampling=sampling, stopping=stopping
     )
+    request.output.CopyFrom(pb.OutputOptions(n=2, logprobs=0, prompt_logprobs=3, stream_interval=4))
     accepted = (await served.generate(request))[0].accepted
     assert (accepted.sampling, accepted.stopping) == (sampling, stopping)
+    assert accepted.output == request.output
     assert accepted.prompt_tokens == 3
 
 
@@ -218,6 +248,51 @@ async def test_sixteen_streams_at_once(serve: Serve) -> None:
     alone = [_ids(await served.generate(request(number))) for number in range(16)]
     crowd = await asyncio.gather(*[served.generate(request(number)) for number in range(16)])
     assert [_ids(events) for events in crowd] == alone
+
+
+async def test_outputs_of_one_request_are_those_of_one_stream(serve: Serve) -> None:
+    """Numbered without a gap over all of them, each with its own positions and ending."""
+    served = await serve(TEXT, slots=2)
+    request = pb.GenerateRequest(
+        prompt=pb.Prompt(text="ab"),
+        sampling=pb.SamplingParameters(seed=5),
+        stopping=pb.StoppingCriteria(max_tokens=12, ignore_eos=True),
+        output=pb.OutputOptions(n=3, logprobs=1, prompt_logprobs=2),
+    )
+    events = await served.generate(request)
+    told = [event for event in events if event.HasField("prompt_logprobs")]
+    assert [event.output for event in told] == [0] * len(told)
+    assert sum(len(event.prompt_logprobs.logprobs) for event in told) == 2
+    for output in range(3):
+        own = [event for event in events[1:] if event.output == output and event not in told]
+        for event in own[:-1]:
+            assert len(event.tokens.logprobs) == len(event.tokens.ids)
+            assert all(len(one.top_ids) == 1 for one in event.tokens.logprobs)
+        assert len(_ids(own)) == own[-1].finished.usage.generated_tokens == 12
+    request.output.CopyFrom(pb.OutputOptions(n=1))
+    first = [_ids([event]) for event in events if event.output == 0]
+    assert _ids(await served.generate(request)) == [token for ids in first for token in ids]
+
+
+async def test_every_output_ends_when_the_servicer_fails(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = await serve(TEXT)
+    respond = servicer._response
+
+    def fail(*arguments: Any) -> pb.GenerateResponse:
+        response = respond(*arguments)
+        if response.output == 1 and response.HasField("tokens"):
+            raise RuntimeError("secret")
+        return response
+
+    monkeypatch.setattr(servicer, "_response", fail)
+    request = pb.GenerateRequest(
+        stopping=pb.StoppingCriteria(max_tokens=96, ignore_eos=True), output=pb.OutputOptions(n=3)
+    )
+    events = await served.generate(request)
+    assert [(e.output, e.error.code) for e in events[-3:]] == [(n, "INTERNAL") for n in range(3)]
+    assert "secret" not in str(events)
 
 
 # ---- streams that are dropped
@@ -427,12 +502,15 @@ async def test_a_failure_of_ours_in_a_stream_is_its_last_event_and_leaks_nothing
 ) -> None:
     """Whether the engine's events fail, or what becomes of them."""
     served = await serve(TEXT, stream_buffer=2)
-    engine, events, response = served.engines[TEXT], Engine.events, servicer._response
+    engine, events = served.engines[TEXT], Engine.events_together
+    response = servicer._response
     told = 0
 
-    async def break_off(self: Engine, stream: Stream) -> AsyncIterator[Event]:
+    async def break_off(
+        self: Engine, streams: Sequence[Stream]
+    ) -> AsyncIterator[tuple[Stream, Event]]:
         seen = 0
-        async for event in events(self, stream):
+        async for event in events(self, streams):
             if seen == after:
                 raise RuntimeError(SECRET)
             yield event
@@ -445,7 +523,7 @@ async def test_a_failure_of_ours_in_a_stream_is_its_last_event_and_leaks_nothing
             raise RuntimeError(SECRET)
         return response(*args)  # type: ignore[arg-type]
 
-    for patch in ((Engine, "events", break_off), (servicer, "_response", answer)):
+    for patch in ((Engine, "events_together", break_off), (servicer, "_response", answer)):
         with monkeypatch.context() as patched:
             patched.setattr(*patch)
             all_events = await served.generate(_long())

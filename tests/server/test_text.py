@@ -132,3 +132,43 @@ def _whole(text: str, stops: list[str]) -> tuple[str, str | None]:
             longest = max(ending, key=len)
             return text[: end - len(longest)], longest
     return text, None
+
+
+@pytest.mark.parametrize(
+    ("stop", "pieces", "released"),
+    [
+        (["bc"], "abcd", ["a", "", "bc"]),
+        (["bc", "c"], "abc", ["a", "", "bc"]),
+        (["abc", "b"], "ab", ["", "ab"]),
+        (["é"], "aé", ["a", "", "é"]),
+    ],
+)
+def test_the_stop_string_can_be_included(stop: list[str], pieces: str, released: list[str]) -> None:
+    stream = TextStream(stop, include_stop=True)
+    assert [stream.push(byte) for byte in pieces.encode()[: len(released)]] == released
+    assert stream.matched is not None
+    assert stream.flush() == ""
+
+
+@pytest.mark.parametrize(
+    ("stop", "text", "free", "expected", "matched"),
+    [
+        (["ab"], "abab", 0, "", "ab"),
+        (["ab"], "abab", 1, "", "ab"),  # begins before it may stop, ends when it may
+        (["ab"], "abab", 2, "ab", "ab"),
+        (["ab"], "abab", 3, "ab", "ab"),
+        (["ab"], "abab", 4, "abab", None),
+        (["ab", "abc"], "abx", 2, "abx", None),  # held for the second when the first may count
+        (["ab", "abc"], "abc", 2, "", "abc"),
+        (["aa"], "aaa", 2, "a", "aa"),
+    ],
+)
+def test_what_is_complete_before_it_may_stop_is_text(
+    stop: list[str], text: str, free: int, expected: str, matched: str | None
+) -> None:
+    stream, sent = TextStream(stop), ""
+    for index, byte in enumerate(text.encode()):
+        sent += stream.push(byte, may_stop=index >= free)
+        if stream.matched is not None:
+            break
+    assert (sent + stream.flush(), stream.matched) == (expected, matched)

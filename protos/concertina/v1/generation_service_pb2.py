@@ -25,43 +25,53 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&concertina/v1/generation_service.proto\x12\rconcertina.v1\x1a\x1egoogle/protobuf/duration.proto\"\xaf\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12%\n\x06prompt\x18\x02 \x01(\x0b\x32\x15.concertina.v1.Prompt\x12\x33\n\x08sampling\x18\x03 \x01(\x0b\x32!.concertina.v1.SamplingParameters\x12\x31\n\x08stopping\x18\x04 \x01(\x0b\x32\x1f.concertina.v1.StoppingCriteria\"\x97\x01\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12)\n\x06tokens\x18\x02 \x01(\x0b\x32\x17.concertina.v1.TokenIdsH\x00\x12)\n\x05image\x18\x03 \x01(\x0b\x32\x18.concertina.v1.ImageRowsH\x00\x12\x12\n\x05label\x18\x04 \x01(\tH\x01\x88\x01\x01\x42\t\n\x07\x63ontentB\x08\n\x06_label\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"1\n\tImageRows\x12\r\n\x03png\x18\x01 \x01(\x0cH\x00\x12\r\n\x03rgb\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04rows\"\xb4\x01\n\x12SamplingParameters\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x07\n\x05_seed\"\xb7\x01\n\x10StoppingCriteria\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x0c\n\x04stop\x18\x02 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x03 \x03(\r\x12\x17\n\nignore_eos\x18\x04 \x01(\x08H\x01\x88\x01\x01\x12-\n\ntime_limit\x18\x05 \x01(\x0b\x32\x19.google.protobuf.DurationB\r\n\x0b_max_tokensB\r\n\x0b_ignore_eos\"\xd7\x01\n\x10GenerateResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12+\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x0b\x32\x17.concertina.v1.AcceptedH\x00\x12\'\n\x06tokens\x18\x03 \x01(\x0b\x32\x15.concertina.v1.TokensH\x00\x12+\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x17.concertina.v1.FinishedH\x00\x12%\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x14.concertina.v1.ErrorH\x00\x42\x07\n\x05\x65vent\"\xc0\x01\n\x08\x41\x63\x63\x65pted\x12\x11\n\tstream_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\x33\n\x08sampling\x18\x04 \x01(\x0b\x32!.concertina.v1.SamplingParameters\x12\x31\n\x08stopping\x18\x05 \x01(\x0b\x32\x1f.concertina.v1.StoppingCriteria\x12\x15\n\rprompt_tokens\x18\x06 \x01(\r\"H\n\x06Tokens\x12\x16\n\x0e\x66irst_position\x18\x01 \x01(\x04\x12\x0b\n\x03ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x0b\n\x03rgb\x18\x04 \x01(\x0c\"x\n\x08\x46inished\x12+\n\x06reason\x18\x01 \x01(\x0e\x32\x1b.concertina.v1.FinishReason\x12\x11\n\x04stop\x18\x02 \x01(\tH\x00\x88\x01\x01\x12#\n\x05usage\x18\x03 \x01(\x0b\x32\x14.concertina.v1.UsageB\x07\n\x05_stop\"\xe3\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x18\n\x10generated_tokens\x18\x02 \x01(\r\x12-\n\nqueue_time\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x36\n\x13time_to_first_token\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12-\n\ntotal_time\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x0bstate_bytes\x18\x06 \x01(\x04\"i\n\x05\x45rror\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x11\n\tretryable\x18\x03 \x01(\x08\x12.\n\x0bretry_after\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"D\n\x0cScoreRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12%\n\x06prompt\x18\x02 \x01(\x0b\x32\x15.concertina.v1.Prompt\"Y\n\rScoreResponse\x12\x16\n\x0e\x62its_per_token\x18\x01 \x01(\x01\x12\x0c\n\x04\x62its\x18\x02 \x03(\x02\x12\r\n\x05model\x18\x03 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t*\x98\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x15\n\x11\x46INISH_REASON_END\x10\x01\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x02\x12\x1c\n\x18\x46INISH_REASON_MAX_TOKENS\x10\x03\x12\x1c\n\x18\x46INISH_REASON_TIME_LIMIT\x10\x04\x32\xa6\x01\n\x11GenerationService\x12M\n\x08Generate\x12\x1e.concertina.v1.GenerateRequest\x1a\x1f.concertina.v1.GenerateResponse0\x01\x12\x42\n\x05Score\x12\x1b.concertina.v1.ScoreRequest\x1a\x1c.concertina.v1.ScoreResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&concertina/v1/generation_service.proto\x12\rconcertina.v1\x1a\x1egoogle/protobuf/duration.proto\"\xdd\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12%\n\x06prompt\x18\x02 \x01(\x0b\x32\x15.concertina.v1.Prompt\x12\x33\n\x08sampling\x18\x03 \x01(\x0b\x32!.concertina.v1.SamplingParameters\x12\x31\n\x08stopping\x18\x04 \x01(\x0b\x32\x1f.concertina.v1.StoppingCriteria\x12,\n\x06output\x18\x05 \x01(\x0b\x32\x1c.concertina.v1.OutputOptions\"\x97\x01\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12)\n\x06tokens\x18\x02 \x01(\x0b\x32\x17.concertina.v1.TokenIdsH\x00\x12)\n\x05image\x18\x03 \x01(\x0b\x32\x18.concertina.v1.ImageRowsH\x00\x12\x12\n\x05label\x18\x04 \x01(\tH\x01\x88\x01\x01\x42\t\n\x07\x63ontentB\x08\n\x06_label\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"1\n\tImageRows\x12\r\n\x03png\x18\x01 \x01(\x0cH\x00\x12\r\n\x03rgb\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04rows\"\xa2\x04\n\x12SamplingParameters\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x16\n\ttypical_p\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x08 \x01(\x02H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\t \x01(\x02H\x08\x88\x01\x01\x12\x44\n\nlogit_bias\x18\n \x03(\x0b\x32\x30.concertina.v1.SamplingParameters.LogitBiasEntry\x12\x19\n\x11\x61llowed_token_ids\x18\x0b \x03(\r\x12\x11\n\tbad_words\x18\x0c \x03(\t\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x07\n\x05_seedB\x0c\n\n_typical_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penalty\"\x8b\x02\n\x10StoppingCriteria\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x0c\n\x04stop\x18\x02 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x03 \x03(\r\x12\x17\n\nignore_eos\x18\x04 \x01(\x08H\x01\x88\x01\x01\x12-\n\ntime_limit\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\nmin_tokens\x18\x06 \x01(\rH\x02\x88\x01\x01\x12\x19\n\x0cinclude_stop\x18\x07 \x01(\x08H\x03\x88\x01\x01\x42\r\n\x0b_max_tokensB\r\n\x0b_ignore_eosB\r\n\x0b_min_tokensB\x0f\n\r_include_stop\"\xad\x01\n\rOutputOptions\x12\x0e\n\x01n\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x15\n\x08logprobs\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x1c\n\x0fstream_interval\x18\x04 \x01(\rH\x03\x88\x01\x01\x42\x04\n\x02_nB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobsB\x12\n\x10_stream_interval\"\xa1\x02\n\x10GenerateResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12+\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x0b\x32\x17.concertina.v1.AcceptedH\x00\x12\'\n\x06tokens\x18\x03 \x01(\x0b\x32\x15.concertina.v1.TokensH\x00\x12+\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x17.concertina.v1.FinishedH\x00\x12%\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x14.concertina.v1.ErrorH\x00\x12\x38\n\x0fprompt_logprobs\x18\x07 \x01(\x0b\x32\x1d.concertina.v1.PromptLogprobsH\x00\x12\x0e\n\x06output\x18\x06 \x01(\rB\x07\n\x05\x65vent\"\xee\x01\n\x08\x41\x63\x63\x65pted\x12\x11\n\tstream_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\x33\n\x08sampling\x18\x04 \x01(\x0b\x32!.concertina.v1.SamplingParameters\x12\x31\n\x08stopping\x18\x05 \x01(\x0b\x32\x1f.concertina.v1.StoppingCriteria\x12\x15\n\rprompt_tokens\x18\x06 \x01(\r\x12,\n\x06output\x18\x07 \x01(\x0b\x32\x1c.concertina.v1.OutputOptions\"x\n\x06Tokens\x12\x16\n\x0e\x66irst_position\x18\x01 \x01(\x04\x12\x0b\n\x03ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x0b\n\x03rgb\x18\x04 \x01(\x0c\x12.\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1c.concertina.v1.TokenLogprobs\"G\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12\x0f\n\x07top_ids\x18\x02 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x03 \x03(\x02\"X\n\x0ePromptLogprobs\x12\x16\n\x0e\x66irst_position\x18\x01 \x01(\x04\x12.\n\x08logprobs\x18\x02 \x03(\x0b\x32\x1c.concertina.v1.TokenLogprobs\"x\n\x08\x46inished\x12+\n\x06reason\x18\x01 \x01(\x0e\x32\x1b.concertina.v1.FinishReason\x12\x11\n\x04stop\x18\x02 \x01(\tH\x00\x88\x01\x01\x12#\n\x05usage\x18\x03 \x01(\x0b\x32\x14.concertina.v1.UsageB\x07\n\x05_stop\"\xe3\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x18\n\x10generated_tokens\x18\x02 \x01(\r\x12-\n\nqueue_time\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x36\n\x13time_to_first_token\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12-\n\ntotal_time\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x0bstate_bytes\x18\x06 \x01(\x04\"i\n\x05\x45rror\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x11\n\tretryable\x18\x03 \x01(\x08\x12.\n\x0bretry_after\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"D\n\x0cScoreRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12%\n\x06prompt\x18\x02 \x01(\x0b\x32\x15.concertina.v1.Prompt\"Y\n\rScoreResponse\x12\x16\n\x0e\x62its_per_token\x18\x01 \x01(\x01\x12\x0c\n\x04\x62its\x18\x02 \x03(\x02\x12\r\n\x05model\x18\x03 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t*\x98\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x15\n\x11\x46INISH_REASON_END\x10\x01\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x02\x12\x1c\n\x18\x46INISH_REASON_MAX_TOKENS\x10\x03\x12\x1c\n\x18\x46INISH_REASON_TIME_LIMIT\x10\x04\x32\xa6\x01\n\x11GenerationService\x12M\n\x08Generate\x12\x1e.concertina.v1.GenerateRequest\x1a\x1f.concertina.v1.GenerateResponse0\x01\x12\x42\n\x05Score\x12\x1b.concertina.v1.ScoreRequest\x1a\x1c.concertina.v1.ScoreResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'concertina.v1.generation_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=1974
-  _globals['_FINISHREASON']._serialized_end=2126
+  _globals['_SAMPLINGPARAMETERS_LOGITBIASENTRY']._loaded_options = None
+  _globals['_SAMPLINGPARAMETERS_LOGITBIASENTRY']._serialized_options = b'8\001'
+  _globals['_FINISHREASON']._serialized_start=2977
+  _globals['_FINISHREASON']._serialized_end=3129
   _globals['_GENERATEREQUEST']._serialized_start=90
-  _globals['_GENERATEREQUEST']._serialized_end=265
-  _globals['_PROMPT']._serialized_start=268
-  _globals['_PROMPT']._serialized_end=419
-  _globals['_TOKENIDS']._serialized_start=421
-  _globals['_TOKENIDS']._serialized_end=444
-  _globals['_IMAGEROWS']._serialized_start=446
-  _globals['_IMAGEROWS']._serialized_end=495
-  _globals['_SAMPLINGPARAMETERS']._serialized_start=498
-  _globals['_SAMPLINGPARAMETERS']._serialized_end=678
-  _globals['_STOPPINGCRITERIA']._serialized_start=681
-  _globals['_STOPPINGCRITERIA']._serialized_end=864
-  _globals['_GENERATERESPONSE']._serialized_start=867
-  _globals['_GENERATERESPONSE']._serialized_end=1082
-  _globals['_ACCEPTED']._serialized_start=1085
-  _globals['_ACCEPTED']._serialized_end=1277
-  _globals['_TOKENS']._serialized_start=1279
-  _globals['_TOKENS']._serialized_end=1351
-  _globals['_FINISHED']._serialized_start=1353
-  _globals['_FINISHED']._serialized_end=1473
-  _globals['_USAGE']._serialized_start=1476
-  _globals['_USAGE']._serialized_end=1703
-  _globals['_ERROR']._serialized_start=1705
-  _globals['_ERROR']._serialized_end=1810
-  _globals['_SCOREREQUEST']._serialized_start=1812
-  _globals['_SCOREREQUEST']._serialized_end=1880
-  _globals['_SCORERESPONSE']._serialized_start=1882
-  _globals['_SCORERESPONSE']._serialized_end=1971
-  _globals['_GENERATIONSERVICE']._serialized_start=2129
-  _globals['_GENERATIONSERVICE']._serialized_end=2295
+  _globals['_GENERATEREQUEST']._serialized_end=311
+  _globals['_PROMPT']._serialized_start=314
+  _globals['_PROMPT']._serialized_end=465
+  _globals['_TOKENIDS']._serialized_start=467
+  _globals['_TOKENIDS']._serialized_end=490
+  _globals['_IMAGEROWS']._serialized_start=492
+  _globals['_IMAGEROWS']._serialized_end=541
+  _globals['_SAMPLINGPARAMETERS']._serialized_start=544
+  _globals['_SAMPLINGPARAMETERS']._serialized_end=1090
+  _globals['_SAMPLINGPARAMETERS_LOGITBIASENTRY']._serialized_start=907
+  _globals['_SAMPLINGPARAMETERS_LOGITBIASENTRY']._serialized_end=955
+  _globals['_STOPPINGCRITERIA']._serialized_start=1093
+  _globals['_STOPPINGCRITERIA']._serialized_end=1360
+  _globals['_OUTPUTOPTIONS']._serialized_start=1363
+  _globals['_OUTPUTOPTIONS']._serialized_end=1536
+  _globals['_GENERATERESPONSE']._serialized_start=1539
+  _globals['_GENERATERESPONSE']._serialized_end=1828
+  _globals['_ACCEPTED']._serialized_start=1831
+  _globals['_ACCEPTED']._serialized_end=2069
+  _globals['_TOKENS']._serialized_start=2071
+  _globals['_TOKENS']._serialized_end=2191
+  _globals['_TOKENLOGPROBS']._serialized_start=2193
+  _globals['_TOKENLOGPROBS']._serialized_end=2264
+  _globals['_PROMPTLOGPROBS']._serialized_start=2266
+  _globals['_PROMPTLOGPROBS']._serialized_end=2354
+  _globals['_FINISHED']._serialized_start=2356
+  _globals['_FINISHED']._serialized_end=2476
+  _globals['_USAGE']._serialized_start=2479
+  _globals['_USAGE']._serialized_end=2706
+  _globals['_ERROR']._serialized_start=2708
+  _globals['_ERROR']._serialized_end=2813
+  _globals['_SCOREREQUEST']._serialized_start=2815
+  _globals['_SCOREREQUEST']._serialized_end=2883
+  _globals['_SCORERESPONSE']._serialized_start=2885
+  _globals['_SCORERESPONSE']._serialized_end=2974
+  _globals['_GENERATIONSERVICE']._serialized_start=3132
+  _globals['_GENERATIONSERVICE']._serialized_end=3298
 # @@protoc_insertion_point(module_scope)

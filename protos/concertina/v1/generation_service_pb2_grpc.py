@@ -52,9 +52,10 @@ class GenerationServiceServicer:
     """
 
     def Generate(self, request, context):
-        """Generates one stream. The first event is `accepted`; the last is `finished` or `error`. A stream
-        that ends without one of these two was cut, whatever its status says. A refused request ends by
-        status; when the same request may succeed later, an `error` that says when is sent before.
+        """Generates one stream, or several outputs of one prompt side by side. The first event is
+        `accepted`; the last of every output is `finished` or `error`. A stream in which an output lacks
+        one of these two was cut, whatever its status says. A refused request ends by status; when the
+        same request may succeed later, an `error` that says when is sent before.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
