@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
+import threading
 
 import numpy as np
 import pytest
@@ -46,6 +48,13 @@ def ids(events: list[Event]) -> list[int]:
 def endless(client: Client) -> Stream:
     """A stream that runs for longer than any test."""
     return client.generate("a", model=TEXT, max_tokens=CONTEXT - 1, ignore_eos=True, timeout=300)
+
+
+def read_on(stream: Stream) -> None:
+    """Read a stream until somebody cancels it."""
+    with contextlib.suppress(Exception):
+        for _ in stream:
+            pass
 
 
 def is_idle(server: Server) -> bool:
@@ -125,14 +134,19 @@ def test_a_cancelled_stream_frees_its_slot(server: Server, client: Client) -> No
     for stream in running:
         assert isinstance(next(stream), Accepted)
         assert isinstance(next(stream), Tokens)
+    readers = [threading.Thread(target=read_on, args=(stream,)) for stream in running]
+    for reader in readers:  # or a stream would be paused, and its slot free
+        reader.start()
     waiting = endless(client)
     assert isinstance(next(waiting), Accepted)
     until(lambda: server.metric("concertina_streams_waiting") == 1, SOON)
-    assert server.metric("concertina_streams_running") == SLOTS
+    until(lambda: server.metric("concertina_streams_running") == SLOTS, SOON)
     running[0].cancel()
     assert isinstance(next(waiting), Tokens)
     for stream in (*running, waiting):
         stream.cancel()
+    for reader in readers:
+        reader.join(SOON)
     until(lambda: is_idle(server), SOON)
 
 
