@@ -22,6 +22,9 @@ from model.patterns.grid import (
 from model.patterns.pattern import Pattern, Place, Schedule, State, StateTensor, Support
 
 
+_SIDES = ("left_keys", "left_values", "right_keys", "right_values")
+
+
 class AxialHorizontal(Pattern):
     """Entries m + 3n at most; state six vectors per token: three times full attention's."""
 
@@ -67,9 +70,8 @@ class AxialHorizontal(Pattern):
     def summary_state(self) -> tuple[StateTensor, ...]:
         """Both sides of every token of the finished rows, and the queries of the open row."""
         queries = (self.grid.width, self.grid.heads, self.grid.dim)
-        names = ("left_keys", "left_values", "right_keys", "right_values")
         return (
-            *(StateTensor(name, "history", self.grid.history) for name in names),
+            *(StateTensor(name, "history", self.grid.history) for name in _SIDES),
             StateTensor("queries", "recurrent", queries),
         )
 
@@ -81,7 +83,7 @@ class AxialHorizontal(Pattern):
         row = self.grid.own_row(place.positions, raw["keys"], raw["values"])
         above = self.grid.above(place.positions, raw["keys"], raw["values"])
         out = attend_entries(q, [row, above, *self.summary_entries(place.positions, state)])
-        return out, {**raw, **self.keep_queries(q, place.positions, state)}
+        return out, {**raw, **self.open_row(q, place.positions, state)}
 
     def summary_entries(self, positions: Tensor, state: State) -> list[Entries]:
         """Both sides of all earlier rows."""
@@ -93,18 +95,21 @@ class AxialHorizontal(Pattern):
             Entries(right.keys, right.values, right.valid & (column < self.grid.width - 1)),
         ]
 
-    def keep_queries(self, q: Tensor, positions: Tensor, state: State) -> State:
-        """The open row's queries, which its summaries need."""
-        columns = positions % self.grid.width
-        return {"queries": write(state["queries"], q.transpose(1, 2), columns)}
+    def open_row(self, q: Tensor, positions: Tensor, state: State) -> State:
+        """The open row's queries, which its summaries need, and zeros where those will stand.
+
+        Without the zeros a copy of the state would hold what another stream left there.
+        """
+        q = q.transpose(1, 2)
+        empty = {name: write(state[name], torch.zeros_like(q), positions) for name in _SIDES}
+        return {"queries": write(state["queries"], q, positions % self.grid.width), **empty}
 
     def fold(self, state: State) -> State:
         """See Pattern."""
         row = (state[name].transpose(1, 2) for name in ("queries", "keys", "values"))
         left, right = _sides(*row)
-        names = ("left_keys", "left_values", "right_keys", "right_values")
         return {
-            name: side.transpose(1, 2) for name, side in zip(names, (*left, *right), strict=True)
+            name: side.transpose(1, 2) for name, side in zip(_SIDES, (*left, *right), strict=True)
         }
 
 

@@ -66,7 +66,7 @@ class Mixture(Pattern):
         else:
             out = attend_entries(q, [row, above, columns, *sides])
         live = self.vertical.go_live(q, k, v, above, positions, state)
-        return out, {**raw, **live, **self.horizontal.keep_queries(q, positions, state)}
+        return out, {**raw, **live, **self.horizontal.open_row(q, positions, state)}
 
     def fold(self, state: State) -> State:
         """See Pattern."""

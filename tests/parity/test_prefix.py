@@ -45,7 +45,7 @@ def test_a_hit_skips_blocks_and_changes_no_logit(bundle: Path, tokens: Ints) -> 
     assert np.array_equal(got, alone.prefill(tokens[1])[skipped:])
     states = [it.state(it.join()) for it in (served, alone)]
     for name, values in states[0].items():
-        assert np.array_equal(values, states[1][name], equal_nan=True)
+        assert np.array_equal(values, states[1][name])
 
 
 def test_what_is_kept_is_a_copy(fixed_bundle: Path) -> None:
