@@ -27,6 +27,7 @@ _ATTENTION, _GRAPHS = "model/attention.py", "export/graphs.py"
 _CACHE, _RUNTIME = "server/cache.py", "server/runtime.py"
 _TEST_ATTENTION, _TEST_DECODER = "tests/model/test_attention.py", "tests/model/test_decoder.py"
 _TEST_EXPORT = "tests/export/test_parity.py"
+_TEST_QUANTISE = "tests/export/test_quantise.py"
 _TEST_STREAMS, _TEST_BATCHES = "tests/parity/test_streams.py", "tests/parity/test_batches.py"
 
 
@@ -162,6 +163,41 @@ MUTANTS = (
         "lengths - 1, longest",
         "lengths, longest",
         _TEST_EXPORT,
+    ),
+    Mutant(
+        "the later of two weights lies in the low half",
+        "export/packing.py",
+        "codes[..., ::2] + codes[..., 1::2] * np.uint8(16)",
+        "codes[..., 1::2] + codes[..., ::2] * np.uint8(16)",
+        _TEST_QUANTISE,
+    ),
+    Mutant(
+        "a packed matrix is not rounded in the reference",
+        "export/quantise.py",
+        "matrix.copy_(torch.from_numpy(unpack(packed[name])))",
+        "pass",
+        _TEST_QUANTISE,
+    ),
+    Mutant(
+        "the head loses its bias",
+        "export/quantise.py",
+        '*(["", "", *rest] if rest else [])',
+        "",
+        _TEST_QUANTISE,
+    ),
+    Mutant(
+        "any loss is accepted",
+        "export/bundle.py",
+        "if not loss <= limit:",
+        "if not loss <= 9:",
+        _TEST_QUANTISE,
+    ),
+    Mutant(
+        "the loss is measured with exact activations",
+        "export/bundle.py",
+        '            round_activations(partial / "step.onnx")\n',
+        "",
+        _TEST_QUANTISE,
     ),
     Mutant(
         "the parity check lets NaN pass",
