@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 
-from export.bundle import export_bundle
+from export.bundle import LossError, Precision, export_bundle
 from export.parity import ParityError
+from model.data import load_dataset
 
 
 def export(
@@ -17,6 +18,21 @@ def export(
     bundle: Annotated[Path, typer.Argument(help="Folder to write; replaced when it exists.")],
     name: Annotated[str, typer.Option(help="Name to serve it by; default: the folder's.")] = "",
     version: Annotated[str, typer.Option(help="Free text.")] = "1",
+    weights: Annotated[
+        Literal["float16", "int8", "int4"], typer.Option(help="How matrices are stored.")
+    ] = "float16",
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Dataset of the model: int8 and int4 are measured on what it holds out."),
+    ] = None,
+    max_loss: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Most bits per held-out token that int8 (0.02) and int4 (0.1) may cost.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Turn a checkpoint into a bundle, and prove that both compute the same.
 
@@ -26,18 +42,31 @@ def export(
     Examples:
     concertina export runs/python bundles/python-4k
     concertina export runs/notes bundles/notes --name notes --version 2026-11
+    concertina export runs/python bundles/python-int8 --weights int8 --data data/python
     """
+    if weights != "float16" and data is None:
+        raise typer.BadParameter(
+            f"{weights} weights are measured: give the model's dataset, --data"
+        )
+    if weights == "float16" and (data, max_loss) != (None, None):
+        raise typer.BadParameter("--data and --max-loss are for int8 and int4 --weights")
     console = Console(stderr=True)
     try:
         with console.status("reading the checkpoint") as status:
+            precision = None
+            if data is not None:
+                precision = Precision(
+                    int(weights.removeprefix("int")), load_dataset(data), max_loss
+                )
             manifest = export_bundle(
                 checkpoint,
                 bundle,
                 name=name or bundle.resolve().name,
                 version=version,
+                precision=precision,
                 on_stage=status.update,
             )
-    except (FileExistsError, FileNotFoundError, ParityError, ValueError) as error:
+    except (FileExistsError, FileNotFoundError, LossError, ParityError, ValueError) as error:
         console.print(f"[red]error:[/red] {error}", highlight=False)
         raise typer.Exit(1) from None
     size = sum(file.bytes for file in manifest.files)
@@ -47,3 +76,11 @@ def export(
         f"largest difference {parity.max_error:.1e} over {parity.positions:,} positions",
         highlight=False,
     )
+    if manifest.HasField("quantisation"):
+        measured = manifest.quantisation
+        console.print(
+            f"{weights}: {measured.heldout:.4f} bits per held-out token, "
+            f"{measured.heldout - measured.heldout_float16:+.4f} against float16, "
+            f"over {measured.tokens:,} tokens",
+            highlight=False,
+        )

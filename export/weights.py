@@ -1,4 +1,4 @@
-"""The weights inside a step graph: stored as float16, and found again."""
+"""The weights inside a step graph: stored as float16 or in few bits, and found again."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ import onnx
 import torch
 from onnx import numpy_helper
 
+from export.packing import Packed, unpack
 from model.config import ModelConfig
 from model.decoder import Decoder
 
+INTEGERS, SCALES = ".integers", ".scales"
+"""What the two parts of a packed matrix are called behind its name."""
 _HALF = ".half"
 _CONFIG_PROP = "concertina.model_config"
 _WEIGHTS_PROP = "concertina.weights"
@@ -31,7 +34,7 @@ def name_weights(proto: onnx.ModelProto, model: Decoder) -> None:
 
 
 def load_decoder(folder: Path) -> Decoder:
-    """The decoder in the bundle `folder`, as it was exported.
+    """The decoder in the bundle `folder`, as it was exported; quantised weights as they count.
 
     What is served can so be checked, or trained on, without the checkpoint it came from.
     Raises ValueError when the graphs were not exported by Concertina.
@@ -43,10 +46,15 @@ def load_decoder(folder: Path) -> Decoder:
         if _CONFIG_PROP not in props:
             continue
         config = ModelConfig(**props[_CONFIG_PROP])
-        stored = {i.name.removesuffix(_HALF): i for i in proto.graph.initializer}
+        restore_float(proto)
+        stored = {i.name: numpy_helper.to_array(i) for i in proto.graph.initializer}
+        packed = _find_packed(proto)
         for name, (initializer, transposed) in props[_WEIGHTS_PROP].items():
-            values = torch.from_numpy(numpy_helper.to_array(stored[initializer]).astype("float32"))
-            weights[name] = values.T if transposed else values
+            if initializer in packed:  # lies as PyTorch holds it
+                weights[name] = torch.from_numpy(unpack(packed[initializer]))
+            else:
+                values = torch.tensor(stored[initializer])
+                weights[name] = values.T if transposed else values
     if config is None:
         raise ValueError(f"{folder} was not exported by Concertina: no graph names {_CONFIG_PROP}")
     model = Decoder(config)
@@ -78,6 +86,38 @@ def store_half(model: onnx.ModelProto) -> None:
     nodes = [*casts, *graph.node]
     del graph.node[:]
     graph.node.extend(nodes)
+
+
+def restore_float(model: onnx.ModelProto) -> None:
+    """Undo `store_half`."""
+    graph = model.graph
+    halves = {tensor.name: tensor for tensor in graph.initializer if tensor.name.endswith(_HALF)}
+    for tensor in halves.values():
+        values = numpy_helper.to_array(tensor).astype("float32")
+        tensor.CopyFrom(numpy_helper.from_array(values, tensor.name.removesuffix(_HALF)))
+    nodes = [node for node in graph.node if not (node.input and node.input[0] in halves)]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def find_initializers(model: onnx.ModelProto) -> dict[str, str]:
+    """Parameters by name, and the initializer that holds each."""
+    props = {prop.key: prop.value for prop in model.metadata_props}
+    return {name: holder for name, (holder, _) in json.loads(props[_WEIGHTS_PROP]).items()}
+
+
+def _find_packed(model: onnx.ModelProto) -> dict[str, Packed]:
+    """Packed matrices, by the name of the initializer that they replaced."""
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    packed = {}
+    for node in model.graph.node:
+        if node.op_type == "MatMulNBits":
+            settings = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+            integers, scales = (numpy_helper.to_array(stored[name]) for name in node.input[1:3])
+            packed[node.input[1].removesuffix(INTEGERS)] = Packed(
+                integers, scales, settings["bits"], settings["K"]
+            )
+    return packed
 
 
 def _find_weights(proto: onnx.ModelProto, model: Decoder) -> dict[str, tuple[str, bool]]:

@@ -56,6 +56,11 @@ def write_checkpoint(folder: Path, config: ModelConfig, info: DatasetInfo) -> Pa
     return folder
 
 
+def checkpoint_of(bundle: Path) -> Path:
+    """The checkpoint beside a bundle that `export_tiny` made."""
+    return bundle.with_name(f"{bundle.name}-checkpoint")
+
+
 def export_tiny(root: Path, pattern: str, context: int = 32, span: int = 8) -> Path:
     """Folder of a bundle below `root`, exported unless it is there; `<name>-checkpoint` beside it.
 

@@ -28,6 +28,7 @@ _DECODER = "tests/model/test_decoder.py"
 _PATTERNS = "tests/model/test_patterns.py"
 _LAYERS = "tests/model/test_streams.py"
 _EXPORT = "tests/export/test_parity.py"
+_QUANTISE = "tests/export/test_quantise.py"
 _STREAMS = "tests/parity/test_streams.py"
 _BATCHES = "tests/parity/test_batches.py"
 
@@ -377,6 +378,35 @@ MUTANTS = (
             "the parity check lets NaN pass",
             "float(np.maximum(worst, np.abs(got - expected).max()))",
             "max(worst, float(np.abs(got - expected).max()))",
+        ),
+    ),
+    *_bugs(
+        "export/packing.py",
+        _QUANTISE,
+        (
+            "the later of two weights lies in the low half",
+            "codes[..., ::2] + codes[..., 1::2] * np.uint8(16)",
+            "codes[..., 1::2] + codes[..., ::2] * np.uint8(16)",
+        ),
+    ),
+    *_bugs(
+        "export/quantise.py",
+        _QUANTISE,
+        (
+            "a packed matrix is not rounded in the reference",
+            "matrix.copy_(torch.from_numpy(unpack(packed[name])))",
+            "pass",
+        ),
+        ("the head loses its bias", '*(["", "", *rest] if rest else [])', ""),
+    ),
+    *_bugs(
+        "export/bundle.py",
+        _QUANTISE,
+        ("any loss is accepted", "if not loss <= limit:", "if not loss <= 9:"),
+        (
+            "the loss is measured with exact activations",
+            '            round_activations(partial / "step.onnx")\n',
+            "",
         ),
     ),
     *_bugs(

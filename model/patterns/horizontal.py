@@ -21,7 +21,6 @@ from model.patterns.grid import (
 )
 from model.patterns.pattern import Pattern, Place, Schedule, State, StateTensor, Support
 
-
 _SIDES = ("left_keys", "left_values", "right_keys", "right_values")
 
 

@@ -298,7 +298,7 @@ def models(address: Address = DEFAULT_ADDRESS, json_output: Json = False) -> Non
             f"{model.parameters / 1e6:.1f} M",
             f"{model.context:,}",
             decimal(model.max_state_bytes),
-            "\n".join(f"{value:.3f} {name}" for name, value in model.metrics.items()),
+            "\n".join(_heldout(model)),
         )
     Console().print(table)
 
@@ -361,3 +361,10 @@ def _is_image(path: Path) -> bool:
             return True
     except (FileNotFoundError, UnidentifiedImageError):
         return False
+
+
+def _heldout(model: Model) -> Iterator[str]:
+    for name, value in model.metrics.items():
+        yield f"{value:.3f} {name}"
+    if model.weights != "float16":
+        yield f"{model.weights_loss:+.3f} as {model.weights}"

@@ -26,6 +26,8 @@ class Model:
     slots: streams that decode at once; `queue_limit` more may wait.
     max_state_bytes: state of one stream at its largest.
     metrics: what training measured on held-out data, for example `bits/byte`.
+    weights: how matrices are stored: `float16`, `int8` or `int4`.
+    weights_loss: bits per held-out token that this costs, compared with `float16`.
     """
 
     name: str
@@ -39,6 +41,8 @@ class Model:
     attention: str
     parameters: int
     metrics: dict[str, float]
+    weights: str
+    weights_loss: float
     slots: int
     queue_limit: int
     max_state_bytes: int
@@ -66,7 +70,7 @@ def score_from(response: generation_service_pb2.ScoreResponse) -> Score:
 
 def model_from(model: model_service_pb2.Model) -> Model:
     """The model that a server describes."""
-    manifest = model.manifest
+    manifest, quantisation = model.manifest, model.manifest.quantisation
     image = None
     if manifest.HasField("image"):
         image = ImageFormat(manifest.image.width, manifest.image.height, manifest.image.palette)
@@ -82,6 +86,8 @@ def model_from(model: model_service_pb2.Model) -> Model:
         attention=manifest.attention,
         parameters=manifest.parameters,
         metrics=dict(manifest.metrics),
+        weights=f"int{quantisation.bits}" if quantisation.bits else "float16",
+        weights_loss=quantisation.heldout - quantisation.heldout_float16,
         slots=model.slots,
         queue_limit=model.queue_limit,
         max_state_bytes=model.max_state_bytes,

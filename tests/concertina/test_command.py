@@ -21,6 +21,7 @@ import pytest
 from PIL import Image
 
 from concertina.cli import main
+from concertina.v1 import bundle_pb2
 from concertina.v1 import generation_service_pb2 as pb
 from tests.concertina.conftest import WAIT, Fake, Status, image_model, text_model
 
@@ -533,9 +534,25 @@ def test_models_table(fake: Fake, run: Run) -> None:
     assert max(map(len, out.splitlines())) <= 80
 
 
+def test_models_table_shows_what_few_bits_cost(fake: Fake, run: Run) -> None:
+    (model,) = fake.models = [text_model()]
+    model.manifest.quantisation.CopyFrom(
+        bundle_pb2.Quantisation(bits=4, heldout=1.2626, heldout_float16=1.25)
+    )
+    code, out, _ = run("models")
+    assert code == 0
+    assert [line.split()[-3:] for line in out.splitlines() if "int4" in line] == [
+        ["+0.013", "as", "int4"]
+    ]
+    assert max(map(len, out.splitlines())) <= 80
+    (model,) = map(json.loads, run("models", "--json")[1].splitlines())
+    assert (model["weights"], model["weights_loss"]) == ("int4", pytest.approx(0.0126))
+
+
 def test_models_json(fake: Fake, run: Run) -> None:
     fake.models = [text_model(), image_model()]
     code, out, _ = run("models", "--json")
     text, image = (json.loads(line) for line in out.splitlines())
     assert (code, text["name"], text["metrics"]) == (0, "prose", {"bits/byte": 1.25})
+    assert (text["weights"], text["weights_loss"]) == ("float16", 0)
     assert image["image"] == {"width": 4, "height": 3, "palette": "000000fffffff" + "f00000000ff"}

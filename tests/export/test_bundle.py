@@ -20,26 +20,11 @@ from export.weights import load_decoder
 from model.config import ModelConfig
 from model.data import DatasetInfo
 from model.decoder import Decoder
-from tests.checkpoints import write_checkpoint
+from tests.checkpoints import checkpoint_of, write_checkpoint
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def checkpoint_of(bundle: Path) -> Path:
-    return bundle.with_name(f"{bundle.name}-checkpoint")
-
-
-@pytest.fixture
-def ready_graphs(fixed_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exports take seconds; here they copy what `fixed_bundle` holds."""
-
-    def copy(model: Decoder, path: Path) -> None:
-        shutil.copy(fixed_bundle / path.name, path)
-
-    monkeypatch.setattr(export.bundle, "export_step", copy)
-    monkeypatch.setattr(export.bundle, "export_fold", copy)
 
 
 def test_manifest_of_a_model_of_pixels(fixed_bundle: Path) -> None:

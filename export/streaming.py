@@ -1,0 +1,129 @@
+"""The graphs of a bundle, run as a server would: state bound in place, folds on time.
+
+What an export measures, it measures here. The books (lengths, folds, slots) are kept anew on
+purpose: nothing is shared with the server.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from concertina.v1 import bundle_pb2 as pb
+
+_JUNK = 1e4  # what dead entries are filled with, so that a stale read cannot hide
+
+Array = npt.NDArray[np.float32]
+
+
+@dataclass
+class Stream:
+    """Buffers of `batch` streams and where each of them stands: tokens, and entries of a stack."""
+
+    state: dict[str, Array]
+    positions: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.int64]
+
+
+class Graphs:
+    """Sessions of one bundle, and the passes over a stream's state."""
+
+    def __init__(self, folder: Path, manifest: pb.Manifest) -> None:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.log_severity_level = 3
+        load = ort.InferenceSession
+        self.tensors = list(manifest.state)
+        self.span = manifest.fold.span if manifest.HasField("fold") else None
+        self.binary = manifest.fold.binary
+        self.step_session = load(folder / "step.onnx", options)
+        self.fold_session = load(folder / "fold.onnx", options) if self.span else None
+
+    def start(self, batch: int) -> Stream:
+        """Streams that have not begun."""
+        state = {
+            t.name: np.full(
+                (batch, *t.shape),
+                t.initial if t.kind == pb.STATE_KIND_RECURRENT else _JUNK,
+                np.float32,
+            )
+            for t in self.tensors
+        }
+        return Stream(state, np.zeros(batch, np.int64), np.zeros(batch, np.int64))
+
+    def step(self, stream: Stream, tokens: npt.NDArray[np.int64]) -> Array:
+        """Push `tokens[batch, time]`; logits `[batch, time, vocabulary]`."""
+        batch, time = tokens.shape
+        positions = stream.positions[:, None] + np.arange(time)
+        stream.lengths += time
+        feeds = {
+            "tokens": tokens,
+            "positions": positions,
+            "lengths": stream.lengths.astype(np.int32),
+            "longest": np.array(stream.lengths.max(), np.int32),
+            "rows": np.arange(batch * time),
+        }
+        binding = self.step_session.io_binding()
+        taken = {value.name for value in self.step_session.get_inputs()}
+        given = {value.name for value in self.step_session.get_outputs()}
+        for name in feeds.keys() & taken:
+            binding.bind_cpu_input(name, feeds[name])
+        binding.bind_output("logits")
+        for tensor in self.tensors:
+            value = ort.OrtValue.ortvalue_from_numpy(stream.state[tensor.name])
+            if tensor.name in taken:
+                binding.bind_ortvalue_input(tensor.name, value)
+            if "next." + tensor.name in given:
+                binding.bind_ortvalue_output("next." + tensor.name, value)
+        self.step_session.run_with_iobinding(binding)
+        stream.positions += time
+        logits: Array = binding.copy_outputs_to_cpu()[0]
+        self._fold(stream)
+        return logits.reshape(batch, time, -1)
+
+    def _fold(self, stream: Stream) -> None:
+        if self.fold_session is None or self.span is None:
+            return
+        given = [value.name.removeprefix("next.") for value in self.fold_session.get_outputs()]
+        for row in np.flatnonzero(stream.positions % self.span == 0):
+            position, length = int(stream.positions[row]), int(stream.lengths[row])
+            tokens = position & -position if self.binary else self.span
+            entries = tokens.bit_length() if self.binary else self.span
+            newest = {
+                pb.STATE_KIND_STACK: (row, slice(None), slice(length - entries, length)),
+                pb.STATE_KIND_HISTORY: (row, slice(position - tokens, position)),
+                pb.STATE_KIND_RECURRENT: (row,),
+            }
+            parts = {t.name: (t.kind, stream.state[t.name][newest[t.kind]]) for t in self.tensors}
+            feeds = {v.name: parts[v.name][1][None] for v in self.fold_session.get_inputs()}
+            folded = self.fold_session.run(None, feeds)
+            for name, values in zip(given, folded, strict=True):
+                kind, part = parts[name]
+                if kind == pb.STATE_KIND_STACK:
+                    part[:] = _JUNK
+                    part[:, 0] = values[0, :, 0]
+                else:
+                    part[:] = values[0]
+            stream.lengths[row] = length - entries + 1
+
+
+def prefill(
+    graphs: Graphs,
+    stream: Stream,
+    tokens: npt.NDArray[np.int64],
+    limit: int,
+    rng: np.random.Generator | None,
+) -> Array:
+    """Push `tokens[1, length]` in chunks of at most `limit` that end where blocks end."""
+    done, parts = 0, []
+    while done < tokens.shape[1]:
+        room = limit if graphs.span is None else min(limit, graphs.span - done % graphs.span)
+        chunk = int(rng.integers(1, room + 1)) if rng else room
+        part = tokens[:, done : done + chunk]
+        parts.append(graphs.step(stream, np.ascontiguousarray(part)))
+        done += part.shape[1]
+    return np.concatenate(parts, axis=1)
