@@ -176,7 +176,7 @@ def takes_part(contestant: Contestant, context: int) -> bool:
 
 def cache_bytes(shape: Shape, contestant: Contestant, context: int) -> int:
     """Bytes of state that a stream needs at `context`, by arithmetic."""
-    span = span_of(contestant, context)
+    span = span_of(contestant, context - ROOM if context > ROOM else context)
     if span is None:
         half = 2 if contestant.variant == "q8_0" else 1
         return shape.entry_bytes * context // half

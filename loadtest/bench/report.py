@@ -134,7 +134,7 @@ def _cells(report: Report) -> Table:
     present = {result.contestant for result in report.results}
     contestants = [c for c in report.plan.contestants if c.name in present]
     for contestant in contestants:
-        table.add_column(contestant.title, justify="right")
+        table.add_column(contestant.name, justify="right")
     at = {(r.contestant, r.context, r.streams): r for r in report.results}
     for cell in report.plan.cells:
         row = (at.get((c.name, cell.context, cell.streams)) for c in contestants)

@@ -176,7 +176,7 @@ def _job(plan: Plan, contestant: Contestant, cell: Cell, task: str, folder: Path
 def _result(plan: Plan, contestant: Contestant, cell: Cell, outcomes: list[Outcome]) -> Result:
     last = outcomes[-1]
     windows = tuple(rate for outcome in outcomes for rate in outcome.tokens_per_s)
-    held = last.cache_bytes or cache_bytes(plan.shape, contestant, cell.context)
+    held = last.cache_bytes or cache_bytes(plan.shape, contestant, cell.context + ROOM)
     return Result(
         contestant.name,
         cell.context,
