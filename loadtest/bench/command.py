@@ -23,7 +23,7 @@ from loadtest.bench.run import Report, in_process, run
 
 _GIGABYTE = 10**9
 _MEMORY_SHARE = 0.9
-_QUICK_ROUNDS = 2
+_QUICK_ROUNDS, _QUICK_LIMIT_S = 2, 300.0
 _LIBRARIES = ("concertina", "onnxruntime", "numpy")
 
 
@@ -96,6 +96,7 @@ def bench(
         rounds=rounds or (_QUICK_ROUNDS if quick else Plan.rounds),
         threads=min(threads or cores, cores),
         memory_bytes=int(memory * _GIGABYTE if memory else free),
+        limit_s=_QUICK_LIMIT_S if quick else Plan.limit_s,
     )
     report = _measure(plan, peer_python or sys.executable, models)
     Console().print(render(report))

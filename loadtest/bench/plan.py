@@ -12,6 +12,8 @@ PROMPT = 16_384
 """Tokens of the prompt whose first token is timed."""
 ROOM = 512
 """Tokens that a measurement may decode beyond its context; a multiple of every span."""
+LONG_PREFILL = 65_536
+"""Tokens of all streams together that take minutes to compute."""
 _FLOAT = 4
 _PROCESS_BYTES = 800 << 20  # interpreter, libraries, weights and activations
 
@@ -76,6 +78,8 @@ class Contestant:
     """The only ones it runs at; empty for all."""
     first_token: bool = True
     """Whether the first token of a long prompt is timed."""
+    prefills: bool = False
+    """Whether it has to compute its context; a long one it then computes in one round only."""
     extra_rows: int = 0
     """Rows of state that it holds beside those of the streams."""
 
@@ -115,6 +119,7 @@ CONTESTANTS = (
         "genai",
         packages=("onnxruntime_genai", "transformers", "torch"),
         install="pip install onnxruntime-genai transformers torch onnx onnxscript",
+        prefills=True,
     ),
     Contestant(
         "transformers",
@@ -169,25 +174,31 @@ def span_of(contestant: Contestant, context: int) -> int | None:
     return contestant.span or max(2, 2 ** round(math.log2(context) / 2))
 
 
+def rounds_of(plan: Plan, contestant: Contestant, cell: Cell) -> int:
+    """How often a contestant is measured in `cell`."""
+    long = cell.context * cell.streams >= LONG_PREFILL
+    return 1 if contestant.prefills and long else plan.rounds
+
+
 def takes_part(contestant: Contestant, context: int) -> bool:
     """Whether a contestant runs at `context`."""
     return not contestant.contexts or context in contestant.contexts
 
 
 def cache_bytes(shape: Shape, contestant: Contestant, context: int) -> int:
-    """Bytes of state that a stream needs at `context`, by arithmetic."""
-    span = span_of(contestant, context - ROOM if context > ROOM else context)
+    """Bytes of state reserved for a stream at `context`, with its room, by arithmetic."""
+    span, tokens = span_of(contestant, context), context + ROOM
     if span is None:
         half = 2 if contestant.variant == "q8_0" else 1
-        return shape.entry_bytes * context // half
-    pooled_query = shape.entry_bytes // 2
-    return shape.entry_bytes * (context // span + span - 1) + pooled_query
+        return shape.entry_bytes * tokens // half
+    entries, pooled_query = -(-tokens // span) - 1 + span, shape.entry_bytes // 2
+    return shape.entry_bytes * entries + pooled_query
 
 
 def needed_bytes(shape: Shape, contestant: Contestant, cell: Cell) -> int:
     """About what a process of `contestant` takes in `cell`."""
     rows = cell.streams + contestant.extra_rows
-    return _PROCESS_BYTES + rows * cache_bytes(shape, contestant, cell.context + ROOM)
+    return _PROCESS_BYTES + rows * cache_bytes(shape, contestant, cell.context)
 
 
 def tokens_label(tokens: int) -> str:

@@ -17,6 +17,7 @@ from loadtest.bench.plan import (
     Plan,
     cache_bytes,
     needed_bytes,
+    rounds_of,
     span_of,
     takes_part,
 )
@@ -133,7 +134,8 @@ def _in_turns(
         # Every other round in reverse, so that nobody always follows the same neighbour.
         for contestant in contestants[:: -1 if number % 2 else 1]:
             seen = outcomes[contestant.name]
-            if all(outcome.outcome == OK for outcome in seen):
+            left = number < rounds_of(plan, contestant, cell)
+            if left and all(outcome.outcome == OK for outcome in seen):
                 on_job(f"{contestant.title}, {cell}, {task.replace('_', ' ')}, round {number + 1}")
                 seen.append(measure(contestant, _job(plan, contestant, cell, task, folder)))
     return outcomes
@@ -176,7 +178,7 @@ def _job(plan: Plan, contestant: Contestant, cell: Cell, task: str, folder: Path
 def _result(plan: Plan, contestant: Contestant, cell: Cell, outcomes: list[Outcome]) -> Result:
     last = outcomes[-1]
     windows = tuple(rate for outcome in outcomes for rate in outcome.tokens_per_s)
-    held = last.cache_bytes or cache_bytes(plan.shape, contestant, cell.context + ROOM)
+    held = last.cache_bytes or cache_bytes(plan.shape, contestant, cell.context)
     return Result(
         contestant.name,
         cell.context,
