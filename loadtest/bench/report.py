@@ -11,7 +11,7 @@ from rich.text import Text
 
 from loadtest.bench.plan import OURS, OURS_FLAT, OURS_FULL, tokens_label
 from loadtest.bench.run import FirstToken, Report, Result
-from loadtest.bench.worker import OK
+from loadtest.bench.worker import FAILED, OK
 
 FORMAT = 1
 
@@ -49,7 +49,8 @@ TARGETS = {
 def ratios(report: Report) -> dict[str, float]:
     """What can be compared of what was measured.
 
-    `decode_<context>_<streams>_vs_<whom>`: our tokens/s over theirs, `best` being the fastest peer.
+    `decode_<context>_<streams>_vs_<whom>`: our tokens/s over theirs, `best` being the fastest peer;
+    who that is remains open, and the ratio is left out, where a peer failed.
     `step_64k_over_1k_span_256_<streams>`: seconds of a step, both with a span of 256.
     `cache_<context>_vs_full`: bytes of a stream's state over those of full attention.
     `first_token_<prompt>_vs_<whom>`: our seconds over theirs.
@@ -66,7 +67,12 @@ def ratios(report: Report) -> dict[str, float]:
             and result.outcome == OK
             and result.tokens_per_s
         }
-        for whom, rate in _opponents(rates, peers, max):
+        failed = any(
+            at[key].outcome == FAILED
+            for key in at
+            if key[0] in peers and key[1:] == (cell.context, cell.streams)
+        )
+        for whom, rate in _opponents(rates, peers, max, known=not failed):
             found[f"decode_{label}_{cell.streams}_vs_{whom}"] = rates[OURS] / rate
         ours, full = (at.get((name, cell.context, cell.streams)) for name in (OURS, OURS_FULL))
         if ours and full:
@@ -79,13 +85,18 @@ def ratios(report: Report) -> dict[str, float]:
     seconds = {
         f.contestant: f.seconds for f in report.first_tokens if f.outcome == OK and f.seconds
     }
-    for whom, theirs in _opponents(seconds, peers, min):
+    failed = any(f.outcome == FAILED for f in report.first_tokens if f.contestant in peers)
+    for whom, theirs in _opponents(seconds, peers, min, known=not failed):
         found[f"first_token_{label}_vs_{whom}"] = seconds[OURS] / theirs
     return found
 
 
 def _opponents(
-    figures: dict[str, float], peers: set[str], best: Callable[[Iterable[float]], float]
+    figures: dict[str, float],
+    peers: set[str],
+    best: Callable[[Iterable[float]], float],
+    *,
+    known: bool,
 ) -> Iterable[tuple[str, float]]:
     """Whom ours is compared with: each peer, the best of them, and our own full attention."""
     if OURS not in figures:
@@ -94,7 +105,7 @@ def _opponents(
         yield "full", figures[OURS_FULL]
     theirs = {name: figure for name, figure in figures.items() if name in peers}
     yield from theirs.items()
-    if theirs:
+    if theirs and known:
         yield "best", best(theirs.values())
 
 

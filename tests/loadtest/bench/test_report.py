@@ -12,7 +12,7 @@ from loadtest.bench.plan import CONTESTANTS, Cell, Plan
 from loadtest.bench.plots import AGAINST_CONTEXT, AGAINST_STREAMS, plot
 from loadtest.bench.report import TARGETS, Target, as_json, ratios, render
 from loadtest.bench.run import FirstToken, Report, Result
-from loadtest.bench.worker import NOT_INSTALLED, OK, OUT_OF_MEMORY
+from loadtest.bench.worker import FAILED, NOT_INSTALLED, OK, OUT_OF_MEMORY
 
 
 def result(
@@ -64,6 +64,23 @@ def test_a_peer_that_did_not_run_is_not_compared() -> None:
         )
     )
     assert found == {"decode_1k_8_vs_transformers": 3.0, "decode_1k_8_vs_best": 3.0}
+
+
+def test_nobody_is_called_the_best_where_a_peer_failed() -> None:
+    firsts = (
+        FirstToken("fixed", 16_384, OK, "", 1.0, (1.0,)),
+        FirstToken("genai", 16_384, FAILED, "it broke", None, ()),
+        FirstToken("transformers", 16_384, OK, "", 2.0, (2.0,)),
+    )
+    found = ratios(
+        report(
+            result("fixed", 1024, 3.0),
+            result("genai", 1024, None, outcome=FAILED),
+            result("transformers", 1024, 1.0),
+            firsts=firsts,
+        )
+    )
+    assert found == {"decode_1k_8_vs_transformers": 3.0, "first_token_16k_vs_transformers": 0.5}
 
 
 def test_the_step_at_64k_is_compared_with_1k_at_the_same_span() -> None:
