@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from loadtest.bench.plan import tokens_label
-from loadtest.bench.report import Report
-from loadtest.bench.run import Result
+from loadtest.bench.run import Report, Result
 from loadtest.bench.worker import OK
 
 AGAINST_CONTEXT, AGAINST_STREAMS = "bench-context.svg", "bench-streams.svg"

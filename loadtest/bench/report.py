@@ -192,9 +192,10 @@ def _ratios(found: dict[str, float]) -> Table:
 def _remarks(report: Report) -> list[RenderableType]:
     """Why a cell is empty, said once for each contestant and reason."""
     titles = {c.name: c.title for c in report.plan.contestants}
+    everything: tuple[Result | FirstToken, ...] = (*report.results, *report.first_tokens)
     said = dict.fromkeys(
         f"{titles[each.contestant]}: {each.outcome}: {each.detail}"
-        for each in [*report.results, *report.first_tokens]
+        for each in everything
         if each.outcome != OK
     )
     return [Text(line) for line in said]

@@ -13,7 +13,7 @@ from server.bundle import Bundle, load_bundle
 from server.cache import Cache, Parked
 from server.config import EngineConfig
 from server.engine import Engine
-from server.runtime import Runtime
+from server.runtime import Runtime, State
 from server.sampler import SamplingParameters
 from server.stream import Delta, Request, Stream
 
@@ -122,7 +122,7 @@ def _begin_at(cache: Cache, bundle: Bundle, context: int) -> None:
 
     Its place, length and folds are those of a real one; only the content of its state is made up.
     """
-    state = {}
+    state: State = {}
     for tensor in bundle.manifest.state:
         shape = list(tensor.shape)
         if tensor.kind == pb.STATE_KIND_STACK:
