@@ -95,6 +95,8 @@ def perform(job: Job) -> Outcome:
         job.room,
     )
     try:
+        if job.task == "prepare" and setting.folder.exists():
+            return Outcome(OK)
         adapter = cast(Adapter, import_module(f"loadtest.bench.adapters.{job.adapter}"))
         if job.task == "prepare":
             _prepare(adapter, setting)
@@ -113,8 +115,6 @@ def perform(job: Job) -> Outcome:
 
 
 def _prepare(adapter: Adapter, setting: Setting) -> None:
-    if setting.folder.exists():
-        return
     partial = setting.folder.with_name(f".{setting.folder.name}.{os.getpid()}")
     try:
         adapter.prepare(replace(setting, folder=partial))
