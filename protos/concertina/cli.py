@@ -50,6 +50,7 @@ COMMANDS = {
     "paint": Command("concertina.command", "paint", "Paint an image as it is generated."),
     "score": Command("concertina.command", "score", "Measure how well a model predicts a file."),
     "loadtest": Command("loadtest.command", "loadtest", "Drive a server hard and report."),
+    "bench": Command("loadtest.bench.command", "bench", "Compare with other engines."),
     "data": Command("model.command", "data", "Prepare training data."),
     "train": Command("model.command", "train", "Train a model."),
     "export": Command("export.command", "export", "Turn a checkpoint into a bundle."),

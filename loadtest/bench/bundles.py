@@ -1,0 +1,85 @@
+"""Bundles with random weights, for measuring alone: their parity with PyTorch is not checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import torch
+
+from concertina.manifest import write_manifest
+from concertina.v1 import bundle_pb2 as pb
+from export.graphs import export_fold, export_step, layers, state_tensors
+from export.weights import round_weights
+from loadtest.bench.plan import Shape
+from model.config import ModelConfig
+from model.decoder import Decoder
+
+_SEED = 0
+
+
+def make_bundle(folder: Path, shape: Shape, context: int, span: int | None) -> None:
+    """Write a byte model for `context` tokens to `folder`: full attention when `span` is None.
+
+    Positions are sinusoids, so that no table grows with the context. Raises FileExistsError when
+    `folder` is there.
+    """
+    folder.mkdir(parents=True)
+    # What the step graph computes does not depend on the context, which only sizes its stacks: it
+    # is exported for a short one, since the exporter allocates them.
+    short = _decoder(shape, span or 8, span)
+    with torch.no_grad():
+        export_step(short, folder / "step.onnx")
+        _free_entries(folder / "step.onnx")
+        files = ["step.onnx"]
+        if span is not None:
+            export_fold(short, folder / "fold.onnx")
+            files.append("fold.onnx")
+    model = _decoder(shape, context, span)
+    manifest = pb.Manifest(
+        name="bench",
+        version="random",
+        modality=pb.MODALITY_TEXT,
+        vocabulary=shape.vocabulary,
+        context=context,
+        state=state_tensors(model),
+        parameters=sum(p.numel() for p in model.parameters()),
+        attention=model.config.attention,
+    )
+    schedule = layers(model)[0].schedule
+    if schedule is not None:
+        manifest.fold.span = schedule.span
+    write_manifest(folder, manifest, files)
+
+
+def _decoder(shape: Shape, context: int, span: int | None) -> Decoder:
+    torch.manual_seed(_SEED)
+    model = Decoder(
+        ModelConfig(
+            vocabulary=shape.vocabulary,
+            context=context,
+            width=shape.width,
+            layers=shape.layers,
+            heads=shape.heads,
+            mlp=shape.mlp,
+            span=span or 2,
+            attention="full" if span is None else "fixed",
+            positions="sinusoid",
+        )
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:  # a fresh decoder has layers of zeros, which change nothing
+                parameter.normal_(std=parameter.shape[1] ** -0.5)
+    round_weights(model)
+    return model
+
+
+def _free_entries(path: Path) -> None:
+    """Let the stacks of a step graph have any number of entries."""
+    proto = onnx.load(path)
+    for value in [*proto.graph.input, *proto.graph.output]:
+        if value.name.removeprefix("next.").startswith(("keys.", "values.")):
+            value.type.tensor_type.shape.dim[2].dim_param = "entries"
+    del proto.graph.value_info[:]
+    onnx.save(proto, path)
