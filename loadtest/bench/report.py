@@ -49,8 +49,8 @@ TARGETS = {
 def ratios(report: Report) -> dict[str, float]:
     """What can be compared of what was measured.
 
-    `decode_<context>_<streams>_vs_<whom>`: our tokens/s over theirs, `best` being the fastest peer;
-    who that is remains open, and the ratio is left out, where a peer failed.
+    `decode_<context>_<streams>_vs_<whom>`: our tokens/s over theirs, `best` being the fastest, our
+    own full attention counted; who that is remains open where a peer failed, and is left out.
     `step_64k_over_1k_span_256_<streams>`: seconds of a step, both with a span of 256.
     `cache_<context>_vs_full`: bytes of a stream's state over those of full attention.
     `first_token_<prompt>_vs_<whom>`: our seconds over theirs.
@@ -98,12 +98,10 @@ def _opponents(
     *,
     known: bool,
 ) -> Iterable[tuple[str, float]]:
-    """Whom ours is compared with: each peer, the best of them, and our own full attention."""
+    """Whom ours is compared with: our own full attention, each peer, and the best of them all."""
     if OURS not in figures:
         return
-    if OURS_FULL in figures:
-        yield "full", figures[OURS_FULL]
-    theirs = {name: figure for name, figure in figures.items() if name in peers}
+    theirs = {name: figure for name, figure in figures.items() if name in {*peers, OURS_FULL}}
     yield from theirs.items()
     if theirs and known:
         yield "best", best(theirs.values())
