@@ -9,7 +9,7 @@ import io
 import logging
 import os
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -19,11 +19,13 @@ import ray
 from grpc_health.v1 import health_pb2
 from ray import serve as ray_serve
 from ray.serve._private import default_impl
+from ray.serve._private.replica import Replica as RayReplica
 from ray.serve.exceptions import RayServeException
 from ray.serve.grpc_util import RayServegRPCContext
 
 from concertina.v1 import generation_service_pb2 as pb
 from concertina.v1 import model_service_pb2 as model_pb
+from concertina.v1 import session_service_pb2 as session_pb
 from server.config import ServeConfig
 from server.exporter import exporting
 from server.haproxy import wait_for_replicas
@@ -41,12 +43,14 @@ APPLICATION: Final = "concertina"
 SERVICER_FUNCTIONS: Final = (
     "concertina.v1.generation_service_pb2_grpc.add_GenerationServiceServicer_to_server",
     "concertina.v1.model_service_pb2_grpc.add_ModelServiceServicer_to_server",
+    "concertina.v1.session_service_pb2_grpc.add_SessionServiceServicer_to_server",
     "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
 )
 _OBJECT_STORE_BYTES: Final = 100 * 1024 * 1024  # nothing of ours is in it
 _LOGGING: Final = {"log_level": "WARNING", "enable_access_log": False}
 _REACHABLE_SECONDS: Final = 30.0
 _REAP_SECONDS: Final = 10.0
+_FLUSH_SECONDS: Final = 10.0
 
 
 class StartFailed(Exception):
@@ -62,13 +66,21 @@ class Replica:
 
     def __init__(self, config: ServeConfig) -> None:
         # Proxies import this module too, and have no use for an engine.
+        from server.keys import Callers
         from server.servicer import GenerationServicer, ModelServicer, open_engines
+        from server.session_servicer import SessionServicer
+        from server.sessions import Sessions
+        from server.snapshots import open_keeper
 
         log_to_stderr()
         self._engines: dict[str, Engine] = {}  # what `__del__` finds if the next line fails
-        self._engines = open_engines(config.bundles, config.engine)
-        self._generation = GenerationServicer(self._engines)
-        self._models = ModelServicer(self._engines)
+        self._keeper = open_keeper(config.snapshots, config.snapshot_ttl)
+        self._engines = open_engines(config.bundles, config.engine, self._keeper)
+        callers, sessions = Callers(config.keys), Sessions(self._engines, self._keeper)
+        self._generation = GenerationServicer(sessions, callers)
+        self._sessions = SessionServicer(sessions, callers)
+        before_shutdown(self._hand_over)
+        self._models = ModelServicer(self._engines, callers)
         self._health = HealthServicer(self._engines)
 
     async def Generate(
@@ -77,9 +89,15 @@ class Replica:
         """GenerationService.Generate."""
         async for response in self._generation.Generate(request, grpc_context):
             yield response
-        if grpc_context.code() and data_path(os.environ) == PYTHON_PROXY:
-            # Its proxy learns of a status from a message, or from an exception.
-            raise RuntimeError("refused")
+        _tell_status(grpc_context)
+
+    async def Resume(
+        self, request: pb.ResumeRequest, grpc_context: RayServegRPCContext
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        """GenerationService.Resume."""
+        async for response in self._generation.Resume(request, grpc_context):
+            yield response
+        _tell_status(grpc_context)
 
     async def Score(
         self, request: pb.ScoreRequest, grpc_context: RayServegRPCContext
@@ -87,11 +105,61 @@ class Replica:
         """GenerationService.Score."""
         return await self._generation.Score(request, grpc_context) or pb.ScoreResponse()
 
+    async def Pause(
+        self, request: session_pb.PauseRequest, grpc_context: RayServegRPCContext
+    ) -> session_pb.PauseResponse:
+        """SessionService.Pause."""
+        return await self._sessions.Pause(request, grpc_context) or session_pb.PauseResponse()
+
+    async def Continue(
+        self, request: session_pb.ContinueRequest, grpc_context: RayServegRPCContext
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        """SessionService.Continue."""
+        async for response in self._sessions.Continue(request, grpc_context):
+            yield response
+        _tell_status(grpc_context)
+
+    async def Fork(
+        self, request: session_pb.ForkRequest, grpc_context: RayServegRPCContext
+    ) -> session_pb.ForkResponse:
+        """SessionService.Fork."""
+        return await self._sessions.Fork(request, grpc_context) or session_pb.ForkResponse()
+
+    async def Export(
+        self, request: session_pb.ExportRequest, grpc_context: RayServegRPCContext
+    ) -> AsyncIterator[session_pb.ExportResponse]:
+        """SessionService.Export."""
+        async for response in self._sessions.Export(request, grpc_context):
+            yield response
+        _tell_status(grpc_context)
+
+    async def Import(
+        self,
+        requests: AsyncIterator[session_pb.ImportRequest],
+        grpc_context: RayServegRPCContext,
+    ) -> session_pb.ImportResponse:
+        """SessionService.Import."""
+        return await self._sessions.Import(requests, grpc_context) or session_pb.ImportResponse()
+
+    async def Delete(
+        self, request: session_pb.DeleteRequest, grpc_context: RayServegRPCContext
+    ) -> session_pb.DeleteResponse:
+        """SessionService.Delete."""
+        return await self._sessions.Delete(request, grpc_context) or session_pb.DeleteResponse()
+
+    async def ListSessions(
+        self, request: session_pb.ListSessionsRequest, grpc_context: RayServegRPCContext
+    ) -> session_pb.ListSessionsResponse:
+        """SessionService.ListSessions."""
+        listed = await self._sessions.ListSessions(request, grpc_context)
+        return listed or session_pb.ListSessionsResponse()
+
     async def ListModels(
         self, request: model_pb.ListModelsRequest, grpc_context: RayServegRPCContext
     ) -> model_pb.ListModelsResponse:
         """ModelService.ListModels."""
-        return await self._models.ListModels(request, grpc_context)
+        listed = await self._models.ListModels(request, grpc_context)
+        return listed or model_pb.ListModelsResponse()
 
     async def GetModel(
         self, request: model_pb.GetModelRequest, grpc_context: RayServegRPCContext
@@ -117,9 +185,36 @@ class Replica:
         if dead := [name for name, engine in self._engines.items() if not engine.alive]:
             raise RuntimeError(f"the engine of {', '.join(dead)} has died")
 
+    async def _hand_over(self) -> None:
+        from server.sessions import hand_over
+
+        await hand_over(self._engines.values(), self._keeper)
+
     def __del__(self) -> None:
         for engine in self._engines.values():
             engine.close()
+        if self._keeper is not None:
+            self._keeper.close(_FLUSH_SECONDS)
+
+
+def _tell_status(context: RayServegRPCContext) -> None:
+    """At the end of a stream: Ray's Python proxy learns of a status only from an exception."""
+    if context.code() and data_path(os.environ) == PYTHON_PROXY:
+        raise RuntimeError("refused")
+
+
+def before_shutdown(act: Callable[[], Awaitable[None]]) -> None:
+    """Have the replica in this process `act` as soon as it is told to stop, before it drains.
+
+    Ray Serve has no hook for it: streams that are handed over end at once, and are not waited for.
+    """
+    graceful = RayReplica._perform_graceful_shutdown
+
+    async def shut_down(replica: RayReplica) -> None:
+        await act()
+        await graceful(replica)
+
+    RayReplica._perform_graceful_shutdown = shut_down  # type: ignore[method-assign]
 
 
 def bind_grpc_to_host() -> list[object]:
@@ -202,6 +297,7 @@ def _start(config: ServeConfig, metrics: Path, path: str) -> None:
         grpc_options={
             "port": proxy_port if path == DIRECT else config.port,
             "grpc_servicer_functions": list(SERVICER_FUNCTIONS),
+            "enable_reflection": config.keys is None,
         },
         logging_config=_LOGGING,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -48,6 +49,11 @@ class Bundle:
     def shares_blocks(self) -> bool:
         """Whether the entries of folded blocks are all there is to a prefix."""
         return self.manifest.fold.resets and not self.manifest.fold.binary
+
+    @property
+    def typecode(self) -> str:
+        """How `array.array` keeps tokens of this bundle, in as few bytes as they need."""
+        return next(c for c in "BHI" if self.manifest.vocabulary <= 1 << 8 * array(c).itemsize)
 
     @property
     def step_path(self) -> Path:

@@ -76,6 +76,11 @@ class Cache:
         """Bytes of live state by kind, over the batch."""
         return self._bundle.total_state_bytes(self._pushed)
 
+    def resume(self, prompt: Ints, parked: Parked) -> None:
+        """Put a stream on the bench that was parked when its `prompt[T]` was not all pushed."""
+        self._bench_tokens = prompt[: parked.pushed]
+        self._runtime.write(self._bench, self._extent(parked.pushed), parked.state)
+
     def seat(self, prompt: Ints | None = None) -> None:
         """Make room on the bench for a stream that has not begun.
 
@@ -137,6 +142,11 @@ class Cache:
         """A copy of a stream's state; the stream itself stays where it is."""
         pushed = int(self._pushed[row])
         return Parked(self._runtime.read(row, self._extent(pushed)), pushed)
+
+    def park_bench(self) -> Parked:
+        """A copy of the state on the bench."""
+        pushed = self.bench_pushed
+        return Parked(self._runtime.read(self._bench, self._extent(pushed)), pushed)
 
     def restore(self, parked: Parked) -> int:
         """Add a parked stream to the batch; returns its row."""

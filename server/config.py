@@ -42,6 +42,9 @@ class EngineConfig:
     threads: int = 0
     """Threads of one step; 0 takes every core."""
 
+    snapshot_interval: int = 256
+    """Tokens between two snapshots of a stream that is kept; taken when a block folds."""
+
     def __post_init__(self) -> None:
         _check("slots", self.slots, 1, 4096)
         _check("queue_limit", self.queue_limit, 0, 1_000_000)
@@ -50,6 +53,7 @@ class EngineConfig:
         _check("prefix_cache_bytes", self.prefix_cache_bytes, 0, 1024 * 1024 * MEBIBYTE)
         _check("prefill_chunk", self.prefill_chunk, 1, 1_000_000)
         _check("threads", self.threads, 0, 1024)
+        _check("snapshot_interval", self.snapshot_interval, 1, 1_000_000_000)
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,15 @@ class ServeConfig:
     drain_seconds: int = 60
     """How long running streams may go on once the server was asked to stop."""
 
+    keys: Path | None = None
+    """File of the API keys that callers need; None serves everyone who reaches the port."""
+
+    snapshots: str = ""
+    """URI of the store of snapshots, as fsspec takes them; empty keeps none."""
+
+    snapshot_ttl: int = 3600
+    """Seconds after which a snapshot must no longer be used."""
+
     engine: EngineConfig = field(default_factory=EngineConfig)
     """The same for every engine."""
 
@@ -92,6 +105,7 @@ class ServeConfig:
         _check("replicas", self.replicas, 1, 256)
         _check("max_message_bytes", self.max_message_bytes, MEBIBYTE, 1024 * MEBIBYTE)
         _check("drain_seconds", self.drain_seconds, 0, 24 * 3600)
+        _check("snapshot_ttl", self.snapshot_ttl, 1, 30 * 24 * 3600)
 
     @property
     def address(self) -> str:

@@ -11,34 +11,44 @@ import logging
 import secrets
 import threading
 import time
+from array import array
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
 from itertools import islice
+from typing import TypeVar
 
 import numpy as np
 
 from server import metrics
 from server.bundle import Bundle
-from server.cache import Cache
+from server.cache import Cache, Parked
 from server.config import EngineConfig
-from server.errors import EngineStopped, Overloaded, RequestError, StepFailed
-from server.logit_rules import Memory
-from server.logprobs import TokenLogprobs, surprisal, token_logprobs
-from server.outbox import Outbox
-from server.runtime import Floats, Runtime
-from server.sampler import SamplingBatch, failures, sample
-from server.scheduler import Load, Plan, next_credit, plan
-from server.stream import (
+from server.errors import Displaced, EngineStopped, Overloaded, RequestError, StepFailed
+from server.events import (
     Ending,
     Event,
+    Finish,
     FinishReason,
+    HandedOver,
     Piece,
     Request,
     Scored,
-    Stream,
-    events,
     outcome,
 )
+from server.logit_rules import Memory
+from server.logprobs import TokenLogprobs, surprisal, token_logprobs
+from server.outbox import Outbox
+from server.reader import NOTHING, Reader, Received, events
+from server.runtime import Floats, Runtime
+from server.sampler import SamplingBatch, failures, sample
+from server.scheduler import Load, Plan, next_credit, plan
+from server.session import Session
+from server.snapshots import Keeper
+from server.stream import Past, Stream, Terms
+
+_T = TypeVar("_T")
 
 _log = logging.getLogger(__name__)
 _IDLE_WAIT_S = 1.0
@@ -47,9 +57,10 @@ _IDLE_WAIT_S = 1.0
 class Engine:
     """Generates streams from one bundle. Its methods may be called from any event loop."""
 
-    def __init__(self, bundle: Bundle, config: EngineConfig) -> None:
+    def __init__(self, bundle: Bundle, config: EngineConfig, keeper: Keeper | None = None) -> None:
         self.bundle = bundle
         self.config = config
+        self._keeper = keeper
         self._runtime = Runtime(bundle, config.slots + 1, config.threads)
         self._cache = Cache(bundle, self._runtime, config.slots, config.prefix_cache_bytes)
         self._measures = metrics.EngineMetrics(bundle.name)
@@ -65,6 +76,8 @@ class Engine:
         self._sampling: SamplingBatch | None = None  # of the batch as it is, None when it changed
         self._paused: list[Stream] = []
         self._limited: set[Stream] = set()
+        self._sessions: dict[str, Session] = {}  # under the lock
+        self._left: set[Session] = set()  # those that nobody reads
         self._outbox = Outbox()
         self._credit_s = 0.0
         self._last_step_at: float | None = None
@@ -78,6 +91,11 @@ class Engine:
         """Whether the loop runs; once it does not, it never will again."""
         return self._thread.is_alive()
 
+    @property
+    def empty_past(self) -> Past:
+        """That of a stream that has not begun."""
+        return Past(array(self.bundle.typecode))
+
     def submit(self, request: Request) -> Stream:
         """Queue a stream that the running event loop will read.
 
@@ -90,14 +108,32 @@ class Engine:
 
         Those with the same prompt array wait for one prefill of it. Raises as `submit` does.
         """
-        name, arrived = secrets.token_urlsafe(16), asyncio.Event()
-        loop = asyncio.get_running_loop()
-        streams = tuple(Stream(name, request, loop, arrived) for request in requests)
+        return self.open(Terms(secrets.token_urlsafe(16)), requests).streams
+
+    def open(
+        self,
+        terms: Terms,
+        requests: Sequence[Request],
+        pasts: Sequence[Past] = (),
+        received: Sequence[Received] = (),
+    ) -> Session:
+        """Queue the streams of a request, all or none; the running event loop reads them.
+
+        They go on behind their `pasts`, if given. Raises as `submit` does.
+        """
+        arrived, loop = asyncio.Event(), asyncio.get_running_loop()
+        pasts = pasts or [self.empty_past] * len(requests)
+        received = received or [NOTHING] * len(requests)
+        streams = tuple(
+            Stream(terms, request, Reader(request, loop, arrived, had), past)
+            for request, past, had in zip(requests, pasts, received, strict=True)
+        )
+        session = Session(terms, streams)
+        opened = [stream for stream in streams if not stream.ended]
         limit = self.config.slots + self.config.queue_limit
         with self._lock:
-            if self._closing:
-                raise EngineStopped("the server is shutting down; try another one, or again later")
-            if self._num_open + len(streams) > limit:
+            self._check_open()
+            if self._num_open + len(opened) > limit:
                 self._measures.rejected("queue_full")
                 raise Overloaded(
                     f"{self._num_open} streams of {self.bundle.name} are running or waiting, the "
@@ -105,9 +141,86 @@ class Engine:
                     f"{self.config.queue_limit}); try again later",
                     retry_after_s=1.0,
                 )
-            self._num_open += len(streams)
-            self._post(lambda: self._enqueue(streams))
-        return streams
+            self._num_open += len(opened)
+            self._sessions[terms.stream_id] = session
+            self._post(lambda: self._enqueue(session, opened))
+        return session
+
+    def find(self, stream_id: str, owner: str) -> Session | None:
+        """The caller's session of that name, if this engine holds it."""
+        with self._lock:
+            session = self._sessions.get(stream_id)
+        return session if session is not None and session.terms.owner == owner else None
+
+    def sessions(self, owner: str) -> list[Session]:
+        """The caller's sessions that this engine holds."""
+        with self._lock:
+            return [s for s in self._sessions.values() if s.terms.owner == owner]
+
+    def held_bytes(self, stream: Stream) -> int:
+        """State that a stream holds outside any slot, or reserves by having one."""
+        if stream.parked is not None:
+            return sum(self.bundle.state_bytes(stream.parked.pushed).values())
+        return 0 if stream.ended else self.bundle.max_state_bytes
+
+    def forgets_at(self, session: Session) -> float | None:
+        """When a session that nobody reads is forgotten, as Unix time."""
+        if session.left_at is None:
+            return None
+        return time.time() + session.expires_at - time.monotonic()
+
+    @property
+    def largest_snapshot(self) -> int:
+        """Bytes of a snapshot at most: the state, and all tokens with their log-probabilities."""
+        return 2 * self.bundle.max_state_bytes + 256 * self.bundle.context + 1024 * 1024
+
+    async def attach(self, session: Session, received: Sequence[Received]) -> tuple[Reader, ...]:
+        """New readers of a session, on the running event loop; those it had are sent away.
+
+        Raises EngineStopped.
+        """
+        arrived, loop = asyncio.Event(), asyncio.get_running_loop()
+        readers = tuple(
+            Reader(stream.request, loop, arrived, had)
+            for stream, had in zip(session.streams, received, strict=True)
+        )
+        await self.ask(lambda: self._attach(session, readers))
+        return readers
+
+    def leave(self, session: Session, readers: Sequence[Reader]) -> None:
+        """These readers of a session read no more: it is kept, or its streams end."""
+        self._post(lambda: self._leave(session, readers))
+
+    async def pause(self, session: Session) -> None:
+        """Stop the streams of a session and keep their state. Raises EngineStopped."""
+        await self.ask(lambda: self._pause_session(session))
+
+    async def forget(self, session: Session) -> None:
+        """End the streams of a session and drop all that is held of it. Raises EngineStopped."""
+        await self.ask(lambda: self._forget(session))
+
+    async def hand_over(self) -> None:
+        """Snapshot the durable sessions and end their readers, so that others go on with them."""
+        await self.ask(self._hand_over)
+
+    async def ask(self, action: Callable[[], _T]) -> _T:
+        """What `action` gives on the engine's thread. Raises EngineStopped."""
+        answer: Future[_T] = Future()
+
+        def act() -> None:
+            try:
+                answer.set_result(action())
+            except Exception as error:
+                answer.set_exception(error)
+
+        with self._lock:
+            self._check_open()
+            self._post(act)
+        return await asyncio.wrap_future(answer)
+
+    def _check_open(self) -> None:
+        if self._closing:
+            raise EngineStopped("the server is shutting down; try another one, or again later")
 
     def cancel(self, stream: Stream) -> None:
         """Drop a stream; its slot is free before the next step. Does nothing once it has ended."""
@@ -119,13 +232,18 @@ class Engine:
             yield event
 
     async def events_together(
-        self, streams: Sequence[Stream]
+        self, streams: Sequence[Stream], readers: Sequence[Reader] = ()
     ) -> AsyncIterator[tuple[Stream, Event]]:
-        """What happens to streams that were submitted together, each in its order."""
-        async for stream, event in events(streams):
-            if stream.paused:
+        """What happens to the streams of one request, each in its order, as their readers see it.
+
+        Without `readers`, as those do with whom the streams were opened.
+        """
+        readers = readers or [stream.reader for stream in streams]
+        owners = dict(zip(readers, streams, strict=True))
+        async for reader, event in events(readers):
+            if owners[reader].paused:
                 self._wake.set()
-            yield stream, event
+            yield owners[reader], event
 
     def close(self) -> None:
         """Stop the loop. Streams that have not ended end with an error."""
@@ -143,6 +261,7 @@ class Engine:
         try:
             while not self._closing:
                 self._turn()
+            self._hand_over()
         except Exception:
             _log.exception("the engine of %s died", self.bundle.name)
         with self._lock:  # whatever was not refused is in the inbox by now
@@ -198,10 +317,14 @@ class Engine:
             self._join_batch(self._bench)
             self._bench = None
         prefill_s = self._prefill(todo.prefill) if todo.prefill else 0.0
-        if todo.seat and self._waiting[0].parked is None:
+        if todo.seat and self._waiting[0].to_prefill:
             self._start(stream := self._waiting.popleft())
-            # Where the prompt itself is predicted, every token of it has to be pushed.
-            self._cache.seat(None if stream.request.predicts_prompt else stream.unpushed(0))
+            if stream.parked is not None:
+                self._cache.resume(stream.request.prompt, stream.parked)
+                stream.parked = None
+            else:
+                # Where the prompt itself is predicted, every token of it has to be pushed.
+                self._cache.seat(None if stream.request.predicts_prompt else stream.unpushed(0))
             self._measures.shared(self._cache.bench_pushed, self._cache.prefix_bytes)
             self._bench = stream
         decode_s = self._decode() if todo.decode else 0.0
@@ -218,6 +341,8 @@ class Engine:
         seconds = time.perf_counter() - began
         self._measures.prefilled(count, seconds)
         self._measures.folded(int(self._cache.block_room == self.bundle.span))
+        if self._snapshot_is_due(stream, self._cache.bench_pushed) and not request.predicts_prompt:
+            self._take_snapshot(stream, self._cache.park_bench())
         if request.predicts_prompt:
             self._predict_prompt(stream, logits, first)
         return seconds
@@ -232,7 +357,9 @@ class Engine:
             return
         if request.prompt_logprobs is not None:
             said = token_logprobs(logits, targets, [request.prompt_logprobs] * len(targets))
-            self._outbox.put(stream, Piece(prompt=said))
+            if stream.is_kept:
+                stream.prompt_said += said
+            self._outbox.put(stream.reader, Piece(prompt=said))
         if request.score:
             stream.bits += surprisal(logits, targets).tolist()
             if not len(stream.unpushed(self._cache.bench_pushed)):
@@ -248,6 +375,9 @@ class Engine:
         logits = self._cache.step(np.array([s.last_token for s in streams], np.int64))
         positions = self._cache.pushed - 1
         tokens = sample(logits, self._sampling, positions)
+        for row, stream in enumerate(streams):
+            if stream.forced:
+                tokens[row] = stream.forced.popleft()
         self._sampling.remember(tokens)
         logprobs = self._sampling.logprobs(logits, tokens)
         now, perf = time.monotonic(), time.perf_counter()
@@ -258,7 +388,14 @@ class Engine:
                 if reason is not None:
                     sizes = self.bundle.state_bytes(int(self._cache.pushed[row]))
                     ended[row] = stream.finish(reason, sum(sizes.values()), now)
-        self._measures.folded(self._cache.fold(ended.keys()))
+        kept = {row for row in ended if streams[row].is_kept}
+        self._measures.folded(self._cache.fold(ended.keys() - kept))
+        for row in kept:
+            streams[row].parked = self._cache.park(row)
+        if self._keeper is not None:
+            for row, pushed in enumerate(self._cache.pushed.tolist()):
+                if row not in ended and self._snapshot_is_due(streams[row], pushed):
+                    self._take_snapshot(streams[row], self._cache.park(row))
         self._measures.stepped(
             len(streams), perf - began, self._last_step_at and perf - self._last_step_at
         )
@@ -273,21 +410,24 @@ class Engine:
         self, stream: Stream, token: int, logprobs: TokenLogprobs | None, now: float
     ) -> FinishReason | None:
         first = stream.first_token_at is None
-        text, reason = stream.accept_token(token, now)
+        text, reason = stream.accept_token(token, now, logprobs)
         if first:
             self._measures.first_token(now - stream.accepted_at)
         if reason is not None and stream.text.matched is None:
             text += stream.text.flush()
         if stream.request.is_unsent(token):
-            self._outbox.put(stream, Piece(text=text))
+            self._outbox.put(stream.reader, Piece(text=text))
         else:
-            stream.published += 1
-            self._outbox.put(stream, Piece(token, text, logprobs))
+            stream.reader.published += 1
+            self._outbox.put(stream.reader, Piece(token, text, logprobs))
         return reason
 
     # ---- where streams are
 
-    def _enqueue(self, streams: Sequence[Stream]) -> None:
+    def _enqueue(self, session: Session, streams: Sequence[Stream]) -> None:
+        for stream in session.streams:
+            if not stream.reader.received.ended:
+                self._catch_up(stream)
         self._waiting += streams
         self._limited.update(s for s in streams if s.request.time_limit_s is not None)
 
@@ -299,6 +439,7 @@ class Engine:
         if request.sampling.rules is not None:
             vocabulary = self.bundle.manifest.vocabulary
             stream.memory = Memory.of(request.sampling.rules, request.prompt, vocabulary)
+            stream.memory.recall(np.array(stream.history, np.int64))
 
     def _begin(self, stream: Stream) -> None:
         """Put a stream that has nothing to prefill, or no longer has, into the batch."""
@@ -332,6 +473,7 @@ class Engine:
     def _pause(self, stream: Stream) -> None:
         """Park a stream whose reader lags; it comes back when half of its buffer is read."""
         stream.parked = self._cache.park(self._running.index(stream))
+        self._take_snapshot(stream, stream.parked)
         self._leave_batch(stream)
         self._paused.append(stream)
         stream.paused = True
@@ -361,11 +503,19 @@ class Engine:
         with self._lock:
             self._num_open -= 1
         stream.ended = True
-        stream.parked = None
+        stream.ending = ending
         self._limited.discard(stream)
         self._measures.finished(outcome(ending), time.monotonic() - stream.accepted_at)
         if ending is not None:
-            self._outbox.put(stream, Piece(ending=ending))
+            self._outbox.put(stream.reader, Piece(ending=ending))
+        if not stream.is_kept:
+            stream.parked = None
+        elif isinstance(ending, Finish):
+            self._take_snapshot(stream, stream.parked)
+        with self._lock:
+            session = self._sessions.get(stream.id)
+        if session is not None and session.ended and not stream.is_kept:
+            self._drop(session)
 
     def _cancel(self, stream: Stream) -> None:
         if not stream.ended:
@@ -383,9 +533,13 @@ class Engine:
         for stream in [s for s in self._limited if s.expires_at <= now]:
             rest = stream.text.flush()
             if rest:
-                self._outbox.put(stream, Piece(text=rest))
+                self._outbox.put(stream.reader, Piece(text=rest))
             held = self._state_bytes(stream)
+            if stream.is_kept:
+                stream.parked = self._parked(stream)
             self._end(stream, stream.finish(FinishReason.TIME_LIMIT, held, now))
+        for session in [s for s in self._left if s.expires_at <= now]:
+            self._forget(session)
 
     def _state_bytes(self, stream: Stream) -> int:
         """State that a stream holds now, wherever it is."""
@@ -399,15 +553,105 @@ class Engine:
             return 0
         return sum(self.bundle.state_bytes(pushed).values())
 
+    # ---- sessions
+
+    def _attach(self, session: Session, readers: Sequence[Reader]) -> None:
+        for stream, reader in zip(session.streams, readers, strict=True):
+            if session.left_at is None:
+                self._outbox.put(stream.reader, Piece(ending=Displaced("another reader came")))
+            stream.reader = reader
+            self._catch_up(stream)
+        session.left_at = None
+        self._left.discard(session)
+
+    def _catch_up(self, stream: Stream) -> None:
+        """Give a new reader what came before it."""
+        reader = stream.reader
+        if stream.history or stream.prompt_said or stream.ended:
+            reader.published += max(0, len(stream.history) - stream.base_tokens)
+            reader.published -= min(reader.published, reader.received.tokens)
+            self._outbox.put(reader, Piece(backlog=stream.backlog))
+        if stream.ended and stream.ending is not None:
+            self._outbox.put(reader, Piece(ending=stream.ending))
+
+    def _leave(self, session: Session, readers: Sequence[Reader]) -> None:
+        if session.readers != tuple(readers):
+            return  # another one reads
+        if not session.terms.keep_s:
+            for stream in session.streams:
+                self._cancel(stream)
+            return
+        session.leave()
+        self._left.add(session)
+
+    def _pause_session(self, session: Session) -> None:
+        for stream in [s for s in session.streams if not s.ended]:
+            held = self._state_bytes(stream)
+            stream.parked = self._parked(stream)
+            self._end(stream, stream.finish(FinishReason.PAUSED, held, time.monotonic()))
+
+    def _parked(self, stream: Stream) -> Parked | None:
+        """A copy of the state of a stream, wherever it is."""
+        if stream in self._running:
+            return self._cache.park(self._running.index(stream))
+        if stream is self._bench:
+            return self._cache.park_bench()
+        return stream.parked
+
+    def _forget(self, session: Session) -> None:
+        for stream in session.streams:
+            self._cancel(stream)
+        self._drop(session)
+
+    def _drop(self, session: Session) -> None:
+        self._left.discard(session)
+        with self._lock:
+            if self._sessions.get(session.terms.stream_id) is session:
+                del self._sessions[session.terms.stream_id]
+
+    def _hand_over(self) -> None:
+        if self._keeper is None:
+            return
+        with self._lock:
+            sessions = [s for s in self._sessions.values() if s.terms.keep_s]
+        for session in sessions:
+            for stream in [s for s in session.streams if not s.ended]:
+                self._take_snapshot(stream, self._parked(stream))
+                self._end(stream, HandedOver())
+            self._drop(session)
+
+    def _snapshot_is_due(self, stream: Stream, pushed: int) -> bool:
+        """Whether the stream, after a fold if it has any, is to be stored."""
+        if self._keeper is None or not stream.is_kept:
+            return False
+        folded = not self.bundle.span or pushed % self.bundle.span == 0
+        return folded and pushed - stream.snapshot_at >= self.config.snapshot_interval
+
+    def _take_snapshot(self, stream: Stream, parked: Parked | None) -> None:
+        """Store what the stream has behind it, off this thread."""
+        if self._keeper is None or not stream.is_kept:
+            return
+        stream.snapshot_at = 0 if parked is None else parked.pushed
+        past = replace(stream.past, parked=parked)
+        output = stream.request.sampling.output
+        self._keeper.offer(self.bundle, stream.terms, output, past)
+
     def _until_next_expiry(self) -> float:
-        soonest = min((s.expires_at for s in self._limited), default=float("inf"))
+        ends = [stream.expires_at for stream in self._limited]
+        ends += [session.expires_at for session in self._left]
+        soonest = min(ends, default=float("inf"))
         return max(0.0, min(_IDLE_WAIT_S, soonest - time.monotonic()))
 
     # ---- what leaves the thread
 
     def _publish(self) -> None:
-        for stream in self._outbox.publish():
-            self._cancel(stream)
+        gone = self._outbox.publish()
+        if not gone:
+            return
+        with self._lock:
+            sessions = [s for s in self._sessions.values() if gone.intersection(s.readers)]
+        for session in sessions:
+            self._leave(session, session.readers)
 
     def _measure(self, idle: bool) -> None:
         if idle or self._measures.are_due(time.monotonic()):

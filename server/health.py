@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Final
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from concertina.v1 import generation_service_pb2, model_service_pb2
+from concertina.v1 import generation_service_pb2, model_service_pb2, session_service_pb2
 
 if TYPE_CHECKING:
+    from server.calls import Context
     from server.engine import Engine
-    from server.servicer import Context
 
 SERVICES: Final = (
     generation_service_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
     model_service_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
+    session_service_pb2.DESCRIPTOR.services_by_name["SessionService"].full_name,
 )
 _WATCH_SECONDS: Final = 1.0
 _RETRY_SECONDS: Final = 0.1

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Final
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from concertina.v1 import generation_service_pb2_grpc, model_service_pb2_grpc
+from concertina.v1 import (
+    generation_service_pb2_grpc,
+    model_service_pb2_grpc,
+    session_service_pb2_grpc,
+)
 from server.config import ServeConfig
 from server.exporter import exporting
 from server.health import SERVICES, HealthServicer
+from server.keys import Callers
 from server.logs import log_to_stderr
 from server.servicer import GenerationServicer, ModelServicer, open_engines
+from server.session_servicer import SessionServicer
+from server.sessions import Sessions, hand_over
 from server.signals import STOP_SIGNALS
+from server.snapshots import Keeper, open_keeper
+
+if TYPE_CHECKING:
+    from server.engine import Engine
 
 try:
     from uvloop import new_event_loop
@@ -40,9 +52,14 @@ def serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
         runner.run(_serve(config, announce))
 
 
-async def _serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
-    stopping, stopping_now = _signals()
-    engines = open_engines(config.bundles, config.engine)
+def make_server(
+    config: ServeConfig, engines: Mapping[str, Engine], keeper: Keeper | None = None
+) -> grpc.aio.Server:
+    """A server of `engines` that listens as `config` says, once it is started.
+
+    Raises `server.errors.KeysError` when the keys cannot be read.
+    """
+    callers, sessions = Callers(config.keys), Sessions(engines, keeper)
     server = grpc.aio.server(
         options=[
             ("grpc.max_receive_message_length", config.max_message_bytes),
@@ -51,32 +68,51 @@ async def _serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
         ]
     )
     generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(
-        GenerationServicer(engines), server
+        GenerationServicer(sessions, callers), server
     )
-    model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(engines), server)
+    session_service_pb2_grpc.add_SessionServiceServicer_to_server(
+        SessionServicer(sessions, callers), server
+    )
+    model_service_pb2_grpc.add_ModelServiceServicer_to_server(
+        ModelServicer(engines, callers), server
+    )
     health_pb2_grpc.add_HealthServicer_to_server(HealthServicer(engines), server)
-    health = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-    reflection.enable_server_reflection((*SERVICES, health, reflection.SERVICE_NAME), server)
-    try:
-        with exporting(config.host, config.metrics_port):
-            server.add_insecure_port(f"{config.host}:{config.port}")
-            await server.start()
-            announce("local, without Ray")
-            await stopping.wait()
-            _log.info("stopping; running streams have %d s to end", config.drain_seconds)
-            done = asyncio.create_task(server.stop(config.drain_seconds + _FAREWELL_SECONDS))
-            hurry = asyncio.create_task(stopping_now.wait())
-            await asyncio.wait(
-                (done, hurry),
-                timeout=config.drain_seconds,
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-            hurry.cancel()
-    finally:
+    if config.keys is None:
+        health = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+        reflection.enable_server_reflection((*SERVICES, health, reflection.SERVICE_NAME), server)
+    server.add_insecure_port(f"{config.host}:{config.port}")
+    return server
+
+
+async def _serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
+    stopping, stopping_now = _signals()
+    keeper = open_keeper(config.snapshots, config.snapshot_ttl)
+    engines = open_engines(config.bundles, config.engine, keeper)
+    with ExitStack() as opened:
+        if keeper is not None:
+            opened.callback(keeper.close, _FAREWELL_SECONDS)
         for engine in engines.values():
-            engine.close()
-        # The streams that were cut have an error event to send.
-        await server.stop(_FAREWELL_SECONDS)
+            opened.callback(engine.close)
+        server = make_server(config, engines, keeper)
+        try:
+            with exporting(config.host, config.metrics_port):
+                await server.start()
+                announce("local, without Ray")
+                await stopping.wait()
+                _log.info("stopping; running streams have %d s to end", config.drain_seconds)
+                await hand_over(engines.values(), keeper)
+                done = asyncio.create_task(server.stop(config.drain_seconds + _FAREWELL_SECONDS))
+                hurry = asyncio.create_task(stopping_now.wait())
+                await asyncio.wait(
+                    (done, hurry),
+                    timeout=config.drain_seconds,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                hurry.cancel()
+        finally:
+            opened.close()
+            # The streams that were cut have an error event to send.
+            await server.stop(_FAREWELL_SECONDS)
 
 
 def _signals() -> tuple[asyncio.Event, asyncio.Event]:

@@ -78,6 +78,12 @@ class Memory:
             len(prompt) - 1,
         )
 
+    def recall(self, tokens: Ints) -> None:
+        """Take in `tokens[N]`, the first that the stream generated."""
+        self.counts += np.bincount(tokens, minlength=len(self.counts))
+        self.seen[tokens] = True
+        self.tail = np.concatenate((self.tail, tokens))[-len(self.tail) :]
+
 
 @dataclass(frozen=True)
 class RuleBatch:

@@ -67,6 +67,16 @@ STREAM_TIME = _histogram(
 STEP_TIME = Histogram(
     "concertina_step_seconds", "One pass of the model.", ("model_name", "phase"), buckets=_STEP
 )
+SNAPSHOT_TIME = Histogram(
+    "concertina_snapshot_seconds", "One snapshot, from its bytes until it is stored.", buckets=_STEP
+)
+SNAPSHOT_BYTES = Counter("concertina_snapshot_bytes", "Snapshots stored, sealed.")
+SNAPSHOT_FAILURES = Counter("concertina_snapshot_failures", "Snapshots that could not be stored.")
+RESUMED = Counter(
+    "concertina_streams_resumed",
+    "Readers that came back: to a stream held here, or revived from the store.",
+    ("model_name", "source"),
+)
 BATCH_SIZE = _histogram("concertina_step_batch_size", "Streams in one decode step.", _BATCH)
 
 

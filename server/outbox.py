@@ -4,36 +4,37 @@ from __future__ import annotations
 
 from asyncio import AbstractEventLoop
 
-from server.stream import Piece, Stream
+from server.events import Piece
+from server.reader import Reader
 
-_Delivery = tuple[Stream, Piece]
+_Delivery = tuple[Reader, Piece]
 
 
 class Outbox:
-    """Collects on the engine's thread; streams take it in on their own event loops."""
+    """Collects on the engine's thread; readers take it in on their own event loops."""
 
     def __init__(self) -> None:
         self._deliveries: list[_Delivery] = []
 
-    def put(self, stream: Stream, piece: Piece) -> None:
-        """Something for the reader of `stream`."""
-        self._deliveries.append((stream, piece))
+    def put(self, reader: Reader, piece: Piece) -> None:
+        """Something for a reader."""
+        self._deliveries.append((reader, piece))
 
-    def publish(self) -> set[Stream]:
-        """Send it all; returns the streams whose loop was closed, which nobody will ever read."""
+    def publish(self) -> set[Reader]:
+        """Send it all; returns the readers whose loop was closed, which will never read."""
         by_loop: dict[AbstractEventLoop, list[_Delivery]] = {}
         for delivery in self._deliveries:
             by_loop.setdefault(delivery[0].loop, []).append(delivery)
         self._deliveries = []
-        unread: set[Stream] = set()
+        gone: set[Reader] = set()
         for loop, deliveries in by_loop.items():
             try:
                 loop.call_soon_threadsafe(_deliver, deliveries)
             except RuntimeError:  # the loop was closed
-                unread |= {stream for stream, _ in deliveries}
-        return unread
+                gone |= {reader for reader, _ in deliveries}
+        return gone
 
 
 def _deliver(deliveries: list[_Delivery]) -> None:
-    for stream, piece in deliveries:
-        stream.deliver(piece)
+    for reader, piece in deliveries:
+        reader.deliver(piece)

@@ -13,10 +13,11 @@ from concertina.v1 import generation_service_pb2 as pb
 from server.bundle import Bundle
 from server.config import EngineConfig
 from server.errors import InvalidRequest
+from server.events import Request
 from server.logit_rules import LONGEST_WORD, LogitRules
 from server.prompt import prompt_tokens
+from server.reader import NOTHING, Received
 from server.sampler import SamplingParameters
-from server.stream import Request
 
 _MAX_STOPS = 16
 _MAX_STOP_BYTES = 256
@@ -24,6 +25,9 @@ _MAX_WORDS = 128
 _MAX_BIAS = 100
 _MAX_PENALTY = 2
 _MAX_OUTPUTS = 128
+_MAX_KEY_BYTES = 128
+_MAX_LAST_IDS = 4096
+_MAX_KEEP_S = 24 * 3600
 _MAX_TOP_LOGPROBS = 20
 _MAX_SECONDS = 315_576_000_000  # what google.protobuf.Duration allows
 
@@ -39,6 +43,7 @@ def generate_request(
         prompt = prompt_tokens(bundle, request.prompt, room=1)
     else:
         prompt = np.array([bundle.manifest.vocabulary])
+    _check_keep(request)
     stopping, manifest, options = request.stopping, bundle.manifest, request.output
     left = bundle.context - (len(prompt) - 1)
     max_tokens = stopping.max_tokens if stopping.HasField("max_tokens") else left
@@ -72,6 +77,30 @@ def generate_request(
         replace(first, sampling=replace(first.sampling, output=output), prompt_logprobs=None)
         for output in range(1, outputs)
     )
+
+
+def resume_request(request: pb.ResumeRequest) -> tuple[Received, ...]:
+    """What was received of each output, by index. Raises InvalidRequest naming field and limit."""
+    received: dict[int, Received] = {}
+    for told in request.received:
+        if told.output >= _MAX_OUTPUTS or told.output in received:
+            raise InvalidRequest(
+                f"received names output {told.output}; each may be named once, up to "
+                f"{_MAX_OUTPUTS - 1}"
+            )
+        if len(told.last_ids) > min(_MAX_LAST_IDS, told.tokens):
+            raise InvalidRequest(
+                f"received.last_ids has {len(told.last_ids)} ids; it may have "
+                f"{min(_MAX_LAST_IDS, told.tokens)}"
+            )
+        received[told.output] = Received(
+            told.tokens,
+            told.characters,
+            told.prompt_logprobs,
+            told.ended,
+            tuple(told.last_ids),
+        )
+    return tuple(received.get(output, NOTHING) for output in range(max(received, default=-1) + 1))
 
 
 def score_request(bundle: Bundle, request: pb.ScoreRequest) -> Request:
@@ -224,3 +253,14 @@ def _time_limit(stopping: pb.StoppingCriteria) -> float | None:
             f"stopping.time_limit is {seconds} s; it must be above 0 and at most {_MAX_SECONDS}"
         )
     return seconds
+
+
+def _check_keep(request: pb.GenerateRequest) -> None:
+    keep = request.keep.seconds + request.keep.nanos / 1e9
+    if not 0 <= keep <= _MAX_KEEP_S:
+        raise InvalidRequest(f"keep is {keep} s; it must be between 0 and {_MAX_KEEP_S}")
+    size = len(request.idempotency_key.encode())
+    if size > _MAX_KEY_BYTES:
+        raise InvalidRequest(f"idempotency_key has {size} bytes; the limit is {_MAX_KEY_BYTES}")
+    if size and not keep:
+        raise InvalidRequest("idempotency_key needs keep: without it there is nothing to attach to")

@@ -1,159 +1,134 @@
-"""One stream: what was asked for, how far it is, and the buffer its reader takes from."""
+"""One output of a request, as the engine's thread sees it: how far it is, and what it has said."""
 
 from __future__ import annotations
 
-import asyncio
-import enum
 import time
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from array import array
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from server.cache import Parked
-from server.errors import RequestError
+from server.events import Backlog, Ending, Finish, FinishReason, Request
 from server.logit_rules import Memory
 from server.logprobs import TokenLogprobs
+from server.reader import Reader
 from server.runtime import Ints
-from server.sampler import SamplingParameters
 from server.text import TextStream
 
-_PROMPT_EVENT_TOKENS = 512  # of which one event tells the log-probabilities at most
 
+@dataclass(frozen=True)
+class Terms:
+    """Under which a request was accepted; the same for all its outputs.
 
-class FinishReason(enum.Enum):
-    """Why a stream ended well."""
+    origin: the serialised GenerateRequest, with its seed. accepted_at: in seconds of the Unix time.
+    """
 
-    END = "end"
-    STOP = "stop"
-    MAX_TOKENS = "max_tokens"
-    TIME_LIMIT = "time_limit"
+    stream_id: str
+    owner: str = ""
+    keep_s: float = 0.0
+    origin: bytes = b""
+    accepted_at: float = 0.0
 
 
 @dataclass(frozen=True)
-class Request:
-    """A validated request. `prompt[0]` is the start token; the others are the caller's tokens."""
+class Past:
+    """All that a stream has behind it. What else it holds while it runs follows from this.
 
-    prompt: Ints
-    sampling: SamplingParameters = field(default_factory=SamplingParameters)
-    max_tokens: int = 1
-    stop: tuple[str, ...] = ()
-    stop_tokens: frozenset[int] = frozenset()
-    include_stop: bool = False
-    min_tokens: int = 0
-    end_token: int | None = None
-    time_limit_s: float | None = None
-    complete_at: int | None = None
-    """Number of tokens, prompt included, that make the stream complete (an image)."""
-    score: bool = False
-    """Report how surprising the prompt is instead of generating."""
-    prompt_logprobs: int | None = None
-    """How many of the likeliest tokens are reported with each token of the prompt."""
-    stream_interval: int = 1
-    """Fewest tokens of a delta that is neither the first nor the last."""
+    generated: the tokens that were sent, or are to be. parked: the state after some of all its
+    tokens, None for the very first. finish: how it ended, None if it did not.
+    base_tokens, base_characters: how many there were when the session last went on after a pause.
+    """
 
-    @property
-    def predicts_prompt(self) -> bool:
-        """Whether the logits of the prompt's tokens are needed."""
-        return self.score or self.prompt_logprobs is not None
-
-    def is_unsent(self, token: int) -> bool:
-        """Whether the stream ends with this token and without sending it."""
-        return token == self.end_token or (token in self.stop_tokens and not self.include_stop)
-
-
-@dataclass(frozen=True)
-class Delta:
-    """Tokens that were generated one after the other, and the text they completed."""
-
-    first_position: int
-    tokens: tuple[int, ...]
-    text: str
-    logprobs: tuple[TokenLogprobs, ...] = ()
-    """One for each token, if they were asked for."""
-
-
-@dataclass(frozen=True)
-class PromptLogprobs:
-    """Tokens of the prompt, one after the other, and how likely they were."""
-
-    first_position: int
-    logprobs: tuple[TokenLogprobs, ...]
-
-
-@dataclass(frozen=True)
-class Finish:
-    """The end of a stream that went well; times in seconds since it was accepted."""
-
-    reason: FinishReason
-    stop: str | None
-    generated: int
-    queue_s: float
-    first_token_s: float
-    total_s: float
-    state_bytes: int
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Bits by which each token of the prompt surprised the model."""
-
-    bits: tuple[float, ...]
-
-
-Ending = Finish | Scored | RequestError
-Event = PromptLogprobs | Delta | Ending
-
-
-class Piece(NamedTuple):
-    """What one pass of the model adds to a stream's buffer."""
-
-    token: int | None = None
-    text: str = ""
-    logprobs: TokenLogprobs | None = None
-    prompt: Sequence[TokenLogprobs] = ()
-    ending: Ending | None = None
+    generated: array[int]
+    parked: Parked | None = None
+    finish: Finish | None = None
+    logprobs: Sequence[TokenLogprobs] = ()
+    base_tokens: int = 0
+    base_characters: int = 0
 
 
 class Stream:
-    """Shared by the engine's thread, which makes progress, and an event loop, which reads.
+    """Touched by the engine's thread alone, but for `reader`, which belongs to an event loop."""
 
-    The engine alone touches what is above the line, the loop alone what is below it; `deliver` is
-    called on the loop.
-    """
-
-    def __init__(
-        self,
-        stream_id: str,
-        request: Request,
-        loop: asyncio.AbstractEventLoop,
-        arrived: asyncio.Event | None = None,
-    ) -> None:
-        self.id = stream_id
+    def __init__(self, terms: Terms, request: Request, reader: Reader, past: Past) -> None:
+        self.terms = terms
         self.request = request
-        self.accepted_at = time.monotonic()
+        self.reader = reader
+        elapsed = time.time() - terms.accepted_at if terms.accepted_at else 0.0
+        self.accepted_at = time.monotonic() - elapsed
         self.started_at: float | None = None
         self.first_token_at: float | None = None
-        self.last_token = int(request.prompt[-1])
-        self.generated = 0
-        self.text = TextStream(request.stop, request.include_stop)
         self.memory: Memory | None = None
         self.bits: list[float] = []
-        self.parked: Parked | None = None
         self.paused = False
-        self.published = 0
-        self.ended = False
-        # ---- below: the event loop's
-        self.loop = loop
-        self.taken = 0
-        self._tokens: list[int] = []
-        self._texts: list[str] = []
-        self._logprobs: list[TokenLogprobs] = []
-        self._prompt: list[TokenLogprobs] = []
-        self._ending: Ending | None = None
-        self._arrived = arrived or asyncio.Event()  # outputs of one request share it
-        self._next_position = len(request.prompt) - 1
-        self._told = 0  # of the prompt's tokens
-        self.is_over = False
+        self.ended = reader.received.ended or past.finish is not None
+        self.ending: Ending | None = past.finish
+        self.base_tokens, self.base_characters = past.base_tokens, past.base_characters
+        self.history = array(past.generated.typecode)
+        self.said: list[TokenLogprobs] = []
+        self.prompt_said: list[TokenLogprobs] = []
+        self.text = TextStream(request.stop, request.include_stop)
+        self.parked = past.parked
+        # What is known of the future: tokens that were drawn once, whose state is lost.
+        self.forced = deque(self._revive(past))
+        self.generated = len(self.history)
+        self.last_token = int(self.history[-1] if self.history else request.prompt[-1])
+        if self.history:
+            self.first_token_at = self.accepted_at
+            self._say(self.history)
+        self.snapshot_at = 0 if past.parked is None else past.parked.pushed
+
+    def _revive(self, past: Past) -> Sequence[int]:
+        """Take over as much of the past as the state has seen; the tokens that come next, as far as
+        they are known."""
+        request, received = self.request, self.reader.received
+        told = len(request.prompt) - 1 if request.prompt_logprobs is not None else 0
+        if past.finish is None and received.prompt_logprobs < told:
+            self.parked = None  # they were lost: the prompt has to be pushed again
+        pushed = 0 if self.parked is None else self.parked.pushed
+        # The last token that a stream knows is pushed by the step that draws the next.
+        seen = max(0, pushed - (len(request.prompt) - 1))
+        if past.finish is not None:
+            seen = len(past.generated)
+        self.history = past.generated[:seen]
+        self.said = list(past.logprobs[:seen])
+        known = past.generated[seen:].tolist()
+        first = received.tokens + past.base_tokens - len(received.last_ids)
+        at = seen + len(known)
+        if first <= at < first + len(received.last_ids):
+            known += received.last_ids[at - first :]
+        return known
+
+    @property
+    def id(self) -> str:
+        """Name of the stream, which all outputs of a request share."""
+        return self.terms.stream_id
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the stream outlives its reader."""
+        return self.terms.keep_s > 0
+
+    @property
+    def past(self) -> Past:
+        """A copy of what it has behind it now, but for the state."""
+        finish = self.ending if isinstance(self.ending, Finish) else None
+        return Past(
+            self.history[:],
+            None,
+            finish,
+            tuple(self.said),
+            self.base_tokens,
+            self.base_characters,
+        )
+
+    @property
+    def backlog(self) -> Backlog:
+        """What a new reader may have missed."""
+        text = self._everything_said()[self.base_characters :]
+        since = self.base_tokens
+        return Backlog(self.history[since:], text, self.said[since:], tuple(self.prompt_said))
 
     @property
     def expires_at(self) -> float:
@@ -164,24 +139,27 @@ class Stream:
     @property
     def to_prefill(self) -> int:
         """Tokens of the prompt to push before the stream can join the batch."""
-        return 0 if self.parked is not None else len(self.request.prompt) - 1
+        pushed = 0 if self.parked is None else self.parked.pushed
+        return max(0, len(self.request.prompt) - 1 - pushed)
 
     def shares_prompt(self, other: Stream) -> bool:
         """Whether the state that `other` has after its prompt is what this one needs, and all."""
         mine = self.request
         together = self.id == other.id and mine.prompt is other.request.prompt
-        return together and not mine.predicts_prompt
+        return together and self.parked is None and not mine.predicts_prompt
 
     @property
     def unread(self) -> int:
         """Tokens that were published and not yet taken by the reader."""
-        return self.published - self.taken
+        return self.reader.unread
 
     def unpushed(self, pushed: int) -> Ints:
         """Prompt tokens that prefill still has to push; the last one is left to the first step."""
         return self.request.prompt[pushed:-1]
 
-    def accept_token(self, token: int, now: float) -> tuple[str, FinishReason | None]:
+    def accept_token(
+        self, token: int, now: float, logprobs: TokenLogprobs | None = None
+    ) -> tuple[str, FinishReason | None]:
         """Count a drawn token; the text it completes, and why the stream ends if it does."""
         request = self.request
         self.generated += 1
@@ -189,8 +167,13 @@ class Stream:
         if self.first_token_at is None:
             self.first_token_at = now
         text = ""
-        if request.complete_at is None and not request.is_unsent(token):
-            text = self.text.push(token, self.generated > request.min_tokens)
+        if not request.is_unsent(token):
+            if self.is_kept:
+                self.history.append(token)
+                if logprobs is not None:
+                    self.said.append(logprobs)
+            if request.complete_at is None:
+                text = self.text.push(token, self.generated > request.min_tokens)
         if token in request.stop_tokens or self.text.matched is not None:
             return text, FinishReason.STOP
         if token == request.end_token:
@@ -214,73 +197,19 @@ class Stream:
             state_bytes,
         )
 
-    def deliver(self, piece: Piece) -> None:
-        """Append to the buffer, and wake the reader if there is something for it.
+    def _say(self, tokens: array[int]) -> str:
+        """All text of the `tokens` that the stream begins with; the rest goes on behind it."""
+        if self.request.complete_at is not None:
+            return ""
+        return self.text.replay(bytes(tokens.tolist()))
 
-        On the event loop only.
-        """
-        if piece.token is not None:
-            self._tokens.append(piece.token)
-        if piece.text:
-            self._texts.append(piece.text)
-        if piece.logprobs is not None:
-            self._logprobs.append(piece.logprobs)
-        self._prompt += piece.prompt
-        if piece.ending is not None:
-            self._ending = piece.ending
-        if self._is_due or self._prompt:
-            self._arrived.set()
-
-    @property
-    def _is_due(self) -> bool:
-        """Whether the tokens in the buffer need not wait for more."""
-        enough = len(self._tokens) >= self.request.stream_interval
-        return enough or not self.taken or self._ending is not None
-
-    def take(self) -> Event | None:
-        """The next event, of everything there is, if one is due; the ending comes last."""
-        if self._prompt:
-            told = self._prompt[:_PROMPT_EVENT_TOKENS]
-            del self._prompt[:_PROMPT_EVENT_TOKENS]
-            self._told += len(told)
-            return PromptLogprobs(self._told - len(told), tuple(told))
-        if (self._tokens or self._texts) and self._is_due:
-            text, logprobs = "".join(self._texts), tuple(self._logprobs)
-            delta = Delta(self._next_position, tuple(self._tokens), text, logprobs)
-            self._next_position += len(self._tokens)
-            self.taken += len(self._tokens)
-            self._tokens, self._texts, self._logprobs = [], [], []
-            return delta
-        if self._ending is not None and not self.is_over:
-            self.is_over = True
-            return self._ending
-        return None
-
-    async def arrival(self) -> None:
-        """Wait until something came for this stream, or one that shares its arrivals."""
-        await self._arrived.wait()
-        self._arrived.clear()
-
-
-async def events(streams: Sequence[Stream]) -> AsyncIterator[tuple[Stream, Event]]:
-    """What happens to streams that share their arrivals: each in its order, fairly between them."""
-    while True:
-        while due := [(s, event) for s in streams if (event := s.take()) is not None]:
-            for stream, event in due:
-                yield stream, event
-        if all(stream.is_over for stream in streams):
-            return
-        await streams[0].arrival()
-
-
-def outcome(ending: Ending | None) -> str:
-    """One word for how a stream ended; None for one that its reader left."""
-    match ending:
-        case Finish(reason=reason):
-            return reason.value
-        case Scored():
-            return "scored"
-        case None:
-            return "cancelled"
-        case _:
-            return "error"
+    def _everything_said(self) -> str:
+        if self.request.complete_at is not None:
+            return ""
+        text = TextStream(self.request.stop, self.request.include_stop)
+        matched = self.ending.stop if isinstance(self.ending, Finish) else None
+        said = text.replay(bytes(self.history.tolist()), matched)
+        paused = isinstance(self.ending, Finish) and self.ending.reason is FinishReason.PAUSED
+        if self.ended and matched is None and not paused:
+            said += text.flush()
+        return said

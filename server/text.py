@@ -36,6 +36,19 @@ class TextStream:
         self._held = self._held[len(self._held) - keep :]
         return released
 
+    def replay(self, content: bytes, matched: str | None = None) -> str:
+        """Text that these tokens complete, as `push` would have given it, at the very beginning.
+
+        `matched` is the stop string that they end with, if one was met.
+        """
+        text = self._decoder.decode(content)
+        if matched is not None:
+            return text if self._include_stop else text.removesuffix(matched)
+        self._held = text
+        keep = self._possible_stop()
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
     def flush(self) -> str:
         """What is left when the stream ends; a torn character becomes U+FFFD."""
         released = self._held + self._decoder.decode(b"", final=True)

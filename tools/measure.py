@@ -26,10 +26,10 @@ import typer
 from server.bundle import load_bundle
 from server.config import EngineConfig
 from server.engine import Engine
+from server.events import Finish, Request
 from server.health import is_serving
 from server.ports import free_ports
 from server.sampler import SamplingParameters
-from server.stream import Finish, Request
 
 _STREAMS = (1, 8, 32)
 _START_LIMIT_S = 120.0

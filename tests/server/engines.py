@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from server.engine import Engine
+from server.events import Delta, Ending, Request
 from server.runtime import Floats, Ints
 from server.sampler import SamplingParameters
-from server.stream import Delta, Ending, Request, Stream
+from server.stream import Stream
 
 LIMIT_S = 60.0
 START = 256
@@ -69,7 +70,15 @@ async def until(condition: Callable[[], object], limit_s: float = LIMIT_S) -> No
 
 def is_empty(engine: Engine) -> bool:
     """Whether nothing of any stream is left."""
-    held = (engine._running, engine._waiting, engine._paused, engine._limited, engine._bench)
+    held = (
+        engine._running,
+        engine._waiting,
+        engine._paused,
+        engine._limited,
+        engine._bench,
+        engine._sessions,
+        engine._left,
+    )
     return not any((*held, engine._num_open, engine._cache.num_running, engine._inbox))
 
 

@@ -13,9 +13,9 @@ import pytest
 
 from server.bundle import Bundle
 from server.engine import Engine
+from server.events import Finish, FinishReason, Request, Scored
 from server.runtime import Floats, Ints
 from server.sampler import SamplingBatch, SamplingParameters, sample
-from server.stream import Finish, FinishReason, Request, Scored
 from tests.server.engines import LIMIT_S, Gate, Outcome, ask, change_logits, generate, script, until
 
 Start = Callable[..., Engine]

@@ -15,8 +15,8 @@ from server import engine as engine_module
 from server.bundle import Bundle
 from server.engine import Engine
 from server.errors import EngineStopped, StepFailed
+from server.events import Scored
 from server.runtime import Floats, Ints
-from server.stream import Scored
 from tests.server.engines import (
     LIMIT_S,
     Gate,

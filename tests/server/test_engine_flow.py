@@ -14,8 +14,9 @@ from server import stream as stream_module
 from server.bundle import Bundle
 from server.engine import Engine
 from server.errors import Overloaded
+from server.events import Delta, Finish, FinishReason
 from server.runtime import Floats, Ints
-from server.stream import Delta, Finish, FinishReason, Stream
+from server.stream import Stream
 from tests.server.engines import (
     LIMIT_S,
     Gate,

@@ -14,10 +14,11 @@ import pytest
 from server.bundle import Bundle
 from server.engine import Engine
 from server.errors import InvalidRequest, Overloaded, StepFailed
+from server.events import Delta, Finish, FinishReason, PromptLogprobs, Request
 from server.logit_rules import LogitRules
 from server.runtime import Floats, Ints
 from server.sampler import SamplingParameters, uniform
-from server.stream import Delta, Finish, FinishReason, PromptLogprobs, Request, Stream
+from server.stream import Stream
 from tests.server import plain_sampler
 from tests.server.engines import (
     LIMIT_S,
@@ -387,7 +388,7 @@ async def test_first_and_last_tokens_are_never_held_back(text: Bundle, start: St
         for _ in range(3):
             await gate.let_one("step")
         await asyncio.sleep(0.05)
-        assert stream.take() is None  # three wait for a fourth
+        assert stream.reader.take() is None  # three wait for a fourth
         await gate.let_one("step")
         sizes.append(len((await asyncio.wait_for(anext(events), LIMIT_S)).tokens))
         gate.let(2)

@@ -11,7 +11,7 @@ from server import metrics
 from server.bundle import Bundle
 from server.engine import Engine
 from server.errors import Overloaded
-from server.stream import Finish
+from server.events import Finish
 from tests.server.engines import Gate, ask, change_logits, generate, read, script, together, until
 
 Start = Callable[..., Engine]

@@ -5,13 +5,14 @@ import asyncio
 import numpy as np
 import pytest
 
+from server.events import Delta, Piece, Request
 from server.outbox import Outbox
-from server.stream import Delta, Piece, Request, Stream
+from server.reader import Reader
 
 
-async def test_a_loop_is_woken_once_for_all_its_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_loop_is_woken_once_for_all_its_readers(monkeypatch: pytest.MonkeyPatch) -> None:
     loop = asyncio.get_running_loop()
-    streams = [Stream(str(n), Request(np.array([256])), loop) for n in range(3)]
+    readers = [Reader(Request(np.array([256])), loop) for n in range(3)]
     wake, wakes = loop.call_soon_threadsafe, []
 
     def counted(*arguments: object) -> object:
@@ -21,22 +22,22 @@ async def test_a_loop_is_woken_once_for_all_its_streams(monkeypatch: pytest.Monk
     monkeypatch.setattr(loop, "call_soon_threadsafe", counted)
     outbox = Outbox()
     for token in range(4):
-        for stream in streams:
-            outbox.put(stream, Piece(token))
+        for reader in readers:
+            outbox.put(reader, Piece(token))
     assert outbox.publish() == set()
     assert len(wakes) == 1
-    assert streams[0].take() is None
+    assert readers[0].take() is None
     await asyncio.sleep(0)
-    assert [stream.take() for stream in streams] == [Delta(0, (0, 1, 2, 3), "")] * 3
+    assert [reader.take() for reader in readers] == [Delta(0, (0, 1, 2, 3), "")] * 3
     assert outbox.publish() == set()
     assert len(wakes) == 1
 
 
-async def test_streams_of_a_closed_loop_are_told_of() -> None:
+async def test_readers_of_a_closed_loop_are_told_of() -> None:
     gone = asyncio.new_event_loop()
     gone.close()
-    here = Stream("here", Request(np.array([256])), asyncio.get_running_loop())
-    lost = Stream("lost", Request(np.array([256])), gone)
+    here = Reader(Request(np.array([256])), asyncio.get_running_loop())
+    lost = Reader(Request(np.array([256])), gone)
     outbox = Outbox()
     outbox.put(lost, Piece(1))
     outbox.put(here, Piece(2))

@@ -11,11 +11,11 @@ from concertina.v1 import generation_service_pb2 as pb
 from server.bundle import Bundle
 from server.config import EngineConfig
 from server.errors import InvalidRequest
+from server.events import Request
 from server.logit_rules import LogitRules
 from server.request import generate_request as generate_requests
 from server.request import score_request
 from server.sampler import SamplingParameters
-from server.stream import Request
 
 CONFIG = EngineConfig(slots=4, queue_limit=6, stream_buffer=32)
 

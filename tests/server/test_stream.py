@@ -1,39 +1,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from array import array
 
 import numpy as np
 import pytest
 
-from server.logprobs import TokenLogprobs
-from server.stream import (
-    Delta,
-    Event,
-    Finish,
-    FinishReason,
-    Piece,
-    PromptLogprobs,
-    Request,
-    Stream,
-    events,
-)
+from server.cache import Parked
+from server.events import Finish, FinishReason, Request
+from server.reader import Reader, Received
+from server.stream import Past, Stream, Terms
 
-LIMIT_S = 10
+KEPT = Terms("s", keep_s=60.0)
 
 
-async def _stream(**fields: object) -> Stream:
+async def _stream(
+    past: Past | None = None, received: Received | None = None, **fields: object
+) -> Stream:
     request = Request(np.array([256, 7, 8]), **{"max_tokens": 50, **fields})  # type: ignore[arg-type]
-    return Stream("s", request, asyncio.get_running_loop())
-
-
-async def _events(stream: Stream) -> AsyncIterator[Event]:
-    async for _, event in events([stream]):
-        yield event
-
-
-def _finish(stream: Stream) -> Finish:
-    return stream.finish(FinishReason.END, 0, stream.accepted_at)
+    reader = Reader(request, asyncio.get_running_loop(), received=received or Received())
+    return Stream(KEPT, request, reader, past or Past(array("B")))
 
 
 @pytest.mark.parametrize(
@@ -99,111 +85,77 @@ async def test_times_count_from_acceptance() -> None:
     assert (late.generated, late.state_bytes, late.stop) == (2, 77, None)
 
 
-async def test_a_reader_takes_all_there_is_at_once() -> None:
-    stream = await _stream()
-    stream.published = 3
-    stream.deliver(Piece(65, "A"))
-    stream.deliver(Piece(0xC3))
-    events = _events(stream)
-    assert await anext(events) == Delta(2, (65, 0xC3), "A")
-    assert stream.unread == 1
-    stream.deliver(Piece(0xA9, "é"))
-    ending = _finish(stream)
-    stream.deliver(Piece(ending=ending))
-    assert [event async for event in events] == [Delta(4, (0xA9,), "é"), ending]
-    assert stream.unread == 0
+def _past(tokens: bytes, pushed: int, **fields: object) -> Past:
+    """Of a stream that generated `tokens`, and whose state has seen `pushed` tokens."""
+    return Past(array("B", tokens), Parked({}, pushed), **fields)  # type: ignore[arg-type]
+
+
+async def test_what_a_revived_stream_holds_follows_from_its_tokens() -> None:
+    lived = await _stream(stop=("de!",))
+    for token in "abcdé".encode()[:-1]:
+        lived.accept_token(token, 1.0)
+    revived = await _stream(_past(bytes(lived.history), pushed=2 + 5), stop=("de!",))
+    assert (
+        (revived.generated, revived.last_token) == (lived.generated, lived.last_token) == (5, 0xC3)
+    )
+    assert revived.history == lived.history
+    assert not revived.forced
+    for token in ("é".encode()[-1], *b"de!"):
+        assert revived.accept_token(token, 2.0) == lived.accept_token(token, 2.0)
+    assert revived.text.matched == "de!"
+
+
+@pytest.mark.parametrize("pushed", [0, 1, 2, 3, 4, 5])
+async def test_tokens_whose_state_is_lost_are_drawn_again_as_they_were(pushed: int) -> None:
+    parked = Parked({}, pushed) if pushed else None
+    stream = await _stream(Past(array("B", b"abc"), parked))
+    seen = max(0, pushed - 2)
+    assert bytes(stream.history) == b"abc"[:seen]
+    assert bytes(stream.forced) == b"abc"[seen:]
+    assert stream.last_token == (b"abc"[seen - 1] if seen else 8)
+    assert stream.to_prefill == max(0, 2 - pushed)
 
 
 @pytest.mark.parametrize(
-    ("token", "text", "expected"),
+    ("received", "forced"),
     [
-        (66, "B", [Delta(3, (66,), "B")]),
-        (None, "held back", [Delta(3, (), "held back")]),
-        (None, "", []),
+        (Received(tokens=6, last_ids=tuple(b"cdef")), b"cdef"),
+        (Received(tokens=6, last_ids=tuple(b"abcdef")), b"cdef"),
+        (Received(tokens=6, last_ids=tuple(b"ef")), b""),  # nobody knows what stands between
+        (Received(tokens=2, last_ids=tuple(b"ab")), b""),
+        (Received(tokens=5), b""),
     ],
 )
-async def test_nothing_that_comes_with_the_ending_is_lost(
-    token: int | None, text: str, expected: list[Event]
+async def test_a_reader_knows_what_follows_a_snapshot(received: Received, forced: bytes) -> None:
+    stream = await _stream(_past(b"ab", pushed=4), received)
+    assert bytes(stream.forced) == forced
+
+
+async def test_lost_logprobs_of_the_prompt_are_made_again() -> None:
+    told = Received(prompt_logprobs=1)
+    stream = await _stream(_past(b"ab", pushed=4), told, prompt_logprobs=0)
+    assert stream.parked is None
+    assert stream.to_prefill == 2
+    assert bytes(stream.forced) == b"ab"
+    complete = await _stream(_past(b"ab", pushed=4), Received(prompt_logprobs=2), prompt_logprobs=0)
+    assert complete.parked is not None
+
+
+@pytest.mark.parametrize(
+    ("fields", "tokens", "reason", "stop", "text"),
+    [
+        ({}, "aé".encode()[:-1], FinishReason.MAX_TOKENS, None, "a\ufffd"),
+        ({}, "aé".encode()[:-1], FinishReason.PAUSED, None, "a"),
+        ({"stop": ("bc",)}, b"abc", FinishReason.STOP, "bc", "a"),
+        ({"stop": ("bc",), "include_stop": True}, b"abc", FinishReason.STOP, "bc", "abc"),
+        ({"stop": ("bcd",)}, b"abc", FinishReason.MAX_TOKENS, None, "abc"),
+        ({"stop": ("bcd",)}, b"abc", FinishReason.PAUSED, None, "a"),
+    ],
+)
+async def test_the_backlog_of_a_stream_that_ended_is_all_that_was_said(
+    fields: dict[str, object], tokens: bytes, reason: FinishReason, stop: str | None, text: str
 ) -> None:
-    """Even when it comes while the reader is busy with what was there before."""
-    stream = await _stream()
-    stream.deliver(Piece(65, "A"))
-    events = _events(stream)
-    assert await anext(events) == Delta(2, (65,), "A")
-    stream.deliver(Piece(token, text))
-    ending = _finish(stream)
-    stream.deliver(Piece(ending=ending))
-    async with asyncio.timeout(LIMIT_S):
-        assert [event async for event in events] == [*expected, ending]
-
-
-async def test_tokens_wait_for_an_interval_but_not_the_first_nor_the_last() -> None:
-    stream = await _stream(stream_interval=3)
-    taken: list[Event | None] = []
-    for token in range(65, 72):
-        stream.deliver(Piece(token, chr(token)))
-        taken.append(stream.take())
-    ending = _finish(stream)
-    stream.deliver(Piece(72, "H"))
-    stream.deliver(Piece(ending=ending))
-    taken += [stream.take(), stream.take(), stream.take()]
-    assert taken == [
-        Delta(2, (65,), "A"),
-        None,
-        None,
-        Delta(3, (66, 67, 68), "BCD"),
-        None,
-        None,
-        Delta(6, (69, 70, 71), "EFG"),
-        Delta(9, (72,), "H"),
-        ending,
-        None,
-    ]
-
-
-async def test_a_reader_is_not_woken_for_what_it_may_not_take() -> None:
-    stream = await _stream(stream_interval=2)
-    stream.deliver(Piece(65))
-    await asyncio.wait_for(stream.arrival(), LIMIT_S)
-    assert stream.take() == Delta(2, (65,), "")
-    stream.deliver(Piece(66))
-    with pytest.raises(TimeoutError):
-        await asyncio.wait_for(stream.arrival(), 0.01)
-
-
-async def test_the_prompt_is_told_first_and_in_pieces_of_bounded_size() -> None:
-    stream = await _stream()
-    told = [TokenLogprobs(-float(n), (), ()) for n in range(1500)]
-    stream.deliver(Piece(prompt=told[:700]))
-    stream.deliver(Piece(prompt=told[700:]))
-    stream.deliver(Piece(65, "A", told[0]))
-    events = [event for event in iter(stream.take, None)]
-    assert events.pop() == Delta(2, (65,), "A", (told[0],))
-    assert all(isinstance(event, PromptLogprobs) for event in events)
-    assert [event.first_position for event in events] == [0, 512, 1024]
-    assert [one for event in events for one in event.logprobs] == told
-
-
-async def test_streams_that_share_their_arrivals_take_turns() -> None:
-    loop, arrived = asyncio.get_running_loop(), asyncio.Event()
-    request = Request(np.array([256]), max_tokens=50)
-    one, other = (Stream("s", request, loop, arrived) for _ in range(2))
-    ending = _finish(one)
-    for token in (1, 2):
-        one.deliver(Piece(token))
-        other.deliver(Piece(10 + token))
-    seen: list[tuple[bool, Event]] = []
-    async with asyncio.timeout(LIMIT_S):
-        async for stream, event in events([one, other]):
-            seen.append((stream is one, event))
-            if event == Delta(0, (1, 2), ""):  # more for the first, while the second waits
-                one.deliver(Piece(3, ending=ending))
-            if event == Delta(0, (11, 12), ""):
-                other.deliver(Piece(ending=ending))
-    assert seen == [
-        (True, Delta(0, (1, 2), "")),
-        (False, Delta(0, (11, 12), "")),
-        (True, Delta(2, (3,), "")),
-        (False, ending),
-        (True, ending),
-    ]
+    finish = Finish(reason, stop, len(tokens), 0, 0, 0, 0)
+    stream = await _stream(_past(tokens, 2 + len(tokens), finish=finish), **fields)
+    assert stream.ended
+    assert (bytes(stream.backlog.tokens), stream.backlog.text) == (tokens, text)

@@ -13,9 +13,10 @@ from server.bundle import Bundle, load_bundle
 from server.cache import Cache, Parked
 from server.config import EngineConfig
 from server.engine import Engine
+from server.events import Delta, Request
 from server.runtime import Runtime, State
 from server.sampler import SamplingParameters
-from server.stream import Delta, Request, Stream
+from server.stream import Stream
 
 _FILLER = np.float32(0.01)
 

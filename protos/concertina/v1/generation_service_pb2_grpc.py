@@ -40,6 +40,11 @@ class GenerationServiceStub:
                 request_serializer=concertina_dot_v1_dot_generation__service__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=concertina_dot_v1_dot_generation__service__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.Resume = channel.unary_stream(
+                '/concertina.v1.GenerationService/Resume',
+                request_serializer=concertina_dot_v1_dot_generation__service__pb2.ResumeRequest.SerializeToString,
+                response_deserializer=concertina_dot_v1_dot_generation__service__pb2.GenerateResponse.FromString,
+                _registered_method=True)
         self.Score = channel.unary_unary(
                 '/concertina.v1.GenerationService/Score',
                 request_serializer=concertina_dot_v1_dot_generation__service__pb2.ScoreRequest.SerializeToString,
@@ -56,6 +61,18 @@ class GenerationServiceServicer:
         `accepted`; the last of every output is `finished` or `error`. A stream in which an output lacks
         one of these two was cut, whatever its status says. A refused request ends by status; when the
         same request may succeed later, an `error` that says when is sent before.
+        buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Resume(self, request, context):
+        """Goes on with a stream whose reader lost it, on any replica: nothing is missing and nothing comes
+        twice. Only for streams that were asked to `keep`. Where the state of the stream is held by
+        another replica, it goes on from its last snapshot.
+        buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+        buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -74,6 +91,11 @@ def add_GenerationServiceServicer_to_server(servicer, server):
             'Generate': grpc.unary_stream_rpc_method_handler(
                     servicer.Generate,
                     request_deserializer=concertina_dot_v1_dot_generation__service__pb2.GenerateRequest.FromString,
+                    response_serializer=concertina_dot_v1_dot_generation__service__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Resume': grpc.unary_stream_rpc_method_handler(
+                    servicer.Resume,
+                    request_deserializer=concertina_dot_v1_dot_generation__service__pb2.ResumeRequest.FromString,
                     response_serializer=concertina_dot_v1_dot_generation__service__pb2.GenerateResponse.SerializeToString,
             ),
             'Score': grpc.unary_unary_rpc_method_handler(
@@ -109,6 +131,33 @@ class GenerationService:
             target,
             '/concertina.v1.GenerationService/Generate',
             concertina_dot_v1_dot_generation__service__pb2.GenerateRequest.SerializeToString,
+            concertina_dot_v1_dot_generation__service__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/concertina.v1.GenerationService/Resume',
+            concertina_dot_v1_dot_generation__service__pb2.ResumeRequest.SerializeToString,
             concertina_dot_v1_dot_generation__service__pb2.GenerateResponse.FromString,
             options,
             channel_credentials,

@@ -1,0 +1,275 @@
+"""Streams by name, wherever they are: in an engine of this process, or in the store."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import secrets
+import time
+from base64 import urlsafe_b64encode
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from concertina.v1 import generation_service_pb2 as pb
+from server import metrics
+from server.engine import Engine
+from server.errors import (
+    EngineStopped,
+    InvalidRequest,
+    SnapshotRefused,
+    StorageFailed,
+    UnknownModel,
+    UnknownSession,
+)
+from server.events import Request
+from server.reader import NOTHING, Reader, Received
+from server.request import generate_request
+from server.session import Session
+from server.snapshots import Keeper, Stored, past_from
+from server.stream import Past, Terms
+
+_log = logging.getLogger(__name__)
+_NAME_BYTES = 16
+_FLUSH_S = 30.0
+
+
+@dataclass(frozen=True)
+class Following:
+    """A session and those who follow it from here on."""
+
+    engine: Engine
+    session: Session
+    readers: tuple[Reader, ...]
+
+
+async def hand_over(engines: Iterable[Engine], keeper: Keeper | None) -> None:
+    """Have everything stored that can go on elsewhere, and send its readers there."""
+    if keeper is None or not keeper.is_durable:
+        return
+    for engine in engines:
+        with suppress(EngineStopped):
+            await engine.hand_over()
+    await asyncio.to_thread(keeper.flush, _FLUSH_S)
+
+
+class Sessions:
+    """Opens, finds and revives the sessions of the engines of a process."""
+
+    def __init__(self, engines: Mapping[str, Engine], keeper: Keeper | None) -> None:
+        self.engines = engines
+        self.keeper = keeper
+        self._secret = keeper.secret if keeper else secrets.token_bytes(32)
+
+    def is_durable(self, session: Session) -> bool:
+        """Whether it survives this process."""
+        return self.keeper is not None and self.keeper.is_durable and session.terms.keep_s > 0
+
+    async def start(self, engine: Engine, request: pb.GenerateRequest, owner: str) -> Following:
+        """Begin a stream; or follow the one that an earlier request with this key began.
+
+        Raises RequestError.
+        """
+        requests = generate_request(engine.bundle, request, engine.config)
+        keep_s = request.keep.seconds + request.keep.nanos / 1e9
+        if not request.idempotency_key:
+            stream_id = secrets.token_urlsafe(_NAME_BYTES)
+        else:
+            stream_id = self._name(owner, request.idempotency_key)
+            if await self._stored_or_held(stream_id, owner):
+                found = await self.follow(stream_id, owner, [NOTHING] * len(requests))
+                _check_same(request, found.session.terms.origin)
+                return found
+        terms = Terms(stream_id, owner, keep_s, origin(request, requests[0]), time.time())
+        session = engine.open(terms, requests)
+        return await self._begun(engine, session)
+
+    async def _begun(self, engine: Engine, session: Session) -> Following:
+        """A session that was just opened, once it is in the store if it shall outlive us."""
+        following = Following(engine, session, session.readers)
+        if self.keeper is None or not session.terms.keep_s:
+            return following
+        try:
+            await asyncio.to_thread(self.keeper.begin, engine.bundle, session.terms)
+        except OSError as error:
+            await engine.forget(session)
+            _log.exception("a stream could not be stored")
+            raise StorageFailed(
+                "the stream cannot be stored, so it would not survive: try again later, or ask "
+                "without keep"
+            ) from error
+        except BaseException:
+            engine.leave(session, following.readers)
+            raise
+        return following
+
+    async def follow(self, stream_id: str, owner: str, received: Sequence[Received]) -> Following:
+        """The rest of a stream behind what was `received` of its outputs.
+
+        Raises UnknownSession, SnapshotRefused, InvalidRequest, Overloaded, EngineStopped.
+        """
+        if (held := self.held(stream_id, owner)) is None:
+            stored = await self._load(stream_id, owner)
+            held = self.held(stream_id, owner)  # somebody may have been faster
+            if held is None:
+                return await self._revive(stored, received)
+        engine, session = held
+        received = padded(received, len(session.streams))
+        readers = await engine.attach(session, received)
+        metrics.RESUMED.labels(engine.bundle.name, "memory").inc()
+        return Following(engine, session, readers)
+
+    def held(self, stream_id: str, owner: str) -> tuple[Engine, Session] | None:
+        """The session, if an engine of this process has it."""
+        for engine in self.engines.values():
+            if (session := engine.find(stream_id, owner)) is not None:
+                return engine, session
+        return None
+
+    async def at_rest(self, stream_id: str, owner: str) -> tuple[Engine, Session]:
+        """A session, brought here from the store if no engine of this process has it.
+
+        One that was running elsewhere goes on here. Raises as `follow` does.
+        """
+        if (held := self.held(stream_id, owner)) is not None:
+            return held
+        following = await self.follow(stream_id, owner, ())
+        following.engine.leave(following.session, following.readers)
+        return following.engine, following.session
+
+    async def adopt(self, stored: Stored, stream_id: str) -> tuple[Engine, Session]:
+        """A session made of a snapshot, under another name. Raises as `follow` does."""
+        stored.header.stream_id = stream_id
+        following = await self._revive(stored, ())
+        if self.keeper is not None:
+            await self._begun(following.engine, following.session)
+            self.store(following.engine, following.session)
+        following.engine.leave(following.session, following.readers)
+        return following.engine, following.session
+
+    async def reopen(
+        self, engine: Engine, terms: Terms, requests: Sequence[Request], pasts: Sequence[Past]
+    ) -> Following:
+        """A session that goes on behind `pasts`. Raises Overloaded, StorageFailed."""
+        return await self._begun(engine, engine.open(terms, requests, pasts))
+
+    async def stored(self, owner: str) -> list[str]:
+        """Names of the caller's streams in the store. Raises StorageFailed."""
+        if self.keeper is None:
+            return []
+        try:
+            return await asyncio.to_thread(self.keeper.streams, owner)
+        except OSError:
+            _log.exception("the store cannot be listed")
+            raise StorageFailed("the snapshots cannot be listed: try again later") from None
+
+    def store(self, engine: Engine, session: Session) -> None:
+        """Have a session written that rests."""
+        if self.keeper is not None and session.terms.keep_s:
+            for output, past in enumerate(session.pasts):
+                self.keeper.offer(engine.bundle, session.terms, output, past)
+
+    async def delete(self, stream_id: str, owner: str) -> None:
+        """End a stream, if it is there, and forget it. Raises StorageFailed, EngineStopped."""
+        if (held := self.held(stream_id, owner)) is not None:
+            engine, session = held
+            await engine.forget(session)
+        if self.keeper is not None:
+            try:
+                await asyncio.to_thread(self.keeper.forget, Terms(stream_id, owner))
+            except FileNotFoundError:
+                pass
+            except OSError:
+                _log.exception("a stream could not be deleted")
+                raise StorageFailed("the snapshots cannot be deleted: try again later") from None
+
+    async def _stored_or_held(self, stream_id: str, owner: str) -> bool:
+        if self.held(stream_id, owner) is not None:
+            return True
+        try:
+            await self._load(stream_id, owner)
+        except UnknownSession:
+            return False
+        return True
+
+    async def _load(self, stream_id: str, owner: str) -> Stored:
+        stored = None
+        if self.keeper is not None:
+            try:
+                stored = await asyncio.to_thread(self.keeper.load, owner, stream_id)
+            except OSError:
+                _log.exception("a snapshot could not be read")
+                raise StorageFailed("the snapshots cannot be read: try again later") from None
+        if stored is None:
+            raise UnknownSession(
+                f"stream {stream_id[:64]!r} is not known: it was never asked to be kept, or it is "
+                "over and was kept long enough"
+            )
+        return stored
+
+    async def _revive(self, stored: Stored, received: Sequence[Received]) -> Following:
+        header, request = stored.header, stored.snapshot.request
+        engine = self.engines.get(header.model)
+        if engine is None:
+            raise UnknownModel(f"the stream is of model {header.model!r}, not served here")
+        if header.fingerprint != engine.bundle.manifest.fingerprint:
+            raise SnapshotRefused(
+                f"the snapshot is of another bundle of {header.model!r}: its fingerprint is "
+                f"{header.fingerprint[:16]}, the one served has "
+                f"{engine.bundle.manifest.fingerprint[:16]}"
+            )
+        requests = generate_request(engine.bundle, request, engine.config)
+        empty = engine.empty_past
+        pasts = [empty] * len(requests)
+        for told in stored.snapshot.outputs:
+            if told.output < len(pasts):
+                pasts[told.output] = past_from(engine.bundle, told)
+        terms = Terms(
+            header.stream_id,
+            header.owner,
+            header.keep_seconds,
+            request.SerializeToString(),
+            header.accepted.ToNanoseconds() / 1e9,
+        )
+        received = padded(received, len(requests))
+        session = engine.open(terms, requests, pasts, received)
+        metrics.RESUMED.labels(engine.bundle.name, "store").inc()
+        return Following(engine, session, session.readers)
+
+    def _name(self, owner: str, key: str) -> str:
+        """The name of the stream of an idempotency key; nobody can guess it without our secret."""
+        said = f"{len(owner)}:{owner}{key}".encode()
+        digest = hmac.new(self._secret, said, hashlib.sha256).digest()[:_NAME_BYTES]
+        return urlsafe_b64encode(digest).decode().rstrip("=")
+
+
+def origin(request: pb.GenerateRequest, first: Request) -> bytes:
+    """The request as it is stored: with the seed that was drawn for it."""
+    kept = pb.GenerateRequest()
+    kept.CopyFrom(request)
+    kept.sampling.seed = first.sampling.seed
+    return kept.SerializeToString(deterministic=True)
+
+
+def padded(received: Sequence[Received], outputs: int) -> list[Received]:
+    """What was received of every output. Raises InvalidRequest where there are too many."""
+    if len(received) > outputs:
+        raise InvalidRequest(
+            f"received names output {len(received) - 1}, the stream has outputs 0 to {outputs - 1}"
+        )
+    return [*received, *[NOTHING] * (outputs - len(received))]
+
+
+def _check_same(request: pb.GenerateRequest, stored: bytes) -> None:
+    """That a request with a key that was used before is the same request."""
+    first = pb.GenerateRequest.FromString(stored)
+    again = pb.GenerateRequest()
+    again.CopyFrom(request)
+    if not again.sampling.HasField("seed"):
+        again.sampling.seed = first.sampling.seed
+    if again.SerializeToString(deterministic=True) != first.SerializeToString(deterministic=True):
+        raise InvalidRequest(
+            "idempotency_key was used for another request: use a new key for each request"
+        )

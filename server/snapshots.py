@@ -1,0 +1,258 @@
+"""Snapshots of streams: what is in them, and how they are written and read.
+
+Of a stream lie in the store its `origin`, written before it is accepted, and the latest snapshot
+of each output. What is asked for while a write is under way replaces what waits: an output has
+never more than one snapshot waiting.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from concertina.resources import ELEMENT_BYTES
+from concertina.v1 import bundle_pb2
+from concertina.v1 import snapshot_pb2 as pb
+from server import metrics
+from server.bundle import Bundle
+from server.cache import Parked
+from server.config import ConfigError
+from server.errors import SnapshotRefused
+from server.logprobs import TokenLogprobs
+from server.seal import KEY_VARIABLE, VERSION, Sealer, refuse_expired
+from server.store import Store
+from server.stream import Past, Terms
+from server.wire import finish_from, finished_message, logprobs_messages
+
+_log = logging.getLogger(__name__)
+_ORIGIN = "origin"
+_SWEEP_S = 60.0
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A stream as it lay in the store."""
+
+    header: pb.SnapshotHeader
+    snapshot: pb.Snapshot
+
+
+def open_keeper(uri: str, ttl_s: float) -> Keeper | None:
+    """The keeper of the store at `uri`; None for an empty one.
+
+    Raises ConfigError: for a store that others reach, the environment has to hold a key.
+    """
+    if not uri:
+        return None
+    store, sealer = Store(uri), Sealer.from_environment()
+    if sealer is None:
+        if store.is_shared:
+            raise ConfigError(
+                f"snapshots is {uri!r}, and {KEY_VARIABLE} is not set: snapshots hold what users "
+                "wrote, and are sealed; make a key with: openssl rand -base64 32"
+            )
+        sealer = Sealer.for_this_process()
+    return Keeper(store, sealer, ttl_s)
+
+
+class Keeper:
+    """Writes snapshots on a thread of its own."""
+
+    def __init__(self, store: Store, sealer: Sealer, ttl_s: float) -> None:
+        self._store = store
+        self._sealer = sealer
+        self._ttl_s = ttl_s
+        self._waiting: dict[tuple[str, int], tuple[Bundle, Terms, int, Past]] = {}
+        self._changed = threading.Condition()
+        self._busy = False
+        self._closing = False
+        self._swept_at = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="snapshots", daemon=True)
+        self._thread.start()
+
+    @property
+    def secret(self) -> bytes:
+        """Known to all servers that share the store, and to nobody else."""
+        return self._sealer.secret
+
+    @property
+    def is_durable(self) -> bool:
+        """Whether what is kept outlives this process."""
+        return self._store.is_shared
+
+    def offer(self, bundle: Bundle, terms: Terms, output: int, past: Past) -> None:
+        """Store what an output has behind it, soon."""
+        with self._changed:
+            self._waiting[terms.stream_id, output] = (bundle, terms, output, past)
+            self._changed.notify_all()
+
+    def begin(self, bundle: Bundle, terms: Terms) -> None:
+        """Store that a stream was asked for. Raises OSError."""
+        self._put(bundle, terms, _ORIGIN, ())
+
+    def forget(self, terms: Terms) -> None:
+        """Drop all that is stored of a stream, and what waits. Raises OSError."""
+        with self._changed:
+            for key in [key for key in self._waiting if key[0] == terms.stream_id]:
+                del self._waiting[key]
+            self._changed.wait_for(lambda: not self._busy)
+        self._store.delete(terms.owner, terms.stream_id)
+
+    def load(self, owner: str, stream_id: str) -> Stored | None:
+        """The caller's stream of that name. Raises SnapshotRefused, OSError."""
+        sealed = self._store.get(owner, stream_id).values()
+        opened = [self._sealer.open(part, owner) for part in sealed]
+        if not opened:
+            return None
+        header, newest = max(opened, key=lambda part: part[0].expires.ToNanoseconds())
+        if any(part.stream_id != stream_id for part, _ in opened):
+            raise SnapshotRefused(f"what is stored of stream {stream_id} is of another stream")
+        refuse_expired(header)
+        outputs = [output for _, part in opened for output in part.outputs]
+        return Stored(header, pb.Snapshot(request=newest.request, outputs=outputs))
+
+    def streams(self, owner: str) -> list[str]:
+        """Names of the caller's streams of which something is stored. Raises OSError."""
+        return self._store.streams(owner)
+
+    def export(self, bundle: Bundle, terms: Terms, pasts: Sequence[Past]) -> bytes:
+        """A whole stream, sealed."""
+        outputs = [output_snapshot(output, past) for output, past in enumerate(pasts)]
+        return self._sealed(bundle, terms, outputs)
+
+    def import_(self, sealed: bytes, owner: str) -> Stored:
+        """A stream that was exported. Raises SnapshotRefused."""
+        header, snapshot = self._sealer.open(sealed, owner)
+        refuse_expired(header)
+        return Stored(header, snapshot)
+
+    def flush(self, limit_s: float) -> bool:
+        """Wait until everything is written; whether it was."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._waiting and not self._busy, limit_s)
+
+    def close(self, limit_s: float) -> None:
+        """Write what waits, and stop."""
+        self.flush(limit_s)
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join(limit_s)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._busy = False
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._waiting or self._closing, _SWEEP_S)
+                if self._closing:
+                    return
+                key = next(iter(self._waiting), None)
+                job = self._waiting.pop(key) if key is not None else None
+                self._busy = True
+            try:
+                if job is not None:
+                    self._write(*job)
+                if time.monotonic() - self._swept_at > _SWEEP_S:
+                    self._swept_at = time.monotonic()
+                    self._store.sweep(self._ttl_s)
+            except Exception:
+                metrics.SNAPSHOT_FAILURES.inc()
+                _log.exception("a snapshot could not be stored")
+
+    def _write(self, bundle: Bundle, terms: Terms, output: int, past: Past) -> None:
+        began = time.perf_counter()
+        size = self._put(bundle, terms, str(output), [output_snapshot(output, past)])
+        metrics.SNAPSHOT_TIME.observe(time.perf_counter() - began)
+        metrics.SNAPSHOT_BYTES.inc(size)
+
+    def _put(
+        self, bundle: Bundle, terms: Terms, name: str, outputs: Sequence[pb.OutputSnapshot]
+    ) -> int:
+        sealed = self._sealed(bundle, terms, outputs)
+        self._store.put(terms.owner, terms.stream_id, name, sealed)
+        return len(sealed)
+
+    def _sealed(self, bundle: Bundle, terms: Terms, outputs: Sequence[pb.OutputSnapshot]) -> bytes:
+        header = pb.SnapshotHeader(
+            version=VERSION,
+            stream_id=terms.stream_id,
+            owner=terms.owner,
+            model=bundle.name,
+            fingerprint=bundle.manifest.fingerprint,
+            accepted=_timestamp(terms.accepted_at),
+            expires=_timestamp(time.time() + self._ttl_s),
+            keep_seconds=terms.keep_s,
+        )
+        snapshot = pb.Snapshot(outputs=outputs)
+        snapshot.request.ParseFromString(terms.origin)
+        return self._sealer.seal(header, snapshot)
+
+
+def output_snapshot(output: int, past: Past) -> pb.OutputSnapshot:
+    """What an output has behind it, as it is stored."""
+    tokens = np.array(past.generated)
+    told = pb.OutputSnapshot(
+        output=output,
+        generated=tokens.astype(tokens.dtype.newbyteorder("<")).tobytes(),
+        logprobs=logprobs_messages(past.logprobs),
+        base_tokens=past.base_tokens,
+        base_characters=past.base_characters,
+    )
+    if past.parked is not None:
+        told.pushed = past.parked.pushed
+        for name, values in past.parked.state.items():
+            told.state[name] = values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes()
+    if past.finish is not None:
+        told.finished.CopyFrom(finished_message(past.finish, 0))
+    return told
+
+
+def past_from(bundle: Bundle, told: pb.OutputSnapshot) -> Past:
+    """What an output of `bundle` had behind it. Raises SnapshotRefused where it does not fit."""
+    width = array(bundle.typecode).itemsize
+    if len(told.generated) % width:
+        raise SnapshotRefused("the snapshot's tokens are torn")
+    generated = array(bundle.typecode)
+    generated.extend(np.frombuffer(told.generated, f"<u{width}").tolist())
+    if any(token >= bundle.manifest.vocabulary for token in set(generated)):
+        raise SnapshotRefused("the snapshot has a token beyond the model's vocabulary")
+    return Past(
+        generated,
+        _parked(bundle, told) if told.pushed else None,
+        finish_from(told.finished) if told.HasField("finished") else None,
+        [TokenLogprobs(t.logprob, tuple(t.top_ids), tuple(t.top_logprobs)) for t in told.logprobs],
+        told.base_tokens,
+        told.base_characters,
+    )
+
+
+def _parked(bundle: Bundle, told: pb.OutputSnapshot) -> Parked:
+    pushed = told.pushed
+    if pushed > bundle.context:
+        raise SnapshotRefused(f"the snapshot is at token {pushed} of {bundle.context}")
+    state = {}
+    for tensor in bundle.manifest.state:
+        shape = list(tensor.shape)
+        if tensor.kind == bundle_pb2.STATE_KIND_STACK:
+            shape[1] = int(bundle.entries(pushed))
+        elif tensor.kind == bundle_pb2.STATE_KIND_HISTORY:
+            shape[0] = pushed
+        values = np.frombuffer(told.state[tensor.name], f"<f{ELEMENT_BYTES[tensor.data_type]}")
+        if values.size != np.prod(shape, dtype=np.int64):
+            raise SnapshotRefused(f"the snapshot's state {tensor.name} has the wrong size")
+        state[tensor.name] = values.reshape(shape)
+    return Parked(state, pushed)
+
+
+def _timestamp(seconds: float) -> Timestamp:
+    timestamp = Timestamp()
+    timestamp.FromNanoseconds(int(seconds * 1e9))
+    return timestamp

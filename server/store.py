@@ -1,0 +1,95 @@
+"""Where snapshots lie: a folder per owner and stream, behind a URI that fsspec understands."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import time
+from contextlib import suppress
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import get_protocol
+
+from server.config import ConfigError
+
+
+class Store:
+    """Reads and writes whole snapshots by name; what is read is an old one or a new one, whole.
+
+    May be used from several threads. Raises OSError where the storage fails.
+    """
+
+    def __init__(self, uri: str) -> None:
+        """Raises ConfigError where `uri` is of a kind that nothing installed here can reach."""
+        try:
+            self._files, root = fsspec.url_to_fs(uri, use_listings_cache=False)
+        except (ImportError, ValueError) as error:
+            raise ConfigError(f"snapshots is {uri!r}, which cannot be opened: {error}") from None
+        self._root = root.rstrip("/")
+        self.is_shared: bool = get_protocol(uri) != "memory"
+
+    def put(self, owner: str, stream_id: str, name: str, content: bytes) -> None:
+        """Store `content` in place of what has this name."""
+        path = f"{self._folder(owner, stream_id)}/{name}"
+        if not isinstance(self._files, LocalFileSystem):
+            self._files.pipe_file(path, content)
+            return
+        self._files.makedirs(os.path.dirname(path), exist_ok=True)
+        part = f"{path}.{secrets.token_hex(4)}.part"
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        folder = os.open(os.path.dirname(path), os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def get(self, owner: str, stream_id: str) -> dict[str, bytes]:
+        """All that is stored of a stream, by name."""
+        try:
+            folder = self._folder(owner, stream_id)
+            paths = [p for p in self._files.ls(folder, detail=False) if not p.endswith(".part")]
+            return {path.rpartition("/")[2]: self._files.cat_file(path) for path in paths}
+        except FileNotFoundError:  # there is none, or it was deleted meanwhile
+            return {}
+
+    def delete(self, owner: str, stream_id: str) -> None:
+        """Drop all that is stored of a stream."""
+        with suppress(FileNotFoundError):
+            self._files.rm(self._folder(owner, stream_id), recursive=True)
+
+    def streams(self, owner: str) -> list[str]:
+        """Names of the streams of which something is stored, in order."""
+        try:
+            paths = self._files.ls(f"{self._root}/{_anonymous(owner)}", detail=False)
+        except FileNotFoundError:
+            return []
+        return sorted(path.rstrip("/").rpartition("/")[2] for path in paths)
+
+    def sweep(self, older_than_s: float) -> int:
+        """Drop the streams of which nothing was written for so long; how many."""
+        written: dict[str, float] = {}
+        for path in self._files.find(self._root):
+            with suppress(FileNotFoundError):
+                at, folder = self._files.modified(path).timestamp(), path.rpartition("/")[0]
+                written[folder] = max(at, written.get(folder, 0.0))
+        old = [folder for folder, at in written.items() if at < time.time() - older_than_s]
+        for folder in old:
+            with suppress(FileNotFoundError):
+                self._files.rm(folder, recursive=True)
+        return len(old)
+
+    def _folder(self, owner: str, stream_id: str) -> str:
+        if not stream_id or not stream_id.replace("-", "").replace("_", "").isalnum():
+            raise FileNotFoundError(stream_id)
+        return f"{self._root}/{_anonymous(owner)}/{stream_id}"
+
+
+def _anonymous(owner: str) -> str:
+    """The owner's folder: no name of a key gets into paths."""
+    return hashlib.sha256(owner.encode()).hexdigest()[:32]
