@@ -212,7 +212,7 @@ def before_shutdown(act: Callable[[], Awaitable[None]]) -> None:
 
     async def shut_down(replica: RayReplica) -> None:
         await act()
-        await graceful(replica)
+        await graceful(replica)  # type: ignore[no-untyped-call]
 
     RayReplica._perform_graceful_shutdown = shut_down  # type: ignore[method-assign]
 

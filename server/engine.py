@@ -575,8 +575,10 @@ class Engine:
             self._outbox.put(reader, Piece(ending=stream.ending))
 
     def _leave(self, session: Session, readers: Sequence[Reader]) -> None:
-        if session.readers != tuple(readers):
-            return  # another one reads
+        with self._lock:
+            held = self._sessions.get(session.terms.stream_id) is session
+        if not held or session.readers != tuple(readers):
+            return  # it is over, or another one reads
         if not session.terms.keep_s:
             for stream in session.streams:
                 self._cancel(stream)

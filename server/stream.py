@@ -6,7 +6,7 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from server.cache import Parked
 from server.events import Backlog, Ending, Finish, FinishReason, Request
@@ -47,6 +47,11 @@ class Past:
     base_tokens: int = 0
     base_characters: int = 0
 
+    @property
+    def is_paused(self) -> bool:
+        """Whether it was stopped in order to go on."""
+        return self.finish is not None and self.finish.reason is FinishReason.PAUSED
+
 
 class Stream:
     """Touched by the engine's thread alone, but for `reader`, which belongs to an event loop."""
@@ -55,6 +60,9 @@ class Stream:
         self.terms = terms
         self.request = request
         self.reader = reader
+        told = len(request.prompt) - 1 if request.prompt_logprobs is not None else 0
+        if reader.received.prompt_logprobs < told and not past.is_paused:
+            past = replace(past, parked=None, finish=None)  # to be told, it has to be pushed again
         elapsed = time.time() - terms.accepted_at if terms.accepted_at else 0.0
         self.accepted_at = time.monotonic() - elapsed
         self.started_at: float | None = None
@@ -83,9 +91,6 @@ class Stream:
         """Take over as much of the past as the state has seen; the tokens that come next, as far as
         they are known."""
         request, received = self.request, self.reader.received
-        told = len(request.prompt) - 1 if request.prompt_logprobs is not None else 0
-        if past.finish is None and received.prompt_logprobs < told:
-            self.parked = None  # they were lost: the prompt has to be pushed again
         pushed = 0 if self.parked is None else self.parked.pushed
         # The last token that a stream knows is pushed by the step that draws the next.
         seen = max(0, pushed - (len(request.prompt) - 1))
