@@ -62,13 +62,15 @@ class Replica:
 
     def __init__(self, config: ServeConfig) -> None:
         # Proxies import this module too, and have no use for an engine.
+        from server.keys import Callers
         from server.servicer import GenerationServicer, ModelServicer, open_engines
 
         log_to_stderr()
         self._engines: dict[str, Engine] = {}  # what `__del__` finds if the next line fails
         self._engines = open_engines(config.bundles, config.engine)
-        self._generation = GenerationServicer(self._engines)
-        self._models = ModelServicer(self._engines)
+        callers = Callers(config.keys)
+        self._generation = GenerationServicer(self._engines, callers)
+        self._models = ModelServicer(self._engines, callers)
         self._health = HealthServicer(self._engines)
 
     async def Generate(
@@ -91,7 +93,8 @@ class Replica:
         self, request: model_pb.ListModelsRequest, grpc_context: RayServegRPCContext
     ) -> model_pb.ListModelsResponse:
         """ModelService.ListModels."""
-        return await self._models.ListModels(request, grpc_context)
+        listed = await self._models.ListModels(request, grpc_context)
+        return listed or model_pb.ListModelsResponse()
 
     async def GetModel(
         self, request: model_pb.GetModelRequest, grpc_context: RayServegRPCContext
@@ -202,6 +205,7 @@ def _start(config: ServeConfig, metrics: Path, path: str) -> None:
         grpc_options={
             "port": proxy_port if path == DIRECT else config.port,
             "grpc_servicer_functions": list(SERVICER_FUNCTIONS),
+            "enable_reflection": config.keys is None,
         },
         logging_config=_LOGGING,
     )

@@ -77,6 +77,9 @@ class ServeConfig:
     drain_seconds: int = 60
     """How long running streams may go on once the server was asked to stop."""
 
+    keys: Path | None = None
+    """File of the API keys that callers need; None serves everyone who reaches the port."""
+
     engine: EngineConfig = field(default_factory=EngineConfig)
     """The same for every engine."""
 

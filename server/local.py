@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Final
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -15,9 +16,13 @@ from concertina.v1 import generation_service_pb2_grpc, model_service_pb2_grpc
 from server.config import ServeConfig
 from server.exporter import exporting
 from server.health import SERVICES, HealthServicer
+from server.keys import Callers
 from server.logs import log_to_stderr
 from server.servicer import GenerationServicer, ModelServicer, open_engines
 from server.signals import STOP_SIGNALS
+
+if TYPE_CHECKING:
+    from server.engine import Engine
 
 try:
     from uvloop import new_event_loop
@@ -40,9 +45,12 @@ def serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
         runner.run(_serve(config, announce))
 
 
-async def _serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
-    stopping, stopping_now = _signals()
-    engines = open_engines(config.bundles, config.engine)
+def make_server(config: ServeConfig, engines: Mapping[str, Engine]) -> grpc.aio.Server:
+    """A server of `engines` that listens as `config` says, once it is started.
+
+    Raises `server.errors.KeysError` when the keys cannot be read.
+    """
+    callers = Callers(config.keys)
     server = grpc.aio.server(
         options=[
             ("grpc.max_receive_message_length", config.max_message_bytes),
@@ -51,32 +59,44 @@ async def _serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
         ]
     )
     generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(
-        GenerationServicer(engines), server
+        GenerationServicer(engines, callers), server
     )
-    model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(engines), server)
+    model_service_pb2_grpc.add_ModelServiceServicer_to_server(
+        ModelServicer(engines, callers), server
+    )
     health_pb2_grpc.add_HealthServicer_to_server(HealthServicer(engines), server)
-    health = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-    reflection.enable_server_reflection((*SERVICES, health, reflection.SERVICE_NAME), server)
-    try:
-        with exporting(config.host, config.metrics_port):
-            server.add_insecure_port(f"{config.host}:{config.port}")
-            await server.start()
-            announce("local, without Ray")
-            await stopping.wait()
-            _log.info("stopping; running streams have %d s to end", config.drain_seconds)
-            done = asyncio.create_task(server.stop(config.drain_seconds + _FAREWELL_SECONDS))
-            hurry = asyncio.create_task(stopping_now.wait())
-            await asyncio.wait(
-                (done, hurry),
-                timeout=config.drain_seconds,
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-            hurry.cancel()
-    finally:
+    if config.keys is None:
+        health = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+        reflection.enable_server_reflection((*SERVICES, health, reflection.SERVICE_NAME), server)
+    server.add_insecure_port(f"{config.host}:{config.port}")
+    return server
+
+
+async def _serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
+    stopping, stopping_now = _signals()
+    engines = open_engines(config.bundles, config.engine)
+    with ExitStack() as opened:
         for engine in engines.values():
-            engine.close()
-        # The streams that were cut have an error event to send.
-        await server.stop(_FAREWELL_SECONDS)
+            opened.callback(engine.close)
+        server = make_server(config, engines)
+        try:
+            with exporting(config.host, config.metrics_port):
+                await server.start()
+                announce("local, without Ray")
+                await stopping.wait()
+                _log.info("stopping; running streams have %d s to end", config.drain_seconds)
+                done = asyncio.create_task(server.stop(config.drain_seconds + _FAREWELL_SECONDS))
+                hurry = asyncio.create_task(stopping_now.wait())
+                await asyncio.wait(
+                    (done, hurry),
+                    timeout=config.drain_seconds,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                hurry.cancel()
+        finally:
+            opened.close()
+            # The streams that were cut have an error event to send.
+            await server.stop(_FAREWELL_SECONDS)
 
 
 def _signals() -> tuple[asyncio.Event, asyncio.Event]:

@@ -23,9 +23,11 @@ from concertina.v1 import model_service_pb2_grpc as model_grpc
 from server.bundle import Bundle, load_bundle
 from server.config import EngineConfig
 from server.engine import Engine
-from server.errors import BundleError, RequestError, StepFailed, UnknownModel
+from server.errors import BundleError, PermissionDenied, RequestError, StepFailed, UnknownModel
+from server.keys import Caller, Callers
 from server.logit_rules import LogitRules
 from server.logprobs import TokenLogprobs
+from server.quota import StreamQuota
 from server.request import generate_request, score_request
 from server.stream import (
     Delta,
@@ -50,6 +52,9 @@ _REASONS = {
 
 class Context(Protocol):
     """What handlers use of a call's context: the part that grpc.aio and Ray Serve share."""
+
+    def invocation_metadata(self) -> Iterable[tuple[str, str | bytes]]:
+        """What the client sent beside the request."""
 
     def set_code(self, code: grpc.StatusCode) -> None:
         """Status of the call."""
@@ -82,22 +87,27 @@ def open_engines(bundles: Sequence[Path], config: EngineConfig) -> dict[str, Eng
 class GenerationServicer(generation_grpc.GenerationServiceServicer):
     """Generate and Score."""
 
-    def __init__(self, engines: Mapping[str, Engine]) -> None:
+    def __init__(self, engines: Mapping[str, Engine], callers: Callers) -> None:
         self._engines = engines
+        self._callers = callers
+        self._quota = StreamQuota()
 
     async def Generate(
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncIterator[pb.GenerateResponse]:
         """One stream; see generation_service.proto."""
         try:
-            engine = _find(self._engines, request.model)
+            caller = self._callers.of(context)
+            engine = _find(self._engines, caller, request.model)
             wanted = generate_request(engine.bundle, request, engine.config)
+            self._quota.require_room(caller, len(wanted))
             streams = engine.submit_together(wanted)
         except Exception as error:
             if isinstance(error, RequestError) and error.retryable:
                 yield pb.GenerateResponse(sequence=1, error=_error(error))
             _refuse(context, error)
             return
+        self._quota.add(caller, len(streams))
         sequence, told = 1, set[Stream]()
         try:
             accepted = _accepted(engine.bundle, streams)
@@ -117,17 +127,21 @@ class GenerationServicer(generation_grpc.GenerationServiceServicer):
                     sequence += 1
                     yield _response(engine.bundle, stream.request, StepFailed(_INTERNAL), sequence)
         finally:
+            self._quota.remove(caller, len(streams))
             for stream in streams:
                 engine.cancel(stream)
 
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse | None:
         """Bits per token; see generation_service.proto."""
         try:
-            engine = _find(self._engines, request.model)
+            caller = self._callers.of(context)
+            engine = _find(self._engines, caller, request.model)
+            self._quota.require_room(caller, 1)
             stream = engine.submit(score_request(engine.bundle, request))
         except Exception as error:
             _refuse(context, error)
             return None
+        self._quota.add(caller, 1)
         try:
             async for event in engine.events(stream):
                 if isinstance(event, Scored):
@@ -143,6 +157,7 @@ class GenerationServicer(generation_grpc.GenerationServiceServicer):
             _refuse(context, error)
             return None
         finally:
+            self._quota.remove(caller, 1)
             engine.cancel(stream)
         return None
 
@@ -150,14 +165,20 @@ class GenerationServicer(generation_grpc.GenerationServiceServicer):
 class ModelServicer(model_grpc.ModelServiceServicer):
     """ListModels and GetModel."""
 
-    def __init__(self, engines: Mapping[str, Engine]) -> None:
+    def __init__(self, engines: Mapping[str, Engine], callers: Callers) -> None:
         self._engines = engines
+        self._callers = callers
 
     async def ListModels(
         self, request: model_pb.ListModelsRequest, context: Context
-    ) -> model_pb.ListModelsResponse:
-        """Every model served, by name."""
-        models = [_model(engine) for _, engine in sorted(self._engines.items())]
+    ) -> model_pb.ListModelsResponse | None:
+        """Every model that the caller may use, by name."""
+        try:
+            visible = _visible(self._engines, self._callers.of(context))
+        except RequestError as error:
+            _refuse(context, error)
+            return None
+        models = [_model(engine) for _, engine in sorted(visible.items())]
         return model_pb.ListModelsResponse(models=models)
 
     async def GetModel(
@@ -165,21 +186,32 @@ class ModelServicer(model_grpc.ModelServiceServicer):
     ) -> model_pb.GetModelResponse | None:
         """One model."""
         try:
-            return model_pb.GetModelResponse(model=_model(_find(self._engines, request.model)))
+            engine = _find(self._engines, self._callers.of(context), request.model)
+            return model_pb.GetModelResponse(model=_model(engine))
         except RequestError as error:
             _refuse(context, error)
             return None
 
 
-def _find(engines: Mapping[str, Engine], name: str) -> Engine:
-    if name in engines:
-        return engines[name]
-    known = ", ".join(sorted(engines))
+def _visible(engines: Mapping[str, Engine], caller: Caller) -> dict[str, Engine]:
+    return {name: engine for name, engine in engines.items() if caller.may_use(name)}
+
+
+def _find(engines: Mapping[str, Engine], caller: Caller, name: str) -> Engine:
+    visible = _visible(engines, caller)
+    if name in visible:
+        return visible[name]
+    known = ", ".join(sorted(visible)) or "none"
+    if name and not caller.may_use(name):  # the same whether it is served or not
+        reason = f"key {caller.name!r} is not for model {name[:100]!r}"
+        raise PermissionDenied(f"{reason}; of those served, it is for: {known}")
     if name:
         raise UnknownModel(f"model {name[:100]!r} is not served here; these are: {known}")
-    if len(engines) > 1:
+    if not visible:
+        raise PermissionDenied(f"key {caller.name!r} is for none of the models served here")
+    if len(visible) > 1:
         raise UnknownModel(f"model is empty, and several are served: choose one of {known}")
-    return next(iter(engines.values()))
+    return next(iter(visible.values()))
 
 
 def _refuse(context: Context, error: Exception) -> None:

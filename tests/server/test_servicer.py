@@ -25,6 +25,7 @@ from server.bundle import Bundle
 from server.config import EngineConfig
 from server.engine import Engine
 from server.errors import BundleError
+from server.keys import Callers
 from server.servicer import GenerationServicer, ModelServicer, open_engines
 from server.stream import Delta, Event, Stream
 from tests.server.engines import LIMIT_S, Gate, change_logits, is_empty, script, until
@@ -79,8 +80,10 @@ async def serve(text_bundle: Path, image_bundle: Path) -> AsyncIterator[Serve]:
         chosen = [folders[name] for name in names or (TEXT, IMAGE)]
         engines = open_engines(chosen, EngineConfig(threads=1, **settings))  # type: ignore[arg-type]
         server = grpc.aio.server()
-        generation_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(engines), server)
-        model_grpc.add_ModelServiceServicer_to_server(ModelServicer(engines), server)
+        generation_grpc.add_GenerationServiceServicer_to_server(
+            GenerationServicer(engines, Callers(None)), server
+        )
+        model_grpc.add_ModelServiceServicer_to_server(ModelServicer(engines, Callers(None)), server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         servers.append(server)
@@ -340,7 +343,7 @@ async def test_a_generator_that_is_dropped_in_the_middle_cancels(serve: Serve) -
     """Not every home cancels the handler: some just stop asking it."""
     served = await serve(TEXT, slots=1, stream_buffer=4)
     engine = served.engines[TEXT]
-    events = GenerationServicer(served.engines).Generate(_long(), _Context())
+    events = GenerationServicer(served.engines, Callers(None)).Generate(_long(), _Context())
     kinds = [(await anext(events)).WhichOneof("event") for _ in range(2)]
     assert kinds == ["accepted", "tokens"]
     await until(lambda: engine._paused)
