@@ -15,11 +15,12 @@ from grpc_reflection.v1alpha import reflection
 from concertina.v1 import generation_service_pb2_grpc, model_service_pb2_grpc
 from server.config import ServeConfig
 from server.exporter import exporting
-from server.health import SERVICES, HealthServicer
+from server.health import SERVICES, HealthServicer, all_alive
 from server.keys import Callers
 from server.logs import log_to_stderr
 from server.servicer import GenerationServicer, ModelServicer, open_engines
 from server.signals import STOP_SIGNALS
+from server.tls import server_credentials
 
 if TYPE_CHECKING:
     from server.engine import Engine
@@ -48,7 +49,8 @@ def serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
 def make_server(config: ServeConfig, engines: Mapping[str, Engine]) -> grpc.aio.Server:
     """A server of `engines` that listens as `config` says, once it is started.
 
-    Raises `server.errors.KeysError` when the keys cannot be read.
+    Raises `server.errors.KeysError` or `server.config.ConfigError` when keys or certificates cannot
+    be used.
     """
     callers = Callers(config.keys)
     server = grpc.aio.server(
@@ -68,7 +70,11 @@ def make_server(config: ServeConfig, engines: Mapping[str, Engine]) -> grpc.aio.
     if config.keys is None:
         health = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
         reflection.enable_server_reflection((*SERVICES, health, reflection.SERVICE_NAME), server)
-    server.add_insecure_port(f"{config.host}:{config.port}")
+    address = f"{config.host}:{config.port}"
+    if config.tls is None:
+        server.add_insecure_port(address)
+    else:
+        server.add_secure_port(address, server_credentials(config.tls))
     return server
 
 
@@ -80,7 +86,7 @@ async def _serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
             opened.callback(engine.close)
         server = make_server(config, engines)
         try:
-            with exporting(config.host, config.metrics_port):
+            with exporting(config.host, config.metrics_port, lambda: all_alive(engines)):
                 await server.start()
                 announce("local, without Ray")
                 await stopping.wait()

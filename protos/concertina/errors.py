@@ -2,6 +2,7 @@
 
 ConcertinaError
 ├── ServerUnavailable     nobody answers, or the server is going away
+├── AccessDenied          the key is missing or wrong, or is not for this model
 ├── ModelNotFound         the server has no model of this name
 ├── InvalidRequest        a parameter or the prompt is wrong; sending it again will not help
 ├── Overloaded            refused for now; wait `retry_after` seconds
@@ -44,6 +45,10 @@ class ConcertinaError(Exception):
 
 class ServerUnavailable(ConcertinaError):
     """Nobody answers at the address, or the server is going away."""
+
+
+class AccessDenied(ConcertinaError):
+    """The API key is missing or wrong, or it is not for this model."""
 
 
 class ModelNotFound(ConcertinaError):
@@ -95,6 +100,8 @@ class ServerError(ConcertinaError):
 
 _BY_CODE: dict[str, type[ConcertinaError]] = {
     "UNAVAILABLE": ServerUnavailable,
+    "UNAUTHENTICATED": AccessDenied,
+    "PERMISSION_DENIED": AccessDenied,
     "NOT_FOUND": ModelNotFound,
     "INVALID_ARGUMENT": InvalidRequest,
     "OUT_OF_RANGE": InvalidRequest,
@@ -121,7 +128,12 @@ def refusal(
 def status_error(address: str, code: grpc.StatusCode, details: str) -> ConcertinaError:
     """The error for a call to `address` that ended with a status other than OK."""
     if code.name == "UNAVAILABLE":
-        if any(phrase in details.lower() for phrase in _NO_CONNECTION):
+        said = details.lower()
+        if "handshake failed" in said:
+            details = f"no TLS with {address}; compare its certificate with --ca ({details})"
+        elif "failed to connect" in said and "socket closed" in said:
+            details = f"{address} hangs up: it may want TLS (--tls) or a certificate (--cert)"
+        elif any(phrase in said for phrase in _NO_CONNECTION):
             details = (
                 f"no Concertina server answers at {address}; start one with `concertina serve`"
             )
