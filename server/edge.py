@@ -26,7 +26,7 @@ listen concertina_tls
 """
 _SCRIPT: Final = """\
 #!/bin/sh
-exec {program} -f {config} "$@"
+exec {program} "$@" -f {config}
 """
 
 
@@ -55,13 +55,11 @@ def write_edge(
     certificate.write_bytes(tls.cert.read_bytes() + b"\n" + tls.key.read_bytes())
     verify = ""
     if tls.client_ca is not None:
-        authority = directory / "client-ca.pem"  # its own path may hold blanks
-        authority.write_bytes(tls.client_ca.read_bytes())
-        verify = f" verify required ca-file {authority}"
+        verify = f" verify required ca-file {shlex.quote(str(tls.client_ca))}"
     config.write_text(
         _CONFIG.format(
             address=address,
-            certificate=certificate,
+            certificate=shlex.quote(str(certificate)),
             verify=verify,
             plaintext=plaintext,
             idle_s=idle_s,

@@ -109,6 +109,7 @@ _BY_CODE: dict[str, type[ConcertinaError]] = {
     "DEADLINE_EXCEEDED": DeadlineExceeded,
 }
 _RETRYABLE = {"UNAVAILABLE", "RESOURCE_EXHAUSTED"}
+_NO_TLS = ("handshake failed", "tsi_", "socket closed", "connection reset")
 _NO_CONNECTION = ("failed to connect", "dns resolution failed", "connection refused")
 
 
@@ -129,10 +130,8 @@ def status_error(address: str, code: grpc.StatusCode, details: str) -> Concertin
     """The error for a call to `address` that ended with a status other than OK."""
     if code.name == "UNAVAILABLE":
         said = details.lower()
-        if "handshake failed" in said:
-            details = f"no TLS with {address}; compare its certificate with --ca ({details})"
-        elif "failed to connect" in said and "socket closed" in said:
-            details = f"{address} hangs up: it may want TLS (--tls) or a certificate (--cert)"
+        if "failed to connect" in said and any(phrase in said for phrase in _NO_TLS):
+            details = f"{address} and --tls, --ca, --cert here do not fit together ({details})"
         elif any(phrase in said for phrase in _NO_CONNECTION):
             details = (
                 f"no Concertina server answers at {address}; start one with `concertina serve`"

@@ -70,8 +70,10 @@ def test_strangers_do_not_get_through_the_edge(closed: Closed, certificates: Cer
         Tls(trusted, *certificates.strange.issue("stranger")),
         Tls(certificates.strange.file, closed.tls.cert, closed.tls.cert_key),
     ):
-        with closed.client(closed.secret, tls) as client, pytest.raises(ServerUnavailable):
-            client.models(timeout=SOON)
+        with closed.client(closed.secret, tls) as client:
+            with pytest.raises(ServerUnavailable) as raised:
+                client.models(timeout=SOON)
+            assert "no Concertina server answers" not in str(raised.value)
 
 
 def test_a_certificate_is_not_a_key(closed: Closed) -> None:
