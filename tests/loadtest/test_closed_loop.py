@@ -8,6 +8,7 @@ from itertools import repeat
 
 import pytest
 
+from concertina.channel import Access
 from concertina.client import AsyncClient, InvalidRequest
 from concertina.v1 import generation_service_pb2 as pb
 from loadtest.client import CANCELLED, Tally
