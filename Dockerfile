@@ -31,7 +31,7 @@ WORKDIR /
 USER 10001:10001
 EXPOSE 9000 9100
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s \
-    CMD ["python", "-c", "import grpc; from grpc_health.v1 import health_pb2 as m, health_pb2_grpc as s; raise SystemExit(s.HealthStub(grpc.insecure_channel('127.0.0.1:9000')).Check(m.HealthCheckRequest(), timeout=4).status != 1)"]
+    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:9100/healthz', timeout=4)"]
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["concertina"]
 CMD ["serve", "--host", "0.0.0.0"]

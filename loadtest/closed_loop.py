@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import islice, takewhile
 from time import perf_counter, perf_counter_ns
 
+from concertina.channel import Access
 from concertina.client import AsyncClient, InvalidRequest, Model
 from loadtest.client import CANCELLED, Record, Tally, send
 from loadtest.progress import show_progress
@@ -55,15 +56,20 @@ class Run:
     interrupted: bool
 
 
-async def measure(plan: Plan) -> tuple[Model, Run]:
+async def measure(plan: Plan, access: Access) -> tuple[Model, Run]:
     """Warms the server up, runs the plan, and says which model it ran on.
+
+    access: kept out of the plan, since that is written to reports.
 
     Raises InvalidRequest if the model's context is too short for the plan, and what
     `AsyncClient.model` raises.
     """
     async with AsyncExitStack() as stack:
         clients = [
-            await stack.enter_async_context(AsyncClient(plan.address)) for _ in range(plan.channels)
+            await stack.enter_async_context(
+                AsyncClient(plan.address, key=access.key, tls=access.tls)
+            )
+            for _ in range(plan.channels)
         ]
         served = await clients[0].model(plan.model, timeout=_MODEL_TIMEOUT_S)
         longest = plan.prompt_tokens.high + plan.output_tokens.high

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from concertina.client import DEFAULT_ADDRESS, Model
-from concertina.options import Address, ModelName
+from concertina.options import Address, Ca, Cert, CertKey, KeyFile, ModelName, UseTls, access
 from loadtest.client import CANCELLED
 from loadtest.closed_loop import Plan, measure
 from loadtest.report import Report, render, summarise
@@ -26,6 +26,11 @@ _FAILED, _VOID, _INTERRUPTED = 1, 3, 130
 
 def loadtest(
     address: Address = DEFAULT_ADDRESS,
+    key_file: KeyFile = None,
+    tls: UseTls = False,
+    ca: Ca = None,
+    cert: Cert = None,
+    cert_key: CertKey = None,
     model: ModelName = "",
     streams: Annotated[int, typer.Option(min=1, help="Streams that run at once.")] = 32,
     requests: Annotated[
@@ -96,7 +101,7 @@ def loadtest(
         seed=seed,
         timeout_s=timeout,
     )
-    served, run = asyncio.run(measure(plan))
+    served, run = asyncio.run(measure(plan, access(key_file, tls, ca, cert, cert_key)))
     report = summarise(run.records, run.lags_ns, max_lag_s=max_lag, interrupted=run.interrupted)
     _publish(plan, served, report, json_file)
     _exit(report, max_lag)

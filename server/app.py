@@ -11,6 +11,8 @@ import os
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import redirect_stdout, suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -29,12 +31,20 @@ from concertina.v1 import session_service_pb2 as session_pb
 from server.config import ServeConfig
 from server.exporter import exporting
 from server.haproxy import wait_for_replicas
-from server.health import HealthServicer, wait_until_serving
+from server.health import HealthServicer, is_serving, wait_until_serving
 from server.logs import log_to_stderr
 from server.orphans import adopt_orphans, end_children
 from server.ports import free_ports, require_free
 from server.signals import ignore_stop_signals, interrupt_on_stop_signals
-from server.switches import DIRECT, GRPC_HOST, HAPROXY, PYTHON_PROXY, STATS_PORT, data_path
+from server.switches import (
+    DIRECT,
+    GRPC_HOST,
+    HAPROXY,
+    PYTHON_PROXY,
+    STATS_PORT,
+    data_path,
+    plain_port,
+)
 
 if TYPE_CHECKING:
     from server.engine import Engine
@@ -268,9 +278,12 @@ def serve(config: ServeConfig, directory: Path, announce: Callable[[str], None])
     metrics.mkdir()
     path = data_path(os.environ)
     adopt_orphans()
-    with exporting(config.host, config.metrics_port, metrics):
+    host = config.host if config.tls is None else "127.0.0.1"
+    plain = replace(config, host=host, port=plain_port(config, os.environ))
+    is_healthy = partial(is_serving, plain.address)
+    with exporting(config.host, config.metrics_port, is_healthy, metrics):
         try:
-            _start(config, metrics, path)
+            _start(plain, metrics, path)
             announce(path)
             threading.Event().wait()
         except (KeyboardInterrupt, SystemExit):  # the second: by Ray, for a SIGTERM at its start
@@ -280,7 +293,7 @@ def serve(config: ServeConfig, directory: Path, announce: Callable[[str], None])
 
 
 def _start(config: ServeConfig, metrics: Path, path: str) -> None:
-    """Start a cluster on this machine that serves `config`; return when it answers."""
+    """Start a cluster of this machine that serves `config` in plaintext; return when it answers."""
     ray.init(
         address="local",
         num_cpus=1,  # Ray starts as many idle workers; nothing of ours asks for any

@@ -50,8 +50,9 @@ async def send(
             accepted = accepted_message(engine.bundle, session, durable)
             yield pb.GenerateResponse(sequence=sequence, accepted=accepted)
         async for stream, event in engine.events_together(session.streams, following.readers):
+            response = response_message(engine.bundle, stream.request, event, sequence + 1)
             sequence += 1
-            yield response_message(engine.bundle, stream.request, event, sequence)
+            yield response
             if isinstance(event, HandedOver):
                 return
             if readers[stream].is_over:

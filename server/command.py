@@ -19,10 +19,12 @@ from rich.console import Console
 from concertina.client import Client
 from concertina.command import generate, paint
 from server.bundle import load_bundle
-from server.config import EngineConfig, ServeConfig
+from server.config import ConfigError, EngineConfig, ServeConfig, TlsConfig
+from server.keys import read_keys
 from server.ports import free_ports, require_free
 from server.signals import interrupt_on_stop_signals
-from server.switches import switches
+from server.switches import HAPROXY_PROGRAM, switches
+from server.tls import require_usable
 
 BUNDLES: Final = Path("bundles")
 _PROMPT: Final = "def "
@@ -76,6 +78,20 @@ def serve(
     drain_seconds: Annotated[
         int, typer.Option(help="How long running streams may go on after Ctrl-C.")
     ] = ServeConfig.drain_seconds,
+    keys: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="CONCERTINA_KEYS",
+            help="File of the API keys that callers need; `concertina keys` makes it.",
+        ),
+    ] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(help="Certificate chain (PEM): serve with TLS, and TLS only.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its private key (PEM).")] = None,
+    tls_client_ca: Annotated[
+        Path | None, typer.Option(help="Authority (PEM) of the certificates that callers need.")
+    ] = None,
     local: Annotated[
         bool, typer.Option("--local", help="One process without Ray: up in a second or two.")
     ] = False,
@@ -90,6 +106,7 @@ def serve(
     folders = tuple(folder.resolve() for folder in bundles or _bundles_in(BUNDLES))
     if threads == 0 and replicas > 1:
         threads = max(1, (os.cpu_count() or 1) // replicas)
+    tls = _tls(tls_cert, tls_key, tls_client_ca)
     config = ServeConfig(
         bundles=folders,
         host=host,
@@ -97,6 +114,8 @@ def serve(
         metrics_port=metrics_port,
         replicas=replicas,
         drain_seconds=drain_seconds,
+        keys=None if keys is None else keys.resolve(),
+        tls=tls,
         engine=EngineConfig(
             slots=slots,
             queue_limit=queue_limit,
@@ -105,8 +124,12 @@ def serve(
             threads=threads,
         ),
     )
-    # Here a wrong bundle or a taken port ends the start in a moment, and with a plain word.
+    # Here a wrong file or a taken port ends the start in a moment, and with a plain word.
     opened = [load_bundle(folder) for folder in folders]
+    if config.keys is not None:
+        read_keys(config.keys)
+    if tls is not None:
+        require_usable(tls)
     require_free(host, port, "choose another one with --port")
     if metrics_port:
         require_free(host, metrics_port, "choose another one with --metrics-port, or 0 for none")
@@ -118,7 +141,7 @@ def serve(
     def announce(data_path: str) -> None:
         ready_s = time.time() - psutil.Process().create_time()
         console.print(f"ready after {ready_s:.1f} s: {data_path}")
-        console.print(f"  gRPC     {config.address}")
+        console.print(f"  gRPC     {config.address} {_openness(config)}")
         if metrics_port:
             console.print(f"  metrics  http://{host}:{metrics_port}/metrics")
         console.print(f"try: concertina {verb} -m {opened[0].name} --address {config.address}")
@@ -129,6 +152,22 @@ def serve(
     console.print("stopped")
 
 
+def _tls(cert: Path | None, key: Path | None, client_ca: Path | None) -> TlsConfig | None:
+    if cert is None and key is None and client_ca is None:
+        return None
+    if cert is None or key is None:
+        raise ConfigError("TLS needs both --tls-cert and --tls-key")
+    return TlsConfig(cert.resolve(), key.resolve(), client_ca and client_ca.resolve())
+
+
+def _openness(config: ServeConfig) -> str:
+    """Who is let in, and who can listen."""
+    callers = "whoever reaches it" if config.keys is None else "callers with a key"
+    if config.tls is None:
+        return f"(plaintext, for {callers})"
+    return f"({'TLS' if config.tls.client_ca is None else 'mTLS'}, for {callers})"
+
+
 def _serve(config: ServeConfig, local: bool, announce: Callable[[str], None]) -> None:
     if local:
         from server.local import serve as serve_locally
@@ -136,7 +175,10 @@ def _serve(config: ServeConfig, local: bool, announce: Callable[[str], None]) ->
         serve_locally(config, announce)
         return
     with tempfile.TemporaryDirectory(prefix="concertina-") as directory:
-        for name, value in switches(config, Path(directory)).items():
+        values = switches(config, Path(directory))
+        if config.tls is not None:  # runs whatever program stood there before
+            os.environ[HAPROXY_PROGRAM] = values[HAPROXY_PROGRAM]
+        for name, value in values.items():
             os.environ.setdefault(name, value)
         from server.app import serve as serve_on_ray
 

@@ -57,6 +57,25 @@ class EngineConfig:
 
 
 @dataclass(frozen=True)
+class TlsConfig:
+    """Files (PEM) that the gRPC port needs for TLS."""
+
+    cert: Path
+    """Certificate of the server, followed by those between it and its authority."""
+
+    key: Path
+    """Private key of the certificate, without a password."""
+
+    client_ca: Path | None = None
+    """Authorities of the certificates that callers must show (mTLS); None asks for none."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All of them."""
+        return tuple(file for file in (self.cert, self.key, self.client_ca) if file is not None)
+
+
+@dataclass(frozen=True)
 class ServeConfig:
     """What is served, where, and by how many replicas."""
 
@@ -89,6 +108,9 @@ class ServeConfig:
 
     snapshot_ttl: int = 3600
     """Seconds after which a snapshot must no longer be used."""
+
+    tls: TlsConfig | None = None
+    """With it, the port speaks nothing but TLS; without it, plaintext."""
 
     engine: EngineConfig = field(default_factory=EngineConfig)
     """The same for every engine."""

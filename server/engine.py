@@ -96,19 +96,19 @@ class Engine:
         """That of a stream that has not begun."""
         return Past(array(self.bundle.typecode))
 
-    def submit(self, request: Request) -> Stream:
-        """Queue a stream that the running event loop will read.
+    def submit(self, request: Request, owner: str = "") -> Stream:
+        """Queue a stream of `owner` that the running event loop will read.
 
         Raises Overloaded when the queue is full, EngineStopped when nothing will be served.
         """
-        return self.submit_together([request])[0]
+        return self.submit_together([request], owner)[0]
 
-    def submit_together(self, requests: Sequence[Request]) -> tuple[Stream, ...]:
+    def submit_together(self, requests: Sequence[Request], owner: str = "") -> tuple[Stream, ...]:
         """Queue streams, all or none, that the running event loop reads with `events_together`.
 
         Those with the same prompt array wait for one prefill of it. Raises as `submit` does.
         """
-        return self.open(Terms(secrets.token_urlsafe(16)), requests).streams
+        return self.open(Terms(secrets.token_urlsafe(16), owner), requests).streams
 
     def open(
         self,

@@ -1,15 +1,24 @@
-"""The Prometheus page: the metrics of this process, or of all processes that share a directory."""
+"""The Prometheus page: the metrics of this process, or of all processes that share a directory.
+
+Beside it, health over HTTP: what asks for health may speak neither TLS nor gRPC.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Final
 
 import psutil
 from prometheus_client import REGISTRY, CollectorRegistry, Metric, start_http_server
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.registry import Collector
+
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+
+HEALTH_PATH: Final = "/healthz"
 
 
 class SharedDirectory(Collector):
@@ -32,8 +41,11 @@ class SharedDirectory(Collector):
 
 
 @contextmanager
-def exporting(host: str, port: int, directory: Path | None = None) -> Iterator[None]:
-    """Serve `/metrics` while the context lasts, of this process unless a directory is given.
+def exporting(
+    host: str, port: int, is_healthy: Callable[[], bool], directory: Path | None = None
+) -> Iterator[None]:
+    """Serve `/metrics` while the context lasts, of this process unless a directory is given, and
+    `/healthz`: 200 while `is_healthy`, else 503.
 
     Port 0 serves nothing.
     """
@@ -45,9 +57,23 @@ def exporting(host: str, port: int, directory: Path | None = None) -> Iterator[N
         registry = CollectorRegistry()
         registry.register(SharedDirectory(directory))
     server, thread = start_http_server(port, addr=host, registry=registry)
+    page = server.get_app()
+    assert page is not None
+    server.set_app(_with_health(page, is_healthy))
     try:
         yield
     finally:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def _with_health(metrics: WSGIApplication, is_healthy: Callable[[], bool]) -> WSGIApplication:
+    def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        if environ["PATH_INFO"] != HEALTH_PATH:
+            return metrics(environ, start_response)
+        status = "200 OK" if is_healthy() else "503 Service Unavailable"
+        start_response(status, [("Content-Type", "text/plain")])
+        return [status.encode()]
+
+    return answer

@@ -57,8 +57,12 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
     def _status(self, service: str) -> int:
         if service and service not in SERVICES:
             return _Response.SERVICE_UNKNOWN
-        alive = all(engine.alive for engine in self._engines.values())
-        return _Response.SERVING if alive else _Response.NOT_SERVING
+        return _Response.SERVING if all_alive(self._engines) else _Response.NOT_SERVING
+
+
+def all_alive(engines: Mapping[str, Engine]) -> bool:
+    """Whether every engine lives."""
+    return all(engine.alive for engine in engines.values())
 
 
 def is_serving(address: str) -> bool:

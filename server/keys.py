@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from server.errors import KeysError, Unauthenticated
+from server.stamp import stamp
 
 if TYPE_CHECKING:
     from server.calls import Context
@@ -107,7 +108,7 @@ class Callers:
     def __init__(self, path: Path | None) -> None:
         """Raises KeysError when the file cannot be read."""
         self._path = path
-        self._stamp = None if path is None else _stamp(path)
+        self._stamp = None if path is None else stamp(path)
         self._keys = () if path is None else read_keys(path)
 
     def of(self, context: Context) -> Caller:
@@ -130,25 +131,15 @@ class Callers:
         return found
 
     def _refresh(self, path: Path) -> None:
-        stamp = _stamp(path)
-        if stamp == self._stamp:
+        if (now := stamp(path)) == self._stamp:
             return
-        self._stamp = stamp
+        self._stamp = now
         try:
             self._keys = read_keys(path)
         except KeysError as error:
             _log.error("the keys stay as they were: %s", error)
         else:
             _log.info("read %d keys from %s", len(self._keys), path)
-
-
-def _stamp(path: Path) -> tuple[int, int, int] | None:
-    """Differs after every change of the file; None while there is none."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def _digest(secret: str) -> bytes:

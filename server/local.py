@@ -19,7 +19,7 @@ from concertina.v1 import (
 )
 from server.config import ServeConfig
 from server.exporter import exporting
-from server.health import SERVICES, HealthServicer
+from server.health import SERVICES, HealthServicer, all_alive
 from server.keys import Callers
 from server.logs import log_to_stderr
 from server.servicer import GenerationServicer, ModelServicer, open_engines
@@ -27,6 +27,7 @@ from server.session_servicer import SessionServicer
 from server.sessions import Sessions, hand_over
 from server.signals import STOP_SIGNALS
 from server.snapshots import Keeper, open_keeper
+from server.tls import server_credentials
 
 if TYPE_CHECKING:
     from server.engine import Engine
@@ -57,7 +58,8 @@ def make_server(
 ) -> grpc.aio.Server:
     """A server of `engines` that listens as `config` says, once it is started.
 
-    Raises `server.errors.KeysError` when the keys cannot be read.
+    Raises `server.errors.KeysError` or `server.config.ConfigError` when keys or certificates cannot
+    be used.
     """
     callers, sessions = Callers(config.keys), Sessions(engines, keeper)
     server = grpc.aio.server(
@@ -80,7 +82,11 @@ def make_server(
     if config.keys is None:
         health = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
         reflection.enable_server_reflection((*SERVICES, health, reflection.SERVICE_NAME), server)
-    server.add_insecure_port(f"{config.host}:{config.port}")
+    address = f"{config.host}:{config.port}"
+    if config.tls is None:
+        server.add_insecure_port(address)
+    else:
+        server.add_secure_port(address, server_credentials(config.tls))
     return server
 
 
@@ -95,7 +101,7 @@ async def _serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
             opened.callback(engine.close)
         server = make_server(config, engines, keeper)
         try:
-            with exporting(config.host, config.metrics_port):
+            with exporting(config.host, config.metrics_port, lambda: all_alive(engines)):
                 await server.start()
                 announce("local, without Ray")
                 await stopping.wait()

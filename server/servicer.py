@@ -18,7 +18,7 @@ from server.engine import Engine
 from server.errors import BundleError, RequestError
 from server.events import Scored
 from server.keys import Callers
-from server.quota import StreamQuota
+from server.quota import require_room
 from server.request import generate_request, resume_request, score_request
 from server.sessions import Sessions
 from server.snapshots import Keeper
@@ -54,7 +54,6 @@ class GenerationServicer(generation_grpc.GenerationServiceServicer):
         self._sessions = sessions
         self._engines = sessions.engines
         self._callers = callers
-        self._quota = StreamQuota()
 
     async def Generate(
         self, request: pb.GenerateRequest, context: Context
@@ -64,20 +63,16 @@ class GenerationServicer(generation_grpc.GenerationServiceServicer):
             caller = self._callers.of(context)
             engine = find(self._engines, caller, request.model)
             outputs = len(generate_request(engine.bundle, request, engine.config))
-            self._quota.require_room(caller, outputs)
+            require_room(caller, self._sessions.running(caller.name), outputs)
             following = await self._sessions.start(engine, request, caller.name)
         except Exception as error:
             if (said := refusal(error)) is not None:
                 yield said
             refuse(context, error)
             return
-        self._quota.add(caller, outputs)
         durable = self._sessions.is_durable(following.session)
-        try:
-            async for response in send(following, 0, durable):
-                yield response
-        finally:
-            self._quota.remove(caller, outputs)
+        async for response in send(following, 0, durable):
+            yield response
 
     async def Resume(
         self, request: pb.ResumeRequest, context: Context
@@ -86,6 +81,9 @@ class GenerationServicer(generation_grpc.GenerationServiceServicer):
         try:
             caller = self._callers.of(context)
             received = resume_request(request)
+            if self._sessions.held(request.stream_id, caller.name) is None:
+                more = sum(not had.ended for had in received) or 1
+                require_room(caller, self._sessions.running(caller.name), more)
             following = await self._sessions.follow(request.stream_id, caller.name, received)
         except Exception as error:
             if (said := refusal(error, request.after_sequence)) is not None:
@@ -101,12 +99,11 @@ class GenerationServicer(generation_grpc.GenerationServiceServicer):
         try:
             caller = self._callers.of(context)
             engine = find(self._engines, caller, request.model)
-            self._quota.require_room(caller, 1)
-            stream = engine.submit(score_request(engine.bundle, request))
+            require_room(caller, self._sessions.running(caller.name), 1)
+            stream = engine.submit(score_request(engine.bundle, request), caller.name)
         except Exception as error:
             refuse(context, error)
             return None
-        self._quota.add(caller, 1)
         try:
             async for event in engine.events(stream):
                 if isinstance(event, Scored):
@@ -122,7 +119,6 @@ class GenerationServicer(generation_grpc.GenerationServiceServicer):
             refuse(context, error)
             return None
         finally:
-            self._quota.remove(caller, 1)
             engine.cancel(stream)
         return None
 

@@ -19,6 +19,7 @@ from server.errors import InvalidRequest, PermissionDenied, Unsuitable
 from server.events import Finish, FinishReason
 from server.keys import Caller, Callers
 from server.prompt import prompt_tokens
+from server.quota import require_room
 from server.request import generate_request
 from server.session import Session
 from server.sessions import Following, Sessions
@@ -42,7 +43,7 @@ class SessionServicer(session_grpc.SessionServiceServicer):
         """Stop a stream and keep its state."""
 
         async def pause() -> pb.PauseResponse:
-            engine, session = await self._find(request.stream_id, context)
+            engine, session = await self._find(request.stream_id, self._callers.of(context))
             if not session.terms.keep_s:
                 raise Unsuitable("the stream was not asked to be kept: generate it with keep")
             await engine.pause(session)
@@ -55,8 +56,10 @@ class SessionServicer(session_grpc.SessionServiceServicer):
     ) -> AsyncIterator[generation_pb.GenerateResponse]:
         """Go on with a session that rests."""
         try:
-            engine, session = await self._find(request.stream_id, context)
+            caller = self._callers.of(context)
+            engine, session = await self._find(request.stream_id, caller)
             _require_rest(session)
+            require_room(caller, self._sessions.running(caller.name), 1)
             following = await self._continue(engine, session, request)
         except Exception as error:
             if (said := refusal(error)) is not None:
@@ -71,9 +74,10 @@ class SessionServicer(session_grpc.SessionServiceServicer):
         """Copies of a session that rests."""
 
         async def fork() -> pb.ForkResponse:
+            caller = self._callers.of(context)
             if not 1 <= request.n <= _MOST_COPIES:
                 raise InvalidRequest(f"n is {request.n}; it must be between 1 and {_MOST_COPIES}")
-            engine, session = await self._find(request.stream_id, context)
+            engine, session = await self._find(request.stream_id, caller)
             _require_rest(session)
             copies = [await self._copy(engine, session) for _ in range(request.n)]
             return pb.ForkResponse(stream_ids=copies)
@@ -85,7 +89,7 @@ class SessionServicer(session_grpc.SessionServiceServicer):
     ) -> AsyncIterator[pb.ExportResponse]:
         """A session that rests, sealed, in parts."""
         try:
-            engine, session = await self._find(request.stream_id, context)
+            engine, session = await self._find(request.stream_id, self._callers.of(context))
             _require_rest(session)
             if (keeper := self._sessions.keeper) is None:
                 raise Unsuitable("this server keeps no snapshots: start it with --snapshots URI")
@@ -152,8 +156,7 @@ class SessionServicer(session_grpc.SessionServiceServicer):
 
         return await _answer(context, list_sessions())
 
-    async def _find(self, stream_id: str, context: Context) -> tuple[Engine, Session]:
-        caller = self._callers.of(context)
+    async def _find(self, stream_id: str, caller: Caller) -> tuple[Engine, Session]:
         engine, session = await self._sessions.at_rest(stream_id, caller.name)
         _require_model(caller, engine.bundle.name)
         return engine, session

@@ -63,6 +63,15 @@ class Sessions:
         self.keeper = keeper
         self._secret = keeper.secret if keeper else secrets.token_bytes(32)
 
+    def running(self, owner: str) -> int:
+        """Streams of a caller that wait or run in this process."""
+        return sum(
+            not stream.ended
+            for engine in self.engines.values()
+            for session in engine.sessions(owner)
+            for stream in session.streams
+        )
+
     def is_durable(self, session: Session) -> bool:
         """Whether it survives this process."""
         return self.keeper is not None and self.keeper.is_durable and session.terms.keep_s > 0

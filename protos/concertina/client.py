@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Self, Unpack
 
 import grpc
 
+from concertina.channel import Access, Tls
 from concertina.errors import (
+    AccessDenied,
     ConcertinaError,
     ContractViolation,
     DeadlineExceeded,
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DEFAULT_ADDRESS",
     "Accepted",
+    "AccessDenied",
     "AsyncClient",
     "AsyncStream",
     "Client",
@@ -79,32 +82,30 @@ __all__ = [
     "Stopping",
     "Stream",
     "StreamCut",
+    "Tls",
     "TokenLogprobs",
     "Tokens",
     "Usage",
 ]
 
 DEFAULT_ADDRESS = "127.0.0.1:9000"
-_MAX_MESSAGE_BYTES = 16 * 1024 * 1024
-_CHANNEL_OPTIONS = (
-    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
-    # gRPC servers hang up on pings that come more often than every five minutes.
-    ("grpc.keepalive_time_ms", 330_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
-    # A connection per client: several clients then really spread over several connections.
-    ("grpc.use_local_subchannel_pool", 1),
-)
 
 
 class Client:
-    """Calls one server from blocking code; may be shared between threads. One connection."""
+    """Calls one server from blocking code; may be shared between threads. One connection.
 
-    def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
+    key: the API key, where the server wants one; without it that of the variable CONCERTINA_KEY.
+    tls: how to speak TLS, where the server does; Tls() trusts the authorities gRPC comes with.
+    """
+
+    def __init__(
+        self, address: str = DEFAULT_ADDRESS, *, key: str | None = None, tls: Tls | None = None
+    ) -> None:
+        access = Access(key, tls)
         self.address = address
-        self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
-        self._generation = GenerationServiceStub(self._channel)
-        self._models = ModelServiceStub(self._channel)
+        self._channel = access.channel(address)
+        self._generation = access.keyed(GenerationServiceStub(self._channel))
+        self._models = access.keyed(ModelServiceStub(self._channel))
 
     def generate(
         self,
@@ -214,13 +215,16 @@ class Stream:
 
 
 class AsyncClient:
-    """Calls one server from asyncio code. One connection."""
+    """Calls one server from asyncio code, as Client does. One connection."""
 
-    def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
+    def __init__(
+        self, address: str = DEFAULT_ADDRESS, *, key: str | None = None, tls: Tls | None = None
+    ) -> None:
+        access = Access(key, tls)
         self.address = address
-        self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
-        self._generation = GenerationServiceStub(self._channel)
-        self._models = ModelServiceStub(self._channel)
+        self._channel = access.async_channel(address)
+        self._generation = access.keyed(GenerationServiceStub(self._channel))
+        self._models = access.keyed(ModelServiceStub(self._channel))
 
     def generate(
         self,

@@ -33,10 +33,14 @@ from concertina.options import (
     Address,
     AllowedTokenIds,
     BadWords,
+    Ca,
+    Cert,
+    CertKey,
     FrequencyPenalty,
     IgnoreEos,
     IncludeStop,
     Json,
+    KeyFile,
     Label,
     LogitBias,
     Logprobs,
@@ -58,6 +62,8 @@ from concertina.options import (
     TopK,
     TopP,
     TypicalP,
+    UseTls,
+    access,
     logit_biases,
     png_file,
     readable_file,
@@ -65,6 +71,7 @@ from concertina.options import (
 from concertina.painting import Canvas, Easel, in_palette, read_rows
 
 if TYPE_CHECKING:
+    from concertina.channel import Access
     from concertina.requests import PromptLike
 
 _LOOKUP_TIMEOUT = 30.0
@@ -106,6 +113,11 @@ def generate(
     timeout: Timeout = None,
     model: ModelName = "",
     address: Address = DEFAULT_ADDRESS,
+    key_file: KeyFile = None,
+    tls: UseTls = False,
+    ca: Ca = None,
+    cert: Cert = None,
+    cert_key: CertKey = None,
     json_output: Json = False,
 ) -> None:
     """Write text to standard output as it is generated.
@@ -124,7 +136,7 @@ def generate(
     if prompt is not None and prompt_file is not None:
         raise typer.BadParameter("give the prompt as an argument or as --prompt-file, not both")
     text = _read_text(prompt_file or Path("-")) if prompt_file or prompt == "-" else prompt
-    with _connected(address, json_output) as client:
+    with _connected(address, access(key_file, tls, ca, cert, cert_key), json_output) as client:
         chosen = _choose(client, model, "text")
         stream = client.generate(
             text or None,
@@ -189,6 +201,11 @@ def paint(
     timeout: Timeout = None,
     model: ModelName = "",
     address: Address = DEFAULT_ADDRESS,
+    key_file: KeyFile = None,
+    tls: UseTls = False,
+    ca: Ca = None,
+    cert: Cert = None,
+    cert_key: CertKey = None,
     json_output: Json = False,
 ) -> None:
     """Paint an image in the terminal as it is generated.
@@ -200,7 +217,7 @@ def paint(
     concertina paint --out image.png --scale 16
     concertina paint --complete half.png --out whole.png
     """
-    with _connected(address, json_output) as client:
+    with _connected(address, access(key_file, tls, ca, cert, cert_key), json_output) as client:
         chosen = _choose(client, model, "image")
         size = _image_format(chosen)
         canvas = Canvas(size.width, size.height)
@@ -245,6 +262,11 @@ def score(
     timeout: Timeout = None,
     model: ModelName = "",
     address: Address = DEFAULT_ADDRESS,
+    key_file: KeyFile = None,
+    tls: UseTls = False,
+    ca: Ca = None,
+    cert: Cert = None,
+    cert_key: CertKey = None,
     json_output: Json = False,
 ) -> None:
     """Measure how well a model predicts a text (bits per byte) or an image (bits per dimension).
@@ -255,7 +277,7 @@ def score(
     concertina score main.py
     concertina score image.png --label "Food & Drink" --json
     """
-    with _connected(address, json_output) as client:
+    with _connected(address, access(key_file, tls, ca, cert, cert_key), json_output) as client:
         if _is_image(file):
             chosen, unit = _choose(client, model, "image"), "bits/dim"
             size = _image_format(chosen)
@@ -271,7 +293,15 @@ def score(
         print(f"{result.bits_per_token:.4f} {unit} over {tokens} ({result.model})")
 
 
-def models(address: Address = DEFAULT_ADDRESS, json_output: Json = False) -> None:
+def models(
+    address: Address = DEFAULT_ADDRESS,
+    key_file: KeyFile = None,
+    tls: UseTls = False,
+    ca: Ca = None,
+    cert: Cert = None,
+    cert_key: CertKey = None,
+    json_output: Json = False,
+) -> None:
     """List what a server serves.
 
     Examples:
@@ -279,7 +309,7 @@ def models(address: Address = DEFAULT_ADDRESS, json_output: Json = False) -> Non
     concertina models --json | jq .name
     CONCERTINA_ADDRESS=127.0.0.1:9001 concertina models
     """
-    with _connected(address, json_output) as client:
+    with _connected(address, access(key_file, tls, ca, cert, cert_key), json_output) as client:
         served = client.models(timeout=_LOOKUP_TIMEOUT)
     if json_output:
         for model in served:
@@ -304,9 +334,9 @@ def models(address: Address = DEFAULT_ADDRESS, json_output: Json = False) -> Non
 
 
 @contextmanager
-def _connected(address: str, json_output: bool) -> Iterator[Client]:
+def _connected(address: str, access: Access, json_output: bool) -> Iterator[Client]:
     try:
-        with Client(address) as client:
+        with Client(address, key=access.key, tls=access.tls) as client:
             yield client
     except ConcertinaError as error:
         if not json_output:

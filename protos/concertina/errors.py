@@ -2,6 +2,7 @@
 
 ConcertinaError
 ├── ServerUnavailable     nobody answers, or the server is going away
+├── AccessDenied          the key is missing or wrong, or is not for this model
 ├── ModelNotFound         the server has no model of this name
 ├── InvalidRequest        a parameter or the prompt is wrong; sending it again will not help
 ├── Overloaded            refused for now; wait `retry_after` seconds
@@ -44,6 +45,10 @@ class ConcertinaError(Exception):
 
 class ServerUnavailable(ConcertinaError):
     """Nobody answers at the address, or the server is going away."""
+
+
+class AccessDenied(ConcertinaError):
+    """The API key is missing or wrong, or it is not for this model."""
 
 
 class ModelNotFound(ConcertinaError):
@@ -95,6 +100,8 @@ class ServerError(ConcertinaError):
 
 _BY_CODE: dict[str, type[ConcertinaError]] = {
     "UNAVAILABLE": ServerUnavailable,
+    "UNAUTHENTICATED": AccessDenied,
+    "PERMISSION_DENIED": AccessDenied,
     "NOT_FOUND": ModelNotFound,
     "INVALID_ARGUMENT": InvalidRequest,
     "OUT_OF_RANGE": InvalidRequest,
@@ -102,6 +109,7 @@ _BY_CODE: dict[str, type[ConcertinaError]] = {
     "DEADLINE_EXCEEDED": DeadlineExceeded,
 }
 _RETRYABLE = {"UNAVAILABLE", "RESOURCE_EXHAUSTED"}
+_NO_TLS = ("handshake failed", "tsi_", "socket closed", "connection reset")
 _NO_CONNECTION = ("failed to connect", "dns resolution failed", "connection refused")
 
 
@@ -121,7 +129,10 @@ def refusal(
 def status_error(address: str, code: grpc.StatusCode, details: str) -> ConcertinaError:
     """The error for a call to `address` that ended with a status other than OK."""
     if code.name == "UNAVAILABLE":
-        if any(phrase in details.lower() for phrase in _NO_CONNECTION):
+        said = details.lower()
+        if "failed to connect" in said and any(phrase in said for phrase in _NO_TLS):
+            details = f"{address} and --tls, --ca, --cert here do not fit together ({details})"
+        elif any(phrase in said for phrase in _NO_CONNECTION):
             details = (
                 f"no Concertina server answers at {address}; start one with `concertina serve`"
             )

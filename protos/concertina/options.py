@@ -7,6 +7,8 @@ from typing import Annotated, TypeAlias
 
 import typer
 
+from concertina.channel import Access, Tls
+
 
 def png_file(path: Path | None) -> Path | None:
     """A callback: the path, if a PNG can be written there. Raises BadParameter."""
@@ -22,6 +24,23 @@ def readable_file(path: Path) -> Path:
     if path != Path("-") and not path.is_file():
         raise typer.BadParameter(f"{path} is not a file")
     return path
+
+
+def optional_file(path: Path | None) -> Path | None:
+    """A callback: the path of a file, if one was given. Raises BadParameter."""
+    if path is not None and not path.is_file():
+        raise typer.BadParameter(f"{path} is not a file")
+    return path
+
+
+def access(
+    key_file: Path | None, tls: bool, ca: Path | None, cert: Path | None, cert_key: Path | None
+) -> Access:
+    """What these options say about being let in. Raises BadParameter."""
+    if (cert is None) != (cert_key is None):
+        raise typer.BadParameter("a certificate needs its key: give both --cert and --cert-key")
+    key = None if key_file is None else key_file.read_text().strip()
+    return Access(key, Tls(ca, cert, cert_key) if tls or ca or cert else None)
 
 
 def logit_biases(pairs: list[str] | None) -> dict[int, float] | None:
@@ -42,6 +61,40 @@ def logit_biases(pairs: list[str] | None) -> dict[int, float] | None:
 
 Address: TypeAlias = Annotated[
     str, typer.Option(envvar="CONCERTINA_ADDRESS", help="Where the server listens.")
+]
+KeyFile: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="CONCERTINA_KEY_FILE",
+        callback=optional_file,
+        help="File that holds the API key, if the server wants one; or put it in CONCERTINA_KEY.",
+    ),
+]
+UseTls: TypeAlias = Annotated[
+    bool,
+    typer.Option("--tls", envvar="CONCERTINA_TLS", help="Speak TLS; so do the next three options."),
+]
+Ca: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="CONCERTINA_CA",
+        callback=optional_file,
+        help="Authority (PEM) of the server's certificate.",
+    ),
+]
+Cert: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="CONCERTINA_CERT",
+        callback=optional_file,
+        help="Certificate (PEM) to show to the server.",
+    ),
+]
+CertKey: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="CONCERTINA_CERT_KEY", callback=optional_file, help="Private key (PEM) of --cert."
+    ),
 ]
 ModelName: TypeAlias = Annotated[
     str,

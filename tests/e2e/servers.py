@@ -64,7 +64,7 @@ def serving(*arguments: str) -> Iterator[Server]:
         process = concertina("serve", *arguments, *ports, stdout=log, stderr=log)
         server = Server(address, metrics_address, process, Path(log.name))
         try:
-            until(lambda: "ready" in server.output() or process.poll() is not None, START_SECONDS)
+            until(lambda: "\nready" in server.output() or process.poll() is not None, START_SECONDS)
             assert process.poll() is None, server.output()
             yield server
         finally:

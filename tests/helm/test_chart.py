@@ -15,6 +15,7 @@ import typer
 import yaml
 
 from server.command import serve
+from server.exporter import HEALTH_PATH
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "helm" / "concertina"
@@ -103,11 +104,15 @@ def test_everybody_means_the_same_ports(values: str, ports: str) -> None:
     named = {each["name"]: each["containerPort"] for each in container["ports"]}
     assert named == {"grpc": port, "metrics": metrics_port}
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-        assert container[probe]["grpc"] == {"port": port}
+        if said["tls_cert"]:  # no gRPC probe speaks it
+            assert container[probe]["httpGet"] == {"path": HEALTH_PATH, "port": "metrics"}
+        else:
+            assert container[probe]["grpc"] == {"port": port}
     service = {each["name"]: each for each in only(objects, "Service")["spec"]["ports"]}
     assert {name: each["port"] for name, each in service.items()} == named
     assert all(each["targetPort"] == name for name, each in service.items())
-    assert service["grpc"]["appProtocol"] == "kubernetes.io/h2c"
+    protocol = "https" if said["tls_cert"] else "kubernetes.io/h2c"
+    assert service["grpc"]["appProtocol"] == protocol
 
 
 def test_the_ports_are_those_of_the_image() -> None:
@@ -209,6 +214,29 @@ def test_bundles_come_from_the_image_or_from_a_claim() -> None:
     assert volume["persistentVolumeClaim"] == {"claimName": "mine", "readOnly": True}
 
 
+def mounted(objects: list[Object], path: Path) -> str:
+    """The secret that holds the file at this path."""
+    (mount,) = (
+        each for each in server(objects)["volumeMounts"] if each["mountPath"] == str(path.parent)
+    )
+    assert mount["readOnly"] is True
+    (volume,) = (each for each in pod(objects)["volumes"] if each["name"] == mount["name"])
+    name: str = volume["secret"]["secretName"]
+    return name
+
+
+def test_keys_and_certificates_come_from_secrets() -> None:
+    options = ("keys", "tls_cert", "tls_key", "tls_client_ca")
+    assert not any(arguments(render())[option] for option in options)
+    closed = render("keys.secret=a tls.secret=b tls.clientSecret=c")
+    files = [arguments(closed)[option] for option in options]
+    assert [file.name for file in files] == ["keys.json", "tls.crt", "tls.key", "ca.crt"]
+    assert [mounted(closed, file) for file in files] == ["a", "b", "b", "c"]
+    some = render("keys.secret=a tls.secret=b")
+    assert arguments(some)["tls_client_ca"] is None
+    assert len(pod(some)["volumes"]) == len(pod(closed)["volumes"]) - 1
+
+
 def test_the_autoscaler_alone_says_how_many_pods() -> None:
     assert only(render("replicaCount=3"), "Deployment")["spec"]["replicas"] == 3
     objects = render("autoscaling.enabled=true")
@@ -250,6 +278,8 @@ def test_without_an_account_of_its_own_the_pod_uses_a_named_one() -> None:
         ("server.slots=0", "server/slots"),
         ("server.ray=false server.replicas=2", "server/replicas"),
         ("server.prot=9000", "prot"),
+        ("tls.clientSecret=c", "tls/secret"),
+        ("keys.file=keys.json", "keys"),
         ("replicas=2", "replicas"),
         ("bundles.names={../etc}", "bundles/names"),
         ("gpu.enabled=yes", "gpu/enabled"),

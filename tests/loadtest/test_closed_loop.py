@@ -8,6 +8,7 @@ from itertools import repeat
 
 import pytest
 
+from concertina.channel import Access
 from concertina.client import AsyncClient, InvalidRequest
 from concertina.v1 import generation_service_pb2 as pb
 from loadtest.client import CANCELLED, Tally
@@ -169,7 +170,7 @@ async def test_warmup_runs_first_and_does_not_count(serve: Serve) -> None:
         for event in keep_contract(request):
             yield event
 
-    served, run = await measure(plan(await serve(script)))
+    served, run = await measure(plan(await serve(script)), Access())
     assert served.name == "script"
     assert len(run.records) == 6 and all(record.whole for record in run.records)
     assert len(set(seeds)) == 9  # nothing that warmed the server up is asked again
@@ -183,7 +184,7 @@ async def test_no_request_starts_after_the_duration(serve: Serve) -> None:
 
     address = await serve(script)
     async with asyncio.timeout(30):
-        _, run = await measure(plan(address, requests=None, duration_s=0.5, warmup=0))
+        _, run = await measure(plan(address, requests=None, duration_s=0.5, warmup=0), Access())
     starts = [record.started_ns for record in run.records]
     assert 0.1e9 <= max(starts) - min(starts) <= 1e9
     assert all(record.whole for record in run.records)  # those that run may end
@@ -196,4 +197,4 @@ async def test_lengths_that_do_not_fit_the_context_are_refused(serve: Serve) -> 
 
     address = await serve(script)
     with pytest.raises(InvalidRequest, match=r"context of 1024 .* up to 1029"):
-        await measure(plan(address, output_tokens=Lengths(1, 1025)))
+        await measure(plan(address, output_tokens=Lengths(1, 1025)), Access())

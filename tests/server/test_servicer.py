@@ -20,14 +20,16 @@ from concertina.v1 import generation_service_pb2 as pb
 from concertina.v1 import generation_service_pb2_grpc as generation_grpc
 from concertina.v1 import model_service_pb2 as model_pb
 from concertina.v1 import model_service_pb2_grpc as model_grpc
-from server import servicer
+from server import calls, servicer
 from server.bundle import Bundle
 from server.config import EngineConfig
 from server.engine import Engine
 from server.errors import BundleError
 from server.events import Delta, Event
 from server.keys import Callers
+from server.reader import Reader
 from server.servicer import GenerationServicer, ModelServicer, open_engines
+from server.sessions import Sessions
 from server.stream import Stream
 from tests.server.engines import LIMIT_S, Gate, change_logits, is_empty, script, until
 
@@ -82,7 +84,7 @@ async def serve(text_bundle: Path, image_bundle: Path) -> AsyncIterator[Serve]:
         engines = open_engines(chosen, EngineConfig(threads=1, **settings))  # type: ignore[arg-type]
         server = grpc.aio.server()
         generation_grpc.add_GenerationServiceServicer_to_server(
-            GenerationServicer(engines, Callers(None)), server
+            GenerationServicer(Sessions(engines, None), Callers(None)), server
         )
         model_grpc.add_ModelServiceServicer_to_server(ModelServicer(engines, Callers(None)), server)
         port = server.add_insecure_port("127.0.0.1:0")
@@ -282,7 +284,7 @@ async def test_every_output_ends_when_the_servicer_fails(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served = await serve(TEXT)
-    respond = servicer._response
+    respond = calls.response_message
 
     def fail(*arguments: Any) -> pb.GenerateResponse:
         response = respond(*arguments)
@@ -290,7 +292,7 @@ async def test_every_output_ends_when_the_servicer_fails(
             raise RuntimeError("secret")
         return response
 
-    monkeypatch.setattr(servicer, "_response", fail)
+    monkeypatch.setattr(calls, "response_message", fail)
     request = pb.GenerateRequest(
         stopping=pb.StoppingCriteria(max_tokens=96, ignore_eos=True), output=pb.OutputOptions(n=3)
     )
@@ -344,7 +346,9 @@ async def test_a_generator_that_is_dropped_in_the_middle_cancels(serve: Serve) -
     """Not every home cancels the handler: some just stop asking it."""
     served = await serve(TEXT, slots=1, stream_buffer=4)
     engine = served.engines[TEXT]
-    events = GenerationServicer(served.engines, Callers(None)).Generate(_long(), _Context())
+    events = GenerationServicer(Sessions(served.engines, None), Callers(None)).Generate(
+        _long(), _Context()
+    )
     kinds = [(await anext(events)).WhichOneof("event") for _ in range(2)]
     assert kinds == ["accepted", "tokens"]
     await until(lambda: engine._paused)
@@ -474,7 +478,7 @@ async def test_an_engine_that_stops_is_told_to_running_and_new_streams(serve: Se
     assert (await _refusal(refused.read()))[0].name == "UNAVAILABLE"
 
 
-@pytest.mark.parametrize("what", ["generate_request", "score_request", "_find"])
+@pytest.mark.parametrize("what", ["generate_request", "score_request", "find"])
 async def test_a_failure_of_ours_before_the_stream_leaks_nothing(
     serve: Serve,
     monkeypatch: pytest.MonkeyPatch,
@@ -507,14 +511,14 @@ async def test_a_failure_of_ours_in_a_stream_is_its_last_event_and_leaks_nothing
     """Whether the engine's events fail, or what becomes of them."""
     served = await serve(TEXT, stream_buffer=2)
     engine, events = served.engines[TEXT], Engine.events_together
-    response = servicer._response
+    response = calls.response_message
     told = 0
 
     async def break_off(
-        self: Engine, streams: Sequence[Stream]
+        self: Engine, streams: Sequence[Stream], readers: Sequence[Reader]
     ) -> AsyncIterator[tuple[Stream, Event]]:
         seen = 0
-        async for event in events(self, streams):
+        async for event in events(self, streams, readers):
             if seen == after:
                 raise RuntimeError(SECRET)
             yield event
@@ -527,7 +531,7 @@ async def test_a_failure_of_ours_in_a_stream_is_its_last_event_and_leaks_nothing
             raise RuntimeError(SECRET)
         return response(*args)  # type: ignore[arg-type]
 
-    for patch in ((Engine, "events_together", break_off), (servicer, "_response", answer)):
+    for patch in ((Engine, "events_together", break_off), (calls, "response_message", answer)):
         with monkeypatch.context() as patched:
             patched.setattr(*patch)
             all_events = await served.generate(_long())
@@ -610,7 +614,7 @@ def test_a_bundle_that_cannot_be_opened_leaves_no_engine_running(
         open_engines([text_bundle, tmp_path], EngineConfig())
     assert _alive() == 0
 
-    def only_one(bundle: Bundle, config: EngineConfig) -> Engine:
+    def only_one(bundle: Bundle, config: EngineConfig, keeper: None) -> Engine:
         if bundle.is_image:
             raise BundleError("broken")
         return Engine(bundle, config)

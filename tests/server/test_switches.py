@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from server import switches
-from server.config import MEBIBYTE, ServeConfig
+from server.config import MEBIBYTE, ConfigError, ServeConfig
 from server.switches import DIRECT, GRPC_HOST, HAPROXY, PORTS, PYTHON_PROXY, data_path
+from tests.certificates import Certificates
 
 CONFIG = ServeConfig((Path("bundle"),), port=9012)
 
@@ -53,6 +55,30 @@ def test_servers_on_one_machine_do_not_meet(tmp_path: Path) -> None:
         assert one[name] != other[name]
 
 
+def test_tls_is_at_the_public_port_and_plaintext_on_loopback(
+    certificates: Certificates, tmp_path: Path
+) -> None:
+    config = replace(CONFIG, host="0.0.0.0", tls=certificates.server())
+    values = switches.switches(config, tmp_path)
+    plain = switches.plain_port(config, values)
+    assert plain != config.port == switches.plain_port(CONFIG, {})
+    edge = (tmp_path / "tls.cfg").read_text()
+    assert "bind 0.0.0.0:9012 ssl " in edge and f"server plaintext 127.0.0.1:{plain}" in edge
+    assert "verify required" not in edge
+    switches.switches(replace(config, tls=certificates.server(mutual=True)), tmp_path)
+    assert "verify required" in (tmp_path / "tls.cfg").read_text()
+    for file in ("certificate.pem", "haproxy"):
+        assert (tmp_path / file).stat().st_mode & 0o077 == 0
+
+
+def test_tls_needs_haproxy(
+    certificates: Certificates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "0")
+    with pytest.raises(ConfigError, match="needs HAProxy"):
+        switches.switches(replace(CONFIG, tls=certificates.server()), tmp_path)
+
+
 def test_messages_have_the_size_that_was_asked_for(tmp_path: Path) -> None:
     config = ServeConfig(CONFIG.bundles, max_message_bytes=3 * MEBIBYTE)
     values = switches.switches(config, tmp_path)
@@ -64,6 +90,7 @@ def test_ray_knows_every_switch(installed: bool, tmp_path: Path) -> None:
     ray = find_spec("ray")
     assert ray is not None and ray.origin is not None
     source = (Path(ray.origin).parent / "serve/_private/constants.py").read_text()
-    names = [name for name in switches.switches(CONFIG, tmp_path) if name.startswith("RAY_SERVE_")]
+    values = [*switches.switches(CONFIG, tmp_path), switches.HAPROXY_PROGRAM]
+    names = [name for name in values if name.startswith("RAY_SERVE_")]
     assert len(names) > 15
     assert [name for name in names if f'"{name}"' not in source] == []

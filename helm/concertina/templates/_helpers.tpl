@@ -27,9 +27,16 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- printf "%s:%s" .Values.image.repository (.Values.image.tag | default $tag) -}}
 {{- end -}}
 
-{{- /* A gRPC probe of the whole server: (list context name-of-probe) */ -}}
+{{- /* A probe of the whole server: (list context name-of-probe) */ -}}
 {{- define "concertina.probe" -}}
+{{- $values := (index . 0).Values -}}
+{{- if $values.tls.secret -}}
+httpGet:
+  path: /healthz
+  port: metrics
+{{- else -}}
 grpc:
-  port: {{ (index . 0).Values.server.port }}
-{{ toYaml (index (index . 0).Values.probes (index . 1)) }}
+  port: {{ $values.server.port }}
+{{- end }}
+{{ toYaml (index $values.probes (index . 1)) }}
 {{- end -}}
