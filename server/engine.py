@@ -11,23 +11,28 @@ import logging
 import secrets
 import threading
 import time
+from bisect import insort
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from itertools import islice
+from itertools import count
+from math import inf
+from operator import attrgetter
 
 import numpy as np
+import psutil
 
 from server import metrics
+from server.admission import Ledger, limits
 from server.bundle import Bundle
 from server.cache import Cache
 from server.config import EngineConfig
-from server.errors import EngineStopped, Overloaded, RequestError, StepFailed
+from server.errors import EngineStopped, RequestError, StepFailed
 from server.logit_rules import Memory
 from server.logprobs import TokenLogprobs, surprisal, token_logprobs
 from server.outbox import Outbox
 from server.runtime import Floats, Runtime
 from server.sampler import SamplingBatch, failures, sample
-from server.scheduler import Load, Plan, next_credit, plan
+from server.scheduler import Bench, Load, Plan, Waiting, next_credit, plan
 from server.stream import (
     Ending,
     Event,
@@ -42,6 +47,7 @@ from server.stream import (
 
 _log = logging.getLogger(__name__)
 _IDLE_WAIT_S = 1.0
+_PLACE = attrgetter("place")
 
 
 class Engine:
@@ -58,8 +64,10 @@ class Engine:
         self._wake = threading.Event()
         self._closing = False
         self._lock = threading.Lock()
-        self._num_open = 0  # streams not ended; written under the lock, since both sides count
-        self._waiting: deque[Stream] = deque()
+        # What the streams not ended hold; changed under the lock, since both sides count.
+        self._ledger = Ledger(bundle.manifest, limits(config, psutil.virtual_memory().total))
+        self._arrivals = count()
+        self._waiting: list[Stream] = []  # in the order of their places
         self._bench: Stream | None = None
         self._running: list[Stream] = []
         self._sampling: SamplingBatch | None = None  # of the batch as it is, None when it changed
@@ -81,7 +89,8 @@ class Engine:
     def submit(self, request: Request) -> Stream:
         """Queue a stream that the running event loop will read.
 
-        Raises Overloaded when the queue is full, EngineStopped when nothing will be served.
+        Raises Overloaded when there is no room for it, InvalidRequest when there never will be,
+        EngineStopped when nothing will be served.
         """
         return self.submit_together([request])[0]
 
@@ -93,19 +102,13 @@ class Engine:
         name, arrived = secrets.token_urlsafe(16), asyncio.Event()
         loop = asyncio.get_running_loop()
         streams = tuple(Stream(name, request, loop, arrived) for request in requests)
-        limit = self.config.slots + self.config.queue_limit
         with self._lock:
             if self._closing:
                 raise EngineStopped("the server is shutting down; try another one, or again later")
-            if self._num_open + len(streams) > limit:
-                self._measures.rejected("queue_full")
-                raise Overloaded(
-                    f"{self._num_open} streams of {self.bundle.name} are running or waiting, the "
-                    f"limit is {limit} ({self.config.slots} slots and a queue of "
-                    f"{self.config.queue_limit}); try again later",
-                    retry_after_s=1.0,
-                )
-            self._num_open += len(streams)
+            refusal = self._ledger.admit(streams, time.monotonic())
+            if refusal is not None:
+                self._measures.rejected(refusal.reason)
+                raise refusal.error
             self._post(lambda: self._enqueue(streams))
         return streams
 
@@ -173,25 +176,35 @@ class Engine:
             self._wake.clear()
 
     def _load(self) -> Load:
-        bench = self._bench
-        head = islice(self._waiting, self._cache.num_free + 1)
+        bench, free, yielding = self._bench, self._cache.num_free, self._yielding()
+        head = self._waiting[: free + len(yielding) + 1]
         return Load(
             num_running=self._cache.num_running,
-            num_free=self._cache.num_free,
-            num_returning=len(self._returning()),
-            waiting=tuple((s.to_prefill, not s.request.score) for s in head),
-            bench_left=None if bench is None else len(bench.unpushed(self._cache.bench_pushed)),
-            bench_joins=bench is not None and not bench.request.score,
+            num_free=free,
+            yielding=tuple(s.request.priority for s in yielding),
+            returning=tuple(s.request.priority for s in self._returning()),
+            waiting=tuple(
+                Waiting(s.to_prefill, not s.request.score, s.request.priority) for s in head
+            ),
+            bench=None if bench is None else self._on_bench(bench),
             prefill_room=min(self._cache.block_room, self.config.prefill_chunk),
             prefill_credit_s=self._credit_s,
         )
 
+    def _on_bench(self, stream: Stream) -> Bench:
+        request = stream.request
+        left = len(stream.unpushed(self._cache.bench_pushed))
+        return Bench(left, joins=not request.score, priority=request.priority)
+
     def _execute(self, todo: Plan) -> None:
-        for stream in self._returning()[: todo.restore]:
+        returning = self._returning()[: todo.restore]
+        for stream in self._yielding()[: todo.preempt]:
+            self._preempt(stream)
+        for stream in returning:
             self._restore(stream)
         for _ in range(todo.begin):
             self._begin(self._waiting[0])
-            self._start(self._waiting.popleft())
+            self._start(self._waiting.pop(0))
         if todo.join:
             assert self._bench is not None
             self._share(self._bench, self._cache.join())
@@ -199,7 +212,7 @@ class Engine:
             self._bench = None
         prefill_s = self._prefill(todo.prefill) if todo.prefill else 0.0
         if todo.seat and self._waiting[0].parked is None:
-            self._start(stream := self._waiting.popleft())
+            self._start(stream := self._waiting.pop(0))
             # Where the prompt itself is predicted, every token of it has to be pushed.
             self._cache.seat(None if stream.request.predicts_prompt else stream.unpushed(0))
             self._measures.shared(self._cache.bench_pushed, self._cache.prefix_bytes)
@@ -288,11 +301,17 @@ class Engine:
     # ---- where streams are
 
     def _enqueue(self, streams: Sequence[Stream]) -> None:
-        self._waiting += streams
+        for stream in streams:
+            stream.place = (stream.place[0], next(self._arrivals))
+            insort(self._waiting, stream, key=_PLACE)
         self._limited.update(s for s in streams if s.request.time_limit_s is not None)
 
     def _start(self, stream: Stream) -> None:
-        """Work on a stream that waited begins."""
+        """Work on a stream that waited begins, unless it had begun before."""
+        if stream.started_at is not None:
+            return
+        with self._lock:
+            self._ledger.began(stream)
         stream.started_at = time.monotonic()
         self._measures.started(stream.started_at - stream.accepted_at)
         request = stream.request
@@ -329,6 +348,20 @@ class Engine:
             self._running[row] = last
         self._sampling = None
 
+    def _yielding(self) -> list[Stream]:
+        """Running streams of a lower priority than one that waits for a slot, the lowest first."""
+        claiming = [*self._waiting[:1], self._bench, *self._returning()[:1]]
+        priorities = [s.request.priority for s in claiming if s is not None]
+        lower = [s for s in self._running if s.request.priority < max(priorities, default=-inf)]
+        return sorted(lower, key=_PLACE, reverse=True)
+
+    def _preempt(self, stream: Stream) -> None:
+        """Park a stream that gives its slot to one of a higher priority; it waits in its place."""
+        stream.parked = self._cache.park(self._running.index(stream))
+        self._leave_batch(stream)
+        insort(self._waiting, stream, key=_PLACE)
+        self._measures.preempted()
+
     def _pause(self, stream: Stream) -> None:
         """Park a stream whose reader lags; it comes back when half of its buffer is read."""
         stream.parked = self._cache.park(self._running.index(stream))
@@ -337,7 +370,8 @@ class Engine:
         stream.paused = True
 
     def _returning(self) -> list[Stream]:
-        return [s for s in self._paused if s.unread <= self.config.stream_buffer // 2]
+        back = [s for s in self._paused if s.unread <= self.config.stream_buffer // 2]
+        return sorted(back, key=lambda s: -s.request.priority)
 
     def _restore(self, stream: Stream) -> None:
         self._begin(stream)
@@ -358,12 +392,13 @@ class Engine:
 
     def _settle(self, stream: Stream, ending: Ending | None) -> None:
         """The books of a stream that is nowhere any more."""
+        now = time.monotonic()
         with self._lock:
-            self._num_open -= 1
+            self._ledger.ended(stream, now)
         stream.ended = True
         stream.parked = None
         self._limited.discard(stream)
-        self._measures.finished(outcome(ending), time.monotonic() - stream.accepted_at)
+        self._measures.finished(outcome(ending), now - stream.accepted_at)
         if ending is not None:
             self._outbox.put(stream, Piece(ending=ending))
 
@@ -414,3 +449,4 @@ class Engine:
             self._measures.holding(
                 len(self._running), len(self._waiting), len(self._paused), self._cache.state_bytes()
             )
+            self._measures.promising(self._ledger.held.state_bytes)

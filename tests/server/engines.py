@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from server.admission import Weight
 from server.engine import Engine
 from server.runtime import Floats, Ints
 from server.sampler import SamplingParameters
@@ -70,7 +71,15 @@ async def until(condition: Callable[[], object], limit_s: float = LIMIT_S) -> No
 def is_empty(engine: Engine) -> bool:
     """Whether nothing of any stream is left."""
     held = (engine._running, engine._waiting, engine._paused, engine._limited, engine._bench)
-    return not any((*held, engine._num_open, engine._cache.num_running, engine._inbox))
+    return not any(
+        (
+            *held,
+            engine._ledger.held != Weight(),
+            engine._ledger._weights,
+            engine._cache.num_running,
+            engine._inbox,
+        )
+    )
 
 
 @contextmanager

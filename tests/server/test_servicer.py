@@ -326,14 +326,14 @@ async def test_a_client_that_goes_away_leaves_nothing(serve: Serve, after: int) 
     engine = served.engines[TEXT]
     with Gate(engine) as gate:
         calls = [served.generation.Generate(_long()) for _ in range(4)]
-        await until(lambda: engine._num_open == 4)
+        await until(lambda: engine._ledger.held.streams == 4)
         for call in calls[:2]:
             for _ in range(after):
                 gate.let(1)
                 await asyncio.wait_for(call.read(), LIMIT_S)
         await served.channel.close()
         gate.let(20)
-        await until(lambda: engine._num_open == 0)
+        await until(lambda: engine._ledger.held.streams == 0)
 
 
 async def test_a_generator_that_is_dropped_in_the_middle_cancels(serve: Serve) -> None:
@@ -417,7 +417,7 @@ async def test_a_bad_request_is_refused_by_status_and_takes_no_slot(
     served = await serve()
     status, details = await _refusal(served.generation.Generate(request_).read())
     assert (status.name, named in details) == (code, True), details
-    assert all(engine._num_open == 0 for engine in served.engines.values())
+    assert all(engine._ledger.held.streams == 0 for engine in served.engines.values())
     assert await served.generate(_long(3))
 
 
@@ -444,7 +444,7 @@ async def test_a_full_queue_is_told_at_once(serve: Serve) -> None:
         assert event.error.retry_after == Duration(seconds=1)
         status, details = await _refusal(refused.read())
         assert (status.name, details) == ("RESOURCE_EXHAUSTED", event.error.message)
-        assert "limit is 1" in details
+        assert "at most 1 streams" in details
         scored = served.generation.Score(pb.ScoreRequest(prompt=pb.Prompt(text="x")))
         assert (await _refusal(scored))[0].name == "RESOURCE_EXHAUSTED"
     assert len(_ids(await running)) == 96
@@ -457,7 +457,7 @@ async def test_an_engine_that_stops_is_told_to_running_and_new_streams(serve: Se
         running = asyncio.create_task(served.generate(_long()))
         score = pb.ScoreRequest(prompt=pb.Prompt(text="x" * 60))
         scored = asyncio.ensure_future(served.generation.Score(score))
-        await until(lambda: engine._num_open == 2)
+        await until(lambda: engine._ledger.held.streams == 2)
         closing = asyncio.create_task(asyncio.to_thread(engine.close))
         await until(lambda: engine._closing)
         gate.let(1)
