@@ -229,6 +229,7 @@ def _accepted(bundle: Bundle, streams: Sequence[Stream]) -> pb.Accepted:
             prompt_logprobs=request.prompt_logprobs,
             stream_interval=request.stream_interval,
         ),
+        priority=request.priority,
     )
 
 
