@@ -89,8 +89,7 @@ class Engine:
     def submit(self, request: Request) -> Stream:
         """Queue a stream that the running event loop will read.
 
-        Raises Overloaded when there is no room for it, InvalidRequest when there never will be,
-        EngineStopped when nothing will be served.
+        Raises Overloaded while there is no room, InvalidRequest if never, and EngineStopped.
         """
         return self.submit_together([request])[0]
 
@@ -176,32 +175,30 @@ class Engine:
             self._wake.clear()
 
     def _load(self) -> Load:
-        bench, free, yielding = self._bench, self._cache.num_free, self._yielding()
+        free, returning = self._cache.num_free, self._returning()
+        yielding, bench = self._yielding(returning), None
+        if self._bench is not None:
+            left = len(self._bench.unpushed(self._cache.bench_pushed))
+            bench = Bench(left, not self._bench.request.score, self._bench.priority)
         head = self._waiting[: free + len(yielding) + 1]
         return Load(
             num_running=self._cache.num_running,
             num_free=free,
-            yielding=tuple(s.request.priority for s in yielding),
-            returning=tuple(s.request.priority for s in self._returning()),
-            waiting=tuple(
-                Waiting(s.to_prefill, not s.request.score, s.request.priority) for s in head
-            ),
-            bench=None if bench is None else self._on_bench(bench),
+            yielding=tuple(s.priority for s in yielding),
+            returning=tuple(s.priority for s in returning),
+            waiting=tuple(Waiting(s.to_prefill, not s.request.score, s.priority) for s in head),
+            bench=bench,
             prefill_room=min(self._cache.block_room, self.config.prefill_chunk),
             prefill_credit_s=self._credit_s,
         )
 
-    def _on_bench(self, stream: Stream) -> Bench:
-        request = stream.request
-        left = len(stream.unpushed(self._cache.bench_pushed))
-        return Bench(left, joins=not request.score, priority=request.priority)
-
     def _execute(self, todo: Plan) -> None:
-        returning = self._returning()[: todo.restore]
-        for stream in self._yielding()[: todo.preempt]:
-            self._preempt(stream)
-        for stream in returning:
-            self._restore(stream)
+        if todo.preempt or todo.restore:
+            returning = self._returning()
+            for stream in self._yielding(returning)[: todo.preempt]:
+                self._preempt(stream)
+            for stream in returning[: todo.restore]:
+                self._restore(stream)
         for _ in range(todo.begin):
             self._begin(self._waiting[0])
             self._start(self._waiting.pop(0))
@@ -348,11 +345,12 @@ class Engine:
             self._running[row] = last
         self._sampling = None
 
-    def _yielding(self) -> list[Stream]:
+    def _yielding(self, returning: Sequence[Stream]) -> list[Stream]:
         """Running streams of a lower priority than one that waits for a slot, the lowest first."""
-        claiming = [*self._waiting[:1], self._bench, *self._returning()[:1]]
-        priorities = [s.request.priority for s in claiming if s is not None]
-        lower = [s for s in self._running if s.request.priority < max(priorities, default=-inf)]
+        claiming = [*self._waiting[:1], self._bench, *returning[:1]]
+        priorities = [s.priority for s in claiming if s is not None]
+        highest = max(priorities, default=-inf)
+        lower = [s for s in self._running if s.priority < highest]
         return sorted(lower, key=_PLACE, reverse=True)
 
     def _preempt(self, stream: Stream) -> None:
@@ -371,7 +369,7 @@ class Engine:
 
     def _returning(self) -> list[Stream]:
         back = [s for s in self._paused if s.unread <= self.config.stream_buffer // 2]
-        return sorted(back, key=lambda s: -s.request.priority)
+        return sorted(back, key=lambda s: -s.priority)
 
     def _restore(self, stream: Stream) -> None:
         self._begin(stream)

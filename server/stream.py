@@ -170,6 +170,11 @@ class Stream:
         return float("inf") if limit is None else self.accepted_at + limit
 
     @property
+    def priority(self) -> int:
+        """Who goes first."""
+        return self.request.priority
+
+    @property
     def to_prefill(self) -> int:
         """Tokens of the prompt to push before the stream can join the batch."""
         return 0 if self.parked is not None else len(self.request.prompt) - 1
