@@ -457,7 +457,7 @@ async def test_a_full_queue_is_told_at_once(serve: Serve) -> None:
     [
         ({"slots": 1, "queue_limit": 1}, "streams"),
         ({"queue_tokens": 100}, "prompt tokens"),
-        ({"state_limit_bytes": 4000}, "bytes of state"),
+        ({"state_limit_bytes": 10_000}, "bytes of state"),
     ],
 )
 async def test_every_refusal_is_told_within_50_ms_while_the_engine_is_busy(
@@ -501,7 +501,7 @@ async def test_a_request_that_never_fits_is_not_to_be_tried_again(serve: Serve) 
 
 
 async def test_a_call_whose_deadline_passes_frees_its_slot_at_once(serve: Serve) -> None:
-    """Waiting, on the bench and running: the caller is told by status, the engine goes on."""
+    """Running or waiting: the caller is told by status, the engine goes on."""
     served = await serve(TEXT, slots=1)
     engine = served.engines[TEXT]
     prompted = pb.GenerateRequest(
@@ -518,7 +518,7 @@ async def test_a_call_whose_deadline_passes_frees_its_slot_at_once(serve: Serve)
                 while True:
                     await asyncio.wait_for(call.read(), LIMIT_S)
             assert caught.value.code().name == "DEADLINE_EXCEEDED"
-        await until(lambda: len(engine._inbox) == 3)  # the server has heard of all
+        await until(lambda: len(engine._inbox) == 2 + 3)  # two came, all three are gone
         gate.let(1)
         await until(lambda: is_empty(engine))
         assert gate.passes == 1
