@@ -11,6 +11,8 @@ import pytest
 
 from server.bundle import Bundle
 from server.engine import Engine
+from server.logit_rules import LogitRules
+from server.sampler import SamplingParameters
 from server.stream import Finish, FinishReason, Stream
 from tests.server.engines import LIMIT_S, Gate, ask, generate, is_empty, read, together, until
 from tests.server.test_metrics import _value
@@ -37,7 +39,9 @@ async def test_a_preempted_stream_equals_its_undisturbed_twin(
 ) -> None:
     """Parked at any point of its block, and restored without a token of it pushed again."""
     engine = start(text, slots=1)
-    low, high = ask(b"low", max_tokens=60, seed=3), ask(prompt, max_tokens=5, seed=4, priority=1)
+    counting = SamplingParameters(seed=3, rules=LogitRules(frequency_penalty=2))  # remembers
+    low = ask(b"low", max_tokens=60, sampling=counting)
+    high = ask(prompt, max_tokens=5, seed=4, priority=1)
     twin, other = await generate(engine, low), await generate(engine, high)
     before, pushed = _value("streams_preempted_total"), _count_pushed(engine)
     stream = engine.submit(low)
