@@ -18,6 +18,7 @@ from concertina.client import (
 from loadtest.workload import Request
 
 CANCELLED = "Cancelled"
+REFUSED = "Overloaded RESOURCE_EXHAUSTED"
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from rich.console import Console
 from concertina.client import DEFAULT_ADDRESS, Model
 from concertina.options import Address, Ca, Cert, CertKey, KeyFile, ModelName, UseTls, access
 from loadtest.client import CANCELLED
-from loadtest.closed_loop import Plan, measure
+from loadtest.measure import Plan, measure
 from loadtest.report import Report, render, summarise
 from loadtest.workload import Lengths, parse_lengths
 
@@ -33,6 +33,14 @@ def loadtest(
     cert_key: CertKey = None,
     model: ModelName = "",
     streams: Annotated[int, typer.Option(min=1, help="Streams that run at once.")] = 32,
+    rate: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001,
+            help="Requests per second at random moments, an open loop, in place of --streams at "
+            "once; being refused is then no failure.",
+        ),
+    ] = None,
     requests: Annotated[
         int | None, typer.Option(min=1, help="Requests to send; without it, only time limits.")
     ] = None,
@@ -76,13 +84,14 @@ def loadtest(
         str, typer.Option("--json", metavar="FILE", help="Write the report as JSON; - for stdout.")
     ] = "",
 ) -> None:
-    """Drive a server with a closed loop of streams, check every stream, report what it did.
+    """Drive a server with a loop of streams, closed or open, check every one, report what it did.
 
     Exit code 0: every stream was whole. 1: a stream failed, or broke the protocol. 3: the run is
     void, because this machine was too busy to measure. 130: interrupted with Ctrl-C.
 
     Examples:
     concertina loadtest --streams 8 --requests 64
+    concertina loadtest --rate 40 --duration 60
     concertina loadtest --prompt-tokens 128-512 --output-tokens 1024 --json report.json
     """
     if duration is None and requests is None:
@@ -91,6 +100,7 @@ def loadtest(
         address=address,
         model=model,
         streams=streams,
+        rate=rate,
         channels=channels or math.ceil(streams / _STREAMS_PER_CHANNEL),
         requests=requests,
         duration_s=duration,
@@ -104,7 +114,7 @@ def loadtest(
     served, run = asyncio.run(measure(plan, access(key_file, tls, ca, cert, cert_key)))
     report = summarise(run.records, run.lags_ns, max_lag_s=max_lag, interrupted=run.interrupted)
     _publish(plan, served, report, json_file)
-    _exit(report, max_lag)
+    _exit(report, max_lag, overload=rate is not None)
 
 
 def _lengths(option: str, text: str, *, minimum: int) -> Lengths:
@@ -124,8 +134,9 @@ def _prompts(path: Path) -> tuple[str, ...]:
 def _publish(plan: Plan, served: Model, report: Report, json_file: str) -> None:
     if json_file != "-":
         prompt = f"{len(plan.prompts)} prompts" if plan.prompts else f"prompt {plan.prompt_tokens}"
+        load = f"{plan.streams} streams" if plan.rate is None else f"{plan.rate:g} requests/s"
         title = (
-            f"{served.name} at {plan.address}: {plan.streams} streams, {prompt}, "
+            f"{served.name} at {plan.address}: {load}, {prompt}, "
             f"output {plan.output_tokens}, seed {plan.seed}"
         )
         Console().print(render(report, title))
@@ -144,9 +155,11 @@ def _publish(plan: Plan, served: Model, report: Report, json_file: str) -> None:
             Path(json_file).write_text(text + "\n", encoding="utf-8")
 
 
-def _exit(report: Report, max_lag_s: float) -> None:
+def _exit(report: Report, max_lag_s: float, *, overload: bool) -> None:
     """Leaves with the exit code that the report deserves, after saying why on stderr."""
     failed = sum(count for kind, count in report.failures.items() if kind != CANCELLED)
+    if overload:
+        failed -= report.refused - report.untold
     if report.void and report.lag_s:
         typer.echo(
             f"VOID: the load generator itself ran {report.lag_s.p99 * 1e3:.1f} ms late (p99; the "

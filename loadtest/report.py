@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from loadtest.client import Record
+from loadtest.client import REFUSED, Record
 
 _SIGNIFICANT_DIGITS = 3
 _LISTED_VIOLATIONS = 5
@@ -42,10 +42,14 @@ class Report:
     """Numbers of one run. Latencies are those of whole streams only, None when there are none.
 
     failures: streams that were refused, failed or were cancelled, by kind.
+    refused: those of them that the server had no room for.
+    untold: those of these that were not told in-band when to try again.
     violations: the first few of `num_violations`.
     duration_s: from the start of the first request to the end of the last stream.
     output_tokens: every token that arrived, also on streams that did not become whole.
     tokens_per_event: how many tokens arrive together, on average.
+    goodput_tokens_per_s: tokens of whole streams alone.
+    refusal_s: from before the call is made until it was refused.
     time_to_first_token_s: from before the call is made to the first token event.
     inter_token_latency_s: between one token event of a stream and the next.
     time_per_output_token_s: per stream, from the first token event to the last, over the tokens
@@ -58,6 +62,8 @@ class Report:
     requests: int
     whole: int
     failures: dict[str, int]
+    refused: int
+    untold: int
     num_violations: int
     violations: tuple[Violation, ...]
     duration_s: float
@@ -65,11 +71,13 @@ class Report:
     output_tokens: int
     tokens_per_event: float
     tokens_per_s: float
+    goodput_tokens_per_s: float
     requests_per_s: float
     time_to_first_token_s: Percentiles | None
     inter_token_latency_s: Percentiles | None
     time_per_output_token_s: Percentiles | None
     end_to_end_s: Percentiles | None
+    refusal_s: Percentiles | None
     lag_s: Percentiles | None
     void: bool
     interrupted: bool
@@ -95,6 +103,7 @@ def summarise(
 ) -> Report:
     """The report of a run; it is void if the 99th percentile of the lag is above `max_lag_s`."""
     whole = [record for record in records if record.whole]
+    refused = [record for record in records if record.failure == REFUSED]
     violations = [
         Violation(record.stream_id, record.violation) for record in records if record.violation
     ]
@@ -109,6 +118,8 @@ def summarise(
         requests=len(records),
         whole=len(whole),
         failures=dict(Counter(record.failure for record in records if record.failure)),
+        refused=len(refused),
+        untold=sum(record.retry_after_s is None for record in refused),
         num_violations=len(violations),
         violations=tuple(violations[:_LISTED_VIOLATIONS]),
         duration_s=duration_s,
@@ -116,6 +127,9 @@ def summarise(
         output_tokens=output_tokens,
         tokens_per_event=output_tokens / events if events else 0.0,
         tokens_per_s=output_tokens / duration_s if duration_s else 0.0,
+        goodput_tokens_per_s=(
+            sum(sum(record.counts) for record in whole) / duration_s if duration_s else 0.0
+        ),
         requests_per_s=len(whole) / duration_s if duration_s else 0.0,
         time_to_first_token_s=percentiles(r.tokens_ns[0] - r.started_ns for r in whole),
         inter_token_latency_s=percentiles(
@@ -125,6 +139,7 @@ def summarise(
             (r.tokens_ns[-1] - r.tokens_ns[0]) / sum(r.counts[1:]) for r in whole if r.counts[1:]
         ),
         end_to_end_s=percentiles(r.ended_ns - r.started_ns for r in whole),
+        refusal_s=percentiles(r.ended_ns - r.started_ns for r in refused),
         lag_s=lag,
         void=lag is not None and lag.p99 > max_lag_s,
         interrupted=interrupted,
@@ -143,6 +158,7 @@ def render(report: Report, title: str) -> RenderableType:
         ("inter-token latency", report.inter_token_latency_s),
         ("time per output token", report.time_per_output_token_s),
         ("end to end", report.end_to_end_s),
+        ("refusal", report.refusal_s),
         ("generator lag", report.lag_s),
     ):
         cells = (times.p50, times.p90, times.p99, times.max) if times else ()
@@ -150,6 +166,7 @@ def render(report: Report, title: str) -> RenderableType:
 
     totals = Table.grid(padding=(0, 2))
     totals.add_row("tokens/s", f"{report.tokens_per_s:,.1f}")
+    totals.add_row("of whole streams", f"{report.goodput_tokens_per_s:,.1f} tokens/s")
     totals.add_row("requests/s", f"{report.requests_per_s:,.2f}")
     totals.add_row("duration", f"{report.duration_s:,.1f} s")
     totals.add_row(
@@ -160,6 +177,8 @@ def render(report: Report, title: str) -> RenderableType:
     totals.add_row("streams", f"{report.whole:,} whole of {report.requests:,}")
     for kind, count in sorted(report.failures.items()):
         totals.add_row("failed", Text(f"{count:,} {kind}"))
+    if report.untold:
+        totals.add_row("refused", f"{report.untold:,} without a time to try again")
     if report.num_violations:
         totals.add_row("violations", f"{report.num_violations:,}")
     for violation in report.violations:

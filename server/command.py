@@ -63,6 +63,16 @@ def serve(
     queue_limit: Annotated[
         int, typer.Option(help="Streams of one bundle that may wait; more are refused.")
     ] = EngineConfig.queue_limit,
+    queue_tokens: Annotated[
+        int, typer.Option(help="Prompt tokens of one bundle that may wait; more are refused.")
+    ] = EngineConfig.queue_tokens,
+    state_limit_bytes: Annotated[
+        int,
+        typer.Option(
+            help="State that the streams of one bundle may come to hold; 0 shares half of the "
+            "machine's memory out among bundles and replicas."
+        ),
+    ] = EngineConfig.state_limit_bytes,
     prefix_cache_bytes: Annotated[
         int, typer.Option(help="Memory for blocks that prompts begin with; 0 keeps none.")
     ] = EngineConfig.prefix_cache_bytes,
@@ -107,6 +117,8 @@ def serve(
     if threads == 0 and replicas > 1:
         threads = max(1, (os.cpu_count() or 1) // replicas)
     tls = _tls(tls_cert, tls_key, tls_client_ca)
+    if state_limit_bytes == 0:
+        state_limit_bytes = psutil.virtual_memory().total // (2 * replicas * len(folders))
     config = ServeConfig(
         bundles=folders,
         host=host,
@@ -119,6 +131,8 @@ def serve(
         engine=EngineConfig(
             slots=slots,
             queue_limit=queue_limit,
+            queue_tokens=queue_tokens,
+            state_limit_bytes=state_limit_bytes,
             prefix_cache_bytes=prefix_cache_bytes,
             prefill_chunk=prefill_chunk,
             threads=threads,

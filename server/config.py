@@ -27,6 +27,12 @@ class EngineConfig:
     queue_limit: int = 256
     """Streams that may wait for a slot; more are refused at once."""
 
+    queue_tokens: int = 4 * 1024 * 1024
+    """Prompt tokens that may wait for work on them to begin; more are refused at once."""
+
+    state_limit_bytes: int = 0
+    """State that the streams taken on may come to hold; 0 is half of the machine's memory."""
+
     stream_buffer: int = 256
     """Tokens that a slow reader may lag behind before its stream is paused."""
 
@@ -48,6 +54,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         _check("slots", self.slots, 1, 4096)
         _check("queue_limit", self.queue_limit, 0, 1_000_000)
+        _check("queue_tokens", self.queue_tokens, 1, 2**40)
+        _check("state_limit_bytes", self.state_limit_bytes, 0, 2**50)
         _check("stream_buffer", self.stream_buffer, 1, 1_000_000)
         _check("prefill_share", self.prefill_share, 0.01, 0.95)
         _check("prefix_cache_bytes", self.prefix_cache_bytes, 0, 1024 * 1024 * MEBIBYTE)

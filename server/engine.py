@@ -12,20 +12,25 @@ import secrets
 import threading
 import time
 from array import array
+from bisect import insort
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from itertools import islice
+from itertools import count
+from math import inf
+from operator import attrgetter
 from typing import TypeVar
 
 import numpy as np
+import psutil
 
 from server import metrics
+from server.admission import Ledger, limits
 from server.bundle import Bundle
 from server.cache import Cache, Parked
 from server.config import EngineConfig
-from server.errors import Displaced, EngineStopped, Overloaded, RequestError, StepFailed
+from server.errors import Displaced, EngineStopped, RequestError, StepFailed
 from server.events import (
     Ending,
     Event,
@@ -43,7 +48,7 @@ from server.outbox import Outbox
 from server.reader import NOTHING, Reader, Received, events
 from server.runtime import Floats, Runtime
 from server.sampler import SamplingBatch, failures, sample
-from server.scheduler import Load, Plan, next_credit, plan
+from server.scheduler import Bench, Load, Plan, Waiting, next_credit, plan
 from server.session import Session
 from server.snapshots import Keeper
 from server.stream import Past, Stream, Terms
@@ -52,6 +57,7 @@ _T = TypeVar("_T")
 
 _log = logging.getLogger(__name__)
 _IDLE_WAIT_S = 1.0
+_PLACE = attrgetter("place")
 
 
 class Engine:
@@ -69,8 +75,10 @@ class Engine:
         self._wake = threading.Event()
         self._closing = False
         self._lock = threading.Lock()
-        self._num_open = 0  # streams not ended; written under the lock, since both sides count
-        self._waiting: deque[Stream] = deque()
+        # What the streams not ended hold; changed under the lock, since both sides count.
+        self._ledger = Ledger(bundle.manifest, limits(config, psutil.virtual_memory().total))
+        self._arrivals = count()
+        self._waiting: list[Stream] = []  # in the order of their places
         self._bench: Stream | None = None
         self._running: list[Stream] = []
         self._sampling: SamplingBatch | None = None  # of the batch as it is, None when it changed
@@ -99,7 +107,7 @@ class Engine:
     def submit(self, request: Request, owner: str = "") -> Stream:
         """Queue a stream of `owner` that the running event loop will read.
 
-        Raises Overloaded when the queue is full, EngineStopped when nothing will be served.
+        Raises Overloaded while there is no room, InvalidRequest if never, and EngineStopped.
         """
         return self.submit_together([request], owner)[0]
 
@@ -130,18 +138,12 @@ class Engine:
         )
         session = Session(terms, streams)
         opened = [stream for stream in streams if not stream.ended]
-        limit = self.config.slots + self.config.queue_limit
         with self._lock:
             self._check_open()
-            if self._num_open + len(opened) > limit:
-                self._measures.rejected("queue_full")
-                raise Overloaded(
-                    f"{self._num_open} streams of {self.bundle.name} are running or waiting, the "
-                    f"limit is {limit} ({self.config.slots} slots and a queue of "
-                    f"{self.config.queue_limit}); try again later",
-                    retry_after_s=1.0,
-                )
-            self._num_open += len(opened)
+            refusal = self._ledger.admit(opened, time.monotonic()) if opened else None
+            if refusal is not None:
+                self._measures.rejected(refusal.reason)
+                raise refusal.error
             self._sessions[terms.stream_id] = session
             self._post(lambda: self._enqueue(session, opened))
         return session
@@ -292,25 +294,33 @@ class Engine:
             self._wake.clear()
 
     def _load(self) -> Load:
-        bench = self._bench
-        head = islice(self._waiting, self._cache.num_free + 1)
+        free, returning = self._cache.num_free, self._returning()
+        yielding, bench = self._yielding(returning), None
+        if self._bench is not None:
+            left = len(self._bench.unpushed(self._cache.bench_pushed))
+            bench = Bench(left, not self._bench.request.score, self._bench.priority)
+        head = self._waiting[: free + len(yielding) + 1]
         return Load(
             num_running=self._cache.num_running,
-            num_free=self._cache.num_free,
-            num_returning=len(self._returning()),
-            waiting=tuple((s.to_prefill, not s.request.score) for s in head),
-            bench_left=None if bench is None else len(bench.unpushed(self._cache.bench_pushed)),
-            bench_joins=bench is not None and not bench.request.score,
+            num_free=free,
+            yielding=tuple(s.priority for s in yielding),
+            returning=tuple(s.priority for s in returning),
+            waiting=tuple(Waiting(s.to_prefill, not s.request.score, s.priority) for s in head),
+            bench=bench,
             prefill_room=min(self._cache.block_room, self.config.prefill_chunk),
             prefill_credit_s=self._credit_s,
         )
 
     def _execute(self, todo: Plan) -> None:
-        for stream in self._returning()[: todo.restore]:
-            self._restore(stream)
+        if todo.preempt or todo.restore:
+            returning = self._returning()
+            for stream in self._yielding(returning)[: todo.preempt]:
+                self._preempt(stream)
+            for stream in returning[: todo.restore]:
+                self._restore(stream)
         for _ in range(todo.begin):
             self._begin(self._waiting[0])
-            self._start(self._waiting.popleft())
+            self._start(self._waiting.pop(0))
         if todo.join:
             assert self._bench is not None
             self._share(self._bench, self._cache.join())
@@ -318,7 +328,7 @@ class Engine:
             self._bench = None
         prefill_s = self._prefill(todo.prefill) if todo.prefill else 0.0
         if todo.seat and self._waiting[0].to_prefill:
-            self._start(stream := self._waiting.popleft())
+            self._start(stream := self._waiting.pop(0))
             if stream.parked is not None:
                 self._cache.resume(stream.request.prompt, stream.parked)
                 stream.parked = None
@@ -428,11 +438,17 @@ class Engine:
         for stream in session.streams:
             if not stream.reader.received.ended:
                 self._catch_up(stream)
-        self._waiting += streams
+        for stream in streams:
+            stream.place = (stream.place[0], next(self._arrivals))
+            insort(self._waiting, stream, key=_PLACE)
         self._limited.update(s for s in streams if s.request.time_limit_s is not None)
 
     def _start(self, stream: Stream) -> None:
-        """Work on a stream that waited begins."""
+        """Work on a stream that waited begins, unless it had begun before."""
+        if stream.started_at is not None:
+            return
+        with self._lock:
+            self._ledger.began(stream)
         stream.started_at = time.monotonic()
         self._measures.started(stream.started_at - stream.accepted_at)
         request = stream.request
@@ -470,6 +486,21 @@ class Engine:
             self._running[row] = last
         self._sampling = None
 
+    def _yielding(self, returning: Sequence[Stream]) -> list[Stream]:
+        """Running streams of a lower priority than one that waits for a slot, the lowest first."""
+        claiming = [*self._waiting[:1], self._bench, *returning[:1]]
+        priorities = [s.priority for s in claiming if s is not None]
+        highest = max(priorities, default=-inf)
+        lower = [s for s in self._running if s.priority < highest]
+        return sorted(lower, key=_PLACE, reverse=True)
+
+    def _preempt(self, stream: Stream) -> None:
+        """Park a stream that gives its slot to one of a higher priority; it waits in its place."""
+        stream.parked = self._cache.park(self._running.index(stream))
+        self._leave_batch(stream)
+        insort(self._waiting, stream, key=_PLACE)
+        self._measures.preempted()
+
     def _pause(self, stream: Stream) -> None:
         """Park a stream whose reader lags; it comes back when half of its buffer is read."""
         stream.parked = self._cache.park(self._running.index(stream))
@@ -479,7 +510,8 @@ class Engine:
         stream.paused = True
 
     def _returning(self) -> list[Stream]:
-        return [s for s in self._paused if s.unread <= self.config.stream_buffer // 2]
+        back = [s for s in self._paused if s.unread <= self.config.stream_buffer // 2]
+        return sorted(back, key=lambda s: -s.priority)
 
     def _restore(self, stream: Stream) -> None:
         self._begin(stream)
@@ -500,12 +532,13 @@ class Engine:
 
     def _settle(self, stream: Stream, ending: Ending | None) -> None:
         """The books of a stream that is nowhere any more."""
+        now = time.monotonic()
         with self._lock:
-            self._num_open -= 1
+            self._ledger.ended(stream, now)
         stream.ended = True
         stream.ending = ending
         self._limited.discard(stream)
-        self._measures.finished(outcome(ending), time.monotonic() - stream.accepted_at)
+        self._measures.finished(outcome(ending), now - stream.accepted_at)
         if ending is not None:
             self._outbox.put(stream.reader, Piece(ending=ending))
         if not stream.is_kept:
@@ -612,7 +645,7 @@ class Engine:
                 del self._sessions[session.terms.stream_id]
 
     def _hand_over(self) -> None:
-        if self._keeper is None:
+        if self._keeper is None or not self._keeper.is_durable:
             return
         with self._lock:
             sessions = [s for s in self._sessions.values() if s.terms.keep_s]
@@ -660,3 +693,4 @@ class Engine:
             self._measures.holding(
                 len(self._running), len(self._waiting), len(self._paused), self._cache.state_bytes()
             )
+            self._measures.promising(self._ledger.held.state_bytes)

@@ -45,6 +45,13 @@ class Request:
     """How many of the likeliest tokens are reported with each token of the prompt."""
     stream_interval: int = 1
     """Fewest tokens of a delta that is neither the first nor the last."""
+    priority: int = 0
+    """Streams of a higher one go first, and take the slots of those of a lower one."""
+
+    @property
+    def last_position(self) -> int:
+        """Tokens that the stream has pushed at its end, if nothing ends it before."""
+        return len(self.prompt) - 1 + (0 if self.score else self.max_tokens)
 
     @property
     def predicts_prompt(self) -> bool:

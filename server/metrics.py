@@ -31,6 +31,9 @@ RUNNING = _gauge("concertina_streams_running", "Streams that hold a slot.")
 WAITING = _gauge("concertina_streams_waiting", "Streams that wait for a slot.")
 PAUSED = _gauge("concertina_streams_paused", "Streams parked until their reader catches up.")
 STATE_BYTES = _gauge("concertina_state_bytes", "Live state of the running streams.", "kind")
+PROMISED_BYTES = _gauge(
+    "concertina_state_promised_bytes", "State that the streams taken on may come to hold."
+)
 BUFFER_BYTES = _gauge("concertina_state_buffer_bytes", "State memory reserved for all slots.")
 PROCESS_MEMORY = Gauge(
     "concertina_process_resident_memory_bytes",
@@ -49,6 +52,11 @@ FINISHED = Counter(
     "concertina_streams_finished", "Streams that ended.", ("model_name", "finished_reason")
 )
 REJECTED = Counter("concertina_streams_rejected", "Requests refused.", ("model_name", "reason"))
+PREEMPTED = Counter(
+    "concertina_streams_preempted",
+    "Running streams parked for one of a higher priority.",
+    ("model_name",),
+)
 FOLDS = Counter("concertina_folds", "Blocks folded into summaries.", ("model_name",))
 TIME_TO_FIRST_TOKEN = _histogram(
     "concertina_time_to_first_token_seconds", "From acceptance to the first token.", _TTFT
@@ -90,6 +98,7 @@ class EngineMetrics:
         self._waiting = WAITING.labels(model_name)
         self._paused = PAUSED.labels(model_name)
         self._state = {kind: STATE_BYTES.labels(model_name, kind) for kind in _STATE_KINDS}
+        self._promised = PROMISED_BYTES.labels(model_name)
         self._inter_token = INTER_TOKEN.labels(model_name)
         self._batch_size = BATCH_SIZE.labels(model_name)
         self._decode_time = STEP_TIME.labels(model_name, "decode")
@@ -116,6 +125,14 @@ class EngineMetrics:
         if self._held_at - self._memory_at > _MEMORY_INTERVAL_S:
             self._memory_at = self._held_at
             PROCESS_MEMORY.set(psutil.Process().memory_info().rss)
+
+    def promising(self, size: int) -> None:
+        """The state that the streams taken on may come to hold."""
+        self._promised.set(size)
+
+    def preempted(self) -> None:
+        """A running stream was parked for one of a higher priority."""
+        PREEMPTED.labels(self._name).inc()
 
     def stepped(self, batch: int, seconds: float, since_last: float | None) -> None:
         """A decode step of `batch` streams was done, `since_last` after the one before it."""

@@ -29,6 +29,7 @@ _MAX_KEY_BYTES = 128
 _MAX_LAST_IDS = 4096
 _MAX_KEEP_S = 24 * 3600
 _MAX_TOP_LOGPROBS = 20
+_MAX_PRIORITY = 100
 _MAX_SECONDS = 315_576_000_000  # what google.protobuf.Duration allows
 
 
@@ -71,6 +72,7 @@ def generate_request(
         complete_at=bundle.context if bundle.is_image else None,
         prompt_logprobs=_top_logprobs(options, "prompt_logprobs"),
         stream_interval=_count(options, "stream_interval", config.stream_buffer),
+        priority=_priority(request),
     )
     outputs = _count(options, "n", min(_MAX_OUTPUTS, config.slots + config.queue_limit))
     return first, *(
@@ -242,6 +244,15 @@ def _top_logprobs(options: pb.OutputOptions, name: str) -> int | None:
     if value > _MAX_TOP_LOGPROBS:
         raise InvalidRequest(f"output.{name} is {value}; it must be at most {_MAX_TOP_LOGPROBS}")
     return value
+
+
+def _priority(request: pb.GenerateRequest) -> int:
+    if not -_MAX_PRIORITY <= request.priority <= _MAX_PRIORITY:
+        raise InvalidRequest(
+            f"priority is {request.priority}; it must be between -{_MAX_PRIORITY} and "
+            f"{_MAX_PRIORITY}"
+        )
+    return request.priority
 
 
 def _time_limit(stopping: pb.StoppingCriteria) -> float | None:

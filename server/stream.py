@@ -65,6 +65,7 @@ class Stream:
             past = replace(past, parked=None, finish=None)  # to be told, it has to be pushed again
         elapsed = time.time() - terms.accepted_at if terms.accepted_at else 0.0
         self.accepted_at = time.monotonic() - elapsed
+        self.place = (-request.priority, 0)  # in the queue, once its arrival was counted
         self.started_at: float | None = None
         self.first_token_at: float | None = None
         self.memory: Memory | None = None
@@ -140,6 +141,11 @@ class Stream:
         """When its time limit ends, on the monotonic clock."""
         limit = self.request.time_limit_s
         return float("inf") if limit is None else self.accepted_at + limit
+
+    @property
+    def priority(self) -> int:
+        """Who goes first."""
+        return self.request.priority
 
     @property
     def to_prefill(self) -> int:

@@ -78,6 +78,7 @@ def accepted_message(bundle: Bundle, session: Session, durable: bool) -> pb.Acce
             prompt_logprobs=request.prompt_logprobs,
             stream_interval=request.stream_interval,
         ),
+        priority=request.priority,
     )
 
 

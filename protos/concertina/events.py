@@ -83,6 +83,7 @@ class Accepted:
     stopping: Stopping
     prompt_tokens: int
     output: Output
+    priority: int = 0
 
     @property
     def seed(self) -> int:
@@ -277,6 +278,7 @@ class EventReader:
                 ),
                 stream_interval=options.stream_interval,
             ),
+            priority=accepted.priority,
         )
 
     def _prompt_logprobs(self, told: pb.PromptLogprobs) -> PromptLogprobs:

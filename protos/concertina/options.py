@@ -174,6 +174,9 @@ PromptLogprobs: TypeAlias = Annotated[
 StreamInterval: TypeAlias = Annotated[
     int | None, typer.Option(min=1, help="Fewest tokens that the server sends at once.")
 ]
+Priority: TypeAlias = Annotated[
+    int | None, typer.Option(min=-100, max=100, help="Streams of a higher one go first.")
+]
 Seed: TypeAlias = Annotated[
     int | None, typer.Option(min=0, help="The same seed and prompt give the same stream.")
 ]

@@ -52,6 +52,7 @@ class GenerateParameters(TypedDict, total=False):
     logprobs: send the log-probability of each token and of this many of the likeliest, or 0.
     prompt_logprobs: the same for the tokens of the prompt.
     stream_interval: fewest tokens of an event that is neither the first nor the last.
+    priority: streams of a higher one go first, in [-100, 100].
     """
 
     model: str
@@ -79,6 +80,7 @@ class GenerateParameters(TypedDict, total=False):
     logprobs: int | None
     prompt_logprobs: int | None
     stream_interval: int | None
+    priority: int | None
 
 
 def generate_request(
@@ -122,6 +124,7 @@ def generate_request(
             prompt_logprobs=parameters.get("prompt_logprobs"),
             stream_interval=parameters.get("stream_interval"),
         ),
+        priority=parameters.get("priority"),
     )
 
 

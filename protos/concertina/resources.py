@@ -69,6 +69,31 @@ def state_bytes(manifest: pb.Manifest, pushed: Count) -> Count:
     return grown + units["recurrent"]
 
 
+def peak_state_bytes(manifest: pb.Manifest, pushed: int) -> int:
+    """The most bytes of state that a stream needs on its way to `pushed` tokens.
+
+    A stack is largest just before a fold, with the token that makes it due pushed.
+    """
+    units = unit_bytes(manifest)
+    return (
+        units["stack"] * peak_entries(manifest, pushed)
+        + units["history"] * pushed
+        + units["recurrent"]
+    )
+
+
+def peak_entries(manifest: pb.Manifest, pushed: int) -> int:
+    """The most entries of every stack on the way to `pushed` tokens."""
+    if not pushed:
+        return 0
+    if manifest.HasField("fold") and manifest.fold.binary:
+        # The push onto the most folded entries: no number below has more ones than 2^k - 1.
+        return pushed.bit_length()
+    span = manifest.fold.span if manifest.HasField("fold") else pushed
+    last_fold = pushed - pushed % span
+    return max(entries(manifest, end - 1) + 1 for end in {last_fold or pushed, pushed})
+
+
 def step_flops(manifest: pb.Manifest, position: int) -> int:
     """Floating-point operations for the token at `position`, and for the fold it makes due.
 

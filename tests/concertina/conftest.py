@@ -123,6 +123,7 @@ class Fake(GenerationServiceServicer, ModelServiceServicer):
             ),
             prompt_tokens=prompt_tokens,
             output=pb.OutputOptions(n=outputs, logprobs=0, stream_interval=4),
+            priority=7,
         )
         return pb.GenerateResponse(sequence=sequence, accepted=accepted)
 

@@ -105,6 +105,7 @@ def test_events_are_typed_and_complete(fake: Fake, collect: Collect) -> None:
             ),
             prompt_tokens=2,
             output=Output(n=1, logprobs=0, prompt_logprobs=None, stream_interval=4),
+            priority=7,
         ),
         Tokens(sequence=2, first_position=2, ids=(97, 98), text="ab", rgb=b""),
         Tokens(sequence=3, first_position=4, ids=(99,), text="c", rgb=b""),
@@ -209,6 +210,7 @@ def test_every_parameter_reaches_the_wire(fake: Fake, collect: Collect) -> None:
         logprobs=0,
         prompt_logprobs=3,
         stream_interval=4,
+        priority=-3,
     )
     expected = pb.GenerateRequest(
         model="prose",
@@ -236,6 +238,7 @@ def test_every_parameter_reaches_the_wire(fake: Fake, collect: Collect) -> None:
             ignore_eos=True,
         ),
         output=pb.OutputOptions(n=1, logprobs=0, prompt_logprobs=3, stream_interval=4),
+        priority=-3,
     )
     expected.stopping.time_limit.FromMilliseconds(1500)
     assert fake.requests == [expected]

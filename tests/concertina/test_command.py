@@ -137,7 +137,7 @@ def test_generate_passes_its_options_on(fake: Fake, run: Run) -> None:
         "--repetition-penalty 1.5 --presence-penalty 0.5 --frequency-penalty -0.5 "
         "--logit-bias 3=-1.5 --logit-bias 4=2 --allowed-token-id 3 --allowed-token-id 4 "
         "--bad-word c --bad-word d --stop-token-id 4 --include-stop --min-tokens 2 --ignore-eos "
-        "--n 1 --logprobs 0 --prompt-logprobs 1 --stream-interval 8"
+        "--n 1 --logprobs 0 --prompt-logprobs 1 --stream-interval 8 --priority -3"
     )
     assert run("generate", "def ", *options.split())[0] == 0
     expected = pb.GenerateRequest(
@@ -166,6 +166,7 @@ def test_generate_passes_its_options_on(fake: Fake, run: Run) -> None:
             ignore_eos=True,
         ),
         output=pb.OutputOptions(n=1, logprobs=0, prompt_logprobs=1, stream_interval=8),
+        priority=-3,
     )
     expected.stopping.time_limit.FromSeconds(2)
     assert fake.requests == [expected]

@@ -5,7 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from concertina.resources import entries, fold_size, state_bytes, step_flops
+from concertina.resources import (
+    entries,
+    fold_size,
+    peak_state_bytes,
+    state_bytes,
+    step_flops,
+    unit_bytes,
+)
 from concertina.v1 import bundle_pb2 as pb
 
 _COST = pb.Cost(step=1000, step_entry=10, fold=50, fold_entry=5, fold_row=3)
@@ -71,6 +78,18 @@ def test_a_fold_takes_what_the_entries_shrink_by(made: pb.Manifest) -> None:
         taken, _ = fold_size(made, pushed)
         grown = entries(made, pushed - 1) + 1
         assert entries(made, pushed) == (grown - taken + 1 if taken else grown)
+
+
+@pytest.mark.parametrize("made", [manifest(), manifest(1), manifest(4), manifest(2, binary=True)])
+def test_the_peak_is_the_most_that_was_ever_held(made: pb.Manifest) -> None:
+    """Pushes and folds one by one: what a fold takes is there until it is done."""
+    units, most = unit_bytes(made), 0
+    assert peak_state_bytes(made, 0) == units["recurrent"]
+    for pushed in range(1, 70):
+        most = max(most, entries(made, pushed - 1) + 1)
+        held = units["stack"] * most + units["history"] * pushed + units["recurrent"]
+        assert peak_state_bytes(made, pushed) == held
+        assert held >= state_bytes(made, pushed)
 
 
 def test_a_step_pays_for_what_it_attends_to_and_for_the_fold_it_makes_due() -> None:

@@ -190,12 +190,18 @@ def test_one_process_without_ray() -> None:
 
 
 def test_every_setting_of_the_server_reaches_it() -> None:
-    said = {"replicas": 2, "slots": 3, "queueLimit": 1_000_000, "threads": 4, "drainSeconds": 5}
+    said = {
+        "replicas": 2,
+        "slots": 3,
+        "queueLimit": 1_000_000,
+        "queueTokens": 2**33,
+        "stateLimitBytes": 2**40,
+        "threads": 4,
+        "drainSeconds": 5,
+    }
     objects = render(" ".join(f"server.{name}={value}" for name, value in said.items()))
     heard = arguments(objects)
-    assert list(said.values()) == [
-        heard[name] for name in ("replicas", "slots", "queue_limit", "threads", "drain_seconds")
-    ]
+    assert list(said.values()) == [heard[re.sub("[A-Z]", r"_\g<0>", name).lower()] for name in said]
     extra = render("server.extraArgs={--threads=7}")
     assert arguments(extra)["threads"] == 7
 

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import asyncio
+import statistics
 import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
-from itertools import repeat
+from itertools import pairwise, repeat
 
 import pytest
 
@@ -12,7 +13,9 @@ from concertina.channel import Access
 from concertina.client import AsyncClient, InvalidRequest
 from concertina.v1 import generation_service_pb2 as pb
 from loadtest.client import CANCELLED, Tally
-from loadtest.closed_loop import Plan, Run, drive, measure
+from loadtest.closed_loop import drive
+from loadtest.measure import Plan, measure
+from loadtest.run import Run
 from loadtest.workload import Lengths, Request
 from tests.loadtest.scripted import Context, Serve, Stream, keep_contract
 
@@ -149,6 +152,7 @@ def plan(address: str, **changes: object) -> Plan:
         "address": address,
         "model": "",
         "streams": 2,
+        "rate": None,
         "channels": 1,
         "requests": 6,
         "duration_s": None,
@@ -174,6 +178,60 @@ async def test_warmup_runs_first_and_does_not_count(serve: Serve) -> None:
     assert served.name == "script"
     assert len(run.records) == 6 and all(record.whole for record in run.records)
     assert len(set(seeds)) == 9  # nothing that warmed the server up is asked again
+
+
+async def test_an_open_loop_does_not_wait_for_anybody(serve: Serve) -> None:
+    """At 100 requests a second, 60 come within a second though none ends before all have come."""
+    running, last = 0, asyncio.Event()
+
+    async def script(request: pb.GenerateRequest, _: Context) -> Stream:
+        nonlocal running
+        running += 1
+        if running == 60:
+            last.set()
+        await last.wait()
+        for event in keep_contract(request):
+            yield event
+
+    address = await serve(script)
+    async with asyncio.timeout(30):
+        _, run = await measure(plan(address, rate=100.0, requests=60, warmup=0))
+    assert len(run.records) == 60 and all(record.whole for record in run.records)
+    starts = sorted(record.started_ns for record in run.records)
+    assert 0.3e9 < starts[-1] - starts[0] < 2e9
+    gaps = [(b - a) / 1e9 for a, b in pairwise(starts)]
+    assert (
+        0.5 < statistics.stdev(gaps) / statistics.mean(gaps) < 1.6
+    )  # Poisson's are as wide as long
+
+
+async def test_a_cancelled_open_loop_cancels_its_streams_and_keeps_its_records(
+    serve: Serve,
+) -> None:
+    stuck = asyncio.Event()
+    streams = 0
+
+    async def script(request: pb.GenerateRequest, _: Context) -> Stream:
+        nonlocal streams
+        streams += 1
+        number = streams
+        for event in keep_contract(request):
+            yield event
+            if number > 2:
+                stuck.set()
+                await asyncio.sleep(60)
+
+    task = asyncio.create_task(
+        measure(plan(await serve(script), rate=100.0, requests=None, duration_s=20.0, warmup=0))
+    )
+    async with asyncio.timeout(15):
+        await stuck.wait()
+        await asyncio.sleep(0.2)
+        task.cancel()
+        _, run = await task
+    failures = [record.failure for record in run.records]
+    assert run.interrupted
+    assert failures.count("") == 2 and failures.count(CANCELLED) == len(failures) - 2 >= 2
 
 
 async def test_no_request_starts_after_the_duration(serve: Serve) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import signal
 import sys
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -82,6 +83,37 @@ async def test_a_violation_is_listed_and_exits_1_even_when_void(serve: Serve) ->
     assert found["num_violations"] == 4
     assert "without a terminal event" in found["violations"][0]["what"]
     assert "4 broke the protocol" in err and "VOID" in err
+
+
+async def test_an_open_loop_may_be_refused_but_has_to_be_told_when_to_come_again(
+    serve: Serve,
+) -> None:
+    refused = 0
+
+    async def script(request: pb.GenerateRequest, context: Context) -> Stream:
+        nonlocal refused
+        if request.sampling.seed % 2:
+            refused += 1
+            error = pb.Error(code="RESOURCE_EXHAUSTED", message="full", retryable=True)
+            if request.prompt.text == "tell":
+                error.retry_after.FromMilliseconds(100)
+            yield pb.GenerateResponse(sequence=1, error=error)
+        else:
+            for event in keep_contract(request):
+                yield event
+
+    address = await serve(script)
+    options = ("--rate", "100", "--requests", "30", "--warmup", "0", "--max-lag", "60")
+    for text, expected in (("tell", 0), ("do not tell", 1)):
+        with tempfile.NamedTemporaryFile("w", suffix=".txt") as prompts:
+            prompts.write(text)
+            prompts.flush()
+            refused = 0
+            code, out, _ = await outcome(address, *options, "--prompt-file", prompts.name)
+        assert code == expected
+        assert "100 requests/s" in out and "refusal" in out
+        assert f"{refused} Overloaded RESOURCE_EXHAUSTED" in out and 0 < refused < 30
+        assert (f"{refused} without a time to try again" in out) == expected
 
 
 async def test_a_lagging_generator_voids_the_run_with_exit_code_3(serve: Serve) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from loadtest.client import CANCELLED, Record
+from loadtest.client import CANCELLED, REFUSED, Record
 from loadtest.report import Percentiles, Report, percentiles, render, summarise
 
 MS = 1_000_000
@@ -23,6 +23,7 @@ def record(
     end: int = 200,
     failure: str = "",
     violation: str = "",
+    retry_after_s: float | None = None,
 ) -> Record:
     """A record in milliseconds; tokens are (when, how many)."""
     return Record(
@@ -34,13 +35,24 @@ def record(
         ended_ns=end * MS,
         prompt_tokens=10,
         failure=failure,
-        retry_after_s=None,
+        retry_after_s=retry_after_s,
         violation=violation,
     )
 
 
 def report(*records: Record, lags_ns: tuple[int, ...] = (), max_lag_s: float = 1.0) -> Report:
     return summarise(records, lags_ns, max_lag_s=max_lag_s, interrupted=False)
+
+
+def test_refusals_are_counted_timed_and_no_goodput() -> None:
+    told = record(tokens=(), end=3, failure=REFUSED, retry_after_s=1.0)
+    untold = record(tokens=(), end=9, failure=REFUSED)
+    found = report(record(), told, untold, record(failure="ServerError INTERNAL"))
+    assert (found.refused, found.untold, found.whole) == (2, 1, 1)
+    assert found.refusal_s is not None
+    assert (found.refusal_s.count, found.refusal_s.max) == (2, 0.009)
+    assert found.goodput_tokens_per_s == pytest.approx(2 / 0.2)
+    assert found.tokens_per_s == pytest.approx(4 / 0.2)
 
 
 @pytest.mark.parametrize("scale", [50, 1e5, 1e9, 1e12])

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from server.admission import Weight
 from server.engine import Engine
 from server.events import Delta, Ending, Request
 from server.runtime import Floats, Ints
@@ -70,16 +71,18 @@ async def until(condition: Callable[[], object], limit_s: float = LIMIT_S) -> No
 
 def is_empty(engine: Engine) -> bool:
     """Whether nothing of any stream is left."""
-    held = (
-        engine._running,
-        engine._waiting,
-        engine._paused,
-        engine._limited,
-        engine._bench,
-        engine._sessions,
-        engine._left,
+    held = (engine._running, engine._waiting, engine._paused, engine._limited, engine._bench)
+    named = (engine._sessions, engine._left)
+    return not any(
+        (
+            *held,
+            *named,
+            engine._ledger.held != Weight(),
+            engine._ledger._weights,
+            engine._cache.num_running,
+            engine._inbox,
+        )
     )
-    return not any((*held, engine._num_open, engine._cache.num_running, engine._inbox))
 
 
 @contextmanager

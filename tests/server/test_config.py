@@ -28,6 +28,8 @@ def test_the_address_of_a_port_that_is_open_to_the_network_is_local_too() -> Non
     [
         ({"slots": 0}, "slots is 0: it must be from 1 to"),
         ({"queue_limit": -1}, "queue_limit is -1: it must be from 0 to"),
+        ({"queue_tokens": 0}, "queue_tokens is 0: it must be from 1 to"),
+        ({"state_limit_bytes": -1}, "state_limit_bytes is -1: it must be from 0 to"),
         ({"stream_buffer": 0}, "stream_buffer is 0"),
         ({"prefill_share": 0.0}, "prefill_share is 0.0"),
         ({"prefill_share": 1.5}, "prefill_share is 1.5: it must be from 0.01 to 0.95"),

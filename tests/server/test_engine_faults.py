@@ -170,7 +170,7 @@ async def test_a_closed_engine_refuses(text: Bundle, start: Start) -> None:
     engine.close()
     with pytest.raises(EngineStopped, match="shutting down"):
         engine.submit(ask())
-    assert engine._num_open == 0
+    assert engine._ledger.held.streams == 0
     assert len(outcome.tokens) == 8
 
 

@@ -49,7 +49,7 @@ async def test_cancelling_a_running_stream_frees_its_slot_before_the_next_step(
         await gate.let_one("step")
         assert engine._running == [next_one]
         assert gone.generated == 2  # the step in flight, and no more
-        assert engine._num_open == 1
+        assert engine._ledger.held.streams == 1
     assert len((await read(engine, next_one)).tokens) == 2
 
 
@@ -65,7 +65,7 @@ async def test_cancelling_a_waiting_stream_takes_it_out_of_the_queue(
         engine.cancel(gone)
         await gate.let_one("step")
         assert list(engine._waiting) == [last]
-        assert engine._num_open == 2
+        assert engine._ledger.held.streams == 2
     assert [len((await read(engine, s)).tokens) for s in (running, last)] == [3, 3]
 
 
@@ -142,7 +142,7 @@ async def test_cancelling_twice_or_after_the_end_does_nothing(text: Bundle, star
     for _ in range(3):
         engine.cancel(other)
     assert (await generate(engine, ask())).tokens
-    assert engine._num_open == 0
+    assert engine._ledger.held.streams == 0
 
 
 async def test_two_hundred_cancels_at_any_moment_leave_nothing(text: Bundle, start: Start) -> None:
@@ -379,13 +379,13 @@ async def test_a_full_queue_refuses_at_once(text: Bundle, start: Start) -> None:
         with pytest.raises(Overloaded) as caught:
             engine.submit(ask())
         message = caught.value.message
-        for part in ("3 streams of tiny-text", "limit is 3", "1 slots", "queue of 2", "later"):
+        for part in ("tiny-text", "3 of at most 3 streams", "adds 1", "--queue-limit", "later"):
             assert part in message
         assert caught.value.retry_after_s is not None
         assert caught.value.retryable
         engine.cancel(streams[1])
         gate.let(1)
-        await until(lambda: engine._num_open == 2)
+        await until(lambda: engine._ledger.held.streams == 2)
         streams[1] = engine.submit(ask(b"abc"))
     assert [len((await read(engine, s)).tokens) for s in streams] == [8, 8, 8]
 

@@ -157,7 +157,7 @@ async def test_outputs_are_admitted_all_or_none(text: Bundle, start: Start) -> N
         with pytest.raises(Overloaded):
             engine.submit_together(_outputs(ask(max_tokens=2), 2))
         kept.append(engine.submit(ask(max_tokens=2)))
-        assert engine._num_open == 4
+        assert engine._ledger.held.streams == 4
     for stream in kept:
         assert len((await read(engine, stream)).tokens) == 2
 

@@ -67,6 +67,7 @@ def test_everything_that_is_given_is_taken(text: Bundle) -> None:
                 bad_words=["é", "x" * 64],
             ),
             output=pb.OutputOptions(n=1, logprobs=0, prompt_logprobs=20, stream_interval=32),
+            priority=-100,
             stopping=pb.StoppingCriteria(
                 max_tokens=93,
                 min_tokens=93,
@@ -93,6 +94,7 @@ def test_everything_that_is_given_is_taken(text: Bundle) -> None:
     )
     assert (request.min_tokens, request.include_stop) == (93, True)
     assert (request.prompt_logprobs, request.stream_interval) == (20, 32)
+    assert request.priority == -100
     assert request.prompt.tolist() == [256, 97, 98, 99]
     assert (request.max_tokens, request.stop) == (93, ("\n", "x" * 256))
     assert (request.stop_tokens, request.end_token) == (frozenset({7, 255}), None)
@@ -206,6 +208,8 @@ LONGEST = 315_576_000_000  # seconds a Duration may have
         ("text", _output(n=11), ["output.n is 11", "between 1 and 10"]),
         ("text", _output(logprobs=21), ["output.logprobs is 21", "at most 20"]),
         ("text", _output(prompt_logprobs=21), ["output.prompt_logprobs is 21", "at most 20"]),
+        ("text", pb.GenerateRequest(priority=101), ["priority is 101", "between -100 and 100"]),
+        ("text", pb.GenerateRequest(priority=-101), ["priority is -101", "between -100 and 100"]),
         ("text", _output(stream_interval=0), ["output.stream_interval is 0", "between 1 and 32"]),
         ("text", _output(stream_interval=33), ["output.stream_interval is 33", "1 and 32"]),
         ("text", _stopping(max_tokens=0), ["stopping.max_tokens is 0", "between 1 and 94"]),

@@ -1,25 +1,25 @@
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.scheduler import Load, Plan, next_credit, plan
+from server.scheduler import Bench, Load, Plan, Waiting, next_credit, plan
 
 EMPTY = Load(
     num_running=0,
     num_free=4,
-    num_returning=0,
+    yielding=(),
+    returning=(),
     waiting=(),
-    bench_left=None,
-    bench_joins=False,
+    bench=None,
     prefill_room=8,
     prefill_credit_s=0.0,
 )
-PROMPT, NO_PROMPT, SCORE = (20, True), (0, True), (20, False)
+FULL = {"num_free": 0, "num_running": 4}
+PROMPT, NO_PROMPT, SCORE = Waiting(20, True), Waiting(0, True), Waiting(20, False)
 
 
 def _plan(**changes: object) -> Plan:
@@ -40,51 +40,90 @@ def _plan(**changes: object) -> Plan:
         ({"num_free": 0, "num_running": 4, "waiting": (PROMPT,)}, Plan(decode=True)),
         ({"num_free": 0, "num_running": 4, "waiting": (SCORE,)}, Plan(seat=True, decode=True)),
         # The bench: pushed up to its block's end, then joins and makes room for the next.
-        ({"bench_left": 20, "bench_joins": True}, Plan(prefill=8)),
-        ({"bench_left": 5, "bench_joins": True}, Plan(prefill=5)),
-        ({"bench_left": 0, "bench_joins": True}, Plan(join=True, decode=True)),
+        ({"bench": Bench(20, True)}, Plan(prefill=8)),
+        ({"bench": Bench(5, True)}, Plan(prefill=5)),
+        ({"bench": Bench(0, True)}, Plan(join=True, decode=True)),
         (
-            {"bench_left": 0, "bench_joins": True, "waiting": (PROMPT,)},
+            {"bench": Bench(0, True), "waiting": (PROMPT,)},
             Plan(join=True, seat=True, decode=True),
         ),
         (
-            {"bench_left": 0, "bench_joins": True, "num_free": 0, "num_running": 4},
+            {"bench": Bench(0, True), "num_free": 0, "num_running": 4},
             Plan(decode=True),
         ),
-        ({"bench_left": 20, "bench_joins": True, "waiting": (SCORE,)}, Plan(prefill=8)),
+        ({"bench": Bench(20, True), "waiting": (SCORE,)}, Plan(prefill=8)),
         # One slot is spoken for by whoever is on the bench.
         (
-            {"num_free": 1, "num_running": 3, "bench_left": 9, "bench_joins": True,
+            {"num_free": 1, "num_running": 3, "bench": Bench(9, True),
              "waiting": (NO_PROMPT,)},
             Plan(decode=True),
         ),
         (
-            {"num_free": 2, "num_running": 2, "bench_left": 9, "bench_joins": True,
+            {"num_free": 2, "num_running": 2, "bench": Bench(9, True),
              "waiting": (NO_PROMPT, NO_PROMPT)},
             Plan(begin=1, decode=True),
         ),
         (
-            {"num_free": 1, "num_running": 3, "bench_left": 9, "bench_joins": False,
+            {"num_free": 1, "num_running": 3, "bench": Bench(9, False),
              "waiting": (NO_PROMPT,)},
             Plan(begin=1, decode=True),
         ),
         # Those who come back go before those who are new.
         (
-            {"num_free": 1, "num_running": 3, "num_returning": 2, "bench_left": 0,
-             "bench_joins": True, "waiting": (NO_PROMPT,)},
+            {"num_free": 1, "num_running": 3, "returning": (0, 0), "bench": Bench(0, True),
+             "waiting": (NO_PROMPT,)},
             Plan(restore=1, decode=True),
+        ),
+        # A higher priority takes the slot of a lower one, an equal one does not.
+        (
+            {**FULL, "yielding": (-1, 0), "waiting": (Waiting(0, True, 0), Waiting(0, True, 0))},
+            Plan(preempt=1, begin=1, decode=True),
+        ),
+        (
+            {**FULL, "yielding": (-1, 0), "waiting": (Waiting(0, True, 1), Waiting(0, True, 1))},
+            Plan(preempt=2, begin=2, decode=True),
+        ),
+        ({**FULL, "yielding": (0, 0), "waiting": (Waiting(0, True, 0),)}, Plan(decode=True)),
+        (
+            {**FULL, "yielding": (0,), "returning": (1, 0), "waiting": (Waiting(0, True, 1),)},
+            Plan(preempt=1, restore=1, decode=True),
+        ),
+        (
+            {**FULL, "yielding": (0,), "returning": (0,), "waiting": (Waiting(0, True, 1),)},
+            Plan(preempt=1, begin=1, decode=True),
+        ),
+        # One with a prompt pushes it first, and parks another only then.
+        ({**FULL, "yielding": (0,), "waiting": (Waiting(9, True, 1),)},
+         Plan(seat=True, decode=True)),
+        ({**FULL, "yielding": (0,), "bench": Bench(9, True, 1)}, Plan(decode=True)),
+        ({**FULL, "yielding": (0,), "bench": Bench(0, True, 1)},
+         Plan(preempt=1, join=True, decode=True)),
+        (
+            {**FULL, "yielding": (0, 1), "bench": Bench(0, True, 1),
+             "waiting": (Waiting(0, True, 2),)},
+            Plan(preempt=1, begin=1, decode=True),
+        ),
+        # What the bench claims is free for those of a higher priority only.
+        (
+            {"num_free": 1, "num_running": 3, "bench": Bench(9, True, 0),
+             "waiting": (Waiting(0, True, 1), Waiting(0, True, 1))},
+            Plan(begin=1, decode=True),
+        ),
+        (
+            {"num_free": 1, "num_running": 3, "bench": Bench(9, True, 1), "returning": (0,)},
+            Plan(decode=True),
         ),
         # While somebody decodes, prefill has to have credit.
         (
-            {"num_free": 3, "num_running": 1, "bench_left": 9, "bench_joins": True},
+            {"num_free": 3, "num_running": 1, "bench": Bench(9, True)},
             Plan(decode=True),
         ),
         (
-            {"num_free": 3, "num_running": 1, "bench_left": 9, "bench_joins": True,
+            {"num_free": 3, "num_running": 1, "bench": Bench(9, True),
              "prefill_credit_s": 1e-9},
             Plan(prefill=8, decode=True),
         ),
-        ({"bench_left": 9, "bench_joins": True, "prefill_credit_s": -1.0}, Plan(prefill=8)),
+        ({"bench": Bench(9, True), "prefill_credit_s": -1.0}, Plan(prefill=8)),
     ],
 )  # fmt: skip
 def test_plan(load: dict[str, object], expected: Plan) -> None:
@@ -102,11 +141,23 @@ class Job:
     """A stream to be: its prompt, its tokens, and after how many it pauses for how many turns."""
 
     number: int
+    arrives: int
+    priority: int
     prompt: int
     score: bool
     tokens: int
     pauses_at: int | None
     away: int
+    begun: bool = False
+
+    @property
+    def place(self) -> tuple[int, int]:
+        return -self.priority, self.number
+
+    @property
+    def ready(self) -> bool:
+        """Whether it could join the batch at once."""
+        return self.begun or not self.prompt
 
 
 @dataclass
@@ -115,51 +166,76 @@ class World:
 
     slots: int
     span: int
-    waiting: deque[Job]
+    coming: list[Job]
+    turn: int = 0
+    waiting: list[Job] = field(default_factory=list)
     running: list[Job] = field(default_factory=list)
     paused: list[Job] = field(default_factory=list)
     bench: Job | None = None
     pushed: int = 0
     credit_s: float = 0.0
-    seated: list[int] = field(default_factory=list)
+    seated: list[Job] = field(default_factory=list)
+    preempted: int = 0
+
+    def returning(self) -> list[Job]:
+        return sorted((job for job in self.paused if job.away <= 0), key=lambda j: -j.priority)
+
+    def yielding(self) -> list[Job]:
+        return sorted(self.running, key=lambda job: job.place, reverse=True)
 
     def load(self) -> Load:
+        arrived = [job for job in self.coming if job.arrives <= self.turn]
+        self.coming = [job for job in self.coming if job.arrives > self.turn]
+        self.waiting = sorted(self.waiting + arrived, key=lambda job: job.place)
+        self.turn += 1
+        bench = self.bench
         return Load(
             num_running=len(self.running),
             num_free=self.slots - len(self.running),
-            num_returning=sum(job.away <= 0 for job in self.paused),
-            waiting=tuple((job.prompt, not job.score) for job in self.waiting)[: self.slots + 1],
-            bench_left=None if self.bench is None else self.bench.prompt - self.pushed,
-            bench_joins=self.bench is not None and not self.bench.score,
+            yielding=tuple(job.priority for job in self.yielding()),
+            returning=tuple(job.priority for job in self.returning()),
+            waiting=tuple(
+                Waiting(0 if job.ready else job.prompt, not job.score, job.priority)
+                for job in self.waiting[: self.slots + 1]
+            ),
+            bench=bench and Bench(bench.prompt - self.pushed, not bench.score, bench.priority),
             prefill_room=self.span - self.pushed % self.span,
             prefill_credit_s=self.credit_s,
         )
 
     def execute(self, todo: Plan, decode_s: float, token_s: float) -> float:
         """Does one turn and returns how long its prefill took."""
-        back = [job for job in self.paused if job.away <= 0][: todo.restore]
+        back, parked = self.returning()[: todo.restore], self.yielding()[: todo.preempt]
+        self.running = [job for job in self.running if job not in parked]
+        self.waiting = sorted(self.waiting + parked, key=lambda job: job.place)
         self.paused = [job for job in self.paused if job not in back]
-        self.running += back
+        joined = list(back)
         for _ in range(todo.begin):
-            job = self.waiting.popleft()
-            assert not job.prompt
-            self.seated.append(job.number)
-            self.running.append(job)
+            job = self.waiting.pop(0)
+            assert job.ready and job not in parked
+            self._begin(job)
+            joined.append(job)
         if todo.join:
             assert self.bench is not None
             assert self.pushed == self.bench.prompt
-            self.running.append(self.bench)
+            joined.append(self.bench)
             self.bench = None
+        self.running += joined
+        # Everyone who gave way did so for somebody of a higher priority.
+        highest = sorted(joined, key=lambda job: -job.priority)
+        assert len(parked) <= len(joined)
+        assert all(p.priority < j.priority for p, j in zip(parked[::-1], highest, strict=False))
+        self.preempted += len(parked)
         if todo.prefill:
             assert self.bench is not None
             assert self.pushed // self.span == (self.pushed + todo.prefill - 1) // self.span
             self.pushed += todo.prefill
             if self.bench.score and self.pushed == self.bench.prompt:
                 self.bench = None
-        if todo.seat:
+        if todo.seat and not self.waiting[0].ready:
             assert self.bench is None
-            self.bench, self.pushed = self.waiting.popleft(), 0
-            self.seated.append(self.bench.number)
+            self.bench, self.pushed = self.waiting.pop(0), 0
+            self._begin(self.bench)
         assert len(self.running) <= self.slots
         if todo.decode:
             assert self.running
@@ -173,27 +249,34 @@ class World:
         self.credit_s = next_credit(self.credit_s, 0.5, prefill_s, decode_s if todo.decode else 0.0)
         return prefill_s
 
+    def _begin(self, job: Job) -> None:
+        if not job.begun:
+            self.seated.append(job)
+        job.begun = True
+
 
 @st.composite
-def jobs(draw: st.DrawFn) -> list[Job]:
-    count = draw(st.integers(1, 12))
-    prompts = st.sampled_from([0, 0, 1, 3, 7, 8, 9, 30])
-    made = []
-    for number in range(count):
-        prompt, score = draw(prompts), draw(st.booleans())
-        tokens = draw(st.integers(1, 12))
-        pauses_at = draw(st.none() | st.integers(1, 11))
-        made.append(
-            Job(number, prompt, score and prompt > 0, tokens, pauses_at, draw(st.integers(0, 9)))
+def jobs(draw: st.DrawFn, priorities: tuple[int, ...]) -> list[Job]:
+    made, arrives = [], 0
+    for number in range(draw(st.integers(1, 12))):
+        prompt = draw(st.sampled_from([0, 0, 1, 3, 7, 8, 9, 30]))
+        arrives += draw(st.sampled_from([0, 0, 0, 1, 5]))
+        job = Job(
+            number=number,
+            arrives=arrives,
+            priority=draw(st.sampled_from(priorities)),
+            prompt=prompt,
+            score=draw(st.booleans()) and prompt > 0,
+            tokens=draw(st.integers(1, 12)),
+            pauses_at=draw(st.none() | st.integers(1, 11)),
+            away=draw(st.integers(0, 9)),
         )
+        made.append(job)
     return made
 
 
-@given(jobs(), st.integers(1, 4), st.integers(1, 9), st.floats(0, 3))
-def test_everybody_is_served_in_order(
-    jobs: list[Job], slots: int, span: int, token_s: float
-) -> None:
-    world = World(slots, span, deque(jobs))
+def _serve(world: World, token_s: float) -> None:
+    """Turns until everybody was served."""
     for _ in range(5000):
         load = world.load()
         todo = plan(load)
@@ -202,15 +285,72 @@ def test_everybody_is_served_in_order(
             assert not world.running
             assert not world.waiting
             assert world.bench is None
-            assert load.num_returning == 0
-            if not world.paused:
-                break
-        assert todo.restore + todo.begin + todo.join <= load.num_free
+            assert not load.returning
+            if not world.paused and not world.coming:
+                return
+        assert todo.restore + todo.begin + todo.join <= load.num_free + todo.preempt
         world.execute(todo, decode_s=1.0, token_s=token_s)
-    else:
-        raise AssertionError(f"not done after 5000 turns: {world}")
-    assert world.seated == sorted(world.seated)
+    raise AssertionError(f"not done after 5000 turns: {world}")
+
+
+@given(jobs((0,)), st.integers(1, 4), st.integers(1, 9), st.floats(0, 3))
+def test_everybody_is_served_in_order(
+    jobs: list[Job], slots: int, span: int, token_s: float
+) -> None:
+    world = World(slots, span, jobs)
+    _serve(world, token_s)
+    assert world.seated == jobs
+    assert not world.preempted
+
+
+@given(jobs((-1, 0, 0, 7)), st.integers(1, 4), st.integers(1, 9), st.floats(0, 3))
+def test_priorities_go_first_and_within_one_nothing_changes(
+    jobs: list[Job], slots: int, span: int, token_s: float
+) -> None:
+    world = World(slots, span, jobs)
+    _serve(world, token_s)
     assert len(world.seated) == len(jobs)
+    for priority in (-1, 0, 7):
+        own = [job.number for job in world.seated if job.priority == priority]
+        assert own == sorted(own)
+    # No ping-pong: whoever takes a slot does so once, and once more after a pause; the lowest of
+    # three priorities can be displaced for it, and what was displaced may displace once more.
+    taking = sum(1 + (job.pauses_at is not None) for job in jobs if job.priority > -1)
+    assert world.preempted <= 2 * taking
+
+
+PRIORITIES = st.integers(-2, 2)
+
+
+@given(
+    st.integers(0, 4),
+    st.lists(PRIORITIES, max_size=4).map(sorted),
+    st.lists(PRIORITIES, max_size=3).map(lambda them: sorted(them, reverse=True)),
+    st.lists(PRIORITIES, max_size=6).map(lambda them: sorted(them, reverse=True)),
+    st.none() | st.builds(Bench, st.sampled_from([0, 5]), st.booleans(), PRIORITIES),
+)
+def test_nobody_ready_waits_behind_a_lower_priority(
+    free: int, running: list[int], returning: list[int], waiting: list[int], bench: Bench | None
+) -> None:
+    todo = _plan(
+        num_running=len(running),
+        num_free=free,
+        yielding=tuple(running),
+        returning=tuple(returning),
+        waiting=tuple(Waiting(0, True, priority) for priority in waiting),
+        bench=bench,
+    )
+    left = [*returning[todo.restore :], *waiting[todo.begin :]]
+    if bench is not None and bench.joins and not bench.left and not todo.join:
+        left.append(bench.priority)
+    joined = [*returning[: todo.restore], *waiting[: todo.begin]]
+    joined += [bench.priority] if bench is not None and todo.join else []
+    kept = running[todo.preempt :]
+    assert len(kept) + len(joined) <= len(running) + free
+    assert max(left, default=-9) <= min([*kept, *joined], default=9)
+    # Nobody is parked for a slot that is free, unless the bench has a claim to that.
+    claimed = bench is not None and bench.joins and not todo.join
+    assert not todo.preempt or len(joined) - todo.preempt >= free - claimed
 
 
 @pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.75])
@@ -218,9 +358,7 @@ def test_prefill_gets_its_share_of_the_time(share: float) -> None:
     """Endless prompts beside endless streams; a chunk takes three times a decode step."""
     credit_s = prefill_s = decode_s = 0.0
     for _ in range(3000):
-        todo = _plan(
-            num_running=3, num_free=1, bench_left=8, bench_joins=True, prefill_credit_s=credit_s
-        )
+        todo = _plan(num_running=3, num_free=1, bench=Bench(8, True), prefill_credit_s=credit_s)
         assert todo.decode
         spent = 0.03 if todo.prefill else 0.0
         credit_s = next_credit(credit_s, share, spent, 0.01)

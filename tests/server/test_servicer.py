@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import io
+import statistics
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -332,14 +334,14 @@ async def test_a_client_that_goes_away_leaves_nothing(serve: Serve, after: int) 
     engine = served.engines[TEXT]
     with Gate(engine) as gate:
         calls = [served.generation.Generate(_long()) for _ in range(4)]
-        await until(lambda: engine._num_open == 4)
+        await until(lambda: engine._ledger.held.streams == 4)
         for call in calls[:2]:
             for _ in range(after):
                 gate.let(1)
                 await asyncio.wait_for(call.read(), LIMIT_S)
         await served.channel.close()
         gate.let(20)
-        await until(lambda: engine._num_open == 0)
+        await until(lambda: engine._ledger.held.streams == 0)
 
 
 async def test_a_generator_that_is_dropped_in_the_middle_cancels(serve: Serve) -> None:
@@ -425,7 +427,7 @@ async def test_a_bad_request_is_refused_by_status_and_takes_no_slot(
     served = await serve()
     status, details = await _refusal(served.generation.Generate(request_).read())
     assert (status.name, named in details) == (code, True), details
-    assert all(engine._num_open == 0 for engine in served.engines.values())
+    assert all(engine._ledger.held.streams == 0 for engine in served.engines.values())
     assert await served.generate(_long(3))
 
 
@@ -452,10 +454,90 @@ async def test_a_full_queue_is_told_at_once(serve: Serve) -> None:
         assert event.error.retry_after == Duration(seconds=1)
         status, details = await _refusal(refused.read())
         assert (status.name, details) == ("RESOURCE_EXHAUSTED", event.error.message)
-        assert "limit is 1" in details
+        assert "at most 1 streams" in details
         scored = served.generation.Score(pb.ScoreRequest(prompt=pb.Prompt(text="x")))
         assert (await _refusal(scored))[0].name == "RESOURCE_EXHAUSTED"
     assert len(_ids(await running)) == 96
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"slots": 1, "queue_limit": 1}, "streams"),
+        ({"queue_tokens": 100}, "prompt tokens"),
+        ({"state_limit_bytes": 10_000}, "bytes of state"),
+    ],
+)
+async def test_every_refusal_is_told_within_50_ms_while_the_engine_is_busy(
+    serve: Serve, settings: dict[str, float], reason: str
+) -> None:
+    """The engine stands still in a pass of the model, and those it took on fill it."""
+    served = await serve(TEXT, **settings)
+    engine = served.engines[TEXT]
+    request = pb.GenerateRequest(
+        prompt=pb.Prompt(text="x" * 60), stopping=pb.StoppingCriteria(max_tokens=20)
+    )
+    with Gate(engine) as gate:
+        taken, seconds = [], []
+        while len(seconds) < 30:
+            began = time.perf_counter()
+            call = served.generation.Generate(request)
+            event = await asyncio.wait_for(call.read(), LIMIT_S)
+            if event.HasField("accepted"):
+                taken.append(call)
+                await gate.held("prefill")
+                continue
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call.read()
+            seconds.append(time.perf_counter() - began)
+            assert (event.error.code, event.error.retryable) == ("RESOURCE_EXHAUSTED", True)
+            assert reason in event.error.message and "try again later" in event.error.message
+            assert 0.1e9 <= event.error.retry_after.ToNanoseconds() <= 30e9
+            assert caught.value.code().name == "RESOURCE_EXHAUSTED"
+        assert 1 <= len(taken) <= 2
+        # The median, since whatever else runs on this machine takes its time, too.
+        assert statistics.median(seconds) < 0.05
+        for call in taken:
+            call.cancel()
+
+
+async def test_a_request_that_never_fits_is_not_to_be_tried_again(serve: Serve) -> None:
+    served = await serve(TEXT, state_limit_bytes=100)
+    status, details = await _refusal(served.generation.Generate(_long()).read())
+    assert status.name == "INVALID_ARGUMENT"
+    assert "lower max_tokens" in details
+
+
+async def test_a_call_whose_deadline_passes_frees_its_slot_at_once(serve: Serve) -> None:
+    """Running or waiting: the caller is told by status, the engine goes on."""
+    served = await serve(TEXT, slots=1)
+    engine = served.engines[TEXT]
+    prompted = pb.GenerateRequest(
+        prompt=pb.Prompt(text="x" * 60), stopping=pb.StoppingCriteria(max_tokens=20)
+    )
+    with Gate(engine) as gate:
+        calls = [served.generation.Generate(_long(), timeout=0.5)]
+        await asyncio.wait_for(calls[0].read(), LIMIT_S)
+        await gate.held("step")
+        calls += [served.generation.Generate(prompted, timeout=0.4) for _ in range(2)]
+        await until(lambda: engine._ledger.held.streams == 3)
+        for call in calls:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                while True:
+                    await asyncio.wait_for(call.read(), LIMIT_S)
+            assert caught.value.code().name == "DEADLINE_EXCEEDED"
+        await until(lambda: len(engine._inbox) == 2 + 3)  # two came, all three are gone
+        gate.let(1)
+        await until(lambda: is_empty(engine))
+        assert gate.passes == 1
+    assert len(_ids(await served.generate(_long()))) == 96
+
+
+async def test_the_priority_in_force_is_echoed(serve: Serve) -> None:
+    served = await serve(TEXT)
+    for priority in (-100, 0, 7):
+        request = pb.GenerateRequest(stopping=pb.StoppingCriteria(max_tokens=1), priority=priority)
+        assert (await served.generate(request))[0].accepted.priority == priority
 
 
 async def test_an_engine_that_stops_is_told_to_running_and_new_streams(serve: Serve) -> None:
@@ -465,7 +547,7 @@ async def test_an_engine_that_stops_is_told_to_running_and_new_streams(serve: Se
         running = asyncio.create_task(served.generate(_long()))
         score = pb.ScoreRequest(prompt=pb.Prompt(text="x" * 60))
         scored = asyncio.ensure_future(served.generation.Score(score))
-        await until(lambda: engine._num_open == 2)
+        await until(lambda: engine._ledger.held.streams == 2)
         closing = asyncio.create_task(asyncio.to_thread(engine.close))
         await until(lambda: engine._closing)
         gate.let(1)
