@@ -618,6 +618,7 @@ class Engine:
             return
         session.leave()
         self._left.add(session)
+        self._trim()
 
     def _pause_session(self, session: Session) -> None:
         for stream in [s for s in session.streams if not s.ended]:
@@ -637,6 +638,17 @@ class Engine:
         for stream in session.streams:
             self._cancel(stream)
         self._drop(session)
+
+    def _trim(self) -> None:
+        """Forget sessions that rest, those left first, until the others fit into their memory."""
+        resting = sorted((s for s in self._left if s.ended), key=lambda s: s.expires_at)
+        held = [sum(self.held_bytes(stream) for stream in s.streams) for s in resting]
+        total = sum(held)
+        for session, size in zip(resting, held, strict=True):
+            if total <= self.config.session_bytes:
+                return
+            total -= size
+            self._forget(session)
 
     def _drop(self, session: Session) -> None:
         self._left.discard(session)
