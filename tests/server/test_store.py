@@ -88,7 +88,7 @@ def test_only_a_store_that_others_reach_is_durable(uri: str) -> None:
 
 @pytest.mark.parametrize("uri", ["nonsense://x", "sftp2://host/x"])
 def test_what_nothing_can_reach_is_refused(uri: str) -> None:
-    with pytest.raises(ConfigError, match="nonsense|sftp2"):
+    with pytest.raises(ConfigError, match=uri):
         Store(uri)
 
 
