@@ -133,7 +133,7 @@ class Engine:
         pasts = pasts or [self.empty_past] * len(requests)
         received = received or [NOTHING] * len(requests)
         streams = tuple(
-            Stream(terms, request, Reader(request, loop, arrived, had), past)
+            Stream(terms, request, Reader(request, loop, arrived, had, past.base_tokens), past)
             for request, past, had in zip(requests, pasts, received, strict=True)
         )
         session = Session(terms, streams)
@@ -183,7 +183,7 @@ class Engine:
         """
         arrived, loop = asyncio.Event(), asyncio.get_running_loop()
         readers = tuple(
-            Reader(stream.request, loop, arrived, had)
+            Reader(stream.request, loop, arrived, had, stream.base_tokens)
             for stream, had in zip(session.streams, received, strict=True)
         )
         await self.ask(lambda: self._attach(session, readers))
