@@ -13,7 +13,8 @@ import numpy as np
 
 from server.bundle import Bundle
 from server.prefix import PrefixCache
-from server.runtime import Extent, Floats, Ints, Runtime, State
+from server.rows import Extent, State
+from server.runtime import Floats, Ints, Runtime
 
 _NEVER = np.iinfo(np.int64).max
 

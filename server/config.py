@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, get_args
+
+Provider = Literal["cpu", "cuda"]
+"""What computes: the processor, or an NVIDIA GPU."""
 
 MEBIBYTE = 1024 * 1024
 
@@ -42,6 +46,9 @@ class EngineConfig:
     threads: int = 0
     """Threads of one step; 0 takes every core."""
 
+    provider: Provider = "cpu"
+    """What computes, and in whose memory the state lies."""
+
     def __post_init__(self) -> None:
         _check("slots", self.slots, 1, 4096)
         _check("queue_limit", self.queue_limit, 0, 1_000_000)
@@ -50,6 +57,10 @@ class EngineConfig:
         _check("prefix_cache_bytes", self.prefix_cache_bytes, 0, 1024 * 1024 * MEBIBYTE)
         _check("prefill_chunk", self.prefill_chunk, 1, 1_000_000)
         _check("threads", self.threads, 0, 1024)
+        if self.provider not in get_args(Provider):
+            raise ConfigError(
+                f"provider is {self.provider}: it must be {' or '.join(get_args(Provider))}"
+            )
 
 
 @dataclass(frozen=True)

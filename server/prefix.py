@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from server.runtime import Ints, State
+from server.rows import State
+from server.runtime import Ints
 
 
 @dataclass(eq=False)

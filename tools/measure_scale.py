@@ -194,8 +194,8 @@ def main() -> int:
     if options.command == "stream":
         found = measure_stream(options.tokens, options.window, options.span)
         print(
-            f"{options.tokens:,} tokens: the process grew by {found.growth:,} bytes after the first "
-            f"{found.window:,}, its state by {found.predicted:,}; a token took "
+            f"{options.tokens:,} tokens: after the first {found.window:,} the process grew by "
+            f"{found.growth:,} bytes, its state by {found.predicted:,}; a token took "
             f"{np.median(found.seconds) / found.window * 1e3:.2f} ms, and {found.slowdown:.2f} "
             "times as long at the end as at the beginning"
         )

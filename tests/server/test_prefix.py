@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from server.prefix import PrefixCache
-from server.runtime import Ints, State
+from server.rows import State
+from server.runtime import Ints
 
 SPAN = 3
 

@@ -13,7 +13,8 @@ from server.bundle import Bundle, load_bundle
 from server.cache import Cache, Parked
 from server.config import EngineConfig
 from server.engine import Engine
-from server.runtime import Runtime, State
+from server.rows import State
+from server.runtime import Runtime
 from server.sampler import SamplingParameters
 from server.stream import Delta, Request, Stream
 
