@@ -54,7 +54,7 @@ class DeviceRows:
     def address(self, name: str, row: int) -> int:
         """Where a row begins; the next one follows it."""
         begin: int = self._buffers[name].data_ptr()
-        return begin + row * self._row_bytes[name]
+        return begin + row * int(self._row_bytes[name])
 
     def fold(
         self,

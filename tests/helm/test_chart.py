@@ -191,6 +191,7 @@ def test_every_setting_of_the_server_reaches_it() -> None:
     assert list(said.values()) == [
         heard[name] for name in ("replicas", "slots", "queue_limit", "threads", "drain_seconds")
     ]
+    assert (heard["provider"], arguments(render("gpu.enabled=true"))["provider"]) == ("cpu", "cuda")
     extra = render("server.extraArgs={--threads=7}")
     assert arguments(extra)["threads"] == 7
 

@@ -21,8 +21,9 @@ from server.device import DeviceRows
 from server.engine import Engine
 from server.errors import BundleError
 from server.runtime import Runtime
+from server.stream import Request
 from tests.checkpoints import export_tiny
-from tests.server.engines import ask, generate
+from tests.server.engines import generate
 
 SLOTS = 3
 GPU_TOLERANCE = 0.02
@@ -139,8 +140,7 @@ def test_a_decoding_loop_sends_indices_and_gets_logits(
         """An I/O binding that notes what it is given from the host, and what goes to it."""
 
         def __init__(self, session: ort.InferenceSession) -> None:
-            self._io = session_binding(session)
-            self.names: list[str] = []
+            self._io = ort.IOBinding(session)
 
         def __getattr__(self, name: str) -> Any:
             return getattr(self._io, name)
@@ -154,9 +154,6 @@ def test_a_decoding_loop_sends_indices_and_gets_logits(
                 crossed[name] = 0
             self._io.bind_output(name, *place)
 
-    def session_binding(session: ort.InferenceSession) -> ort.IOBinding:
-        return ort.IOBinding(session)
-
     def run(session: ort.InferenceSession, io: Any, *rest: Any) -> None:
         run_bound(session, getattr(io, "_io", io), *rest)
 
@@ -164,7 +161,7 @@ def test_a_decoding_loop_sends_indices_and_gets_logits(
         raise AssertionError("the loop copies a whole value between host and device")
 
     run_bound = ort.InferenceSession.run_with_iobinding
-    monkeypatch.setattr(ort.InferenceSession, "io_binding", Watched)
+    monkeypatch.setattr(ort.InferenceSession, "io_binding", lambda session: Watched(session))
     monkeypatch.setattr(ort.InferenceSession, "run_with_iobinding", run)
     monkeypatch.setattr(ort.InferenceSession, "run", forbidden)
     monkeypatch.setattr(ort.OrtValue, "ortvalue_from_numpy", forbidden)
@@ -220,11 +217,12 @@ def test_a_bundle_in_float32_is_told_how_to_be_exported(fixed_bundle: Path) -> N
 @pytest.mark.usefixtures("cpu_as_device")
 async def test_an_engine_writes_the_same_on_a_device(fixed: Bundle) -> None:
     told = []
+    start = np.array([fixed.manifest.vocabulary])
     providers: tuple[Provider, ...] = ("cpu", "cuda")
     for provider in providers:
         engine = Engine(fixed, EngineConfig(slots=2, threads=1, provider=provider))
         try:
-            told.append(await generate(engine, ask(max_tokens=20)))
+            told.append(await generate(engine, Request(start, max_tokens=20)))
         finally:
             engine.close()
     assert told[0].tokens == told[1].tokens and len(told[0].tokens) == 20
