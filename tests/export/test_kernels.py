@@ -112,4 +112,4 @@ def test_caches_are_float16_and_what_every_step_changes_is_not(half_bundle: Path
         recurrent = tensor.kind == pb.STATE_KIND_RECURRENT
         assert tensor.data_type == (pb.DATA_TYPE_FLOAT32 if recurrent else pb.DATA_TYPE_FLOAT16)
     assert {"take.onnx", "put.onnx"} <= {file.path for file in manifest.files}
-    assert 1e-5 < manifest.parity.max_error < manifest.parity.tolerance < 0.05
+    assert 1e-5 < manifest.parity.max_error < manifest.parity.tolerance < 0.1
