@@ -56,6 +56,8 @@ class LongStream:
     """Bytes of the process after each window."""
     seconds: tuple[float, ...]
     """How long each window took."""
+    cpu_seconds: tuple[float, ...]
+    """Of processor time: what others do on the machine does not count."""
     predicted: int
     """Bytes by which the stream's state grew from the end of the first window to its own end."""
 
@@ -66,12 +68,12 @@ class LongStream:
 
     @property
     def slowdown(self) -> float:
-        """Median time of the last windows over that of the first, a twentieth of them each.
+        """Median processor time of the last windows over that of the first, a twentieth each.
 
         The very first window, in which everything is touched for the first time, is left out.
         """
-        few = max(1, len(self.seconds) // 20)
-        return float(np.median(self.seconds[-few:]) / np.median(self.seconds[1 : 1 + few]))
+        few = max(1, len(self.cpu_seconds) // 20)
+        return float(np.median(self.cpu_seconds[-few:]) / np.median(self.cpu_seconds[1 : 1 + few]))
 
     def complaints(self) -> list[str]:
         """What is not as promised."""
@@ -130,24 +132,27 @@ async def _watch(engine: Engine, bundle: Bundle, tokens: int, window: int) -> Lo
     process, seen = psutil.Process(), 0
     resident: list[int] = []
     seconds: list[float] = []
+    cpu_seconds: list[float] = []
     request = Request(
         np.array([bundle.manifest.vocabulary]), SamplingParameters(seed=0), max_tokens=tokens
     )
-    began = time.perf_counter()
+    began, cpu_began = time.perf_counter(), time.process_time()
     async for event in engine.events(engine.submit(request)):
         if isinstance(event, Exception):
             raise event
         seen += len(event.tokens) if isinstance(event, Delta) else 0
         while seen >= window * (len(resident) + 1):
-            now = time.perf_counter()
+            now, cpu_now = time.perf_counter(), time.process_time()
             resident.append(process.memory_info().rss)
             seconds.append(now - began)
-            began = now
+            cpu_seconds.append(cpu_now - cpu_began)
+            began, cpu_began = now, cpu_now
             print(f"{seen:,} tokens", file=sys.stderr)
     assert seen == tokens, f"{seen} tokens came, {tokens} were asked for"
     sizes = (sum(bundle.state_bytes(pushed).values()) for pushed in (window, tokens))
     first, last = sizes
-    return LongStream(window, tuple(resident), tuple(seconds), max(0, last - first))
+    grown = max(0, last - first)
+    return LongStream(window, tuple(resident), tuple(seconds), tuple(cpu_seconds), grown)
 
 
 def measure_crowd(
@@ -196,8 +201,8 @@ def main() -> int:
         print(
             f"{options.tokens:,} tokens: after the first {found.window:,} the process grew by "
             f"{found.growth:,} bytes, its state by {found.predicted:,}; a token took "
-            f"{np.median(found.seconds) / found.window * 1e3:.2f} ms, and {found.slowdown:.2f} "
-            "times as long at the end as at the beginning"
+            f"{np.median(found.cpu_seconds) / found.window * 1e3:.2f} ms of processor time, and "
+            f"{found.slowdown:.2f} times as long at the end as at the beginning"
         )
     else:
         found = measure_crowd(
