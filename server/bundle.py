@@ -65,6 +65,22 @@ class Bundle:
         """The graph that folds. Only there when `span` is set."""
         return self.folder / "fold.onnx"
 
+    @property
+    def take_path(self) -> Path:
+        """The graph that copies out what rows on a device hold."""
+        return self.folder / "take.onnx"
+
+    @property
+    def put_path(self) -> Path:
+        """The graph that writes such parts into rows."""
+        return self.folder / "put.onnx"
+
+    @property
+    def moves_on_devices(self) -> bool:
+        """Whether both are there: only in bundles whose state has the type that devices take."""
+        listed = {file.path for file in self.manifest.files}
+        return {self.take_path.name, self.put_path.name} <= listed
+
     def entries(self, pushed: Count) -> Count:
         """Valid entries of every stack after `pushed` tokens and the folds they made due."""
         return resources.entries(self.manifest, pushed)

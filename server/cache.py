@@ -13,7 +13,8 @@ import numpy as np
 
 from server.bundle import Bundle
 from server.prefix import PrefixCache
-from server.runtime import Extent, Floats, Ints, Runtime, State
+from server.rows import Extent, State
+from server.runtime import Floats, Ints, Runtime
 
 _NEVER = np.iinfo(np.int64).max
 
@@ -34,7 +35,8 @@ class Cache:
         self._runtime = runtime
         self._slots = slots
         self._bench = slots
-        self._bench_tokens: Ints = np.zeros(0, np.int64)
+        self._bench_pushed = 0
+        self._open_block: Ints = np.zeros(0, np.int64)  # tokens of it, while prefixes are kept
         self._prefixes: PrefixCache | None = None
         if bundle.span and bundle.shares_blocks and prefix_bytes:
             self._prefixes = PrefixCache(bundle.span, prefix_bytes)
@@ -58,7 +60,7 @@ class Cache:
     @property
     def bench_pushed(self) -> int:
         """Tokens the stream on the bench has seen."""
-        return len(self._bench_tokens)
+        return self._bench_pushed
 
     @property
     def prefix_bytes(self) -> int:
@@ -78,7 +80,11 @@ class Cache:
 
     def resume(self, prompt: Ints, parked: Parked) -> None:
         """Put a stream on the bench that was parked when its `prompt[T]` was not all pushed."""
-        self._bench_tokens = prompt[: parked.pushed]
+        self._bench_pushed = parked.pushed
+        if self._prefixes is not None:
+            blocks, rest = divmod(parked.pushed, self._bundle.span or 1)
+            self._prefixes.follow(prompt[: parked.pushed], blocks)
+            self._open_block = prompt[parked.pushed - rest : parked.pushed]
         self._runtime.write(self._bench, self._extent(parked.pushed), parked.state)
 
     def seat(self, prompt: Ints | None = None) -> None:
@@ -87,12 +93,12 @@ class Cache:
         Of its `prompt[T]`, if given, the blocks that an earlier prompt began with count as pushed.
         """
         self._runtime.reset(self._bench)
-        self._bench_tokens = np.zeros(0, np.int64)
-        if self._prefixes is None or prompt is None:
+        self._bench_pushed, self._open_block = 0, np.zeros(0, np.int64)
+        if self._prefixes is None:
             return
-        blocks = self._prefixes.match(prompt)
+        blocks = self._prefixes.match(self._open_block if prompt is None else prompt)
         if blocks:
-            self._bench_tokens = prompt[: len(blocks) * (self._bundle.span or 0)]
+            self._bench_pushed = len(blocks) * (self._bundle.span or 0)
             stacks = {
                 name: np.concatenate([block[name] for block in blocks], axis=1)
                 for name in self._bundle.stacks
@@ -104,13 +110,17 @@ class Cache:
         assert len(tokens) <= self.block_room
         length = self._bundle.entries(self.bench_pushed)
         out = self._runtime.prefill(self._bench, tokens, self.bench_pushed, length, logits)
-        self._bench_tokens = np.concatenate((self._bench_tokens, tokens))
+        self._bench_pushed += len(tokens)
         folded = self._fold([self._bench], np.array([self.bench_pushed]))
-        if folded and self._prefixes is not None:
+        if self._prefixes is None:
+            return out
+        self._open_block = np.concatenate((self._open_block, tokens))
+        if folded:
             end = self._extent(self.bench_pushed)
             entry = self._runtime.read(self._bench, end, Extent(end.entries - 1, end.tokens))
             stacks = {name: entry[name] for name in self._bundle.stacks}
-            self._prefixes.insert(self._bench_tokens, stacks)
+            self._prefixes.insert(self._open_block, stacks)
+            self._open_block = self._open_block[:0]
         return out
 
     def join(self) -> int:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, get_args
+
+Provider = Literal["cpu", "cuda"]
+"""What computes: the processor, or an NVIDIA GPU."""
 
 MEBIBYTE = 1024 * 1024
 
@@ -54,6 +58,9 @@ class EngineConfig:
     session_bytes: int = 1024 * MEBIBYTE
     """Memory for the state of sessions that rest; beyond it, those left first are forgotten."""
 
+    provider: Provider = "cpu"
+    """What computes, and in whose memory the state lies."""
+
     def __post_init__(self) -> None:
         _check("slots", self.slots, 1, 4096)
         _check("queue_limit", self.queue_limit, 0, 1_000_000)
@@ -66,6 +73,10 @@ class EngineConfig:
         _check("threads", self.threads, 0, 1024)
         _check("session_bytes", self.session_bytes, 0, 1024 * 1024 * MEBIBYTE)
         _check("snapshot_interval", self.snapshot_interval, 1, 1_000_000_000)
+        if self.provider not in get_args(Provider):
+            raise ConfigError(
+                f"provider is {self.provider}: it must be {' or '.join(get_args(Provider))}"
+            )
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ class Engine:
         self.bundle = bundle
         self.config = config
         self._keeper = keeper
-        self._runtime = Runtime(bundle, config.slots + 1, config.threads)
+        self._runtime = Runtime(bundle, config.slots + 1, config.threads, config.provider)
         self._cache = Cache(bundle, self._runtime, config.slots, config.prefix_cache_bytes)
         self._measures = metrics.EngineMetrics(bundle.name)
         self._measures.buffer_bytes(self._runtime.nbytes)

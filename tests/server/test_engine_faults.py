@@ -73,7 +73,7 @@ async def test_a_state_that_is_not_finite_stays_with_its_stream(text: Bundle, st
         await gate.held("step")
         await gate.let_one("prefill")
         await gate.let_one("step")
-        for buffer in engine._runtime._buffers.values():
+        for buffer in engine._runtime._rows.buffers.values():
             buffer[:] = np.nan
     for stream in poisoned:
         _failure(await read(engine, stream))
