@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from concertina.v1 import bundle_pb2 as pb
+from export.fusion import pack_attention
 from export.weights import name_weights, store_half
 from model.decoder import Block, Decoder
 from model.patterns.pattern import Pattern, Place, Push
@@ -169,6 +170,7 @@ def export_step(model: Decoder, path: Path) -> None:
     inputs_named = ["tokens", "positions", "lengths", "longest", "rows", *names]
     outputs = ["logits", *(f"next.{name}" for name in graph.changed)]
     proto = _export(graph, inputs, shapes, inputs_named, outputs)
+    pack_attention(proto)
     name_weights(proto, model)
     store_half(proto)
     onnx.save(proto, path)
