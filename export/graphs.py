@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from concertina.v1 import bundle_pb2 as pb
+from export.fusion import pack_attention
 from export.weights import name_weights, store_half
 from model.attention import widen
 from model.decoder import Block, Decoder
@@ -191,6 +192,7 @@ def export_step(model: Decoder, path: Path, data_type: pb.DataType = pb.DATA_TYP
     inputs_named = ["tokens", "positions", "lengths", "longest", "rows", *names]
     outputs = ["logits", *(f"next.{name}" for name in graph.changed)]
     proto = trace_graph(graph, inputs, shapes, inputs_named, outputs)
+    pack_attention(proto)
     name_weights(proto, model)
     store_half(proto)
     onnx.save(proto, path)

@@ -40,7 +40,7 @@ class Bundle:
         """Whether tokens are pixels; otherwise they are bytes of text."""
         return self.manifest.modality == pb.MODALITY_IMAGE
 
-    @property
+    @cached_property
     def span(self) -> int | None:
         """Tokens between two folds, which no step crosses; None for a family that never folds."""
         return self.manifest.fold.span if self.manifest.HasField("fold") else None

@@ -37,6 +37,7 @@ class Cache:
         self._bench = slots
         self._bench_pushed = 0
         self._open_block: Ints = np.zeros(0, np.int64)  # tokens of it, while prefixes are kept
+        self._interval = bundle.span or _NEVER
         self._prefixes: PrefixCache | None = None
         if bundle.span and bundle.shares_blocks and prefix_bytes:
             self._prefixes = PrefixCache(bundle.span, prefix_bytes)
@@ -111,11 +112,13 @@ class Cache:
         length = self._bundle.entries(self.bench_pushed)
         out = self._runtime.prefill(self._bench, tokens, self.bench_pushed, length, logits)
         self._bench_pushed += len(tokens)
-        folded = self._fold([self._bench], np.array([self.bench_pushed]))
+        is_due = self.bench_pushed % self._interval == 0
+        if is_due:
+            self._fold([self._bench], [self.bench_pushed])
         if self._prefixes is None:
             return out
         self._open_block = np.concatenate((self._open_block, tokens))
-        if folded:
+        if is_due:
             end = self._extent(self.bench_pushed)
             entry = self._runtime.read(self._bench, end, Extent(end.entries - 1, end.tokens))
             stacks = {name: entry[name] for name in self._bundle.stacks}
@@ -175,25 +178,25 @@ class Cache:
 
     def fold(self, ended: Collection[int] = ()) -> int:
         """Fold the blocks that the last step filled, but not those of rows that ended; how many."""
-        rows = [row for row in range(self.num_running) if row not in ended]
-        return self._fold(rows, self._pushed[rows])
+        due = np.flatnonzero(self._pushed % self._interval == 0).tolist()
+        rows = [row for row in due if row not in ended]
+        self._fold(rows, self._pushed[rows].tolist())
+        return len(rows)
 
     def _append(self, pushed: int) -> int:
         assert self.num_free > 0
         self._pushed = np.append(self._pushed, pushed)
         return self.num_running - 1
 
-    def _fold(self, rows: Sequence[int], pushed: Ints) -> int:
+    def _fold(self, rows: Sequence[int], pushed: Sequence[int]) -> None:
         by_size: dict[tuple[int, int], list[tuple[int, Extent, Extent]]] = {}
-        for index in np.flatnonzero(pushed % (self._bundle.span or _NEVER) == 0).tolist():
-            tokens = int(pushed[index])
+        for row, tokens in zip(rows, pushed, strict=True):
             entries, history = size = self._bundle.fold_size(tokens)
             end = Extent(self._bundle.entries(tokens - 1) + 1, tokens)
             begin = Extent(end.entries - entries, tokens - history)
-            by_size.setdefault(size, []).append((rows[index], begin, end))
+            by_size.setdefault(size, []).append((row, begin, end))
         for places in by_size.values():
             self._runtime.fold(*zip(*places, strict=True))
-        return sum(len(places) for places in by_size.values())
 
     def _extent(self, pushed: int) -> Extent:
         return Extent(self._bundle.entries(pushed), pushed)

@@ -54,7 +54,7 @@ class PrefixCache:
         return [node.state for node in self._path]
 
     def follow(self, tokens: Ints, blocks: int) -> None:
-        """Go on behind `tokens[T]`, so many whole blocks and a rest, which were pushed elsewhere."""
+        """Go on behind `tokens[T]`, so many blocks and a rest, which were pushed elsewhere."""
         self._whole = len(self.match(tokens)) == blocks
 
     def insert(self, block: Ints, state: State) -> None:

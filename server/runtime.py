@@ -23,6 +23,16 @@ from server.rows import NEXT, NOTHING, Extent, HostRows, State
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
+_LOGITS = "logits"
+
+# Between the nodes of a step a thread that sleeps costs more to wake than the node takes; an engine
+# that waits, though, must not burn the cores that its clients need.
+_THREADING = {
+    "session.intra_op.allow_spinning": "1",
+    "session.intra_op.spin_duration_us": "50",
+    "session.force_spinning_stop": "1",
+}
+
 _PROVIDERS: dict[Provider, list[str]] = {
     "cpu": ["CPUExecutionProvider"],
     # The CPU computes the few shapes that the graphs ask for.
@@ -119,7 +129,11 @@ class Runtime:
 
 
 class _Binding:
-    """The step graph bound to the state of some rows; state goes in and out through one buffer."""
+    """The step graph bound to the state of some rows; state goes in and out through one buffer.
+
+    Inputs and logits lie in buffers that stay bound until their shape changes: a step of the same
+    batch binds nothing.
+    """
 
     def __init__(
         self,
@@ -133,7 +147,10 @@ class _Binding:
         self._rows = rows  # keeps the memory that the binding points to alive
         self._io = session.io_binding()
         self._taken = {value.name for value in session.get_inputs()}
-        given = {value.name for value in session.get_outputs()}
+        given = {value.name: value for value in session.get_outputs()}
+        self._vocabulary: int = given[_LOGITS].shape[1]
+        self._logits: Floats | None = None
+        self._bound: dict[str, npt.NDArray[np.generic]] = {}
         for tensor in tensors:
             element, shape = ELEMENT_TYPES[tensor.data_type], [batch, *tensor.shape]
             place = (rows.device, 0, element, shape, rows.address(tensor.name, first))
@@ -150,11 +167,16 @@ class _Binding:
         if "lengths" in self._taken:
             feeds["lengths"] = lengths.astype(np.int32)
         for name, values in feeds.items():
-            self._io.bind_cpu_input(name, values)
-        self._io.bind_output("logits")
+            bound = self._bound.get(name)
+            if bound is None or bound.shape != values.shape:
+                bound = self._bound[name] = np.empty_like(values, order="C")
+                self._io.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(bound))
+            bound[...] = values
+        if self._logits is None or len(self._logits) != len(rows):
+            self._logits = np.empty((len(rows), self._vocabulary), np.float32)
+            self._io.bind_ortvalue_output(_LOGITS, ort.OrtValue.ortvalue_from_numpy(self._logits))
         self._session.run_with_iobinding(self._io)
-        logits: Floats = self._io.get_outputs()[-1].numpy()
-        return logits
+        return self._logits
 
 
 def _require(provider: Provider) -> None:
@@ -172,8 +194,8 @@ def _load(path: Path, threads: int, provider: Provider) -> ort.InferenceSession:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    # An idle engine must not burn the cores that its clients need.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    for entry, value in _THREADING.items():
+        options.add_session_config_entry(entry, value)
     wanted = _PROVIDERS[provider]
     try:
         session = ort.InferenceSession(path, options, providers=wanted)

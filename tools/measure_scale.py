@@ -34,8 +34,8 @@ from loadtest.bench.plan import ROOM, Shape
 from server.bundle import Bundle, load_bundle
 from server.config import EngineConfig
 from server.engine import Engine
-from server.sampler import SamplingParameters
 from server.events import Delta, Request
+from server.sampler import SamplingParameters
 
 MAX_SLOWDOWN = 1.5
 """Of a token at the end over one at the beginning."""
