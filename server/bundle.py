@@ -91,6 +91,12 @@ class Bundle:
         kinds = ((tensor.name, tensor.kind) for tensor in self.manifest.state)
         return frozenset(name for name, kind in kinds if kind == pb.STATE_KIND_STACK)
 
+    @cached_property
+    def recurrent(self) -> frozenset[str]:
+        """Names of the state tensors that every step replaces."""
+        kinds = ((tensor.name, tensor.kind) for tensor in self.manifest.state)
+        return frozenset(name for name, kind in kinds if kind == pb.STATE_KIND_RECURRENT)
+
     def fold_size(self, pushed: int) -> tuple[int, int]:
         """Entries of every stack and rows of every history that the fold due now takes."""
         return resources.fold_size(self.manifest, pushed)

@@ -42,6 +42,7 @@ class Cache:
         if bundle.span and bundle.shares_blocks and prefix_bytes:
             self._prefixes = PrefixCache(bundle.span, prefix_bytes)
         self._pushed: Ints = np.zeros(0, np.int64)
+        self._before: State = {}  # what `keep` may have to put back
 
     @property
     def num_running(self) -> int:
@@ -175,6 +176,37 @@ class Cache:
         logits = self._runtime.step(tokens, self._pushed, self._bundle.entries(self._pushed))
         self._pushed = self._pushed + 1
         return logits
+
+    @property
+    def row_room(self) -> int:
+        """Tokens that the only stream of the batch takes before its block is full."""
+        pushed = int(self._pushed[0])
+        if self._bundle.span is None:
+            return self._bundle.context - pushed
+        return self._bundle.span - pushed % self._bundle.span
+
+    def feed(self, tokens: Ints, logits: bool = True) -> Floats:
+        """Push `tokens[T]`, at most `row_room`, onto the only stream of the batch.
+
+        Returns logits `[T, vocabulary]`. Until `keep` is called, no token counts as pushed.
+        """
+        assert self.num_running == 1 and len(tokens) <= self.row_room
+        pushed = int(self._pushed[0])
+        here = self._extent(pushed)
+        self._before = self._runtime.read(0, here, here)
+        return self._runtime.prefill(0, tokens, pushed, here.entries, logits)
+
+    def keep(self, count: int, of: int) -> int:
+        """The first `count` tokens `of` those that were fed are to stay; how many do.
+
+        It is all or none of them where the state cannot be wound back by half.
+        """
+        if count < of and self._bundle.recurrent:
+            replaced = {name: self._before[name] for name in self._bundle.recurrent}
+            self._runtime.write(0, self._extent(int(self._pushed[0])), replaced)
+            return 0
+        self._pushed = self._pushed + count
+        return count
 
     def fold(self, ended: Collection[int] = ()) -> int:
         """Fold the blocks that the last step filled, but not those of rows that ended; how many."""

@@ -93,6 +93,13 @@ def serve(
     drain_seconds: Annotated[
         int, typer.Option(help="How long running streams may go on after Ctrl-C.")
     ] = ServeConfig.drain_seconds,
+    draft_tokens: Annotated[
+        int,
+        typer.Option(
+            help="Tokens to guess ahead, from what the text repeats, while one stream runs alone; "
+            "they change nothing but its speed. 0 guesses none."
+        ),
+    ] = EngineConfig.draft_tokens,
     snapshots: Annotated[
         str,
         typer.Option(
@@ -153,6 +160,7 @@ def serve(
         snapshots=snapshots,
         snapshot_ttl=snapshot_ttl,
         engine=EngineConfig(
+            draft_tokens=draft_tokens,
             snapshot_interval=snapshot_interval,
             session_bytes=session_bytes,
             slots=slots,

@@ -52,6 +52,9 @@ class EngineConfig:
     threads: int = 0
     """Threads of one step; 0 takes every core."""
 
+    draft_tokens: int = 0
+    """Tokens that may be guessed ahead while one stream runs alone; 0 guesses none."""
+
     snapshot_interval: int = 256
     """Tokens between two snapshots of a stream that is kept; taken when a block folds."""
 
@@ -71,6 +74,7 @@ class EngineConfig:
         _check("prefix_cache_bytes", self.prefix_cache_bytes, 0, 1024 * 1024 * MEBIBYTE)
         _check("prefill_chunk", self.prefill_chunk, 1, 1_000_000)
         _check("threads", self.threads, 0, 1024)
+        _check("draft_tokens", self.draft_tokens, 0, 256)
         _check("session_bytes", self.session_bytes, 0, 1024 * 1024 * MEBIBYTE)
         _check("snapshot_interval", self.snapshot_interval, 1, 1_000_000_000)
         if self.provider not in get_args(Provider):

@@ -26,6 +26,7 @@ from server.admission import Ledger, limits
 from server.bundle import Bundle
 from server.cache import Cache, Parked
 from server.config import EngineConfig
+from server.drafting import propose
 from server.errors import Displaced, EngineStopped, RequestError, StepFailed
 from server.events import (
     Ending,
@@ -126,6 +127,8 @@ class Engine:
             Stream(terms, request, Reader(request, loop, arrived, had, past.base_tokens), past)
             for request, past, had in zip(requests, pasts, received, strict=True)
         )
+        for stream in streams:
+            stream.remembers |= self.config.draft_tokens > 0
         session = Session(terms, streams)
         opened = [stream for stream in streams if not stream.ended]
         with self._lock:
@@ -296,6 +299,8 @@ class Engine:
 
     def _execute(self, todo: Plan) -> None:
         places = self._places
+        if todo != Plan(decode=True) or len(places.running) > 1:
+            self._catch_up_states()
         if todo.preempt or todo.restore:
             returning = places.returning()
             for stream in places.yielding(returning)[: todo.preempt]:
@@ -351,6 +356,8 @@ class Engine:
 
     def _decode(self) -> float:
         streams, sampling = self._places.running, self._places.sampling
+        if self.config.draft_tokens and len(streams) == 1 and not streams[0].forced:
+            return self._decode_ahead(streams[0])
         began = time.perf_counter()
         logits = self._cache.step(np.array([s.last_token for s in streams], np.int64))
         positions = self._cache.pushed - 1
@@ -386,6 +393,65 @@ class Engine:
             self._places.pause(stream)
             self._take_snapshot(stream, stream.parked)
         return time.perf_counter() - began
+
+    def _decode_ahead(self, stream: Stream) -> float:
+        """Push what the only stream may say next, and keep what it does.
+
+        Never beyond a fold. Each token is drawn as it would have been alone: a draft saves passes,
+        and changes none.
+        """
+        began, sampling = time.perf_counter(), self._places.sampling
+        known = [*stream.behind, stream.last_token]
+        room = self._cache.row_room - len(known)
+        wanted = min(self.config.draft_tokens, room)
+        draft = propose(stream.known, wanted) if wanted > 0 else ()
+        fed, first = [*known, *draft], int(self._cache.pushed[0])
+        logits = self._cache.feed(np.array(fed, np.int64))
+        ending: Ending | None = None
+        now, right = time.monotonic(), len(known) - 1
+        while ending is None:
+            row, position = logits[right : right + 1], np.array([first + right])
+            tokens = sample(row, sampling, position)
+            sampling.remember(tokens)
+            said = sampling.logprobs(row, tokens).get(0)
+            ending = failures(row, tokens, position).get(0)
+            right += 1
+            if ending is not None:
+                break
+            reason = self._take_token(stream, int(tokens[0]), said, now)
+            if reason is not None:
+                held = sum(self.bundle.state_bytes(first + right).values())
+                ending = stream.finish(reason, held, now)
+            elif right == len(fed) or fed[right] != stream.last_token:
+                break
+        stream.behind = fed[self._cache.keep(right, len(fed)) : right]
+        since = self._last_step_at and began - self._last_step_at
+        took = time.perf_counter() - began
+        self._last_step_at = began
+        drawn = right - len(known) + 1
+        self._measures.stepped(1, took, since, drawn)
+        self._measures.drafted(len(draft), drawn - 1)
+        if ending is not None and stream.is_kept:
+            self._catch_up_states()
+        if int(self._cache.pushed[0]) > first and (ending is None or stream.is_kept):
+            self._measures.folded(self._cache.fold())
+        if ending is not None:
+            stream.parked = self._cache.park(0) if stream.is_kept else None
+            self._end(stream, ending)
+        elif stream.unread >= self.config.stream_buffer:
+            self._catch_up_states()
+            self._places.pause(stream)
+            self._take_snapshot(stream, stream.parked)
+        elif not stream.behind and self._snapshot_is_due(stream, int(self._cache.pushed[0])):
+            self._take_snapshot(stream, self._cache.park(0))
+        return time.perf_counter() - began
+
+    def _catch_up_states(self) -> None:
+        """Push what streams know and their states have not seen, where drafts left any."""
+        for stream in [s for s in self._places.running if s.behind]:
+            self._cache.feed(np.array(stream.behind, np.int64), logits=False)
+            self._cache.keep(len(stream.behind), len(stream.behind))
+            stream.behind = []
 
     def _take_token(
         self, stream: Stream, token: int, logprobs: TokenLogprobs | None, now: float
@@ -471,6 +537,7 @@ class Engine:
 
     def _stop(self, stream: Stream, reason: FinishReason, now: float) -> None:
         """End a stream between two steps; one that is kept takes its state along."""
+        self._catch_up_states()
         pushed = self._places.pushed(stream)
         held = 0 if pushed is None else sum(self.bundle.state_bytes(pushed).values())
         if stream.is_kept:
@@ -520,6 +587,7 @@ class Engine:
     def _hand_over(self) -> None:
         if self._keeper is None or not self._keeper.is_durable:
             return
+        self._catch_up_states()
         for session in [s for s in self._sessions.all() if s.terms.keep_s]:
             for stream in [s for s in session.streams if not s.ended]:
                 self._take_snapshot(stream, self._places.park(stream))
