@@ -211,6 +211,8 @@ def output_snapshot(output: int, past: Past) -> pb.OutputSnapshot:
         logprobs=logprobs_messages(past.logprobs),
         base_tokens=past.base_tokens,
         base_characters=past.base_characters,
+        queue_seconds=past.queue_s,
+        first_token_seconds=past.first_token_s,
     )
     if past.parked is not None:
         told.pushed = past.parked.pushed
@@ -237,6 +239,8 @@ def past_from(bundle: Bundle, told: pb.OutputSnapshot) -> Past:
         [TokenLogprobs(t.logprob, tuple(t.top_ids), tuple(t.top_logprobs)) for t in told.logprobs],
         told.base_tokens,
         told.base_characters,
+        told.queue_seconds if told.HasField("queue_seconds") else None,
+        told.first_token_seconds if told.HasField("first_token_seconds") else None,
     )
 
 

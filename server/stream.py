@@ -40,6 +40,7 @@ class Past:
     generated: the tokens that were sent, or are to be. parked: the state after some of all its
     tokens, None for the very first. finish: how it ended, None if it did not.
     base_tokens, base_characters: how many there were when the session last went on after a pause.
+    queue_s, first_token_s: how long after its acceptance it began, and said its first.
     """
 
     generated: array[int]
@@ -48,6 +49,8 @@ class Past:
     logprobs: Sequence[TokenLogprobs] = ()
     base_tokens: int = 0
     base_characters: int = 0
+    queue_s: float | None = None
+    first_token_s: float | None = None
 
     @property
     def is_paused(self) -> bool:
@@ -87,8 +90,10 @@ class Stream:
         self.behind: list[int] = []  # known tokens before the last one that no pass has kept yet
         self.generated = len(self.history)
         self.last_token = int(self.history[-1] if self.history else request.prompt[-1])
+        self._queue_s = past.queue_s
+        if past.first_token_s is not None:
+            self.first_token_at = self.accepted_at + past.first_token_s
         if self.history:
-            self.first_token_at = self.accepted_at
             self._say(self.history)
         self.snapshot_at = 0 if past.parked is None else past.parked.pushed
 
@@ -131,6 +136,8 @@ class Stream:
             tuple(self.said),
             self.base_tokens,
             self.base_characters,
+            self._queued(self.started_at),
+            self.first_token_at and self.first_token_at - self.accepted_at,
         )
 
     @property
@@ -214,11 +221,17 @@ class Stream:
             reason,
             self.text.matched,
             self.generated,
-            (self.started_at or now) - since,
+            self._queued(self.started_at or now) or 0.0,
             (self.first_token_at or now) - since,
             now - since,
             state_bytes,
         )
+
+    def _queued(self, started_at: float | None) -> float | None:
+        """How long it waited, if not before it was revived."""
+        if self._queue_s is not None or started_at is None:
+            return self._queue_s
+        return started_at - self.accepted_at
 
     def _say(self, tokens: array[int]) -> str:
         """All text of the `tokens` that the stream begins with; the rest goes on behind it."""

@@ -55,9 +55,10 @@ def concertina(*arguments: str, cwd: Path | None = None, **pipes: object) -> psu
 
 
 @contextmanager
-def serving(*arguments: str) -> Iterator[Server]:
+def serving(*arguments: str, port: int | None = None) -> Iterator[Server]:
     """A server with these arguments. It has to stop cleanly and to leave no process behind."""
-    port, metrics_port = free_ports(2)
+    free, metrics_port = free_ports(2)
+    port = port or free
     address, metrics_address = f"127.0.0.1:{port}", f"127.0.0.1:{metrics_port}"
     ports = ("--port", str(port), "--metrics-port", str(metrics_port))
     with tempfile.NamedTemporaryFile() as log:

@@ -26,7 +26,7 @@ from concertina.v1 import generation_service_pb2 as concertina_dot_v1_dot_genera
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x63oncertina/v1/snapshot.proto\x12\rconcertina.v1\x1a&concertina/v1/generation_service.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"k\n\x08Snapshot\x12/\n\x07request\x18\x01 \x01(\x0b\x32\x1e.concertina.v1.GenerateRequest\x12.\n\x07outputs\x18\x02 \x03(\x0b\x32\x1d.concertina.v1.OutputSnapshot\"\xb3\x02\n\x0eOutputSnapshot\x12\x0e\n\x06output\x18\x01 \x01(\r\x12\x11\n\tgenerated\x18\x02 \x01(\x0c\x12\x0e\n\x06pushed\x18\x03 \x01(\x04\x12\x37\n\x05state\x18\x04 \x03(\x0b\x32(.concertina.v1.OutputSnapshot.StateEntry\x12)\n\x08\x66inished\x18\x05 \x01(\x0b\x32\x17.concertina.v1.Finished\x12.\n\x08logprobs\x18\x06 \x03(\x0b\x32\x1c.concertina.v1.TokenLogprobs\x12\x13\n\x0b\x62\x61se_tokens\x18\x07 \x01(\x04\x12\x17\n\x0f\x62\x61se_characters\x18\x08 \x01(\x04\x1a,\n\nStateEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\"\xd8\x01\n\x0eSnapshotHeader\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x11\n\tstream_id\x18\x02 \x01(\t\x12\r\n\x05owner\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x05 \x01(\t\x12,\n\x08\x61\x63\x63\x65pted\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x07\x65xpires\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0ckeep_seconds\x18\x08 \x01(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x63oncertina/v1/snapshot.proto\x12\rconcertina.v1\x1a&concertina/v1/generation_service.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"k\n\x08Snapshot\x12/\n\x07request\x18\x01 \x01(\x0b\x32\x1e.concertina.v1.GenerateRequest\x12.\n\x07outputs\x18\x02 \x03(\x0b\x32\x1d.concertina.v1.OutputSnapshot\"\x9b\x03\n\x0eOutputSnapshot\x12\x0e\n\x06output\x18\x01 \x01(\r\x12\x11\n\tgenerated\x18\x02 \x01(\x0c\x12\x0e\n\x06pushed\x18\x03 \x01(\x04\x12\x37\n\x05state\x18\x04 \x03(\x0b\x32(.concertina.v1.OutputSnapshot.StateEntry\x12)\n\x08\x66inished\x18\x05 \x01(\x0b\x32\x17.concertina.v1.Finished\x12.\n\x08logprobs\x18\x06 \x03(\x0b\x32\x1c.concertina.v1.TokenLogprobs\x12\x13\n\x0b\x62\x61se_tokens\x18\x07 \x01(\x04\x12\x17\n\x0f\x62\x61se_characters\x18\x08 \x01(\x04\x12\x1a\n\rqueue_seconds\x18\t \x01(\x01H\x00\x88\x01\x01\x12 \n\x13\x66irst_token_seconds\x18\n \x01(\x01H\x01\x88\x01\x01\x1a,\n\nStateEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\x42\x10\n\x0e_queue_secondsB\x16\n\x14_first_token_seconds\"\xd8\x01\n\x0eSnapshotHeader\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x11\n\tstream_id\x18\x02 \x01(\t\x12\r\n\x05owner\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x05 \x01(\t\x12,\n\x08\x61\x63\x63\x65pted\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x07\x65xpires\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0ckeep_seconds\x18\x08 \x01(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,9 +38,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SNAPSHOT']._serialized_start=120
   _globals['_SNAPSHOT']._serialized_end=227
   _globals['_OUTPUTSNAPSHOT']._serialized_start=230
-  _globals['_OUTPUTSNAPSHOT']._serialized_end=537
-  _globals['_OUTPUTSNAPSHOT_STATEENTRY']._serialized_start=493
-  _globals['_OUTPUTSNAPSHOT_STATEENTRY']._serialized_end=537
-  _globals['_SNAPSHOTHEADER']._serialized_start=540
-  _globals['_SNAPSHOTHEADER']._serialized_end=756
+  _globals['_OUTPUTSNAPSHOT']._serialized_end=641
+  _globals['_OUTPUTSNAPSHOT_STATEENTRY']._serialized_start=555
+  _globals['_OUTPUTSNAPSHOT_STATEENTRY']._serialized_end=599
+  _globals['_SNAPSHOTHEADER']._serialized_start=644
+  _globals['_SNAPSHOTHEADER']._serialized_end=860
 # @@protoc_insertion_point(module_scope)

@@ -19,7 +19,7 @@ class Snapshot(_message.Message):
     def __init__(self, request: _Optional[_Union[_generation_service_pb2.GenerateRequest, _Mapping]] = ..., outputs: _Optional[_Iterable[_Union[OutputSnapshot, _Mapping]]] = ...) -> None: ...
 
 class OutputSnapshot(_message.Message):
-    __slots__ = ("output", "generated", "pushed", "state", "finished", "logprobs", "base_tokens", "base_characters")
+    __slots__ = ("output", "generated", "pushed", "state", "finished", "logprobs", "base_tokens", "base_characters", "queue_seconds", "first_token_seconds")
     class StateEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -35,6 +35,8 @@ class OutputSnapshot(_message.Message):
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     BASE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     BASE_CHARACTERS_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_SECONDS_FIELD_NUMBER: _ClassVar[int]
     output: int
     generated: bytes
     pushed: int
@@ -43,7 +45,9 @@ class OutputSnapshot(_message.Message):
     logprobs: _containers.RepeatedCompositeFieldContainer[_generation_service_pb2.TokenLogprobs]
     base_tokens: int
     base_characters: int
-    def __init__(self, output: _Optional[int] = ..., generated: _Optional[bytes] = ..., pushed: _Optional[int] = ..., state: _Optional[_Mapping[str, bytes]] = ..., finished: _Optional[_Union[_generation_service_pb2.Finished, _Mapping]] = ..., logprobs: _Optional[_Iterable[_Union[_generation_service_pb2.TokenLogprobs, _Mapping]]] = ..., base_tokens: _Optional[int] = ..., base_characters: _Optional[int] = ...) -> None: ...
+    queue_seconds: float
+    first_token_seconds: float
+    def __init__(self, output: _Optional[int] = ..., generated: _Optional[bytes] = ..., pushed: _Optional[int] = ..., state: _Optional[_Mapping[str, bytes]] = ..., finished: _Optional[_Union[_generation_service_pb2.Finished, _Mapping]] = ..., logprobs: _Optional[_Iterable[_Union[_generation_service_pb2.TokenLogprobs, _Mapping]]] = ..., base_tokens: _Optional[int] = ..., base_characters: _Optional[int] = ..., queue_seconds: _Optional[float] = ..., first_token_seconds: _Optional[float] = ...) -> None: ...
 
 class SnapshotHeader(_message.Message):
     __slots__ = ("version", "stream_id", "owner", "model", "fingerprint", "accepted", "expires", "keep_seconds")
