@@ -71,6 +71,7 @@ class Engine:
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Event()
         self._closing = False
+        self._handing_over = False
         self._lock = threading.Lock()
         # What the streams not ended hold; changed under the lock, since both sides count.
         self._ledger = Ledger(bundle.manifest, limits(config, psutil.virtual_memory().total))
@@ -132,7 +133,7 @@ class Engine:
         session = Session(terms, streams)
         opened = [stream for stream in streams if not stream.ended]
         with self._lock:
-            self._check_open()
+            self._check_open(self._handing_over)
             refusal = self._ledger.admit(opened, time.monotonic()) if opened else None
             if refusal is not None:
                 self._measures.rejected(refusal.reason)
@@ -192,7 +193,11 @@ class Engine:
         await self.ask(lambda: self._forget(session))
 
     async def hand_over(self) -> None:
-        """Snapshot the durable sessions and end their readers, so that others go on with them."""
+        """Snapshot the durable sessions and end their readers, so that others go on with them.
+
+        Nothing is opened from then on: who comes back is to find another server.
+        """
+        self._handing_over = True
         await self.ask(self._hand_over)
 
     async def ask(self, action: Callable[[], _T]) -> _T:
@@ -210,8 +215,8 @@ class Engine:
             self._post(act)
         return await asyncio.wrap_future(answer)
 
-    def _check_open(self) -> None:
-        if self._closing:
+    def _check_open(self, handing_over: bool = False) -> None:
+        if self._closing or handing_over:
             raise EngineStopped("the server is shutting down; try another one, or again later")
 
     def cancel(self, stream: Stream) -> None:

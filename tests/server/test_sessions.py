@@ -15,7 +15,13 @@ from server.bundle import Bundle
 from server.calls import send
 from server.config import EngineConfig
 from server.engine import Engine
-from server.errors import InvalidRequest, SnapshotRefused, UnknownModel, UnknownSession
+from server.errors import (
+    EngineStopped,
+    InvalidRequest,
+    SnapshotRefused,
+    UnknownModel,
+    UnknownSession,
+)
 from server.reader import NOTHING, Received
 from server.seal import Sealer
 from server.sessions import Following, Sessions, hand_over
@@ -278,6 +284,8 @@ async def test_streams_are_handed_over(cluster: Cluster) -> None:
     assert not had.endings
     await until(lambda: is_empty(engine_of(first)))
     assert 0 < len(had.ids[0]) < 80
+    with pytest.raises(EngineStopped):  # else it would go on where it was
+        await first.follow(had.stream_id, "", had.received(1))
     await follow(await last.follow(had.stream_id, "", had.received(1)), had, 9)
     assert had.content == expected.content
 
