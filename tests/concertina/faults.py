@@ -15,10 +15,11 @@ import grpc
 from concertina.client import Accepted, AsyncClient, Client, Event, Finished, PromptLogprobs, Tokens
 from concertina.v1 import generation_service_pb2 as pb
 from concertina.v1 import generation_service_pb2_grpc as generation_grpc
+from concertina.v1 import model_service_pb2_grpc as model_grpc
 from concertina.v1 import session_service_pb2_grpc as session_grpc
 from server.engine import Engine
 from server.keys import Callers
-from server.servicer import GenerationServicer
+from server.servicer import GenerationServicer, ModelServicer
 from server.session_servicer import SessionServicer
 from server.sessions import Sessions
 from server.snapshots import Keeper
@@ -106,6 +107,7 @@ async def serving(
     server = grpc.aio.server()
     generation_grpc.add_GenerationServiceServicer_to_server(servicer, server)
     session_grpc.add_SessionServiceServicer_to_server(SessionServicer(sessions, callers), server)
+    model_grpc.add_ModelServiceServicer_to_server(ModelServicer(engines, callers), server)
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
     try:
