@@ -19,10 +19,11 @@ from rich.console import Console
 from concertina.client import Client
 from concertina.command import generate, paint
 from server.bundle import load_bundle
-from server.config import ConfigError, EngineConfig, ServeConfig, TlsConfig
+from server.config import ConfigError, EngineConfig, Provider, ServeConfig, TlsConfig
 from server.keys import read_keys
 from server.ports import free_ports, require_free
 from server.signals import interrupt_on_stop_signals
+from server.snapshots import open_store
 from server.switches import HAPROXY_PROGRAM, switches
 from server.tls import require_usable
 
@@ -85,9 +86,36 @@ def serve(
     threads: Annotated[
         int, typer.Option(help="Threads of a model; 0 takes the cores there are.")
     ] = EngineConfig.threads,
+    provider: Annotated[
+        Provider,
+        typer.Option(help="What computes; cuda needs the extra `gpu`, and caches in float16."),
+    ] = EngineConfig.provider,
     drain_seconds: Annotated[
         int, typer.Option(help="How long running streams may go on after Ctrl-C.")
     ] = ServeConfig.drain_seconds,
+    draft_tokens: Annotated[
+        int,
+        typer.Option(
+            help="Tokens to guess ahead, from what the text repeats, while one stream runs alone; "
+            "they change nothing but its speed. 0 guesses none."
+        ),
+    ] = EngineConfig.draft_tokens,
+    snapshots: Annotated[
+        str,
+        typer.Option(
+            help="URI of a folder for snapshots, file:///var/lib/concertina or s3://bucket/folder: "
+            "streams that are kept then survive this server."
+        ),
+    ] = ServeConfig.snapshots,
+    snapshot_interval: Annotated[
+        int, typer.Option(help="Tokens between two snapshots of a stream.")
+    ] = EngineConfig.snapshot_interval,
+    snapshot_ttl: Annotated[
+        int, typer.Option(help="Seconds for which a snapshot can be used.")
+    ] = ServeConfig.snapshot_ttl,
+    session_bytes: Annotated[
+        int, typer.Option(help="Memory for the state of streams that ended and are kept.")
+    ] = EngineConfig.session_bytes,
     keys: Annotated[
         Path | None,
         typer.Option(
@@ -112,6 +140,7 @@ def serve(
     concertina serve
     concertina serve bundles/python-4k --port 9001 --slots 64
     concertina serve --local
+    concertina serve --replicas 2 --snapshots file:///var/lib/concertina
     """
     folders = tuple(folder.resolve() for folder in bundles or _bundles_in(BUNDLES))
     if threads == 0 and replicas > 1:
@@ -128,7 +157,12 @@ def serve(
         drain_seconds=drain_seconds,
         keys=None if keys is None else keys.resolve(),
         tls=tls,
+        snapshots=snapshots,
+        snapshot_ttl=snapshot_ttl,
         engine=EngineConfig(
+            draft_tokens=draft_tokens,
+            snapshot_interval=snapshot_interval,
+            session_bytes=session_bytes,
             slots=slots,
             queue_limit=queue_limit,
             queue_tokens=queue_tokens,
@@ -136,12 +170,14 @@ def serve(
             prefix_cache_bytes=prefix_cache_bytes,
             prefill_chunk=prefill_chunk,
             threads=threads,
+            provider=provider,
         ),
     )
     # Here a wrong file or a taken port ends the start in a moment, and with a plain word.
     opened = [load_bundle(folder) for folder in folders]
     if config.keys is not None:
         read_keys(config.keys)
+    open_store(config.snapshots)
     if tls is not None:
         require_usable(tls)
     require_free(host, port, "choose another one with --port")
