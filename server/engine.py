@@ -138,8 +138,10 @@ class Engine:
             if refusal is not None:
                 self._measures.rejected(refusal.reason)
                 raise refusal.error
-            self._sessions.add(session)
+            replaced = self._sessions.add(session)
             self._post(lambda: self._enqueue(session, opened))
+            if replaced is not None:  # what it left behind is not to lie there until it expires
+                self._post(lambda: self._forget(replaced))
         return session
 
     def find(self, stream_id: str, owner: str) -> Session | None:

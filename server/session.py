@@ -54,10 +54,12 @@ class SessionTable:
     def __len__(self) -> int:
         return len(self._by_name)
 
-    def add(self, session: Session) -> None:
-        """Hold a session, in place of one of the same name."""
+    def add(self, session: Session) -> Session | None:
+        """Hold a session, in place of one of the same name, which is given back."""
         with self._lock:
+            replaced = self._by_name.get(session.terms.stream_id)
             self._by_name[session.terms.stream_id] = session
+        return replaced
 
     def find(self, stream_id: str, owner: str) -> Session | None:
         """The owner's session of that name."""

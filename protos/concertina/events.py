@@ -181,9 +181,9 @@ def seconds(duration: Duration) -> float:
 
 @dataclass(slots=True)
 class _Output:
-    """What has come of one output. first_position: where its tokens begin."""
+    """What has come of one output. first_position: where its tokens begin, None if not known."""
 
-    first_position: int
+    first_position: int | None
     tokens: int = 0
     characters: int = 0
     last_ids: deque[int] = field(default_factory=lambda: deque(maxlen=_LAST_IDS))
@@ -196,13 +196,15 @@ class EventReader:
     The messages may come by several calls.
 
     address: where they come from, named in errors.
+    continues: whether tokens that the stream had before it was paused lie before the first.
     accepted: the stream's first event, once it came.
     sequence: number of the last event, 0 for none.
     is_complete: whether the last terminal event came.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, continues: bool = False) -> None:
         self._address = address
+        self._continues = continues
         self.accepted: Accepted | None = None
         self.sequence = 0
         self.is_complete = False
@@ -293,7 +295,8 @@ class EventReader:
 
     def _accepted(self, accepted: pb.Accepted) -> Accepted:
         sampling, stopping, options = accepted.sampling, accepted.stopping, accepted.output
-        self._outputs = [_Output(accepted.prompt_tokens) for _ in range(max(1, options.n))]
+        first_position = None if self._continues else accepted.prompt_tokens
+        self._outputs = [_Output(first_position) for _ in range(max(1, options.n))]
         self.accepted = Accepted(
             sequence=self.sequence,
             stream_id=accepted.stream_id,
@@ -346,6 +349,8 @@ class EventReader:
 
     def _tokens(self, tokens: pb.Tokens, output: int) -> Tokens:
         came = self._outputs[output]
+        if came.first_position is None:
+            came.first_position = tokens.first_position
         self._check_position(tokens.first_position, came.first_position + came.tokens)
         if tokens.rgb and len(tokens.rgb) != 3 * len(tokens.ids):
             raise self._violation(

@@ -104,7 +104,7 @@ class Resumption:
         self._deadline = None if timeout is None else monotonic() + timeout
         self._resume_for = resume_for
         self._forget = forget
-        self._reader = EventReader(address)
+        self._reader = EventReader(address, isinstance(request, session_pb.ContinueRequest))
         self._calls = 0
         self._is_fresh = True  # nothing has come by this call
         self._displaced = False

@@ -100,7 +100,7 @@ class Sessions:
         return snapshot.whole()
 
     def import_(self, snapshot: bytes, *, timeout: float | None = None) -> Session:
-        """Makes a paused session, with a name of its own, of an exported snapshot."""
+        """Makes a session, with a name of its own, of an exported snapshot."""
         return _session(self._answer(self._stub.Import, _parts(snapshot), timeout).session)
 
     def delete(self, stream_id: str, *, timeout: float | None = None) -> None:
@@ -167,7 +167,7 @@ class AsyncSessions:
         return snapshot.whole()
 
     async def import_(self, snapshot: bytes, *, timeout: float | None = None) -> Session:
-        """Makes a paused session, with a name of its own, of an exported snapshot."""
+        """Makes a session, with a name of its own, of an exported snapshot."""
         response = await self._answer(self._stub.Import, _parts(snapshot), timeout)
         return _session(response.session)
 

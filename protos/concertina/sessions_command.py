@@ -236,7 +236,7 @@ def import_(
     cert_key: CertKey = None,
     json_output: Json = False,
 ) -> None:
-    """Make a paused session of a snapshot. Prints its name.
+    """Make a session of a snapshot. Prints its name.
 
     Examples:
     concertina sessions import story.snapshot

@@ -6,7 +6,7 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,12 +15,14 @@ import grpc
 from concertina.client import Accepted, AsyncClient, Client, Event, Finished, PromptLogprobs, Tokens
 from concertina.v1 import generation_service_pb2 as pb
 from concertina.v1 import generation_service_pb2_grpc as generation_grpc
+from concertina.v1 import model_service_pb2_grpc as model_grpc
 from concertina.v1 import session_service_pb2_grpc as session_grpc
 from server.engine import Engine
 from server.keys import Callers
-from server.servicer import GenerationServicer
+from server.servicer import GenerationServicer, ModelServicer
 from server.session_servicer import SessionServicer
 from server.sessions import Sessions
+from server.snapshots import Keeper
 
 LIMIT_S = 60.0
 STATUSES = ("UNAVAILABLE", "INTERNAL", "UNKNOWN", "CANCELLED")
@@ -89,27 +91,78 @@ def random_faults(seed: int, kinds: Iterable[str] = FAULTS) -> Iterator[tuple[in
 
 @dataclass
 class Faults:
-    """A running server. ports: where it listens."""
+    """A running server. address: where it listens."""
 
     address: str
     servicer: Faulty
-    engines: Mapping[str, Engine]
 
 
 @asynccontextmanager
-async def serving(engines: Mapping[str, Engine]) -> AsyncIterator[Faults]:
+async def serving(
+    engines: Mapping[str, Engine], keeper: Keeper | None = None
+) -> AsyncIterator[Faults]:
     """A real server over these engines, on loopback."""
-    sessions, callers = Sessions(engines, None), Callers(None)
+    sessions, callers = Sessions(engines, keeper), Callers(None)
     servicer = Faulty(GenerationServicer(sessions, callers))
     server = grpc.aio.server()
     generation_grpc.add_GenerationServiceServicer_to_server(servicer, server)
     session_grpc.add_SessionServiceServicer_to_server(SessionServicer(sessions, callers), server)
+    model_grpc.add_ModelServiceServicer_to_server(ModelServicer(engines, callers), server)
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
     try:
-        yield Faults(address, servicer, engines)
+        yield Faults(address, servicer)
     finally:
         await server.stop(None)
+
+
+class Wire:
+    """What lies between a client and `target`, the address of a server: connections to cut."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+        self.address = ""
+        self._open: set[asyncio.StreamWriter] = set()
+
+    def cut(self) -> None:
+        """Resets every connection."""
+        for writer in self._open:
+            writer.transport.abort()
+
+    async def connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Passes bytes on between a client and the server."""
+        with suppress(OSError):
+            host, _, port = self.target.rpartition(":")
+            back, forth = await asyncio.open_connection(host, int(port))
+            self._open |= {writer, forth}
+            try:
+                await asyncio.gather(_pass_on(reader, forth), _pass_on(back, writer))
+            finally:
+                self._open -= {writer, forth}
+                forth.transport.abort()
+        writer.transport.abort()
+
+
+async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while data := await reader.read(65536):
+        writer.write(data)
+        await writer.drain()
+    raise ConnectionResetError("one side is gone")
+
+
+@asynccontextmanager
+async def wire(target: str) -> AsyncIterator[Wire]:
+    """A port on loopback that leads to `target`."""
+    laid = Wire(target)
+    server = await asyncio.start_server(laid.connect, "127.0.0.1", 0)
+    host, port = server.sockets[0].getsockname()
+    laid.address = f"{host}:{port}"
+    try:
+        yield laid
+    finally:
+        server.close()
+        laid.cut()
+        await asyncio.sleep(0.05)
 
 
 @dataclass
