@@ -20,7 +20,7 @@ protoc = $(BIN)/python -m grpc_tools.protoc -Iprotos \
 
 export HELM
 
-.PHONY: help demo test mutants lint format protos image clean
+.PHONY: help demo test mutants lint audit format protos image clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -45,6 +45,9 @@ lint: $(VENV)/.dev $(HELM) ## every check that runs nothing: style, types, arrow
 	  || { echo 'The committed stubs are stale: run make protos.' >&2; exit 1; }
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/python tools/check_chart.py $(HELM) helm/concertina
+
+audit: $(VENV)/.dev ## hold dependencies against their pins, and against known vulnerabilities
+	$(BIN)/python tools/audit.py pyproject.toml constraints.txt
 
 format: $(VENV)/.dev ## let ruff fix what it can
 	$(BIN)/ruff check --fix .

@@ -23,6 +23,7 @@ from server.config import ConfigError, EngineConfig, ServeConfig, TlsConfig
 from server.keys import read_keys
 from server.ports import free_ports, require_free
 from server.signals import interrupt_on_stop_signals
+from server.snapshots import open_store
 from server.switches import HAPROXY_PROGRAM, switches
 from server.tls import require_usable
 
@@ -88,6 +89,22 @@ def serve(
     drain_seconds: Annotated[
         int, typer.Option(help="How long running streams may go on after Ctrl-C.")
     ] = ServeConfig.drain_seconds,
+    snapshots: Annotated[
+        str,
+        typer.Option(
+            help="URI of a folder for snapshots, file:///var/lib/concertina or s3://bucket/folder: "
+            "streams that are kept then survive this server."
+        ),
+    ] = ServeConfig.snapshots,
+    snapshot_interval: Annotated[
+        int, typer.Option(help="Tokens between two snapshots of a stream.")
+    ] = EngineConfig.snapshot_interval,
+    snapshot_ttl: Annotated[
+        int, typer.Option(help="Seconds for which a snapshot can be used.")
+    ] = ServeConfig.snapshot_ttl,
+    session_bytes: Annotated[
+        int, typer.Option(help="Memory for the state of streams that ended and are kept.")
+    ] = EngineConfig.session_bytes,
     keys: Annotated[
         Path | None,
         typer.Option(
@@ -112,6 +129,7 @@ def serve(
     concertina serve
     concertina serve bundles/python-4k --port 9001 --slots 64
     concertina serve --local
+    concertina serve --replicas 2 --snapshots file:///var/lib/concertina
     """
     folders = tuple(folder.resolve() for folder in bundles or _bundles_in(BUNDLES))
     if threads == 0 and replicas > 1:
@@ -128,7 +146,11 @@ def serve(
         drain_seconds=drain_seconds,
         keys=None if keys is None else keys.resolve(),
         tls=tls,
+        snapshots=snapshots,
+        snapshot_ttl=snapshot_ttl,
         engine=EngineConfig(
+            snapshot_interval=snapshot_interval,
+            session_bytes=session_bytes,
             slots=slots,
             queue_limit=queue_limit,
             queue_tokens=queue_tokens,
@@ -142,6 +164,7 @@ def serve(
     opened = [load_bundle(folder) for folder in folders]
     if config.keys is not None:
         read_keys(config.keys)
+    open_store(config.snapshots)
     if tls is not None:
         require_usable(tls)
     require_free(host, port, "choose another one with --port")

@@ -51,6 +51,9 @@ class EngineConfig:
     snapshot_interval: int = 256
     """Tokens between two snapshots of a stream that is kept; taken when a block folds."""
 
+    session_bytes: int = 1024 * MEBIBYTE
+    """Memory for the state of sessions that rest; beyond it, those left first are forgotten."""
+
     def __post_init__(self) -> None:
         _check("slots", self.slots, 1, 4096)
         _check("queue_limit", self.queue_limit, 0, 1_000_000)
@@ -61,6 +64,7 @@ class EngineConfig:
         _check("prefix_cache_bytes", self.prefix_cache_bytes, 0, 1024 * 1024 * MEBIBYTE)
         _check("prefill_chunk", self.prefill_chunk, 1, 1_000_000)
         _check("threads", self.threads, 0, 1024)
+        _check("session_bytes", self.session_bytes, 0, 1024 * 1024 * MEBIBYTE)
         _check("snapshot_interval", self.snapshot_interval, 1, 1_000_000_000)
 
 

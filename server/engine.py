@@ -133,7 +133,7 @@ class Engine:
         pasts = pasts or [self.empty_past] * len(requests)
         received = received or [NOTHING] * len(requests)
         streams = tuple(
-            Stream(terms, request, Reader(request, loop, arrived, had), past)
+            Stream(terms, request, Reader(request, loop, arrived, had, past.base_tokens), past)
             for request, past, had in zip(requests, pasts, received, strict=True)
         )
         session = Session(terms, streams)
@@ -183,7 +183,7 @@ class Engine:
         """
         arrived, loop = asyncio.Event(), asyncio.get_running_loop()
         readers = tuple(
-            Reader(stream.request, loop, arrived, had)
+            Reader(stream.request, loop, arrived, had, stream.base_tokens)
             for stream, had in zip(session.streams, received, strict=True)
         )
         await self.ask(lambda: self._attach(session, readers))
@@ -618,6 +618,7 @@ class Engine:
             return
         session.leave()
         self._left.add(session)
+        self._trim()
 
     def _pause_session(self, session: Session) -> None:
         for stream in [s for s in session.streams if not s.ended]:
@@ -637,6 +638,17 @@ class Engine:
         for stream in session.streams:
             self._cancel(stream)
         self._drop(session)
+
+    def _trim(self) -> None:
+        """Forget sessions that rest, those left first, until the others fit into their memory."""
+        resting = sorted((s for s in self._left if s.ended), key=lambda s: s.expires_at)
+        held = [sum(self.held_bytes(stream) for stream in s.streams) for s in resting]
+        total = sum(held)
+        for session, size in zip(resting, held, strict=True):
+            if total <= self.config.session_bytes:
+                return
+            total -= size
+            self._forget(session)
 
     def _drop(self, session: Session) -> None:
         self._left.discard(session)

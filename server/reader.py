@@ -34,7 +34,7 @@ NOTHING = Received()
 class Reader:
     """The buffer of one output. All on its event loop, except `published`, which the engine counts.
 
-    Outputs of one request share `arrived`.
+    Outputs of one request share `arrived`. What was received counts from generated token `base` on.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class Reader:
         loop: asyncio.AbstractEventLoop,
         arrived: asyncio.Event | None = None,
         received: Received = NOTHING,
+        base: int = 0,
     ) -> None:
         self.request = request
         self.loop = loop
@@ -58,7 +59,7 @@ class Reader:
         self._arrived = arrived or asyncio.Event()
         self._known_tokens = received.tokens
         self._known_characters = received.characters
-        self._next_position = len(request.prompt) - 1 + received.tokens
+        self._next_position = len(request.prompt) - 1 + base + received.tokens
         self._known_prompt = self._told = received.prompt_logprobs
 
     @property

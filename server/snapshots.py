@@ -45,7 +45,13 @@ class Stored:
 
 
 def open_keeper(uri: str, ttl_s: float) -> Keeper | None:
-    """The keeper of the store at `uri`; None for an empty one.
+    """The keeper of the store at `uri`; None for an empty one. Raises as `open_store` does."""
+    opened = open_store(uri)
+    return Keeper(*opened, ttl_s) if opened is not None else None
+
+
+def open_store(uri: str) -> tuple[Store, Sealer] | None:
+    """The store at `uri`, and what seals what lies there; None for an empty one.
 
     Raises ConfigError: for a store that others reach, the environment has to hold a key.
     """
@@ -59,7 +65,7 @@ def open_keeper(uri: str, ttl_s: float) -> Keeper | None:
                 "wrote, and are sealed; make a key with: openssl rand -base64 32"
             )
         sealer = Sealer.for_this_process()
-    return Keeper(store, sealer, ttl_s)
+    return store, sealer
 
 
 class Keeper:

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import pkgutil
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from prometheus_client import generate_latest
 
+from concertina import v1
 from concertina.v1 import generation_service_pb2 as pb
 from concertina.v1 import generation_service_pb2_grpc as generation_grpc
 from concertina.v1 import model_service_pb2 as model_pb
 from concertina.v1 import model_service_pb2_grpc as model_grpc
-from concertina.v1 import session_service_pb2 as session_pb
 from server.config import MEBIBYTE, EngineConfig, ServeConfig
 from server.engine import Engine
 from server.keys import Caller, new_key, write_keys
 from server.local import make_server
 from server.ports import free_ports
 from server.servicer import open_engines
-from tests.server.engines import LIMIT_S, Gate, is_empty, until
+from tests.server.engines import LIMIT_S, Gate, is_empty, script, until
 
 TEXT, IMAGE = "tiny-text", "tiny-image"
 REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
@@ -80,6 +84,9 @@ class Calls:
         stopping = pb.StoppingCriteria(max_tokens=tokens, ignore_eos=True)
         options = pb.OutputOptions(n=outputs)
         request = pb.GenerateRequest(model=model, stopping=stopping, output=options)
+        return self.send(request)
+
+    def send(self, request: pb.GenerateRequest) -> Any:
         return self._generation.Generate(request, **self._sent)
 
     async def generate(self, model: str = "", outputs: int = 1) -> str:
@@ -159,18 +166,18 @@ async def test_every_call_needs_a_key(serve: Serve, connect: Any, keys: Any) -> 
 
 async def test_no_call_is_forgotten(serve: Serve, keys: Any) -> None:
     """Whatever our services offer, now or later: without a key it is refused."""
-    from server.health import SERVICES
-
     path, _ = keys(Caller("writer"))
     served = await serve(keys=path)
     async with grpc.aio.insecure_channel(served.config.address) as channel:
+        contracts = [each.name for each in pkgutil.iter_modules(v1.__path__, f"{v1.__name__}.")]
         methods = [
             f"/{service.full_name}/{method.name}"
-            for file in (pb.DESCRIPTOR, model_pb.DESCRIPTOR, session_pb.DESCRIPTOR)
-            for service in file.services_by_name.values()
+            for name in contracts
+            if name.endswith("_service_pb2")
+            for service in import_module(name).DESCRIPTOR.services_by_name.values()
             for method in service.methods
         ]
-        assert {method.split("/")[1] for method in methods} == set(SERVICES)
+        assert len(methods) >= 4
         for method in methods:
             call = channel.unary_stream(method)(b"", timeout=LIMIT_S)
             with pytest.raises(grpc.aio.AioRpcError) as raised:
@@ -263,3 +270,48 @@ async def test_messages_have_a_limit(serve: Serve, connect: Any) -> None:
         assert status == "RESOURCE_EXHAUSTED"
         assert str(MEBIBYTE) in details and "xxx" not in details
     assert await connect(served).generate(TEXT) == TEXT
+
+
+async def test_nothing_of_a_stream_is_told_to_anyone_else(
+    serve: Serve,
+    connect: Any,
+    keys: Any,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path, secret = keys(Caller("writer"))
+    served = await serve(keys=path)
+    runtime: Any = served.engines[TEXT]._runtime
+    monkeypatch.setattr(runtime, "step", runtime.step)
+    asked, written = b"Xanthippe asks, ", b"Zebedee writes; "
+    script(served.engines[TEXT], (asked + written * 5)[:96])
+    stopping = pb.StoppingCriteria(max_tokens=len(written), stop=["Zebedee sleeps"])
+    request = pb.GenerateRequest(
+        model=TEXT, prompt=pb.Prompt(text=asked.decode()), stopping=stopping
+    )
+    calls = connect(served, secret)
+    with caplog.at_level(logging.DEBUG):
+        logging.getLogger("server").debug("the log is being read")
+        events = [event async for event in calls.send(request)]
+        assert "".join(event.tokens.text for event in events).encode() == written
+        monkeypatch.setattr(runtime, "step", lambda *_: 1 / 0)
+        events = [event async for event in calls.send(request)]
+        told = [events[-1].error.message]
+        request.stopping.stop[:] = ["Zebedee" * 1000]
+        told.append((await refusal(anext(aiter(calls.send(request)))))[1])
+        request.prompt.text *= 100
+        del request.stopping.stop[:]
+        told.append((await refusal(anext(aiter(calls.send(request)))))[1])
+        monkeypatch.setattr("server.servicer.generate_request", lambda *_: {}[0])
+        told.append((await refusal(anext(aiter(calls.send(request)))))[1])
+    assert "the log is being read" in caplog.text and "ZeroDivisionError" in caplog.text
+    assert all(told), told
+    metrics = generate_latest().decode()
+    assert f'model_name="{TEXT}"' in metrics
+    output = capfd.readouterr()
+    for place in (caplog.text, metrics, *told, output.out, output.err):
+        for word in (b"Xanthippe", b"Zebedee"):
+            assert word.decode() not in place
+            assert ", ".join(map(str, word)) not in place
+        assert secret not in place
