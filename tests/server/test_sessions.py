@@ -17,6 +17,7 @@ from server.config import EngineConfig
 from server.engine import Engine
 from server.errors import InvalidRequest, SnapshotRefused, UnknownModel, UnknownSession
 from server.reader import NOTHING, Received
+from server.request import resume_request
 from server.seal import Sealer
 from server.sessions import Following, Sessions, hand_over
 from server.snapshots import Keeper
@@ -355,3 +356,27 @@ async def test_a_snapshot_of_another_bundle_is_refused(cluster: Cluster, text: B
     elsewhere = Sessions({"other": engine}, second.keeper)
     with pytest.raises(UnknownModel):
         await elsewhere.follow(had.stream_id, "", had.received(1))
+
+
+@pytest.mark.parametrize(
+    ("told", "reason"),
+    [
+        ({"after_sequence": 2**64 - 1}, "after_sequence"),
+        ({"received": [{"tokens": 2**64 - 1}]}, "received.tokens"),
+        ({"received": [{"characters": 2**64 - 1}]}, "received.characters"),
+    ],
+)
+def test_what_cannot_have_been_received_is_refused(told: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InvalidRequest, match=reason):
+        resume_request(pb.ResumeRequest(stream_id="a", **told))
+
+
+async def test_a_token_that_is_none_is_not_pushed(cluster: Cluster) -> None:
+    """It would have failed the step of everybody in the batch."""
+    first, second, had = cluster(snapshot_interval=1_000), cluster(), Had()
+    await follow(await first.start(engine_of(first), request(), ""), had, 9, 5)
+    engine_of(first)._keeper = None
+    kill(first)
+    received = [Received(3, 3, last_ids=(1, 256, 3))]
+    with pytest.raises(InvalidRequest, match=r"last_ids has 256; .* below 256"):
+        await second.follow(had.stream_id, "", received)
