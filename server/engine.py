@@ -144,8 +144,9 @@ class Engine:
             if refusal is not None:
                 self._measures.rejected(refusal.reason)
                 raise refusal.error
+            before = self._sessions.get(terms.stream_id)
             self._sessions[terms.stream_id] = session
-            self._post(lambda: self._enqueue(session, opened))
+            self._post(lambda: self._enqueue(session, opened, before))
         return session
 
     def find(self, stream_id: str, owner: str) -> Session | None:
@@ -434,7 +435,11 @@ class Engine:
 
     # ---- where streams are
 
-    def _enqueue(self, session: Session, streams: Sequence[Stream]) -> None:
+    def _enqueue(
+        self, session: Session, streams: Sequence[Stream], before: Session | None
+    ) -> None:
+        if before is not None:  # it goes on in this one
+            self._left.discard(before)
         for stream in session.streams:
             if not stream.reader.received.ended:
                 self._catch_up(stream)

@@ -158,6 +158,14 @@ async def test_a_reader_that_is_cut_after_a_pause_comes_back(cluster: Cluster) -
     assert had.texts[0] + then.texts[0] == expected.texts[0]
 
 
+async def test_what_went_on_is_not_held_twice(cluster: Cluster) -> None:
+    caller = Caller(cluster())
+    had = await paused(caller, request(80), 21)
+    await caller.go_on(had, 9 + len(had.ids[0]))
+    await caller.call("Delete", stream_id=had.stream_id)
+    await until(lambda: is_empty(engine_of(caller.sessions)), 5)
+
+
 async def test_what_goes_on_after_a_pause_goes_on_elsewhere(cluster: Cluster) -> None:
     """Even where the replica that went on with it dies before it took another snapshot."""
     wanted = request(80)
