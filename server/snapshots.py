@@ -1,8 +1,9 @@
 """Snapshots of streams: what is in them, and how they are written and read.
 
-Of a stream lie in the store its `origin`, written before it is accepted, with what it goes on behind
-if it does, and the latest snapshot of each output. Of what is told twice, the later counts. What is asked for while a write is under way replaces what waits: an output has
-never more than one snapshot waiting.
+Of a stream lie in the store its `origin`, written before it is accepted, with what it goes on
+behind if it does, and the latest snapshot of each output. Of what is told twice, the later counts.
+What is asked for while a write is under way replaces what waits: an output has never more than one
+snapshot waiting.
 """
 
 from __future__ import annotations
@@ -235,7 +236,7 @@ def output_snapshot(output: int, past: Past) -> pb.OutputSnapshot:
 
 
 def past_from(bundle: Bundle, request: Request, told: pb.OutputSnapshot) -> Past:
-    """What the output of a `request` had behind it. Raises SnapshotRefused where it does not fit."""
+    """What the output of a `request` had behind it. Raises SnapshotRefused if it does not fit."""
     width = array(bundle.typecode).itemsize
     if len(told.generated) % width:
         raise SnapshotRefused("the snapshot's tokens are torn")
