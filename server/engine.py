@@ -435,9 +435,7 @@ class Engine:
 
     # ---- where streams are
 
-    def _enqueue(
-        self, session: Session, streams: Sequence[Stream], before: Session | None
-    ) -> None:
+    def _enqueue(self, session: Session, streams: Sequence[Stream], before: Session | None) -> None:
         if before is not None:  # it goes on in this one
             self._left.discard(before)
         for stream in session.streams:

@@ -380,3 +380,23 @@ async def test_a_token_that_is_none_is_not_pushed(cluster: Cluster) -> None:
     received = [Received(3, 3, last_ids=(1, 256, 3))]
     with pytest.raises(InvalidRequest, match=r"last_ids has 256; .* below 256"):
         await second.follow(had.stream_id, "", received)
+
+
+async def test_what_a_reader_knew_is_told_to_the_next(cluster: Cluster) -> None:
+    """One said that the output was over, whose end was not stored yet; another knows nothing."""
+    wanted = request(40)
+    last = cluster()
+    expected = await whole(last, wanted)
+    first, had = cluster(snapshot_interval=1_000), Had()
+    with Gate(engine_of(first)) as gate:
+        following = await first.start(engine_of(first), wanted, "")
+        gate.let(20)
+        await gate.held("step")
+        engine_of(first)._keeper = None
+        gate.let(float("inf"))
+        await follow(following, had, 9)
+    kill(first)
+    await follow(await last.follow(had.stream_id, "", had.received(1)), had, 9)
+    again = Had(had.stream_id, 1)
+    await follow(await last.follow(had.stream_id, "", [NOTHING]), again, 9)
+    assert again.content == expected.content
