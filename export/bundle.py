@@ -13,6 +13,7 @@ from concertina.v1 import bundle_pb2 as pb
 from export.cost import count_cost
 from export.graphs import export_fold, export_step, fold_resets, layers, state_tensors
 from export.heldout import heldout_bits
+from export.moves import export_moves
 from export.parity import check_parity
 from export.quantise import BLOCK, pack_weights, quantise_step, round_activations
 from export.weights import round_weights
@@ -50,13 +51,15 @@ def export_bundle(
     name: str,
     version: str = "1",
     precision: Precision | None = None,
+    data_type: pb.DataType = pb.DATA_TYPE_FLOAT32,
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> pb.Manifest:
     """Export the newest checkpoint of `checkpoint_folder` as the bundle `bundle_folder`.
 
-    Matrices are stored as float16, or with `precision`. Nothing is left behind, and an older bundle
-    stays as it is, when the parity check fails (raises ParityError), too much is lost (raises
-    LossError), or anything else goes wrong. Raises FileExistsError when what lies at
+    Matrices are stored as float16, or with `precision`. State of `data_type` float16 is what a GPU
+    takes; such a bundle also holds the graphs that move it there. Nothing is left behind, and an
+    older bundle stays as it is, when the parity check fails (raises ParityError), too much is lost
+    (raises LossError), or anything else goes wrong. Raises FileExistsError when what lies at
     `bundle_folder` is no bundle, ValueError when the held-out data is not of the model's kind.
     """
     if bundle_folder.exists() and not (bundle_folder / MANIFEST).exists():
@@ -68,17 +71,20 @@ def export_bundle(
     if precision is not None:
         _check_fit(precision.heldout.info, checkpoint.data)
     round_weights(checkpoint.model)
-    manifest = describe(checkpoint, name, version)
+    manifest = describe(checkpoint, name, version, data_type)
     bundle_folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{bundle_folder.name}.", dir=bundle_folder.parent))
     try:
         on_stage("exporting the step graph")
-        export_step(checkpoint.model, partial / "step.onnx")
+        export_step(checkpoint.model, partial / "step.onnx", data_type)
         files = ["step.onnx"]
         if manifest.HasField("fold"):
             on_stage("exporting the fold graph")
-            export_fold(checkpoint.model, partial / "fold.onnx")
+            export_fold(checkpoint.model, partial / "fold.onnx", data_type)
             files.append("fold.onnx")
+        if data_type == pb.DATA_TYPE_FLOAT16:
+            on_stage("exporting the graphs that move state")
+            files += export_moves(manifest.state, partial)
         if precision is not None:
             on_stage("measuring held-out bits with float16 weights")
             manifest.quantisation.heldout_float16, _ = heldout_bits(
@@ -126,7 +132,12 @@ def _weigh(folder: Path, manifest: pb.Manifest, model: Decoder, precision: Preci
         )
 
 
-def describe(checkpoint: Checkpoint, name: str, version: str) -> pb.Manifest:
+def describe(
+    checkpoint: Checkpoint,
+    name: str,
+    version: str,
+    data_type: pb.DataType = pb.DATA_TYPE_FLOAT32,
+) -> pb.Manifest:
     """The manifest of `checkpoint`, still without files, parity and fingerprint."""
     config, data = checkpoint.config, checkpoint.data
     metrics = dict(checkpoint.metrics)
@@ -137,7 +148,7 @@ def describe(checkpoint: Checkpoint, name: str, version: str) -> pb.Manifest:
         vocabulary=config.vocabulary,
         labels=data.labels,
         context=config.context,
-        state=state_tensors(checkpoint.model),
+        state=state_tensors(checkpoint.model, data_type),
         training_data=pb.TrainingData(
             source=data.source, license=data.license, tokens=int(metrics.pop("tokens"))
         ),

@@ -8,9 +8,12 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
+from concertina.v1 import bundle_pb2 as pb
 from export.bundle import LossError, Precision, export_bundle
 from export.parity import ParityError
 from model.data import load_dataset
+
+_DATA_TYPES = {"float32": pb.DATA_TYPE_FLOAT32, "float16": pb.DATA_TYPE_FLOAT16}
 
 
 def export(
@@ -21,6 +24,10 @@ def export(
     weights: Annotated[
         Literal["float16", "int8", "int4"], typer.Option(help="How matrices are stored.")
     ] = "float16",
+    state: Annotated[
+        Literal["float32", "float16"],
+        typer.Option(help="How caches are kept; a GPU takes float16."),
+    ] = "float32",
     data: Annotated[
         Path | None,
         typer.Option(help="Dataset of the model: int8 and int4 are measured on what it holds out."),
@@ -37,12 +44,14 @@ def export(
     """Turn a checkpoint into a bundle, and prove that both compute the same.
 
     Every prefix length up to three blocks, several chunkings and mixed batches are compared with
-    the trained model in float64; nothing is written when a logit differs by more than 1e-4.
+    the trained model in float64; nothing is written when a logit differs by more than 1e-4, or with
+    caches in float16 by more than 1% of the largest.
 
     Examples:
     concertina export runs/python bundles/python-4k
     concertina export runs/notes bundles/notes --name notes --version 2026-11
     concertina export runs/python bundles/python-int8 --weights int8 --data data/python
+    concertina export runs/python bundles/python-gpu --state float16
     """
     if weights != "float16" and data is None:
         raise typer.BadParameter(
@@ -64,6 +73,7 @@ def export(
                 name=name or bundle.resolve().name,
                 version=version,
                 precision=precision,
+                data_type=_DATA_TYPES[state],
                 on_stage=status.update,
             )
     except (FileExistsError, FileNotFoundError, LossError, ParityError, ValueError) as error:

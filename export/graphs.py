@@ -15,11 +15,14 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from concertina.v1 import bundle_pb2 as pb
+from export.fusion import pack_attention
 from export.weights import name_weights, store_half
+from model.attention import widen
 from model.decoder import Block, Decoder
 from model.patterns.pattern import Pattern, Place, Push
 
 _OPSET = 18
+TORCH_TYPES = {pb.DATA_TYPE_FLOAT32: torch.float32, pb.DATA_TYPE_FLOAT16: torch.float16}
 _KINDS = {
     "stack": pb.STATE_KIND_STACK,
     "history": pb.STATE_KIND_HISTORY,
@@ -32,9 +35,13 @@ def layers(model: Decoder) -> list[Pattern]:
     return [block.pattern for block in model.blocks if isinstance(block, Block)]
 
 
-def state_tensors(model: Decoder) -> list[pb.StateTensor]:
+def state_tensors(
+    model: Decoder, data_type: pb.DataType = pb.DATA_TYPE_FLOAT32
+) -> list[pb.StateTensor]:
     """The state of one stream, in the order in which the graphs take it.
 
+    Entries and rows, of which there are many, are of `data_type`. Recurrent tensors, which every
+    step changes, stay in float32, where sums do not drift and maxima begin at its minimum.
     Raises ValueError for a pattern that cannot decode.
     """
     return [
@@ -42,7 +49,7 @@ def state_tensors(model: Decoder) -> list[pb.StateTensor]:
             name=f"{tensor.name}.{layer}",
             kind=_KINDS[tensor.kind],
             shape=tensor.shape,
-            data_type=pb.DATA_TYPE_FLOAT32,
+            data_type=pb.DATA_TYPE_FLOAT32 if tensor.kind == "recurrent" else data_type,
             initial=tensor.initial,
         )
         for layer, pattern in enumerate(layers(model))
@@ -118,15 +125,22 @@ class FoldGraph(nn.Module):
         following: dict[str, Tensor] = {}
         for layer, pattern in enumerate(self.patterns):
             assert isinstance(pattern, Pattern)
-            changed = pattern.fold({t.name: next(remaining) for t in pattern.state()})
-            following.update({f"{name}.{layer}": changed[name] for name in changed})
+            given = {t.name: next(remaining) for t in pattern.state()}
+            changed = pattern.fold({name: widen(part) for name, part in given.items()})
+            for name, part in changed.items():
+                following[f"{name}.{layer}"] = part.to(given[name].dtype)
         self.changed = list(following)
         return list(following.values())
 
 
-def step_example(model: Decoder, batch: int = 2, time: int = 3) -> tuple[object, ...]:
+def step_example(
+    model: Decoder, batch: int = 2, time: int = 3, data_type: pb.DataType = pb.DATA_TYPE_FLOAT32
+) -> tuple[object, ...]:
     """Inputs of the step graph for streams that have not begun."""
-    state = [torch.full((batch, *t.shape), t.initial) for t in state_tensors(model)]
+    state = [
+        torch.full((batch, *t.shape), t.initial, dtype=TORCH_TYPES[t.data_type])
+        for t in state_tensors(model, data_type)
+    ]
     return (
         torch.zeros(batch, time, dtype=torch.int64),
         torch.arange(time).expand(batch, time).contiguous(),
@@ -137,24 +151,33 @@ def step_example(model: Decoder, batch: int = 2, time: int = 3) -> tuple[object,
     )
 
 
-def fold_example(model: Decoder, entries: int, rows: int, batch: int = 2) -> list[Tensor]:
+def fold_example(
+    model: Decoder,
+    entries: int,
+    rows: int,
+    batch: int = 2,
+    data_type: pb.DataType = pb.DATA_TYPE_FLOAT32,
+) -> list[Tensor]:
     """Inputs of the fold graph: that many entries of each stack, and rows of each history."""
     example = []
-    for tensor in state_tensors(model):
+    for tensor in state_tensors(model, data_type):
         shape = list(tensor.shape)
         if tensor.kind == pb.STATE_KIND_STACK:
             shape[1] = entries
         elif tensor.kind == pb.STATE_KIND_HISTORY:
             shape[0] = rows
-        example.append(torch.zeros(batch, *shape))
+        example.append(torch.zeros(batch, *shape, dtype=TORCH_TYPES[tensor.data_type]))
     return example
 
 
-def export_step(model: Decoder, path: Path) -> None:
-    """Write the step graph of `model` to `path`, weights inside, stored as float16."""
+def export_step(model: Decoder, path: Path, data_type: pb.DataType = pb.DATA_TYPE_FLOAT32) -> None:
+    """Write the step graph of `model` to `path`, weights inside, stored as float16.
+
+    `data_type` is that of the state, see `state_tensors`.
+    """
     graph = StepGraph(model)
     # Example sizes differ from each other and from 1, or they would be taken for constants.
-    inputs = step_example(model)
+    inputs = step_example(model, data_type=data_type)
     names = [t.name for t in state_tensors(model)]
     batch, time, chosen = Dim("batch"), Dim("time"), Dim("chosen")
     shapes = (
@@ -168,19 +191,21 @@ def export_step(model: Decoder, path: Path) -> None:
     graph(*inputs)
     inputs_named = ["tokens", "positions", "lengths", "longest", "rows", *names]
     outputs = ["logits", *(f"next.{name}" for name in graph.changed)]
-    proto = _export(graph, inputs, shapes, inputs_named, outputs)
+    proto = trace_graph(graph, inputs, shapes, inputs_named, outputs)
+    pack_attention(proto)
     name_weights(proto, model)
     store_half(proto)
     onnx.save(proto, path)
 
 
-def export_fold(model: Decoder, path: Path) -> None:
+def export_fold(model: Decoder, path: Path, data_type: pb.DataType = pb.DATA_TYPE_FLOAT32) -> None:
     """Write the fold graph of `model` to `path`. Only for patterns that fold."""
     graph = FoldGraph(model)
     schedule = layers(model)[0].schedule
     assert schedule is not None
     sizes = (3, 4) if schedule.binary else (schedule.span, schedule.span)
-    state, example, batch = state_tensors(model), fold_example(model, *sizes), Dim("batch")
+    state, batch = state_tensors(model), Dim("batch")
+    example = fold_example(model, *sizes, data_type=data_type)
     shapes: list[dict[int, object]] = [{0: batch} for _ in state]
     if schedule.binary:
         entries, rows = Dim("entries", min=2), Dim("rows", min=2)
@@ -191,7 +216,7 @@ def export_fold(model: Decoder, path: Path) -> None:
                 shape[1] = rows
     graph(example)
     outputs = [f"next.{name}" for name in graph.changed]
-    proto = _export(graph, (example,), (shapes,), [t.name for t in state], outputs)
+    proto = trace_graph(graph, (example,), (shapes,), [t.name for t in state], outputs)
     name_weights(proto, model)
     store_half(proto)
     onnx.save(proto, path)
@@ -218,27 +243,33 @@ def group_query_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The kernel that serves: writes k and v behind the valid entries and attends, in place.
 
-    The operator numbers entries from 0 and takes the index of the last valid one.
+    The operator numbers entries from 0 and takes the index of the last valid one. It attends in
+    the type of its stacks.
     """
     batch, heads, time, dim = q.shape
 
     def flat(x: Tensor) -> Tensor:
-        return x.transpose(1, 2).flatten(2)  # [B, T, H*D]
+        return x.to(keys.dtype).transpose(1, 2).flatten(2)  # [B, T, H*D]
 
     out, next_keys, next_values = torch.onnx.ops.symbolic_multi_out(
         "com.microsoft::GroupQueryAttention",
         (flat(q), flat(k), flat(v), keys, values, lengths - 1, longest),
         {"num_heads": heads, "kv_num_heads": heads, "scale": 1.0},
-        dtypes=(q.dtype, q.dtype, q.dtype),
+        dtypes=(keys.dtype, keys.dtype, values.dtype),
         shapes=((batch, time, heads * dim), keys.shape, values.shape),
         version=1,
     )
-    return out.view(batch, time, heads, dim).transpose(1, 2), next_keys, next_values
+    out = out.to(q.dtype).view(batch, time, heads, dim).transpose(1, 2)
+    return out, next_keys, next_values
 
 
-def _export(
+def trace_graph(
     graph: nn.Module, inputs: tuple[object, ...], shapes: object, names: list[str], out: list[str]
 ) -> onnx.ModelProto:
+    """`graph` as ONNX, with these names; inputs that it does not read are left out.
+
+    `shapes` says which sizes of the example `inputs` are free, as torch.export takes it.
+    """
     graph.eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

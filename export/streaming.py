@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
+from concertina.resources import ELEMENT_TYPES
 from concertina.v1 import bundle_pb2 as pb
 
 _JUNK = 1e4  # what dead entries are filled with, so that a stale read cannot hide
@@ -24,7 +25,7 @@ Array = npt.NDArray[np.float32]
 class Stream:
     """Buffers of `batch` streams and where each of them stands: tokens, and entries of a stack."""
 
-    state: dict[str, Array]
+    state: dict[str, npt.NDArray[np.generic]]
     positions: npt.NDArray[np.int64]
     lengths: npt.NDArray[np.int64]
 
@@ -49,7 +50,7 @@ class Graphs:
             t.name: np.full(
                 (batch, *t.shape),
                 t.initial if t.kind == pb.STATE_KIND_RECURRENT else _JUNK,
-                np.float32,
+                ELEMENT_TYPES[t.data_type],
             )
             for t in self.tensors
         }

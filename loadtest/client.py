@@ -35,6 +35,7 @@ class Record:
     failure: kind of the failure, empty for none.
     retry_after_s: how long the server asks to wait after a failure, None when it does not say.
     violation: how the server broke the contract of the stream, empty if it kept it.
+    resumed: how often the stream was lost and went on.
     """
 
     stream_id: str
@@ -47,6 +48,7 @@ class Record:
     failure: str
     retry_after_s: float | None
     violation: str
+    resumed: int = 0
 
     @property
     def whole(self) -> bool:
@@ -64,9 +66,17 @@ class Tally:
 
 
 async def send(
-    client: AsyncClient, request: Request, *, model: str, timeout_s: float, tally: Tally
+    client: AsyncClient,
+    request: Request,
+    *,
+    model: str,
+    timeout_s: float,
+    keep_s: float = 0.0,
+    tally: Tally,
 ) -> Record:
     """Runs one stream to its end and returns what was observed.
+
+    keep_s: how long the server keeps a stream that was lost, 0 for one that ends with its call.
 
     No failure of the stream is raised: each becomes part of the record, the cancellation of the
     calling task included, so that an interrupted run still knows what it saw.
@@ -78,6 +88,7 @@ async def send(
     counts: list[int] = []
     failure = violation = ""
     retry_after_s: float | None = None
+    resumed = 0
 
     tally.running += 1
     started_ns = perf_counter_ns()
@@ -85,13 +96,14 @@ async def send(
         async with client.generate(
             request.prompt,
             timeout=timeout_s,
+            keep=keep_s,
             model=model,
             seed=request.seed,
             max_tokens=request.output_tokens,
             ignore_eos=True,
         ) as stream:
             async for event in stream:
-                now_ns = perf_counter_ns()
+                now_ns, resumed = perf_counter_ns(), stream.resumed
                 match event:
                     case Accepted():
                         accepted, accepted_ns = event, now_ns
@@ -125,6 +137,7 @@ async def send(
         failure=failure,
         retry_after_s=retry_after_s,
         violation=violation,
+        resumed=resumed,
     )
 
 

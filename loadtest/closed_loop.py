@@ -20,6 +20,7 @@ async def drive(
     streams: int,
     model: str,
     timeout_s: float,
+    keep_s: float = 0.0,
     tally: Tally,
 ) -> Run:
     """Keeps `streams` streams running, spread over the clients, until `requests` are used up.
@@ -30,7 +31,9 @@ async def drive(
 
     async def work(client: AsyncClient) -> None:
         for request in requests:
-            record = await send(client, request, model=model, timeout_s=timeout_s, tally=tally)
+            record = await send(
+                client, request, model=model, timeout_s=timeout_s, keep_s=keep_s, tally=tally
+            )
             records.append(record)
             if record.failure == CANCELLED:
                 return

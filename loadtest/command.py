@@ -76,6 +76,14 @@ def loadtest(
         ),
     ] = None,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds a stream may take.")] = 600.0,
+    keep: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Seconds that a stream which is lost may take to go on; 0: it has failed, and "
+            "nothing is done for that case.",
+        ),
+    ] = 0.0,
     max_lag: Annotated[
         float,
         typer.Option(min=0, help="Seconds (p99) the tester itself may lag before a run is void."),
@@ -92,6 +100,7 @@ def loadtest(
     Examples:
     concertina loadtest --streams 8 --requests 64
     concertina loadtest --rate 40 --duration 60
+    concertina loadtest --keep 120 --duration 600
     concertina loadtest --prompt-tokens 128-512 --output-tokens 1024 --json report.json
     """
     if duration is None and requests is None:
@@ -110,6 +119,7 @@ def loadtest(
         warmup=streams if warmup is None else warmup,
         seed=seed,
         timeout_s=timeout,
+        keep_s=keep,
     )
     served, run = asyncio.run(measure(plan, access(key_file, tls, ca, cert, cert_key)))
     report = summarise(run.records, run.lags_ns, max_lag_s=max_lag, interrupted=run.interrupted)

@@ -26,7 +26,8 @@ class Plan:
 
     A closed loop of `streams`, or an open one of `rate` requests per second if that is not None.
     Nothing starts after `requests` requests or `duration_s` seconds, None for no such limit.
-    `prompts` replace random ones of `prompt_tokens` tokens.
+    `prompts` replace random ones of `prompt_tokens` tokens. The server keeps streams that are lost
+    for `keep_s` seconds, in which they can go on.
     """
 
     address: str
@@ -42,6 +43,7 @@ class Plan:
     warmup: int
     seed: int
     timeout_s: float
+    keep_s: float = 0.0
 
 
 async def measure(plan: Plan, access: Access) -> tuple[Model, Run]:
@@ -102,6 +104,7 @@ async def _phase(
                 streams=plan.streams,
                 model=plan.model,
                 timeout_s=plan.timeout_s,
+                keep_s=plan.keep_s,
                 tally=tally,
             )
         return await open_loop.drive(
@@ -111,6 +114,7 @@ async def _phase(
             seed=plan.seed,
             model=plan.model,
             timeout_s=plan.timeout_s,
+            keep_s=plan.keep_s,
             tally=tally,
         )
     finally:

@@ -22,6 +22,7 @@ async def drive(
     seed: int,
     model: str,
     timeout_s: float,
+    keep_s: float = 0.0,
     tally: Tally,
 ) -> Run:
     """Starts `rate` requests per second, spread over the clients, until `requests` are used up.
@@ -33,7 +34,11 @@ async def drive(
     rng = random.Random(seed)
 
     async def work(client: AsyncClient, request: Request) -> None:
-        records.append(await send(client, request, model=model, timeout_s=timeout_s, tally=tally))
+        records.append(
+            await send(
+                client, request, model=model, timeout_s=timeout_s, keep_s=keep_s, tally=tally
+            )
+        )
 
     async def arrive() -> None:
         sending: set[asyncio.Task[None]] = set()

@@ -44,6 +44,7 @@ class Report:
     failures: streams that were refused, failed or were cancelled, by kind.
     refused: those of them that the server had no room for.
     untold: those of these that were not told in-band when to try again.
+    resumed: how often streams were lost and went on.
     violations: the first few of `num_violations`.
     duration_s: from the start of the first request to the end of the last stream.
     output_tokens: every token that arrived, also on streams that did not become whole.
@@ -64,6 +65,7 @@ class Report:
     failures: dict[str, int]
     refused: int
     untold: int
+    resumed: int
     num_violations: int
     violations: tuple[Violation, ...]
     duration_s: float
@@ -120,6 +122,7 @@ def summarise(
         failures=dict(Counter(record.failure for record in records if record.failure)),
         refused=len(refused),
         untold=sum(record.retry_after_s is None for record in refused),
+        resumed=sum(record.resumed for record in records),
         num_violations=len(violations),
         violations=tuple(violations[:_LISTED_VIOLATIONS]),
         duration_s=duration_s,
@@ -175,6 +178,8 @@ def render(report: Report, title: str) -> RenderableType:
         f"{report.prompt_tokens:,} prompted",
     )
     totals.add_row("streams", f"{report.whole:,} whole of {report.requests:,}")
+    if report.resumed:
+        totals.add_row("resumed", f"{report.resumed:,} times")
     for kind, count in sorted(report.failures.items()):
         totals.add_row("failed", Text(f"{count:,} {kind}"))
     if report.untold:

@@ -15,10 +15,14 @@ NEVER = float(torch.finfo(torch.float32).min)
 """Stands for -infinity where a running maximum starts: it survives export and storage."""
 
 
+def widen(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def softmax(logits: Tensor) -> Tensor:
     """Over the last axis, in float32 at least."""
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return torch.softmax(wide, dim=-1)
+    return torch.softmax(widen(logits), dim=-1)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -73,19 +77,20 @@ def push(stack: Tensor, new: Tensor, lengths: Tensor) -> Tensor:
     """`[B, H, E, D]` with `new[B, H, T, D]` as its last valid entries; `lengths` counts them."""
     at = _newest(lengths, new.shape[2])
     rows = torch.arange(at.shape[0], device=at.device)[:, None]
+    new = new.to(stack.dtype)  # a cache may be narrower than what is computed with
     return stack.transpose(1, 2).index_put((rows, at), new.transpose(1, 2)).transpose(1, 2)
 
 
 def write(history: Tensor, new: Tensor, positions: Tensor) -> Tensor:
     """`[B, L, …]` with `new[B, T, …]` at `positions[B, T]`."""
     rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
-    return history.index_put((rows, positions), new)
+    return history.index_put((rows, positions), new.to(history.dtype))
 
 
 def read(history: Tensor, indices: Tensor) -> Tensor:
-    """Entries `[B, T, E, …]` of a history `[B, L, …]` at `indices[B, T, E]`."""
+    """Entries `[B, T, E, …]` of a history `[B, L, …]` at `indices[B, T, E]`, widened."""
     rows = torch.arange(indices.shape[0], device=indices.device)[:, None, None]
-    return history[rows, indices]
+    return widen(history[rows, indices])
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, valid: Tensor) -> Tensor:

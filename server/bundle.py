@@ -40,7 +40,7 @@ class Bundle:
         """Whether tokens are pixels; otherwise they are bytes of text."""
         return self.manifest.modality == pb.MODALITY_IMAGE
 
-    @property
+    @cached_property
     def span(self) -> int | None:
         """Tokens between two folds, which no step crosses; None for a family that never folds."""
         return self.manifest.fold.span if self.manifest.HasField("fold") else None
@@ -65,6 +65,22 @@ class Bundle:
         """The graph that folds. Only there when `span` is set."""
         return self.folder / "fold.onnx"
 
+    @property
+    def take_path(self) -> Path:
+        """The graph that copies out what rows on a device hold."""
+        return self.folder / "take.onnx"
+
+    @property
+    def put_path(self) -> Path:
+        """The graph that writes such parts into rows."""
+        return self.folder / "put.onnx"
+
+    @property
+    def moves_on_devices(self) -> bool:
+        """Whether both are there: only in bundles whose state has the type that devices take."""
+        listed = {file.path for file in self.manifest.files}
+        return {self.take_path.name, self.put_path.name} <= listed
+
     def entries(self, pushed: Count) -> Count:
         """Valid entries of every stack after `pushed` tokens and the folds they made due."""
         return resources.entries(self.manifest, pushed)
@@ -74,6 +90,12 @@ class Bundle:
         """Names of the state tensors that are stacks."""
         kinds = ((tensor.name, tensor.kind) for tensor in self.manifest.state)
         return frozenset(name for name, kind in kinds if kind == pb.STATE_KIND_STACK)
+
+    @cached_property
+    def recurrent(self) -> frozenset[str]:
+        """Names of the state tensors that every step replaces."""
+        kinds = ((tensor.name, tensor.kind) for tensor in self.manifest.state)
+        return frozenset(name for name, kind in kinds if kind == pb.STATE_KIND_RECURRENT)
 
     def fold_size(self, pushed: int) -> tuple[int, int]:
         """Entries of every stack and rows of every history that the fold due now takes."""

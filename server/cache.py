@@ -13,7 +13,8 @@ import numpy as np
 
 from server.bundle import Bundle
 from server.prefix import PrefixCache
-from server.runtime import Extent, Floats, Ints, Runtime, State
+from server.rows import Extent, State
+from server.runtime import Floats, Ints, Runtime
 
 _NEVER = np.iinfo(np.int64).max
 
@@ -34,11 +35,14 @@ class Cache:
         self._runtime = runtime
         self._slots = slots
         self._bench = slots
-        self._bench_tokens: Ints = np.zeros(0, np.int64)
+        self._bench_pushed = 0
+        self._open_block: Ints = np.zeros(0, np.int64)  # tokens of it, while prefixes are kept
+        self._interval = bundle.span or _NEVER
         self._prefixes: PrefixCache | None = None
         if bundle.span and bundle.shares_blocks and prefix_bytes:
             self._prefixes = PrefixCache(bundle.span, prefix_bytes)
         self._pushed: Ints = np.zeros(0, np.int64)
+        self._before: State = {}  # what `keep` may have to put back
 
     @property
     def num_running(self) -> int:
@@ -58,7 +62,7 @@ class Cache:
     @property
     def bench_pushed(self) -> int:
         """Tokens the stream on the bench has seen."""
-        return len(self._bench_tokens)
+        return self._bench_pushed
 
     @property
     def prefix_bytes(self) -> int:
@@ -78,7 +82,11 @@ class Cache:
 
     def resume(self, prompt: Ints, parked: Parked) -> None:
         """Put a stream on the bench that was parked when its `prompt[T]` was not all pushed."""
-        self._bench_tokens = prompt[: parked.pushed]
+        self._bench_pushed = parked.pushed
+        if self._prefixes is not None:
+            blocks, rest = divmod(parked.pushed, self._bundle.span or 1)
+            self._prefixes.follow(prompt[: parked.pushed], blocks)
+            self._open_block = prompt[parked.pushed - rest : parked.pushed]
         self._runtime.write(self._bench, self._extent(parked.pushed), parked.state)
 
     def seat(self, prompt: Ints | None = None) -> None:
@@ -87,12 +95,12 @@ class Cache:
         Of its `prompt[T]`, if given, the blocks that an earlier prompt began with count as pushed.
         """
         self._runtime.reset(self._bench)
-        self._bench_tokens = np.zeros(0, np.int64)
-        if self._prefixes is None or prompt is None:
+        self._bench_pushed, self._open_block = 0, np.zeros(0, np.int64)
+        if self._prefixes is None:
             return
-        blocks = self._prefixes.match(prompt)
+        blocks = self._prefixes.match(self._open_block if prompt is None else prompt)
         if blocks:
-            self._bench_tokens = prompt[: len(blocks) * (self._bundle.span or 0)]
+            self._bench_pushed = len(blocks) * (self._bundle.span or 0)
             stacks = {
                 name: np.concatenate([block[name] for block in blocks], axis=1)
                 for name in self._bundle.stacks
@@ -104,13 +112,19 @@ class Cache:
         assert len(tokens) <= self.block_room
         length = self._bundle.entries(self.bench_pushed)
         out = self._runtime.prefill(self._bench, tokens, self.bench_pushed, length, logits)
-        self._bench_tokens = np.concatenate((self._bench_tokens, tokens))
-        folded = self._fold([self._bench], np.array([self.bench_pushed]))
-        if folded and self._prefixes is not None:
+        self._bench_pushed += len(tokens)
+        is_due = self.bench_pushed % self._interval == 0
+        if is_due:
+            self._fold([self._bench], [self.bench_pushed])
+        if self._prefixes is None:
+            return out
+        self._open_block = np.concatenate((self._open_block, tokens))
+        if is_due:
             end = self._extent(self.bench_pushed)
             entry = self._runtime.read(self._bench, end, Extent(end.entries - 1, end.tokens))
             stacks = {name: entry[name] for name in self._bundle.stacks}
-            self._prefixes.insert(self._bench_tokens, stacks)
+            self._prefixes.insert(self._open_block, stacks)
+            self._open_block = self._open_block[:0]
         return out
 
     def join(self) -> int:
@@ -163,27 +177,58 @@ class Cache:
         self._pushed = self._pushed + 1
         return logits
 
+    @property
+    def row_room(self) -> int:
+        """Tokens that the only stream of the batch takes before its block is full."""
+        pushed = int(self._pushed[0])
+        if self._bundle.span is None:
+            return self._bundle.context - pushed
+        return self._bundle.span - pushed % self._bundle.span
+
+    def feed(self, tokens: Ints, logits: bool = True) -> Floats:
+        """Push `tokens[T]`, at most `row_room`, onto the only stream of the batch.
+
+        Returns logits `[T, vocabulary]`. Until `keep` is called, no token counts as pushed.
+        """
+        assert self.num_running == 1 and len(tokens) <= self.row_room
+        pushed = int(self._pushed[0])
+        here = self._extent(pushed)
+        self._before = self._runtime.read(0, here, here)
+        return self._runtime.prefill(0, tokens, pushed, here.entries, logits)
+
+    def keep(self, count: int, of: int) -> int:
+        """The first `count` tokens `of` those that were fed are to stay; how many do.
+
+        It is all or none of them where the state cannot be wound back by half.
+        """
+        if count < of and self._bundle.recurrent:
+            replaced = {name: self._before[name] for name in self._bundle.recurrent}
+            self._runtime.write(0, self._extent(int(self._pushed[0])), replaced)
+            return 0
+        self._pushed = self._pushed + count
+        return count
+
     def fold(self, ended: Collection[int] = ()) -> int:
         """Fold the blocks that the last step filled, but not those of rows that ended; how many."""
-        rows = [row for row in range(self.num_running) if row not in ended]
-        return self._fold(rows, self._pushed[rows])
+        due = np.flatnonzero(self._pushed % self._interval == 0).tolist()
+        rows = [row for row in due if row not in ended]
+        self._fold(rows, self._pushed[rows].tolist())
+        return len(rows)
 
     def _append(self, pushed: int) -> int:
         assert self.num_free > 0
         self._pushed = np.append(self._pushed, pushed)
         return self.num_running - 1
 
-    def _fold(self, rows: Sequence[int], pushed: Ints) -> int:
+    def _fold(self, rows: Sequence[int], pushed: Sequence[int]) -> None:
         by_size: dict[tuple[int, int], list[tuple[int, Extent, Extent]]] = {}
-        for index in np.flatnonzero(pushed % (self._bundle.span or _NEVER) == 0).tolist():
-            tokens = int(pushed[index])
+        for row, tokens in zip(rows, pushed, strict=True):
             entries, history = size = self._bundle.fold_size(tokens)
             end = Extent(self._bundle.entries(tokens - 1) + 1, tokens)
             begin = Extent(end.entries - entries, tokens - history)
-            by_size.setdefault(size, []).append((rows[index], begin, end))
+            by_size.setdefault(size, []).append((row, begin, end))
         for places in by_size.values():
             self._runtime.fold(*zip(*places, strict=True))
-        return sum(len(places) for places in by_size.values())
 
     def _extent(self, pushed: int) -> Extent:
         return Extent(self._bundle.entries(pushed), pushed)

@@ -19,7 +19,7 @@ from rich.console import Console
 from concertina.client import Client
 from concertina.command import generate, paint
 from server.bundle import load_bundle
-from server.config import ConfigError, EngineConfig, ServeConfig, TlsConfig
+from server.config import ConfigError, EngineConfig, Provider, ServeConfig, TlsConfig
 from server.keys import read_keys
 from server.ports import free_ports, require_free
 from server.signals import interrupt_on_stop_signals
@@ -86,9 +86,20 @@ def serve(
     threads: Annotated[
         int, typer.Option(help="Threads of a model; 0 takes the cores there are.")
     ] = EngineConfig.threads,
+    provider: Annotated[
+        Provider,
+        typer.Option(help="What computes; cuda needs the extra `gpu`, and caches in float16."),
+    ] = EngineConfig.provider,
     drain_seconds: Annotated[
         int, typer.Option(help="How long running streams may go on after Ctrl-C.")
     ] = ServeConfig.drain_seconds,
+    draft_tokens: Annotated[
+        int,
+        typer.Option(
+            help="Tokens to guess ahead, from what the text repeats, while one stream runs alone; "
+            "they change nothing but its speed. 0 guesses none."
+        ),
+    ] = EngineConfig.draft_tokens,
     snapshots: Annotated[
         str,
         typer.Option(
@@ -149,6 +160,7 @@ def serve(
         snapshots=snapshots,
         snapshot_ttl=snapshot_ttl,
         engine=EngineConfig(
+            draft_tokens=draft_tokens,
             snapshot_interval=snapshot_interval,
             session_bytes=session_bytes,
             slots=slots,
@@ -158,6 +170,7 @@ def serve(
             prefix_cache_bytes=prefix_cache_bytes,
             prefill_chunk=prefill_chunk,
             threads=threads,
+            provider=provider,
         ),
     )
     # Here a wrong file or a taken port ends the start in a moment, and with a plain word.

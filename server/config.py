@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, get_args
+
+Provider = Literal["cpu", "cuda"]
+"""What computes: the processor, or an NVIDIA GPU."""
 
 MEBIBYTE = 1024 * 1024
 
@@ -48,11 +52,17 @@ class EngineConfig:
     threads: int = 0
     """Threads of one step; 0 takes every core."""
 
+    draft_tokens: int = 0
+    """Tokens that may be guessed ahead while one stream runs alone; 0 guesses none."""
+
     snapshot_interval: int = 256
     """Tokens between two snapshots of a stream that is kept; taken when a block folds."""
 
     session_bytes: int = 1024 * MEBIBYTE
     """Memory for the state of sessions that rest; beyond it, those left first are forgotten."""
+
+    provider: Provider = "cpu"
+    """What computes, and in whose memory the state lies."""
 
     def __post_init__(self) -> None:
         _check("slots", self.slots, 1, 4096)
@@ -64,8 +74,13 @@ class EngineConfig:
         _check("prefix_cache_bytes", self.prefix_cache_bytes, 0, 1024 * 1024 * MEBIBYTE)
         _check("prefill_chunk", self.prefill_chunk, 1, 1_000_000)
         _check("threads", self.threads, 0, 1024)
+        _check("draft_tokens", self.draft_tokens, 0, 256)
         _check("session_bytes", self.session_bytes, 0, 1024 * 1024 * MEBIBYTE)
         _check("snapshot_interval", self.snapshot_interval, 1, 1_000_000_000)
+        if self.provider not in get_args(Provider):
+            raise ConfigError(
+                f"provider is {self.provider}: it must be {' or '.join(get_args(Provider))}"
+            )
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,10 @@ import secrets
 import threading
 import time
 from array import array
-from bisect import insort
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from itertools import count
-from math import inf
-from operator import attrgetter
 from typing import TypeVar
 
 import numpy as np
@@ -30,6 +26,7 @@ from server.admission import Ledger, limits
 from server.bundle import Bundle
 from server.cache import Cache, Parked
 from server.config import EngineConfig
+from server.drafting import propose
 from server.errors import Displaced, EngineStopped, RequestError, StepFailed
 from server.events import (
     Ending,
@@ -45,11 +42,12 @@ from server.events import (
 from server.logit_rules import Memory
 from server.logprobs import TokenLogprobs, surprisal, token_logprobs
 from server.outbox import Outbox
+from server.places import Places
 from server.reader import NOTHING, Reader, Received, events
 from server.runtime import Floats, Runtime
-from server.sampler import SamplingBatch, failures, sample
-from server.scheduler import Bench, Load, Plan, Waiting, next_credit, plan
-from server.session import Session
+from server.sampler import failures, sample
+from server.scheduler import Load, Plan, next_credit, plan
+from server.session import Session, SessionTable
 from server.snapshots import Keeper
 from server.stream import Past, Stream, Terms
 
@@ -57,7 +55,6 @@ _T = TypeVar("_T")
 
 _log = logging.getLogger(__name__)
 _IDLE_WAIT_S = 1.0
-_PLACE = attrgetter("place")
 
 
 class Engine:
@@ -67,7 +64,7 @@ class Engine:
         self.bundle = bundle
         self.config = config
         self._keeper = keeper
-        self._runtime = Runtime(bundle, config.slots + 1, config.threads)
+        self._runtime = Runtime(bundle, config.slots + 1, config.threads, config.provider)
         self._cache = Cache(bundle, self._runtime, config.slots, config.prefix_cache_bytes)
         self._measures = metrics.EngineMetrics(bundle.name)
         self._measures.buffer_bytes(self._runtime.nbytes)
@@ -77,15 +74,9 @@ class Engine:
         self._lock = threading.Lock()
         # What the streams not ended hold; changed under the lock, since both sides count.
         self._ledger = Ledger(bundle.manifest, limits(config, psutil.virtual_memory().total))
-        self._arrivals = count()
-        self._waiting: list[Stream] = []  # in the order of their places
-        self._bench: Stream | None = None
-        self._running: list[Stream] = []
-        self._sampling: SamplingBatch | None = None  # of the batch as it is, None when it changed
-        self._paused: list[Stream] = []
-        self._limited: set[Stream] = set()
-        self._sessions: dict[str, Session] = {}  # under the lock
-        self._left: set[Session] = set()  # those that nobody reads
+        self._places = Places(self._cache, config.stream_buffer)
+        self._limited: set[Stream] = set()  # those with a time limit
+        self._sessions = SessionTable()
         self._outbox = Outbox()
         self._credit_s = 0.0
         self._last_step_at: float | None = None
@@ -136,6 +127,8 @@ class Engine:
             Stream(terms, request, Reader(request, loop, arrived, had, past.base_tokens), past)
             for request, past, had in zip(requests, pasts, received, strict=True)
         )
+        for stream in streams:
+            stream.remembers |= self.config.draft_tokens > 0
         session = Session(terms, streams)
         opened = [stream for stream in streams if not stream.ended]
         with self._lock:
@@ -144,21 +137,17 @@ class Engine:
             if refusal is not None:
                 self._measures.rejected(refusal.reason)
                 raise refusal.error
-            before = self._sessions.get(terms.stream_id)
-            self._sessions[terms.stream_id] = session
+            before = self._sessions.add(session)
             self._post(lambda: self._enqueue(session, opened, before))
         return session
 
     def find(self, stream_id: str, owner: str) -> Session | None:
         """The caller's session of that name, if this engine holds it."""
-        with self._lock:
-            session = self._sessions.get(stream_id)
-        return session if session is not None and session.terms.owner == owner else None
+        return self._sessions.find(stream_id, owner)
 
     def sessions(self, owner: str) -> list[Session]:
         """The caller's sessions that this engine holds."""
-        with self._lock:
-            return [s for s in self._sessions.values() if s.terms.owner == owner]
+        return [s for s in self._sessions.all() if s.terms.owner == owner]
 
     def held_bytes(self, stream: Stream) -> int:
         """State that a stream holds outside any slot, or reserves by having one."""
@@ -272,7 +261,7 @@ class Engine:
         gone = EngineStopped("the server shut down before the stream ended; try again later")
         while self._inbox:
             self._inbox.popleft()()
-        for stream in [*self._waiting, *self._paused]:
+        for stream in [*self._places.waiting, *self._places.paused]:
             self._end(stream, gone)
         self._fail_batch(gone)
         self._publish()
@@ -295,55 +284,44 @@ class Engine:
             self._wake.clear()
 
     def _load(self) -> Load:
-        free, returning = self._cache.num_free, self._returning()
-        yielding, bench = self._yielding(returning), None
-        if self._bench is not None:
-            left = len(self._bench.unpushed(self._cache.bench_pushed))
-            bench = Bench(left, not self._bench.request.score, self._bench.priority)
-        head = self._waiting[: free + len(yielding) + 1]
+        free, returning = self._cache.num_free, self._places.returning()
+        yielding = self._places.yielding(returning)
         return Load(
             num_running=self._cache.num_running,
             num_free=free,
             yielding=tuple(s.priority for s in yielding),
             returning=tuple(s.priority for s in returning),
-            waiting=tuple(Waiting(s.to_prefill, not s.request.score, s.priority) for s in head),
-            bench=bench,
+            waiting=self._places.head(free + len(yielding) + 1),
+            bench=self._places.on_bench(),
             prefill_room=min(self._cache.block_room, self.config.prefill_chunk),
             prefill_credit_s=self._credit_s,
         )
 
     def _execute(self, todo: Plan) -> None:
+        places = self._places
+        if todo != Plan(decode=True) or len(places.running) > 1:
+            self._catch_up_states()
         if todo.preempt or todo.restore:
-            returning = self._returning()
-            for stream in self._yielding(returning)[: todo.preempt]:
-                self._preempt(stream)
+            returning = places.returning()
+            for stream in places.yielding(returning)[: todo.preempt]:
+                places.preempt(stream)
+                self._measures.preempted()
             for stream in returning[: todo.restore]:
-                self._restore(stream)
+                places.restore(stream)
         for _ in range(todo.begin):
-            self._begin(self._waiting[0])
-            self._start(self._waiting.pop(0))
+            self._start(places.begin())
         if todo.join:
-            assert self._bench is not None
-            self._share(self._bench, self._cache.join())
-            self._join_batch(self._bench)
-            self._bench = None
+            places.join()
         prefill_s = self._prefill(todo.prefill) if todo.prefill else 0.0
-        if todo.seat and self._waiting[0].to_prefill:
-            self._start(stream := self._waiting.pop(0))
-            if stream.parked is not None:
-                self._cache.resume(stream.request.prompt, stream.parked)
-                stream.parked = None
-            else:
-                # Where the prompt itself is predicted, every token of it has to be pushed.
-                self._cache.seat(None if stream.request.predicts_prompt else stream.unpushed(0))
+        if todo.seat and places.waiting[0].to_prefill:
+            self._start(places.seat())
             self._measures.shared(self._cache.bench_pushed, self._cache.prefix_bytes)
-            self._bench = stream
         decode_s = self._decode() if todo.decode else 0.0
         share = self.config.prefill_share
         self._credit_s = next_credit(self._credit_s, share, prefill_s, decode_s)
 
     def _prefill(self, count: int) -> float:
-        stream = self._bench
+        stream = self._places.bench
         assert stream is not None
         began = time.perf_counter()
         first = self._cache.bench_pushed
@@ -377,20 +355,18 @@ class Engine:
                 self._end(stream, Scored(tuple(stream.bits)))
 
     def _decode(self) -> float:
-        streams = self._running
-        if self._sampling is None:
-            self._sampling = SamplingBatch.of(
-                [s.request.sampling for s in streams], [s.memory for s in streams]
-            )
+        streams, sampling = self._places.running, self._places.sampling
+        if self.config.draft_tokens and len(streams) == 1 and not streams[0].forced:
+            return self._decode_ahead(streams[0])
         began = time.perf_counter()
         logits = self._cache.step(np.array([s.last_token for s in streams], np.int64))
         positions = self._cache.pushed - 1
-        tokens = sample(logits, self._sampling, positions)
+        tokens = sample(logits, sampling, positions)
         for row, stream in enumerate(streams):
             if stream.forced:
                 tokens[row] = stream.forced.popleft()
-        self._sampling.remember(tokens)
-        logprobs = self._sampling.logprobs(logits, tokens)
+        sampling.remember(tokens)
+        logprobs = sampling.logprobs(logits, tokens)
         now, perf = time.monotonic(), time.perf_counter()
         ended: dict[int, Ending] = {**failures(logits, tokens, positions)}
         for row, (stream, token) in enumerate(zip(streams, tokens.tolist(), strict=True)):
@@ -413,9 +389,69 @@ class Engine:
         self._last_step_at = perf
         for row in sorted(ended, reverse=True):
             self._end(streams[row], ended[row])
-        for stream in [s for s in self._running if s.unread >= self.config.stream_buffer]:
-            self._pause(stream)
+        for stream in [s for s in streams if s.unread >= self.config.stream_buffer]:
+            self._places.pause(stream)
+            self._take_snapshot(stream, stream.parked)
         return time.perf_counter() - began
+
+    def _decode_ahead(self, stream: Stream) -> float:
+        """Push what the only stream may say next, and keep what it does.
+
+        Never beyond a fold. Each token is drawn as it would have been alone: a draft saves passes,
+        and changes none.
+        """
+        began, sampling = time.perf_counter(), self._places.sampling
+        known = [*stream.behind, stream.last_token]
+        room = self._cache.row_room - len(known)
+        wanted = min(self.config.draft_tokens, room)
+        draft = propose(stream.known, wanted) if wanted > 0 else ()
+        fed, first = [*known, *draft], int(self._cache.pushed[0])
+        logits = self._cache.feed(np.array(fed, np.int64))
+        ending: Ending | None = None
+        now, right = time.monotonic(), len(known) - 1
+        while ending is None:
+            row, position = logits[right : right + 1], np.array([first + right])
+            tokens = sample(row, sampling, position)
+            sampling.remember(tokens)
+            said = sampling.logprobs(row, tokens).get(0)
+            ending = failures(row, tokens, position).get(0)
+            right += 1
+            if ending is not None:
+                break
+            reason = self._take_token(stream, int(tokens[0]), said, now)
+            if reason is not None:
+                held = sum(self.bundle.state_bytes(first + right).values())
+                ending = stream.finish(reason, held, now)
+            elif right == len(fed) or fed[right] != stream.last_token:
+                break
+        stream.behind = fed[self._cache.keep(right, len(fed)) : right]
+        since = self._last_step_at and began - self._last_step_at
+        took = time.perf_counter() - began
+        self._last_step_at = began
+        drawn = right - len(known) + 1
+        self._measures.stepped(1, took, since, drawn)
+        self._measures.drafted(len(draft), drawn - 1)
+        if ending is not None and stream.is_kept:
+            self._catch_up_states()
+        if int(self._cache.pushed[0]) > first and (ending is None or stream.is_kept):
+            self._measures.folded(self._cache.fold())
+        if ending is not None:
+            stream.parked = self._cache.park(0) if stream.is_kept else None
+            self._end(stream, ending)
+        elif stream.unread >= self.config.stream_buffer:
+            self._catch_up_states()
+            self._places.pause(stream)
+            self._take_snapshot(stream, stream.parked)
+        elif not stream.behind and self._snapshot_is_due(stream, int(self._cache.pushed[0])):
+            self._take_snapshot(stream, self._cache.park(0))
+        return time.perf_counter() - began
+
+    def _catch_up_states(self) -> None:
+        """Push what streams know and their states have not seen, where drafts left any."""
+        for stream in [s for s in self._places.running if s.behind]:
+            self._cache.feed(np.array(stream.behind, np.int64), logits=False)
+            self._cache.keep(len(stream.behind), len(stream.behind))
+            stream.behind = []
 
     def _take_token(
         self, stream: Stream, token: int, logprobs: TokenLogprobs | None, now: float
@@ -433,17 +469,16 @@ class Engine:
             self._outbox.put(stream.reader, Piece(token, text, logprobs))
         return reason
 
-    # ---- where streams are
+    # ---- the life of a stream
 
     def _enqueue(self, session: Session, streams: Sequence[Stream], before: Session | None) -> None:
         if before is not None:  # it goes on in this one
-            self._left.discard(before)
+            self._sessions.drop(before)
         for stream in session.streams:
             if not stream.reader.received.ended:
                 self._catch_up(stream)
         for stream in streams:
-            stream.place = (stream.place[0], next(self._arrivals))
-            insort(self._waiting, stream, key=_PLACE)
+            self._places.enqueue(stream)
         self._limited.update(s for s in streams if s.request.time_limit_s is not None)
 
     def _start(self, stream: Stream) -> None:
@@ -460,77 +495,9 @@ class Engine:
             stream.memory = Memory.of(request.sampling.rules, request.prompt, vocabulary)
             stream.memory.recall(np.array(stream.history, np.int64))
 
-    def _begin(self, stream: Stream) -> None:
-        """Put a stream that has nothing to prefill, or no longer has, into the batch."""
-        if stream.parked is None:
-            self._cache.begin()
-        else:
-            self._cache.restore(stream.parked)
-            stream.parked = None
-        self._join_batch(stream)
-
-    def _share(self, stream: Stream, row: int) -> None:
-        """Give the other outputs of a request the state that its prompt left in `row`."""
-        siblings = [s for s in self._waiting if s.shares_prompt(stream)]
-        if siblings:
-            parked = self._cache.park(row)
-            for sibling in siblings:
-                sibling.parked = parked
-
-    def _join_batch(self, stream: Stream) -> None:
-        self._running.append(stream)
-        self._sampling = None
-
-    def _leave_batch(self, stream: Stream) -> None:
-        row = self._running.index(stream)
-        moved = self._cache.leave(row)
-        last = self._running.pop()
-        if moved is not None:
-            self._running[row] = last
-        self._sampling = None
-
-    def _yielding(self, returning: Sequence[Stream]) -> list[Stream]:
-        """Running streams of a lower priority than one that waits for a slot, the lowest first."""
-        claiming = [*self._waiting[:1], self._bench, *returning[:1]]
-        priorities = [s.priority for s in claiming if s is not None]
-        highest = max(priorities, default=-inf)
-        lower = [s for s in self._running if s.priority < highest]
-        return sorted(lower, key=_PLACE, reverse=True)
-
-    def _preempt(self, stream: Stream) -> None:
-        """Park a stream that gives its slot to one of a higher priority; it waits in its place."""
-        stream.parked = self._cache.park(self._running.index(stream))
-        self._leave_batch(stream)
-        insort(self._waiting, stream, key=_PLACE)
-        self._measures.preempted()
-
-    def _pause(self, stream: Stream) -> None:
-        """Park a stream whose reader lags; it comes back when half of its buffer is read."""
-        stream.parked = self._cache.park(self._running.index(stream))
-        self._take_snapshot(stream, stream.parked)
-        self._leave_batch(stream)
-        self._paused.append(stream)
-        stream.paused = True
-
-    def _returning(self) -> list[Stream]:
-        back = [s for s in self._paused if s.unread <= self.config.stream_buffer // 2]
-        return sorted(back, key=lambda s: -s.priority)
-
-    def _restore(self, stream: Stream) -> None:
-        self._begin(stream)
-        stream.paused = False
-        self._paused.remove(stream)
-
     def _end(self, stream: Stream, ending: Ending | None) -> None:
         """Take a stream out of wherever it is; `ending` is what its reader gets, if it has one."""
-        if stream in self._running:
-            self._leave_batch(stream)
-        elif stream is self._bench:
-            self._bench = None
-        elif stream in self._paused:
-            self._paused.remove(stream)
-        else:
-            self._waiting.remove(stream)
+        self._places.remove(stream)
         self._settle(stream, ending)
 
     def _settle(self, stream: Stream, ending: Ending | None) -> None:
@@ -548,10 +515,9 @@ class Engine:
             stream.parked = None
         elif isinstance(ending, Finish):
             self._take_snapshot(stream, stream.parked)
-        with self._lock:
-            session = self._sessions.get(stream.id)
+        session = self._sessions.of(stream)
         if session is not None and session.ended and not stream.is_kept:
-            self._drop(session)
+            self._sessions.drop(session)
 
     def _cancel(self, stream: Stream) -> None:
         if not stream.ended:
@@ -559,10 +525,7 @@ class Engine:
 
     def _fail_batch(self, error: RequestError) -> None:
         """End every stream that the model was at work on, in whatever state a failure left them."""
-        streams = [*self._running, *([self._bench] if self._bench else [])]
-        self._running, self._bench, self._sampling = [], None, None
-        self._cache.clear()
-        for stream in streams:
+        for stream in self._places.clear():
             self._settle(stream, error)
 
     def _expire(self, now: float) -> None:
@@ -570,24 +533,18 @@ class Engine:
             rest = stream.text.flush()
             if rest:
                 self._outbox.put(stream.reader, Piece(text=rest))
-            held = self._state_bytes(stream)
-            if stream.is_kept:
-                stream.parked = self._parked(stream)
-            self._end(stream, stream.finish(FinishReason.TIME_LIMIT, held, now))
-        for session in [s for s in self._left if s.expires_at <= now]:
+            self._stop(stream, FinishReason.TIME_LIMIT, now)
+        for session in self._sessions.expired(now):
             self._forget(session)
 
-    def _state_bytes(self, stream: Stream) -> int:
-        """State that a stream holds now, wherever it is."""
-        if stream in self._running:
-            pushed = int(self._cache.pushed[self._running.index(stream)])
-        elif stream is self._bench:
-            pushed = self._cache.bench_pushed
-        elif stream.parked is not None:
-            pushed = stream.parked.pushed
-        else:
-            return 0
-        return sum(self.bundle.state_bytes(pushed).values())
+    def _stop(self, stream: Stream, reason: FinishReason, now: float) -> None:
+        """End a stream between two steps; one that is kept takes its state along."""
+        self._catch_up_states()
+        pushed = self._places.pushed(stream)
+        held = 0 if pushed is None else sum(self.bundle.state_bytes(pushed).values())
+        if stream.is_kept:
+            stream.parked = self._places.park(stream)
+        self._end(stream, stream.finish(reason, held, now))
 
     # ---- sessions
 
@@ -597,8 +554,7 @@ class Engine:
                 self._outbox.put(stream.reader, Piece(ending=Displaced("another reader came")))
             stream.reader = reader
             self._catch_up(stream)
-        session.left_at = None
-        self._left.discard(session)
+        self._sessions.return_to(session)
 
     def _catch_up(self, stream: Stream) -> None:
         """Give a new reader what came before it."""
@@ -611,64 +567,34 @@ class Engine:
             self._outbox.put(reader, Piece(ending=stream.ending))
 
     def _leave(self, session: Session, readers: Sequence[Reader]) -> None:
-        with self._lock:
-            held = self._sessions.get(session.terms.stream_id) is session
-        if not held or session.readers != tuple(readers):
+        if not self._sessions.holds(session) or session.readers != tuple(readers):
             return  # it is over, or another one reads
         if not session.terms.keep_s:
             for stream in session.streams:
                 self._cancel(stream)
             return
-        session.leave()
-        self._left.add(session)
-        self._trim()
+        self._sessions.leave(session)
+        for surplus in self._sessions.beyond(self.config.session_bytes, self.held_bytes):
+            self._forget(surplus)
 
     def _pause_session(self, session: Session) -> None:
         for stream in [s for s in session.streams if not s.ended]:
-            held = self._state_bytes(stream)
-            stream.parked = self._parked(stream)
-            self._end(stream, stream.finish(FinishReason.PAUSED, held, time.monotonic()))
-
-    def _parked(self, stream: Stream) -> Parked | None:
-        """A copy of the state of a stream, wherever it is."""
-        if stream in self._running:
-            return self._cache.park(self._running.index(stream))
-        if stream is self._bench:
-            return self._cache.park_bench()
-        return stream.parked
+            self._stop(stream, FinishReason.PAUSED, time.monotonic())
 
     def _forget(self, session: Session) -> None:
         for stream in session.streams:
             self._cancel(stream)
-        self._drop(session)
-
-    def _trim(self) -> None:
-        """Forget sessions that rest, those left first, until the others fit into their memory."""
-        resting = sorted((s for s in self._left if s.ended), key=lambda s: s.expires_at)
-        held = [sum(self.held_bytes(stream) for stream in s.streams) for s in resting]
-        total = sum(held)
-        for session, size in zip(resting, held, strict=True):
-            if total <= self.config.session_bytes:
-                return
-            total -= size
-            self._forget(session)
-
-    def _drop(self, session: Session) -> None:
-        self._left.discard(session)
-        with self._lock:
-            if self._sessions.get(session.terms.stream_id) is session:
-                del self._sessions[session.terms.stream_id]
+        self._sessions.drop(session)
 
     def _hand_over(self) -> None:
         if self._keeper is None or not self._keeper.is_durable:
             return
-        with self._lock:
-            sessions = [s for s in self._sessions.values() if s.terms.keep_s]
-        for session in sessions:
+        self._catch_up_states()
+        for session in [s for s in self._sessions.all() if s.terms.keep_s]:
             for stream in [s for s in session.streams if not s.ended]:
-                self._take_snapshot(stream, self._parked(stream))
+                self._take_snapshot(stream, self._places.park(stream))
                 self._end(stream, HandedOver())
-            self._drop(session)
+            self._sessions.drop(session)
 
     def _snapshot_is_due(self, stream: Stream, pushed: int) -> bool:
         """Whether the stream, after a fold if it has any, is to be stored."""
@@ -687,25 +613,24 @@ class Engine:
         self._keeper.offer(self.bundle, stream.terms, output, past)
 
     def _until_next_expiry(self) -> float:
-        ends = [stream.expires_at for stream in self._limited]
-        ends += [session.expires_at for session in self._left]
-        soonest = min(ends, default=float("inf"))
+        limited = min((stream.expires_at for stream in self._limited), default=float("inf"))
+        soonest = min(limited, self._sessions.soonest_expiry)
         return max(0.0, min(_IDLE_WAIT_S, soonest - time.monotonic()))
 
     # ---- what leaves the thread
 
     def _publish(self) -> None:
         gone = self._outbox.publish()
-        if not gone:
-            return
-        with self._lock:
-            sessions = [s for s in self._sessions.values() if gone.intersection(s.readers)]
-        for session in sessions:
-            self._leave(session, session.readers)
+        for session in self._sessions.all() if gone else ():
+            if gone.intersection(session.readers):
+                self._leave(session, session.readers)
 
     def _measure(self, idle: bool) -> None:
         if idle or self._measures.are_due(time.monotonic()):
             self._measures.holding(
-                len(self._running), len(self._waiting), len(self._paused), self._cache.state_bytes()
+                len(self._places.running),
+                len(self._places.waiting),
+                len(self._places.paused),
+                self._cache.state_bytes(),
             )
             self._measures.promising(self._ledger.held.state_bytes)

@@ -47,6 +47,9 @@ SHARED_TOKENS = Counter(
     ("model_name",),
 )
 PREFIX_BYTES = _gauge("concertina_prefix_cache_bytes", "Folded blocks kept for later prompts.")
+DRAFT_TOKENS = Counter(
+    "concertina_draft_tokens", "Tokens guessed ahead.", ("model_name", "outcome")
+)
 GENERATION_TOKENS = Counter("concertina_generation_tokens", "Tokens drawn.", ("model_name",))
 FINISHED = Counter(
     "concertina_streams_finished", "Streams that ended.", ("model_name", "finished_reason")
@@ -134,13 +137,24 @@ class EngineMetrics:
         """A running stream was parked for one of a higher priority."""
         PREEMPTED.labels(self._name).inc()
 
-    def stepped(self, batch: int, seconds: float, since_last: float | None) -> None:
-        """A decode step of `batch` streams was done, `since_last` after the one before it."""
+    def stepped(
+        self, batch: int, seconds: float, since_last: float | None, tokens: int | None = None
+    ) -> None:
+        """A decode step of `batch` streams was done, `since_last` after the one before it.
+
+        It drew a token for each of them, unless it drew another number of `tokens`.
+        """
         self._batch_size.observe(batch)
         self._decode_time.observe(seconds)
-        self._generated.inc(batch)
+        self._generated.inc(batch if tokens is None else tokens)
         if since_last is not None:
             self._inter_token.observe(since_last)
+
+    def drafted(self, proposed: int, accepted: int) -> None:
+        """So many tokens were guessed ahead, and so many of them were right."""
+        if proposed:
+            DRAFT_TOKENS.labels(self._name, "accepted").inc(accepted)
+            DRAFT_TOKENS.labels(self._name, "rejected").inc(proposed - accepted)
 
     def prefilled(self, tokens: int, seconds: float) -> None:
         """Prompt tokens were pushed."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from server.runtime import Ints, State
+from server.rows import State
+from server.runtime import Ints
 
 
 @dataclass(eq=False)
@@ -27,58 +28,73 @@ class _Node:
 
 
 class PrefixCache:
-    """What the blocks of `span` tokens left on the stacks, up to `limit` bytes of it."""
+    """What the blocks of `span` tokens left on the stacks, up to `limit` bytes of it.
+
+    It follows one prompt at a time: `match` begins it, and `insert` extends it by a block, which
+    costs the same wherever in the prompt that block lies.
+    """
 
     def __init__(self, span: int, limit: int) -> None:
         self._span = span
         self._limit = limit
         self._root = _Node()
-        # Oldest use first. A block is always used after those behind it, so the first is a leaf.
+        # Oldest use first. A block counts as used after those behind it, so the first is a leaf;
+        # but for blocks of the prompt that is followed, which are put in order when it matters.
         self._by_use: OrderedDict[_Node, None] = OrderedDict()
+        self._path: list[_Node] = []
+        self._whole = True
+        """Whether every block of the prompt so far is on the path."""
         self.nbytes = 0
 
     def match(self, tokens: Ints) -> list[State]:
         """What the longest known run of blocks that `tokens[T]` begin with left, block by block."""
-        path = self._walk(tokens)
-        self._use(path)
-        return [node.state for node in path]
+        self._use_path()
+        self._path, self._whole = self._walk(tokens), True
+        self._use_path()
+        return [node.state for node in self._path]
 
-    def insert(self, tokens: Ints, state: State) -> None:
-        """Keep what the last block of `tokens[T]`, whole blocks, left.
+    def follow(self, tokens: Ints, blocks: int) -> None:
+        """Go on behind `tokens[T]`, so many blocks and a rest, which were pushed elsewhere."""
+        self._whole = len(self.match(tokens)) == blocks
 
-        Does nothing when it is known, or when the blocks before it are not, or no longer.
+    def insert(self, block: Ints, state: State) -> None:
+        """Keep what the prompt's next block, `block[span]`, left.
+
+        Does nothing when a block before it could not be kept.
         """
-        *_, key = keys = self._keys(tokens)
-        path = self._walk(tokens[: -self._span])
-        if len(path) < len(keys) - 1:
+        if not self._whole:
             return
-        parent = path[-1] if path else self._root
+        key, parent = block.tobytes(), self._path[-1] if self._path else self._root
         if key not in parent.children:
             parent.children[key] = node = _Node(parent, key, state)
             self.nbytes += node.nbytes
-        self._use([*path, parent.children[key]])
+        self._path.append(parent.children[key])
+        self._by_use[self._path[-1]] = None
         while self.nbytes > self._limit:
-            self._drop(next(iter(self._by_use)))
-
-    def _keys(self, tokens: Ints) -> list[bytes]:
-        whole = len(tokens) - len(tokens) % self._span
-        return [tokens[at : at + self._span].tobytes() for at in range(0, whole, self._span)]
+            oldest = next(iter(self._by_use))
+            if oldest.children:
+                self._use_path()
+            else:
+                self._drop(oldest)
 
     def _walk(self, tokens: Ints) -> list[_Node]:
         path, node = [], self._root
-        for key in self._keys(tokens):
+        for at in range(0, len(tokens) - self._span + 1, self._span):
+            key = tokens[at : at + self._span].tobytes()
             if key not in node.children:
                 break
             node = node.children[key]
             path.append(node)
         return path
 
-    def _use(self, path: list[_Node]) -> None:
-        for node in reversed(path):
-            self._by_use[node] = None
+    def _use_path(self) -> None:
+        for node in reversed(self._path):
             self._by_use.move_to_end(node)
 
     def _drop(self, leaf: _Node) -> None:
         assert leaf.parent is not None and not leaf.children
         del leaf.parent.children[leaf.key], self._by_use[leaf]
         self.nbytes -= leaf.nbytes
+        if self._path and leaf is self._path[-1]:
+            self._path.pop()
+            self._whole = False

@@ -1,66 +1,77 @@
-"""The only door to onnxruntime: sessions, state buffers, and the two passes over them.
+"""The only door to onnxruntime, with `device.py`: sessions, and the passes over bound state.
 
-Buffers hold one row per slot, bound once and changed in place: nothing here costs O(context).
-Shapes: `B` streams, `T` tokens, `H` heads, `E` entries, `D` head_dim, `s` span.
+Shapes: `B` streams, `T` tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
+from concertina.resources import ELEMENT_TYPES
 from concertina.v1 import bundle_pb2 as pb
 from server.bundle import Bundle
+from server.config import ConfigError, Provider
+from server.device import DeviceRows
 from server.errors import BundleError
+from server.rows import NEXT, NOTHING, Extent, HostRows, State
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
-State = dict[str, npt.NDArray[np.generic]]
-"""The state of one stream, stacks and histories cut to what is valid."""
 
-_NEXT = "next."
+_LOGITS = "logits"
 
-_DTYPES: dict[int, type[np.generic]] = {
-    pb.DATA_TYPE_FLOAT32: np.float32,
-    pb.DATA_TYPE_FLOAT16: np.float16,
+# Between the nodes of a step a thread that sleeps costs more to wake than the node takes; an engine
+# that waits, though, must not burn the cores that its clients need.
+_THREADING = {
+    "session.intra_op.allow_spinning": "1",
+    "session.intra_op.spin_duration_us": "50",
+    "session.force_spinning_stop": "1",
 }
 
-
-@dataclass(frozen=True)
-class Extent:
-    """How far the state of a stream reaches."""
-
-    entries: int
-    """Valid entries of every stack."""
-    tokens: int
-    """Rows of every history."""
-
-
-_NOTHING = Extent(0, 0)
+_PROVIDERS: dict[Provider, list[str]] = {
+    "cpu": ["CPUExecutionProvider"],
+    # The CPU computes the few shapes that the graphs ask for.
+    "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
+}
+_DEVICES: dict[Provider, str] = {"cpu": "cpu", "cuda": "cuda"}
 
 
 class Runtime:
-    """Runs the graphs of one bundle over `rows` streams' state. Rows are plain indices."""
+    """Runs the graphs of one bundle over `rows` streams' state. Rows are plain indices.
 
-    def __init__(self, bundle: Bundle, rows: int, threads: int = 0) -> None:
-        self._tensors = {tensor.name: tensor for tensor in bundle.manifest.state}
-        self._step_session = _load(bundle.step_path, threads)
-        self._fold_session = _load(bundle.fold_path, 1) if bundle.span else None
-        self._buffers = {
-            t.name: np.full((rows, *t.shape), t.initial, _DTYPES[t.data_type])
-            for t in self._tensors.values()
-        }
+    Raises ConfigError for a `provider` that is not installed or does not start, BundleError for a
+    bundle that it cannot run.
+    """
+
+    def __init__(
+        self, bundle: Bundle, rows: int, threads: int = 0, provider: Provider = "cpu"
+    ) -> None:
+        _require(provider)
+        if provider != "cpu" and not bundle.moves_on_devices:
+            raise BundleError(
+                f"{bundle.folder} keeps its state in float32, and the provider {provider} takes "
+                "float16: export the checkpoint again with --state float16"
+            )
+        self._tensors = list(bundle.manifest.state)
+        self._step_session = _load(bundle.step_path, threads, provider)
+        self._fold_session = _load(bundle.fold_path, 1, provider) if bundle.span else None
+        self._rows: HostRows | DeviceRows
+        if provider == "cpu":
+            self._rows = HostRows(self._tensors, rows)
+        else:
+            moves = (_load(path, 1, provider) for path in (bundle.take_path, bundle.put_path))
+            self._rows = DeviceRows(self._tensors, rows, _DEVICES[provider], *moves)
         self._steps: dict[tuple[int, int], _Binding] = {}
 
     @property
     def nbytes(self) -> int:
         """Bytes of all state buffers."""
-        return sum(buffer.nbytes for buffer in self._buffers.values())
+        return self._rows.nbytes
 
     def step(self, tokens: Ints, positions: Ints, lengths: Ints) -> Floats:
         """One token for each of the first B rows: `[B]`, `[B]`, `[B]` to logits `[B, vocabulary]`.
@@ -95,75 +106,58 @@ class Runtime:
 
     def fold(self, rows: Sequence[int], begins: Sequence[Extent], ends: Sequence[Extent]) -> None:
         """Fold what each of `rows` holds between two extents; all take parts of the same size."""
-        assert self._fold_session is not None
-        parts = {
-            name: [self._part(tensor, *place) for place in zip(rows, begins, ends, strict=True)]
-            for name, tensor in self._tensors.items()
-        }
-        feeds = {v.name: np.stack(parts[v.name]) for v in self._fold_session.get_inputs()}
-        folded = self._fold_session.run(None, feeds)
-        names = [v.name.removeprefix(_NEXT) for v in self._fold_session.get_outputs()]
-        for name, values in zip(names, folded, strict=True):
-            for part, value in zip(parts[name], values, strict=True):
-                if self._tensors[name].kind == pb.STATE_KIND_STACK:
-                    part[:, :1] = value  # the one entry that stands for the part
-                else:
-                    part[...] = value
+        self._rows.fold(self._fold_session, rows, begins, ends)
 
     def reset(self, row: int) -> None:
         """Give `row` the state of a stream that has not begun. What may not be read may stay."""
-        for tensor in self._tensors.values():
-            if tensor.kind == pb.STATE_KIND_RECURRENT:
-                self._buffers[tensor.name][row] = tensor.initial
+        self._rows.reset(row)
 
     def move(self, source: int, target: int, extent: Extent) -> None:
         """Copy a stream's state, which reaches as far as `extent`, to another row."""
-        for tensor in self._tensors.values():
-            part = self._part(tensor, target, _NOTHING, extent)
-            part[...] = self._part(tensor, source, _NOTHING, extent)
+        self._rows.move(source, target, extent)
 
-    def read(self, row: int, end: Extent, begin: Extent = _NOTHING) -> State:
+    def read(self, row: int, end: Extent, begin: Extent = NOTHING) -> State:
         """A copy of a stream's state, which reaches as far as `end`, from `begin` on."""
-        return {t.name: self._part(t, row, begin, end).copy() for t in self._tensors.values()}
+        return self._rows.read(row, end, begin)
 
     def write(self, row: int, end: Extent, state: State) -> None:
         """Put those tensors of a state that reaches as far as `end` into `row`."""
-        for name, values in state.items():
-            self._part(self._tensors[name], row, _NOTHING, end)[...] = values
-
-    def _part(
-        self, tensor: pb.StateTensor, row: int, begin: Extent, end: Extent
-    ) -> npt.NDArray[np.generic]:
-        """A view of what a row holds between two extents; of a recurrent tensor, all."""
-        buffer: npt.NDArray[np.generic] = self._buffers[tensor.name][row]
-        if tensor.kind == pb.STATE_KIND_STACK:
-            return buffer[:, begin.entries : end.entries]
-        if tensor.kind == pb.STATE_KIND_HISTORY:
-            return buffer[begin.tokens : end.tokens]
-        return buffer
+        self._rows.write(row, end, state)
 
     def _bind(self, first: int, batch: int) -> _Binding:
-        views = {
-            name: ort.OrtValue.ortvalue_from_numpy(buffer[first : first + batch])
-            for name, buffer in self._buffers.items()
-        }
-        return _Binding(self._step_session, views)
+        return _Binding(self._step_session, self._tensors, self._rows, first, batch)
 
 
 class _Binding:
-    """The step graph bound to the state of some rows; state goes in and out through one buffer."""
+    """The step graph bound to the state of some rows; state goes in and out through one buffer.
 
-    def __init__(self, session: ort.InferenceSession, views: dict[str, ort.OrtValue]) -> None:
+    Inputs and logits lie in buffers that stay bound until their shape changes: a step of the same
+    batch binds nothing.
+    """
+
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        tensors: Sequence[pb.StateTensor],
+        rows: HostRows | DeviceRows,
+        first: int,
+        batch: int,
+    ) -> None:
         self._session = session
-        self._views = views  # keeps the memory that the binding points to alive
+        self._rows = rows  # keeps the memory that the binding points to alive
         self._io = session.io_binding()
         self._taken = {value.name for value in session.get_inputs()}
-        given = {value.name for value in session.get_outputs()}
-        for name, view in views.items():
-            if name in self._taken:
-                self._io.bind_ortvalue_input(name, view)
-            if _NEXT + name in given:
-                self._io.bind_ortvalue_output(_NEXT + name, view)
+        given = {value.name: value for value in session.get_outputs()}
+        self._vocabulary: int = given[_LOGITS].shape[1]
+        self._logits: Floats | None = None
+        self._bound: dict[str, npt.NDArray[np.generic]] = {}
+        for tensor in tensors:
+            element, shape = ELEMENT_TYPES[tensor.data_type], [batch, *tensor.shape]
+            place = (rows.device, 0, element, shape, rows.address(tensor.name, first))
+            if tensor.name in self._taken:
+                self._io.bind_input(tensor.name, *place)
+            if NEXT + tensor.name in given:
+                self._io.bind_output(NEXT + tensor.name, *place)
 
     def run(self, tokens: Ints, positions: Ints, lengths: Ints, rows: Ints) -> Floats:
         """`tokens[B, T]`, `positions[B, T]`, `lengths[B]` after the push, `rows[R]` to logits."""
@@ -173,21 +167,43 @@ class _Binding:
         if "lengths" in self._taken:
             feeds["lengths"] = lengths.astype(np.int32)
         for name, values in feeds.items():
-            self._io.bind_cpu_input(name, values)
-        self._io.bind_output("logits")
+            bound = self._bound.get(name)
+            if bound is None or bound.shape != values.shape:
+                bound = self._bound[name] = np.empty_like(values, order="C")
+                self._io.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(bound))
+            bound[...] = values
+        if self._logits is None or len(self._logits) != len(rows):
+            self._logits = np.empty((len(rows), self._vocabulary), np.float32)
+            self._io.bind_ortvalue_output(_LOGITS, ort.OrtValue.ortvalue_from_numpy(self._logits))
         self._session.run_with_iobinding(self._io)
-        logits: Floats = self._io.get_outputs()[-1].numpy()
-        return logits
+        return self._logits
 
 
-def _load(path: Path, threads: int) -> ort.InferenceSession:
+def _require(provider: Provider) -> None:
+    wanted, installed = _PROVIDERS[provider][0], ort.get_available_providers()
+    if wanted not in installed:
+        raise ConfigError(
+            f"provider is {provider}, which needs {wanted}; the onnxruntime that is installed has "
+            f"{', '.join(installed)}: remove it, and install concertina with the extra `gpu` in "
+            "place of `cpu`"
+        )
+
+
+def _load(path: Path, threads: int, provider: Provider) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    # An idle engine must not burn the cores that its clients need.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    for entry, value in _THREADING.items():
+        options.add_session_config_entry(entry, value)
+    wanted = _PROVIDERS[provider]
     try:
-        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(path, options, providers=wanted)
     except Exception as error:  # onnxruntime raises a dozen unrelated classes here
         raise BundleError(f"{path} cannot be loaded: {error}") from None
+    if wanted[0] not in session.get_providers():  # onnxruntime goes on without it
+        raise ConfigError(
+            f"provider is {provider}, and {wanted[0]} did not start: look above for what "
+            "onnxruntime says, and whether nvidia-smi shows a GPU"
+        )
+    return session

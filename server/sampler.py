@@ -6,8 +6,10 @@ tokens whatever else is in the batch, and goes on as it would have when it is re
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -59,6 +61,7 @@ class Numbers:
     def __init__(self, seed: _Words, output: _Words) -> None:
         self._seed = seed
         self._output = output
+        self._rows = np.arange(len(seed))
         self._first: Ints = np.zeros(len(seed), np.int64)
         self._made: Doubles = np.zeros((len(seed), 0))
 
@@ -66,13 +69,13 @@ class Numbers:
         """The number of each row, `[B]`, for the token at `positions[B]`."""
         column = positions - self._first
         size = self._made.shape[1]
-        if (column < 0).any() or (column >= size).any():
+        if column.view(np.uint64).max() >= size:  # as unsigned, a negative one is huge
             size = min(max(1, 2 * size), _MOST_AHEAD)
             ahead = (positions[:, None] + np.arange(size)).ravel()
             seed, output = self._seed.repeat(size), self._output.repeat(size)
             self._made = uniform(seed, ahead, output).reshape(-1, size)
             self._first, column = positions, np.zeros_like(positions)
-        numbers: Doubles = self._made[np.arange(len(column)), column]
+        numbers: Doubles = self._made[self._rows, column]
         return numbers
 
 
@@ -113,6 +116,31 @@ class SamplingBatch:
             tuple(top for _, top in reports),
         )
 
+    @cached_property
+    def greedy(self) -> Ints:
+        """Rows that draw the likeliest token."""
+        return np.flatnonzero(self.temperature == 0)
+
+    @cached_property
+    def divisors(self) -> Doubles:
+        """What logits are divided by, `[B, 1]`."""
+        return np.where(self.temperature == 0, 1.0, self.temperature)[:, None]
+
+    @cached_property
+    def limited(self) -> Ints:
+        """Rows with a top_k or a top_p."""
+        return np.flatnonzero((self.top_k > 0) | (self.top_p < 1))
+
+    @cached_property
+    def floored(self) -> bool:
+        """Whether a row has a min_p."""
+        return bool(self.min_p.any())
+
+    @cached_property
+    def typical(self) -> Ints:
+        """Rows with a typical_p."""
+        return np.flatnonzero(self.typical_p < 1)
+
     def remember(self, tokens: Ints) -> None:
         """Take the tokens `[B]` that were drawn into the memories of the rows that have one."""
         if self.rules is not None:
@@ -141,24 +169,29 @@ def sample(logits: Floats, batch: SamplingBatch, positions: Ints) -> Ints:
 
 
 def _draw(logits: Floats | Doubles, batch: SamplingBatch, positions: Ints) -> Ints:
-    greedy = batch.temperature == 0
-    chosen: Ints = logits.argmax(axis=1)
-    if greedy.all():
-        return chosen
-    weights = _exponentials(logits, np.where(greedy, 1.0, batch.temperature))
-    _keep(weights, (batch.top_k > 0) | (batch.top_p < 1), _likeliest, batch.top_k, batch.top_p)
-    if batch.min_p.any():
+    greedy = batch.greedy
+    if len(greedy) == len(logits):
+        likeliest: Ints = logits.argmax(axis=1)
+        return likeliest
+    weights = _exponentials(logits, batch.divisors)
+    _keep(weights, batch.limited, _likeliest, batch.top_k, batch.top_p)
+    if batch.floored:
         weights[weights < batch.min_p[:, None]] = 0  # the likeliest has 1
-    _keep(weights, batch.typical_p < 1, _typical, batch.typical_p)
+    _keep(weights, batch.typical, _typical, batch.typical_p)
     cumulated = weights.cumsum(axis=1)
     drawn = batch.numbers.at(positions) * cumulated[:, -1]
-    picked = (cumulated > drawn[:, None]).argmax(axis=1)
-    return np.where(greedy, chosen, picked)
+    picked: Ints = (cumulated > drawn[:, None]).argmax(axis=1)
+    if len(greedy):
+        picked[greedy] = logits[greedy].argmax(axis=1)
+    return picked
 
 
 def failures(logits: Floats, tokens: Ints, positions: Ints) -> dict[int, RequestError]:
     """By row, why `tokens[B]`, drawn from `logits[B, vocabulary]` for `positions[B]`, are none."""
     failed: dict[int, RequestError] = {}
+    extremes = logits.max(initial=0), logits.min(initial=0)
+    if all(map(math.isfinite, extremes)) and tokens.min(initial=0) >= 0:
+        return failed  # as nearly always, and cheaper to see than row by row
     for row in np.flatnonzero(tokens == NOTHING_LEFT).tolist():
         failed[row] = InvalidRequest(
             "sampling.allowed_token_ids, bad_words and stopping.min_tokens leave no token for "
@@ -192,19 +225,18 @@ def philox(
     return even[0], odd[0], even[1], odd[1]
 
 
-def _exponentials(logits: Floats | Doubles, temperature: Doubles) -> Doubles:
+def _exponentials(logits: Floats | Doubles, divisors: Doubles) -> Doubles:
     """Probabilities up to a factor: 1 for the likeliest token of each row."""
-    weights: Doubles = logits / temperature[:, None]
+    weights: Doubles = logits / divisors
     with np.errstate(invalid="ignore"):  # rows that are not finite end; that is no news here
         weights -= weights.max(axis=1, keepdims=True)
     return np.exp(weights, out=weights)
 
 
 def _keep(
-    weights: Doubles, asked: Bools, kept: Callable[..., Bools], *columns: Ints | Doubles
+    weights: Doubles, rows: Ints, kept: Callable[..., Bools], *columns: Ints | Doubles
 ) -> None:
-    """Set to 0, in the rows `asked[B]`, what `kept(weights, *columns)` of these rows leaves out."""
-    rows = np.flatnonzero(asked)
+    """Set to 0, in `rows[R]`, what `kept(weights, *columns)` of these rows leaves out."""
     if len(rows):
         ours = weights[rows]
         weights[rows] = np.where(kept(ours, *(column[rows] for column in columns)), ours, 0)

@@ -16,6 +16,8 @@ from server.reader import Reader
 from server.runtime import Ints
 from server.text import TextStream
 
+_RECENT = 8192  # tokens
+
 
 @dataclass(frozen=True)
 class Terms:
@@ -82,6 +84,8 @@ class Stream:
         self.parked = past.parked
         # What is known of the future: tokens that were drawn once, whose state is lost.
         self.forced = deque(self._revive(past))
+        self.remembers = terms.keep_s > 0
+        self.behind: list[int] = []  # known tokens before the last one that no pass has kept yet
         self.generated = len(self.history)
         self.last_token = int(self.history[-1] if self.history else request.prompt[-1])
         if self.history:
@@ -129,6 +133,14 @@ class Stream:
             self.base_tokens,
             self.base_characters,
         )
+
+    @property
+    def known(self) -> array[int]:
+        """Its latest tokens, prompt and output, as far as they are remembered."""
+        if len(self.history) >= _RECENT:
+            return self.history[-_RECENT:]
+        prompt = self.request.prompt[1:][-_RECENT:]
+        return array(self.history.typecode, prompt.tolist()) + self.history
 
     @property
     def backlog(self) -> Backlog:
@@ -180,7 +192,7 @@ class Stream:
             self.first_token_at = now
         text = ""
         if not request.is_unsent(token):
-            if self.is_kept:
+            if self.remembers:
                 self.history.append(token)
                 if logprobs is not None:
                     self.said.append(logprobs)

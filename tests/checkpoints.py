@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from concertina.v1 import bundle_pb2 as pb
 from export.bundle import export_bundle
 from export.compare import Variant
 from model.config import ModelConfig
@@ -61,13 +62,15 @@ def checkpoint_of(bundle: Path) -> Path:
     return bundle.with_name(f"{bundle.name}-checkpoint")
 
 
-def export_tiny(root: Path, pattern: str, context: int = 32, span: int = 8) -> Path:
+def export_tiny(
+    root: Path, pattern: str, context: int = 32, span: int = 8, half: bool = False
+) -> Path:
     """Folder of a bundle below `root`, exported unless it is there; `<name>-checkpoint` beside it.
 
     `pattern` is written as in the manifest. `full` comes as text, the others as 8x4 pixels with two
-    labels; longer contexts as text, too.
+    labels; longer contexts as text, too. `half` keeps its caches in float16, as a GPU does.
     """
-    name = pattern.replace(":", "-") + (f"-{context}" if context != 32 else "")
+    name = pattern.replace(":", "-") + (f"-{context}" if context != 32 else "") + "-half" * half
     if (root / name).exists():
         return root / name
     pixels = DatasetInfo(
@@ -89,5 +92,6 @@ def export_tiny(root: Path, pattern: str, context: int = 32, span: int = 8) -> P
         starts=info.starts,
     )
     checkpoint = write_checkpoint(root / f"{name}-checkpoint", config, info)
-    export_bundle(checkpoint, root / name, name=f"tiny-{name}", version="7")
+    data_type = pb.DATA_TYPE_FLOAT16 if half else pb.DATA_TYPE_FLOAT32
+    export_bundle(checkpoint, root / name, name=f"tiny-{name}", version="7", data_type=data_type)
     return root / name

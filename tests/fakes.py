@@ -10,7 +10,8 @@ import numpy as np
 
 from concertina.v1 import bundle_pb2 as pb
 from server.bundle import Bundle
-from server.runtime import Extent, Floats, Ints
+from server.rows import Extent
+from server.runtime import Floats, Ints
 
 _DEAD = ("dead",)
 

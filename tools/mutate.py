@@ -91,8 +91,8 @@ MUTANTS = (
         ("a token sees the next one", ".triu(1)", ".triu(2)"),
         (
             "softmax in bfloat16",
-            "wide = logits if logits.dtype == torch.float64 else logits.float()",
-            "wide = logits",
+            "torch.softmax(widen(logits), dim=-1)",
+            "torch.softmax(logits, dim=-1)",
         ),
         ("full attention scales again", "is_causal=True, scale=1.0", "is_causal=True"),
     ),
@@ -444,10 +444,14 @@ MUTANTS = (
             "np.array([length + time])",
             "np.array([length + time + 1])",
         ),
+    ),
+    *_bugs(
+        "server/rows.py",
+        _STREAMS,
         (
             "a move leaves the query maximum behind",
-            "part[...] = self._part(tensor, source, _NOTHING, extent)",
-            "part[...] = part if part.ndim == 2 else self._part(tensor, source, _NOTHING, extent)",
+            "part[...] = self._part(tensor, source, NOTHING, extent)",
+            "part[...] = part if part.ndim == 2 else self._part(tensor, source, NOTHING, extent)",
         ),
         (
             "query maximum not reset between blocks (server)",
@@ -467,12 +471,12 @@ MUTANTS = (
         ),
     ),
     *_bugs(
-        "server/runtime.py",
+        "server/rows.py",
         _BATCHES,
         (
             "a fold writes into its neighbours",
             "part[:, :1] = value",
-            "self._buffers[name][:, :, begins[0].entries] = value[:, 0]",
+            "self.buffers[name][:, :, begins[0].entries] = value[:, 0]",
         ),
         (
             "two folds at once share the first summary",

@@ -20,6 +20,9 @@ _OPTIONS: Final = (
     # gRPC servers hang up on pings that come more often than every five minutes.
     ("grpc.keepalive_time_ms", 330_000),
     ("grpc.keepalive_timeout_ms", 20_000),
+    # A server that was restarted is found again within seconds; gRPC would wait up to two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 3_000),
     # A connection per client: several clients then really spread over several connections.
     ("grpc.use_local_subchannel_pool", 1),
 )

@@ -34,7 +34,7 @@ class Command(NamedTuple):
     """Where a command lives: a typer-annotated function, or a `typer.Typer`, in a module.
 
     A function's docstring is its help page; what follows the line `Examples:` (or `Example:`),
-    one command a line, is shown below the options.
+    one command a line, is shown below the options. So with the commands of a `typer.Typer`.
     """
 
     module: str
@@ -50,6 +50,9 @@ COMMANDS = {
     "generate": Command("concertina.command", "generate", "Write text as it is generated."),
     "paint": Command("concertina.command", "paint", "Paint an image as it is generated."),
     "score": Command("concertina.command", "score", "Measure how well a model predicts a file."),
+    "sessions": Command(
+        "concertina.sessions_command", "sessions", "Pause, continue, copy and move streams."
+    ),
     "loadtest": Command("loadtest.command", "loadtest", "Drive a server hard and report."),
     "bench": Command("loadtest.bench.command", "bench", "Compare with other engines."),
     "data": Command("model.command", "data", "Prepare training data."),
@@ -136,13 +139,15 @@ def _load(name: str, command: Command) -> Any:
         target = getattr(import_module(command.module), command.attribute)
     except ModuleNotFoundError as error:
         raise CommandUnavailable(name, error) from None
-    if not isinstance(target, typer.Typer):
+    if isinstance(target, typer.Typer):
+        for one in target.registered_commands:
+            one.help, one.epilog = _help(one.callback)
+    else:
         function = target
         target = typer.Typer(
             add_completion=False, context_settings=_HELP_NAMES, rich_markup_mode="rich"
         )
-        text, *examples = re.split("\n\nExamples?:\n", inspect.getdoc(function) or "", maxsplit=1)
-        epilog = _epilog(examples[0]) if examples else None
+        text, epilog = _help(function)
         target.command(name, help=text, epilog=epilog)(_guarded(name, function))
     return typer.main.get_command(target)
 
@@ -156,6 +161,12 @@ def _guarded(name: str, function: Callable[..., None]) -> Callable[..., None]:
             raise CommandUnavailable(name, error) from None
 
     return run
+
+
+def _help(function: Callable[..., None] | None) -> tuple[str, str | None]:
+    """The help page of a function, and what stands below its options."""
+    text, *examples = re.split("\n\nExamples?:\n", inspect.getdoc(function) or "", maxsplit=1)
+    return text, _epilog(examples[0]) if examples else None
 
 
 def _epilog(examples: str) -> str:

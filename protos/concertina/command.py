@@ -40,6 +40,7 @@ from concertina.options import (
     IgnoreEos,
     IncludeStop,
     Json,
+    Keep,
     KeyFile,
     Label,
     LogitBias,
@@ -112,6 +113,7 @@ def generate(
     logprobs: Logprobs = None,
     prompt_logprobs: PromptLogprobs = None,
     stream_interval: StreamInterval = None,
+    keep: Keep = None,
     timeout: Timeout = None,
     model: ModelName = "",
     address: Address = DEFAULT_ADDRESS,
@@ -126,19 +128,20 @@ def generate(
 
     Of several outputs, the first is written as it comes, the others when all are complete.
 
-    Log-probabilities are shown with --json.
+    Log-probabilities are shown with --json. A stream that is lost goes on when the server is back.
 
     Examples:
     concertina generate "def fibonacci(n):"
     concertina generate "import " -n 400 --temperature 0.7 --seed 7
     concertina generate --prompt-file main.py --stop "def " --stop "class "
+    concertina generate "def " --keep 3600
     concertina generate "x = " --n 3 --logprobs 5 --json
     git diff | concertina generate - --json
     """
     if prompt is not None and prompt_file is not None:
         raise typer.BadParameter("give the prompt as an argument or as --prompt-file, not both")
     text = _read_text(prompt_file or Path("-")) if prompt_file or prompt == "-" else prompt
-    with _connected(address, access(key_file, tls, ca, cert, cert_key), json_output) as client:
+    with connected(address, access(key_file, tls, ca, cert, cert_key), json_output) as client:
         chosen = _choose(client, model, "text")
         stream = client.generate(
             text or None,
@@ -169,6 +172,7 @@ def generate(
             prompt_logprobs=prompt_logprobs,
             stream_interval=stream_interval,
             timeout=timeout,
+            keep=keep,
         )
         follower = Follower(json_output)
         with stream, nullcontext() if json_output else own_line():
@@ -221,7 +225,7 @@ def paint(
     concertina paint --out image.png --scale 16
     concertina paint --complete half.png --out whole.png
     """
-    with _connected(address, access(key_file, tls, ca, cert, cert_key), json_output) as client:
+    with connected(address, access(key_file, tls, ca, cert, cert_key), json_output) as client:
         chosen = _choose(client, model, "image")
         size = _image_format(chosen)
         canvas = Canvas(size.width, size.height)
@@ -282,7 +286,7 @@ def score(
     concertina score main.py
     concertina score image.png --label "Food & Drink" --json
     """
-    with _connected(address, access(key_file, tls, ca, cert, cert_key), json_output) as client:
+    with connected(address, access(key_file, tls, ca, cert, cert_key), json_output) as client:
         if _is_image(file):
             chosen, unit = _choose(client, model, "image"), "bits/dim"
             size = _image_format(chosen)
@@ -314,7 +318,7 @@ def models(
     concertina models --json | jq .name
     CONCERTINA_ADDRESS=127.0.0.1:9001 concertina models
     """
-    with _connected(address, access(key_file, tls, ca, cert, cert_key), json_output) as client:
+    with connected(address, access(key_file, tls, ca, cert, cert_key), json_output) as client:
         served = client.models(timeout=_LOOKUP_TIMEOUT)
     if json_output:
         for model in served:
@@ -339,7 +343,8 @@ def models(
 
 
 @contextmanager
-def _connected(address: str, access: Access, json_output: bool) -> Iterator[Client]:
+def connected(address: str, access: Access, json_output: bool) -> Iterator[Client]:
+    """A client; what it raises is told as JSON, if JSON is asked for."""
     try:
         with Client(address, key=access.key, tls=access.tls) as client:
             yield client

@@ -4,11 +4,14 @@ ConcertinaError
 ├── ServerUnavailable     nobody answers, or the server is going away
 ├── AccessDenied          the key is missing or wrong, or is not for this model
 ├── ModelNotFound         the server has no model of this name
+├── SessionNotFound       the server has no stream of this name, or no longer
+├── SessionUnsuitable     the session is running, or ended, or cannot go on, where this cannot be
+├── SnapshotRefused       a snapshot that is damaged, foreign, or of another bundle
 ├── InvalidRequest        a parameter or the prompt is wrong; sending it again will not help
 ├── Overloaded            refused for now; wait `retry_after` seconds
 ├── DeadlineExceeded      the caller's own `timeout` passed
 ├── GenerationFailed      an accepted stream ended with an error event
-├── StreamCut             a stream ended without its terminal event
+├── StreamCut             a stream ended without its terminal event, and could not be resumed
 ├── ContractViolation     the server broke the stream protocol
 └── ServerError           any other status
 """
@@ -55,6 +58,18 @@ class ModelNotFound(ConcertinaError):
     """The server has no model of this name."""
 
 
+class SessionNotFound(ConcertinaError):
+    """The server has no stream of this name, or no longer."""
+
+
+class SessionUnsuitable(ConcertinaError):
+    """The session is running, or ended, or cannot go on, where this cannot be."""
+
+
+class SnapshotRefused(ConcertinaError):
+    """A snapshot that is damaged, foreign, or of another bundle."""
+
+
 class InvalidRequest(ConcertinaError):
     """A parameter or the prompt is wrong; sending it again will not help."""
 
@@ -72,10 +87,11 @@ class GenerationFailed(ConcertinaError):
 
 
 class StreamCut(ConcertinaError):
-    """A stream ended without its terminal event.
+    """A stream ended without its terminal event, and did not go on.
 
     stream_id: name of the stream, empty when it was never accepted.
     last_sequence: number of the last event that arrived, 0 for none.
+    details: what the server, or whoever stands between, said to it.
     """
 
     def __init__(self, stream_id: str, last_sequence: int, code: str, details: str) -> None:
@@ -88,6 +104,7 @@ class StreamCut(ConcertinaError):
         )
         self.stream_id = stream_id
         self.last_sequence = last_sequence
+        self.details = details
 
 
 class ContractViolation(ConcertinaError):
@@ -105,6 +122,8 @@ _BY_CODE: dict[str, type[ConcertinaError]] = {
     "NOT_FOUND": ModelNotFound,
     "INVALID_ARGUMENT": InvalidRequest,
     "OUT_OF_RANGE": InvalidRequest,
+    "FAILED_PRECONDITION": SessionUnsuitable,
+    "DATA_LOSS": SnapshotRefused,
     "RESOURCE_EXHAUSTED": Overloaded,
     "DEADLINE_EXCEEDED": DeadlineExceeded,
 }
@@ -126,6 +145,12 @@ def refusal(
     )
 
 
+def is_unreachable(code: grpc.StatusCode, details: str) -> bool:
+    """Whether a call ended because no connection could be made, so that nothing was sent."""
+    said = details.lower()
+    return code.name == "UNAVAILABLE" and any(phrase in said for phrase in _NO_CONNECTION)
+
+
 def status_error(address: str, code: grpc.StatusCode, details: str) -> ConcertinaError:
     """The error for a call to `address` that ended with a status other than OK."""
     if code.name == "UNAVAILABLE":
@@ -143,3 +168,10 @@ def status_error(address: str, code: grpc.StatusCode, details: str) -> Concertin
     elif code.name == "UNIMPLEMENTED":
         details = f"the server at {address} does not speak concertina.v1 ({details})"
     return refusal(code.name, details)
+
+
+def session_error(address: str, code: grpc.StatusCode, details: str) -> ConcertinaError:
+    """The same for a call about a session."""
+    if code.name == "NOT_FOUND":
+        return SessionNotFound(details, code=code.name)
+    return status_error(address, code, details)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeAlias
 
@@ -11,6 +12,7 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 
 from concertina.errors import (
+    ConcertinaError,
     ContractViolation,
     GenerationFailed,
     StreamCut,
@@ -27,6 +29,7 @@ class FinishReason(StrEnum):
     STOP = "stop"  # a stop string or a stop token id was drawn
     MAX_TOKENS = "max_tokens"
     TIME_LIMIT = "time_limit"
+    PAUSED = "paused"  # `sessions.pause` stopped it; `sessions.continue_` goes on
     UNKNOWN = "unknown"  # a reason that only a newer client knows
 
 
@@ -73,7 +76,11 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """The request was admitted; always the first event."""
+    """The request was admitted; always the first event.
+
+    keep: seconds that the stream is kept without a reader, 0 if it is not.
+    durable: whether it survives the replica that serves it.
+    """
 
     sequence: int
     stream_id: str
@@ -84,6 +91,8 @@ class Accepted:
     prompt_tokens: int
     output: Output
     priority: int = 0
+    keep: float = 0.0
+    durable: bool = False
 
     @property
     def seed(self) -> int:
@@ -158,7 +167,11 @@ _REASONS = {
     pb.FINISH_REASON_STOP: FinishReason.STOP,
     pb.FINISH_REASON_MAX_TOKENS: FinishReason.MAX_TOKENS,
     pb.FINISH_REASON_TIME_LIMIT: FinishReason.TIME_LIMIT,
+    pb.FINISH_REASON_PAUSED: FinishReason.PAUSED,
 }
+
+
+_LAST_IDS = 1024  # of each output, told when a stream is resumed; the contract allows 4096
 
 
 def seconds(duration: Duration) -> float:
@@ -166,44 +179,84 @@ def seconds(duration: Duration) -> float:
     return duration.seconds + duration.nanos / 1e9
 
 
+@dataclass(slots=True)
+class _Output:
+    """What has come of one output. first_position: where its tokens begin."""
+
+    first_position: int
+    tokens: int = 0
+    characters: int = 0
+    last_ids: deque[int] = field(default_factory=lambda: deque(maxlen=_LAST_IDS))
+    reason: FinishReason | None = None
+
+
 class EventReader:
     """Turns the messages of one stream into events and holds the stream to its contract.
 
-    address: where the stream comes from, named in errors.
+    The messages may come by several calls.
+
+    address: where they come from, named in errors.
+    accepted: the stream's first event, once it came.
+    sequence: number of the last event, 0 for none.
+    is_complete: whether the last terminal event came.
     """
 
     def __init__(self, address: str) -> None:
         self._address = address
-        self._stream_id = ""
-        self._sequence = 0
+        self.accepted: Accepted | None = None
+        self.sequence = 0
+        self.is_complete = False
         self._prompt_position = 0
-        self._positions: list[int] = []  # of each output; empty before the stream is accepted
-        self._finished: set[int] = set()
-        self._complete = False
+        self._outputs: list[_Output] = []  # empty before the stream is accepted
 
-    def read(self, message: pb.GenerateResponse) -> Event:
-        """The event in `message`.
+    @property
+    def stream_id(self) -> str:
+        """Name of the stream; empty before it is accepted."""
+        return self.accepted.stream_id if self.accepted else ""
+
+    @property
+    def was_paused(self) -> bool:
+        """Whether an output ended because somebody paused the stream."""
+        return any(output.reason is FinishReason.PAUSED for output in self._outputs)
+
+    def received(self) -> list[pb.Received]:
+        """What has come of every output, as `Resume` is told it."""
+        return [
+            pb.Received(
+                output=index,
+                tokens=output.tokens,
+                characters=output.characters,
+                prompt_logprobs=self._prompt_position,
+                ended=output.reason is not None,
+                last_ids=output.last_ids,
+            )
+            for index, output in enumerate(self._outputs)
+        ]
+
+    def read(self, message: pb.GenerateResponse) -> Event | None:
+        """The event in `message`; None where the stream goes on in another call.
 
         Raises ContractViolation for a gap, a repetition, or an event out of place, and
         GenerationFailed (or the class of its code, if nothing was accepted) for an error event.
         """
         kind = message.WhichOneof("event")
-        if self._complete:
+        if self.is_complete:
             raise self._violation(f"`{kind}` follows the terminal event")
-        if message.sequence != self._sequence + 1:
+        if message.sequence != self.sequence + 1:
             raise self._violation(
-                f"event {message.sequence} follows event {self._sequence}, "
-                f"{self._sequence + 1} was due"
+                f"event {message.sequence} follows event {self.sequence}, "
+                f"{self.sequence + 1} was due"
             )
-        if (kind == "accepted") != (self._sequence == 0) and kind != "error":
+        if (kind == "accepted") != (self.sequence == 0) and kind != "error":
             raise self._violation(f"event {message.sequence} is `{kind}`")
-        self._sequence = message.sequence
+        self.sequence = message.sequence
         output = message.output
-        if kind in ("tokens", "finished") and output >= len(self._positions):
+        if kind in ("tokens", "finished") and output >= len(self._outputs):
             raise self._violation(
-                f"event {message.sequence} is of output {output}, {len(self._positions)} were due"
+                f"event {message.sequence} is of output {output}, {len(self._outputs)} were due"
             )
-        if output in self._finished:
+        ended = output < len(self._outputs) and self._outputs[output].reason is not None
+        if ended and kind != "handed_over":
             raise self._violation(f"`{kind}` follows the terminal event of output {output}")
         match kind:
             case "accepted":
@@ -213,34 +266,36 @@ class EventReader:
             case "tokens":
                 return self._tokens(message.tokens, output)
             case "finished":
-                self._finished.add(output)
-                self._complete = len(self._finished) == len(self._positions)
-                return _finished(self._sequence, message.finished, output)
+                finished = _finished(self.sequence, message.finished, output)
+                self._outputs[output].reason = finished.reason
+                self.is_complete = all(output.reason is not None for output in self._outputs)
+                return finished
             case "error":
-                self._complete = True
+                self.is_complete = True
                 raise self._failure(message.error)
+            case "handed_over":
+                return None
         raise self._violation(f"event {message.sequence} is of no kind this client knows")
 
-    def end(self, code: grpc.StatusCode, details: str) -> None:
-        """Checks that the call may end here, with this status.
+    def end(self, code: grpc.StatusCode, details: str) -> ConcertinaError | None:
+        """What is wrong with a call that ends here, with this status; None if the stream is over.
 
-        A status after the terminal event says nothing. Raises StreamCut if the terminal event is
-        missing, DeadlineExceeded if the caller's timeout is why, and the class of the status if
-        nothing was accepted.
+        A status after the terminal event says nothing. StreamCut if the terminal event is missing,
+        DeadlineExceeded if the caller's timeout is why, and the class of the status if nothing was
+        accepted.
         """
-        if self._complete:
-            return
-        refused = self._sequence == 0 and code is not grpc.StatusCode.OK
+        if self.is_complete:
+            return None
+        refused = self.sequence == 0 and code is not grpc.StatusCode.OK
         if refused or code is grpc.StatusCode.DEADLINE_EXCEEDED:
-            raise status_error(self._address, code, details)
-        raise StreamCut(self._stream_id, self._sequence, code.name, details)
+            return status_error(self._address, code, details)
+        return StreamCut(self.stream_id, self.sequence, code.name, details)
 
     def _accepted(self, accepted: pb.Accepted) -> Accepted:
-        self._stream_id = accepted.stream_id
         sampling, stopping, options = accepted.sampling, accepted.stopping, accepted.output
-        self._positions = [accepted.prompt_tokens] * max(1, options.n)
-        return Accepted(
-            sequence=self._sequence,
+        self._outputs = [_Output(accepted.prompt_tokens) for _ in range(max(1, options.n))]
+        self.accepted = Accepted(
+            sequence=self.sequence,
             stream_id=accepted.stream_id,
             model=accepted.model,
             fingerprint=accepted.fingerprint,
@@ -271,7 +326,7 @@ class EventReader:
             ),
             prompt_tokens=accepted.prompt_tokens,
             output=Output(
-                n=len(self._positions),
+                n=len(self._outputs),
                 logprobs=options.logprobs if options.HasField("logprobs") else None,
                 prompt_logprobs=(
                     options.prompt_logprobs if options.HasField("prompt_logprobs") else None
@@ -279,23 +334,29 @@ class EventReader:
                 stream_interval=options.stream_interval,
             ),
             priority=accepted.priority,
+            keep=seconds(accepted.keep),
+            durable=accepted.durable,
         )
+        return self.accepted
 
     def _prompt_logprobs(self, told: pb.PromptLogprobs) -> PromptLogprobs:
         self._check_position(told.first_position, self._prompt_position)
         self._prompt_position += len(told.logprobs)
-        return PromptLogprobs(self._sequence, told.first_position, _logprobs(told.logprobs))
+        return PromptLogprobs(self.sequence, told.first_position, _logprobs(told.logprobs))
 
     def _tokens(self, tokens: pb.Tokens, output: int) -> Tokens:
-        self._check_position(tokens.first_position, self._positions[output])
+        came = self._outputs[output]
+        self._check_position(tokens.first_position, came.first_position + came.tokens)
         if tokens.rgb and len(tokens.rgb) != 3 * len(tokens.ids):
             raise self._violation(
-                f"event {self._sequence} has {len(tokens.rgb)} bytes of colour "
+                f"event {self.sequence} has {len(tokens.rgb)} bytes of colour "
                 f"for {len(tokens.ids)} tokens"
             )
-        self._positions[output] += len(tokens.ids)
+        came.tokens += len(tokens.ids)
+        came.characters += len(tokens.text)
+        came.last_ids.extend(tokens.ids)
         return Tokens(
-            self._sequence,
+            self.sequence,
             tokens.first_position,
             tuple(tokens.ids),
             tokens.text,
@@ -307,12 +368,12 @@ class EventReader:
     def _check_position(self, position: int, due: int) -> None:
         if position != due:
             raise self._violation(
-                f"event {self._sequence} starts at position {position}, {due} was due"
+                f"event {self.sequence} starts at position {position}, {due} was due"
             )
 
     def _failure(self, error: pb.Error) -> Exception:
         retry_after = seconds(error.retry_after) if error.HasField("retry_after") else None
-        if not self._stream_id:
+        if not self.stream_id:
             return refusal(
                 error.code, error.message, retryable=error.retryable, retry_after=retry_after
             )
@@ -321,7 +382,7 @@ class EventReader:
         )
 
     def _violation(self, what: str) -> ContractViolation:
-        stream = f"stream {self._stream_id or '(not accepted)'}"
+        stream = f"stream {self.stream_id or '(not accepted)'}"
         return ContractViolation(f"{self._address} broke the contract of {stream}: {what}")
 
 

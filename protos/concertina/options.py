@@ -177,6 +177,14 @@ StreamInterval: TypeAlias = Annotated[
 Priority: TypeAlias = Annotated[
     int | None, typer.Option(min=-100, max=100, help="Streams of a higher one go first.")
 ]
+Keep: TypeAlias = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        help="Seconds to keep the stream when nobody reads it, and behind its end for "
+        "`concertina sessions`. Default: 60, but not behind its end. 0: do not resume it.",
+    ),
+]
 Seed: TypeAlias = Annotated[
     int | None, typer.Option(min=0, help="The same seed and prompt give the same stream.")
 ]

@@ -16,7 +16,11 @@ from concertina.v1 import bundle_pb2 as pb
 
 Count = TypeVar("Count", int, npt.NDArray[np.int64])
 
-ELEMENT_BYTES = {pb.DATA_TYPE_FLOAT32: 4, pb.DATA_TYPE_FLOAT16: 2}
+ELEMENT_TYPES: dict[int, type[np.generic]] = {
+    pb.DATA_TYPE_FLOAT32: np.float32,
+    pb.DATA_TYPE_FLOAT16: np.float16,
+}
+ELEMENT_BYTES = {key: np.dtype(element).itemsize for key, element in ELEMENT_TYPES.items()}
 KIND_NAMES = {
     pb.STATE_KIND_STACK: "stack",
     pb.STATE_KIND_HISTORY: "history",

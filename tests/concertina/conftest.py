@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeAlias
 
 import grpc
 import pytest
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
 
 from concertina.v1 import bundle_pb2, model_service_pb2
 from concertina.v1 import generation_service_pb2 as pb
+from concertina.v1 import session_service_pb2 as session_pb
 from concertina.v1.generation_service_pb2_grpc import (
     GenerationServiceServicer,
     add_GenerationServiceServicer_to_server,
@@ -18,6 +23,10 @@ from concertina.v1.generation_service_pb2_grpc import (
 from concertina.v1.model_service_pb2_grpc import (
     ModelServiceServicer,
     add_ModelServiceServicer_to_server,
+)
+from concertina.v1.session_service_pb2_grpc import (
+    SessionServiceServicer,
+    add_SessionServiceServicer_to_server,
 )
 
 WAIT = 20.0
@@ -32,9 +41,15 @@ class Status(Exception):
         self.details = details
 
 
-class Fake(GenerationServiceServicer, ModelServiceServicer):
-    """script: what Generate says: messages, a Status to end with, or an event to wait for.
+Line: TypeAlias = pb.GenerateResponse | Status | threading.Event
 
+
+class Fake(GenerationServiceServicer, ModelServiceServicer, SessionServiceServicer):
+    """script: what Generate and Continue say: messages, a Status to end with, an event to wait for.
+
+    scripts: the same for Resume, one after the other; the last of them again and again.
+    times: when Generate and Resume were called.
+    farewells: what Delete and Pause were asked.
     refusal: what Score, ListModels and GetModel end with.
     models: what is served. requests: what was asked, oldest first.
     cancelled: set when the client leaves a stream before its end.
@@ -42,21 +57,54 @@ class Fake(GenerationServiceServicer, ModelServiceServicer):
 
     def __init__(self) -> None:
         self.address = ""
-        self.script: list[pb.GenerateResponse | Status | threading.Event] = []
+        self.script: list[Line] = []
+        self.scripts: list[list[Line]] = []
+        self.times: list[float] = []
+        self.farewells: list[Message] = []
         self.refusal: Status | None = None
         self.models = [text_model(), image_model()]
-        self.requests: list[pb.GenerateRequest | pb.ScoreRequest] = []
+        self.requests: list[Any] = []
         self.cancelled = threading.Event()
         self.never = threading.Event()
 
     def Generate(
         self, request: pb.GenerateRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.GenerateResponse]:
+        return self._say(request, context, self.script)
+
+    def Resume(
+        self, request: pb.ResumeRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.GenerateResponse]:
+        return self._say(
+            request, context, self.scripts.pop(0) if len(self.scripts) > 1 else self.scripts[0]
+        )
+
+    def Continue(
+        self, request: session_pb.ContinueRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.GenerateResponse]:
+        return self._say(request, context, self.script)
+
+    def Delete(
+        self, request: session_pb.DeleteRequest, context: grpc.ServicerContext
+    ) -> session_pb.DeleteResponse:
+        self.farewells.append(request)
+        return session_pb.DeleteResponse()
+
+    def Pause(
+        self, request: session_pb.PauseRequest, context: grpc.ServicerContext
+    ) -> session_pb.PauseResponse:
+        self.farewells.append(request)
+        return session_pb.PauseResponse()
+
+    def _say(
+        self, request: Message, context: grpc.ServicerContext, script: Sequence[Line]
+    ) -> Iterator[pb.GenerateResponse]:
         self.requests.append(request)
+        self.times.append(time.monotonic())
         left = threading.Event()
         context.add_callback(left.set)
         try:
-            for line in self.script:
+            for line in script:
                 if isinstance(line, threading.Event):
                     while not line.wait(0.01):
                         if left.is_set():
@@ -98,7 +146,11 @@ class Fake(GenerationServiceServicer, ModelServiceServicer):
 
     @staticmethod
     def accepted(
-        sequence: int = 1, prompt_tokens: int = 0, outputs: int = 1
+        sequence: int = 1,
+        prompt_tokens: int = 0,
+        outputs: int = 1,
+        keep: int = 0,
+        durable: bool = False,
     ) -> pb.GenerateResponse:
         accepted = pb.Accepted(
             stream_id="s1",
@@ -124,6 +176,8 @@ class Fake(GenerationServiceServicer, ModelServiceServicer):
             prompt_tokens=prompt_tokens,
             output=pb.OutputOptions(n=outputs, logprobs=0, stream_interval=4),
             priority=7,
+            keep=Duration(seconds=keep) if keep else None,
+            durable=durable,
         )
         return pb.GenerateResponse(sequence=sequence, accepted=accepted)
 
@@ -150,10 +204,10 @@ class Fake(GenerationServiceServicer, ModelServiceServicer):
 
     @staticmethod
     def error(
-        sequence: int, code: str = "INTERNAL", message: str = "it broke"
+        sequence: int, code: str = "INTERNAL", message: str = "it broke", retry_after_ms: int = 2500
     ) -> pb.GenerateResponse:
         error = pb.Error(code=code, message=message, retryable=True)
-        error.retry_after.FromMilliseconds(2500)
+        error.retry_after.FromMilliseconds(retry_after_ms)
         return pb.GenerateResponse(sequence=sequence, error=error)
 
 
@@ -198,6 +252,7 @@ def fake() -> Iterator[Fake]:
         server = grpc.server(pool)
         add_GenerationServiceServicer_to_server(fake, server)
         add_ModelServiceServicer_to_server(fake, server)
+        add_SessionServiceServicer_to_server(fake, server)
         fake.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
         server.start()
         yield fake

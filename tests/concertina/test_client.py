@@ -46,11 +46,14 @@ Collect = Callable[..., list[Event]]
 
 
 def _blocking(address: str, *arguments: Any, **parameters: Any) -> list[Event]:
+    parameters = {"keep": 0, **parameters}  # test_resuming.py has those that are kept
     with Client(address) as client, client.generate(*arguments, **parameters) as stream:
         return list(stream)
 
 
 def _asyncio(address: str, *arguments: Any, **parameters: Any) -> list[Event]:
+    parameters = {"keep": 0, **parameters}
+
     async def collect() -> list[Event]:
         async with (
             AsyncClient(address) as client,

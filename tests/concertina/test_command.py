@@ -137,7 +137,8 @@ def test_generate_passes_its_options_on(fake: Fake, run: Run) -> None:
         "--repetition-penalty 1.5 --presence-penalty 0.5 --frequency-penalty -0.5 "
         "--logit-bias 3=-1.5 --logit-bias 4=2 --allowed-token-id 3 --allowed-token-id 4 "
         "--bad-word c --bad-word d --stop-token-id 4 --include-stop --min-tokens 2 --ignore-eos "
-        "--n 1 --logprobs 0 --prompt-logprobs 1 --stream-interval 8 --priority -3"
+        "--n 1 --logprobs 0 --prompt-logprobs 1 --stream-interval 8 --priority -3 "
+        "--keep 5"
     )
     assert run("generate", "def ", *options.split())[0] == 0
     expected = pb.GenerateRequest(
@@ -169,6 +170,9 @@ def test_generate_passes_its_options_on(fake: Fake, run: Run) -> None:
         priority=-3,
     )
     expected.stopping.time_limit.FromSeconds(2)
+    expected.keep.FromSeconds(5)
+    assert fake.requests[0].idempotency_key  # a random one
+    expected.idempotency_key = fake.requests[0].idempotency_key
     assert fake.requests == [expected]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -91,7 +92,20 @@ def test_operators_are_those_the_runtime_knows(bundle: Path) -> None:
     assert [node.op_type for node in kernels] == ["GroupQueryAttention"] * 2
     for node in kernels:
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        assert attributes == {"num_heads": 2, "kv_num_heads": 2, "scale": 1.0}
+        scale = attributes.pop("scale")
+        assert attributes == {"num_heads": 2, "kv_num_heads": 2}
+        assert scale == np.float32(8**-0.5)
+
+
+def test_the_attention_kernel_takes_one_product_whole(bundle: Path) -> None:
+    graph = onnx.load(bundle / "step.onnx").graph
+    makers = {name: node for node in graph.node for name in node.output}
+    operators = [node.op_type for node in graph.node]
+    for node in (node for node in graph.node if node.op_type == "GroupQueryAttention"):
+        assert makers[node.input[0]].op_type == "MatMul"
+        assert node.input[1] == node.input[2] == ""
+    assert "Split" not in operators
+    assert operators.count("Slice") == (2 if bundle.name == "fixed" else 0)  # pooled queries
 
 
 def test_only_the_attention_kernel_sees_the_whole_stack(bundle: Path) -> None:

@@ -202,6 +202,7 @@ def test_every_setting_of_the_server_reaches_it() -> None:
     objects = render(" ".join(f"server.{name}={value}" for name, value in said.items()))
     heard = arguments(objects)
     assert list(said.values()) == [heard[re.sub("[A-Z]", r"_\g<0>", name).lower()] for name in said]
+    assert (heard["provider"], arguments(render("gpu.enabled=true"))["provider"]) == ("cpu", "cuda")
     extra = render("server.extraArgs={--threads=7}")
     assert arguments(extra)["threads"] == 7
 

@@ -195,7 +195,7 @@ async def test_an_open_loop_does_not_wait_for_anybody(serve: Serve) -> None:
 
     address = await serve(script)
     async with asyncio.timeout(30):
-        _, run = await measure(plan(address, rate=100.0, requests=60, warmup=0))
+        _, run = await measure(plan(address, rate=100.0, requests=60, warmup=0), Access())
     assert len(run.records) == 60 and all(record.whole for record in run.records)
     starts = sorted(record.started_ns for record in run.records)
     assert 0.3e9 < starts[-1] - starts[0] < 2e9
@@ -222,7 +222,10 @@ async def test_a_cancelled_open_loop_cancels_its_streams_and_keeps_its_records(
                 await asyncio.sleep(60)
 
     task = asyncio.create_task(
-        measure(plan(await serve(script), rate=100.0, requests=None, duration_s=20.0, warmup=0))
+        measure(
+            plan(await serve(script), rate=100.0, requests=None, duration_s=20.0, warmup=0),
+            Access(),
+        )
     )
     async with asyncio.timeout(15):
         await stuck.wait()

@@ -62,7 +62,7 @@ class Served:
         if self.bench_in_use:
             pushed[self.slots] = self.cache.bench_pushed
         for tensor in self.bundle.manifest.state:
-            buffer = self.runtime._buffers[tensor.name]
+            buffer = self.runtime._rows.buffers[tensor.name]
             for row in range(self.slots + 1):
                 tokens = pushed.get(row, 0)
                 if tensor.kind == pb.STATE_KIND_STACK:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from server.cache import Parked
-from server.runtime import Extent, Ints
+from server.rows import Extent
+from server.runtime import Ints
 from tests.parity.served import Logits, Served, assert_parity, draw_tokens, expected_logits
 
 SPAN, SLOTS = 8, 4

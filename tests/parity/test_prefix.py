@@ -53,7 +53,7 @@ def test_what_is_kept_is_a_copy(fixed_bundle: Path) -> None:
     served = Served(fixed_bundle, prefix_bytes=10**6)
     prompted(served, tokens[0])
     served.prefill(tokens[0])
-    for buffer in served.runtime._buffers.values():
+    for buffer in served.runtime._rows.buffers.values():
         buffer.fill(np.nan)
     skipped = prompted(served, tokens[0])
     assert skipped == 3 * SPAN

@@ -104,7 +104,7 @@ def test_the_poison_is_deadly(bundle: Path) -> None:
     served.take_bench()
     served.prefill(tokens[0, :5])
     row = served.join()
-    buffer = served.runtime._buffers["values.1"][row]
+    buffer = served.runtime._rows.buffers["values.1"][row]
     kinds = {tensor.name: tensor.kind for tensor in served.bundle.manifest.state}
     if kinds["values.1"] == pb.STATE_KIND_STACK:
         buffer[:, served.bundle.entries(5) - 1] = served.value

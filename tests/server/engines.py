@@ -71,8 +71,14 @@ async def until(condition: Callable[[], object], limit_s: float = LIMIT_S) -> No
 
 def is_empty(engine: Engine) -> bool:
     """Whether nothing of any stream is left."""
-    held = (engine._running, engine._waiting, engine._paused, engine._limited, engine._bench)
-    named = (engine._sessions, engine._left)
+    held = (
+        engine._places.running,
+        engine._places.waiting,
+        engine._places.paused,
+        engine._limited,
+        engine._places.bench,
+    )
+    named = (engine._sessions, engine._sessions._left)
     return not any(
         (
             *held,

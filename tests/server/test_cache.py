@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from server.cache import Cache, Parked
-from server.runtime import Extent
+from server.rows import Extent
 from tests.fakes import FakeRuntime, bare_bundle
 
 SLOTS, CONTEXT = 3, 24

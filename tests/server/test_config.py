@@ -36,6 +36,7 @@ def test_the_address_of_a_port_that_is_open_to_the_network_is_local_too() -> Non
         ({"prefill_share": float("nan")}, "prefill_share is nan"),
         ({"prefill_chunk": 0}, "prefill_chunk is 0: it must be from 1 to"),
         ({"threads": -2}, "threads is -2"),
+        ({"provider": "tpu"}, "provider is tpu: it must be cpu or cuda"),
     ],
 )
 def test_engine_settings_have_ranges(settings: dict[str, Any], named: str) -> None:

@@ -73,7 +73,7 @@ async def test_a_state_that_is_not_finite_stays_with_its_stream(text: Bundle, st
         await gate.held("step")
         await gate.let_one("prefill")
         await gate.let_one("step")
-        for buffer in engine._runtime._buffers.values():
+        for buffer in engine._runtime._rows.buffers.values():
             buffer[:] = np.nan
     for stream in poisoned:
         _failure(await read(engine, stream))
@@ -150,8 +150,8 @@ async def test_closing_ends_every_stream_wherever_it_is(text: Bundle, start: Sta
         gate.let(1)
         await gate.held("prefill")
         await gate.let_one("step")
-        assert (engine._running, engine._paused) == ([running], [paused])
-        assert (engine._bench, list(engine._waiting)) == (scored, [waiting])
+        assert (engine._places.running, engine._places.paused) == ([running], [paused])
+        assert (engine._places.bench, list(engine._places.waiting)) == (scored, [waiting])
         closing = asyncio.create_task(asyncio.to_thread(engine.close))
         await until(lambda: engine._closing)
     await asyncio.wait_for(closing, LIMIT_S)

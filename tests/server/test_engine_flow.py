@@ -44,10 +44,10 @@ async def test_cancelling_a_running_stream_frees_its_slot_before_the_next_step(
         gone, next_one = engine.submit(ask(max_tokens=90)), engine.submit(ask(max_tokens=2))
         await gate.held("step")
         await gate.let_one("step")
-        assert engine._running == [gone]
+        assert engine._places.running == [gone]
         engine.cancel(gone)
         await gate.let_one("step")
-        assert engine._running == [next_one]
+        assert engine._places.running == [next_one]
         assert gone.generated == 2  # the step in flight, and no more
         assert engine._ledger.held.streams == 1
     assert len((await read(engine, next_one)).tokens) == 2
@@ -61,10 +61,10 @@ async def test_cancelling_a_waiting_stream_takes_it_out_of_the_queue(
         running, gone, last = (engine.submit(ask(max_tokens=3)) for _ in range(3))
         await gate.held("step")
         await gate.let_one("step")
-        assert list(engine._waiting) == [gone, last]
+        assert list(engine._places.waiting) == [gone, last]
         engine.cancel(gone)
         await gate.let_one("step")
-        assert list(engine._waiting) == [last]
+        assert list(engine._places.waiting) == [last]
         assert engine._ledger.held.streams == 2
     assert [len((await read(engine, s)).tokens) for s in (running, last)] == [3, 3]
 
@@ -80,11 +80,11 @@ async def test_cancelling_in_the_middle_of_prefill_clears_the_bench(
         next_one = engine.submit(ask(b"b" * 20, max_tokens=3))
         await gate.held("prefill")
         await gate.let_one("prefill")
-        assert engine._bench is gone
+        assert engine._places.bench is gone
         assert engine._cache.bench_pushed == text.span
         engine.cancel(gone)
         await gate.let_one("prefill")
-        assert engine._bench is next_one
+        assert engine._places.bench is next_one
         assert engine._cache.bench_pushed == 0
     assert (await read(engine, next_one)).tokens == expected.tokens
 
@@ -100,16 +100,16 @@ async def test_a_prefilled_stream_waits_for_its_slot_on_the_bench(
         await gate.held("step")
         gate.let(4)
         await gate.held("prefill")
-        assert engine._paused == [pausing]
+        assert engine._places.paused == [pausing]
         events = engine.events(pausing)
         first = await anext(events)  # so it comes back, and takes the slot again
         await gate.let_one("step")
-        assert (engine._running, engine._bench) == ([pausing], prefilled)
+        assert (engine._places.running, engine._places.bench) == ([pausing], prefilled)
         assert engine._cache.bench_pushed == 3
         if cancel:
             engine.cancel(prefilled)
             await gate.let_one("step")
-            assert engine._bench is None
+            assert engine._places.bench is None
     rest = [event async for event in events]
     tokens = [
         token for event in (first, *rest) if isinstance(event, Delta) for token in event.tokens
@@ -123,7 +123,7 @@ async def test_a_prefilled_stream_waits_for_its_slot_on_the_bench(
 async def test_cancelling_a_paused_stream_drops_its_state(text: Bundle, start: Start) -> None:
     engine = start(text, slots=1, stream_buffer=4)
     stalled = engine.submit(ask(max_tokens=90))
-    await until(lambda: engine._paused == [stalled])
+    await until(lambda: engine._places.paused == [stalled])
     assert stalled.parked is not None
     engine.cancel(stalled)
     await until(lambda: is_empty(engine))
@@ -152,8 +152,12 @@ async def test_two_hundred_cancels_at_any_moment_leave_nothing(text: Bundle, sta
     chance, struck, doomed = random.Random(11), Counter[str](), set[Stream]()
 
     def strike() -> None:
-        bench = [engine._bench] if engine._bench else []
-        places = {"waiting": engine._waiting, "running": engine._running, "paused": engine._paused}
+        bench = [engine._places.bench] if engine._places.bench else []
+        places = {
+            "waiting": engine._places.waiting,
+            "running": engine._places.running,
+            "paused": engine._places.paused,
+        }
         place = chance.choice(["bench", "bench", *places])
         found = [stream for stream in {**places, "bench": bench}[place] if stream in doomed]
         if found:

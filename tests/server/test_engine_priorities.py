@@ -68,11 +68,11 @@ async def test_a_higher_priority_gets_the_slot_before_the_next_step(
         high = engine.submit(ask(max_tokens=3, priority=5))
         await gate.let_one("step")
         # The lowest and latest gave way, and waits before those that came after it.
-        assert engine._running == [first, high] and engine._waiting == [latest]
+        assert engine._places.running == [first, high] and engine._places.waiting == [latest]
         equal, higher = engine.submit(ask()), engine.submit(ask(max_tokens=2, priority=6))
         await gate.let_one("step")
-        assert engine._running == [high, higher] or engine._running == [higher, high]
-        assert engine._waiting == [first, latest, equal]
+        assert engine._places.running == [high, higher] or engine._places.running == [higher, high]
+        assert engine._places.waiting == [first, latest, equal]
         assert latest.generated == 2 and latest.parked is not None
     for stream in (first, latest, high, equal, higher):
         await read(engine, stream)
@@ -114,7 +114,7 @@ async def test_a_preempted_stream_keeps_its_time_limit_and_can_be_cancelled(
         await gate.let_one("step")
         high = engine.submit(ask(max_tokens=90, priority=1))
         await gate.let_one("step")
-        assert engine._waiting == [limited]
+        assert engine._places.waiting == [limited]
         dropped = engine.submit(ask(max_tokens=90, priority=2))
         highest = engine.submit(ask(max_tokens=3, priority=3))
         await gate.let_one("step")

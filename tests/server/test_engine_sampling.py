@@ -75,7 +75,7 @@ async def test_every_option_at_once_gives_the_tokens_of_the_definition(
     seen: dict[int, list[float]] = {}
 
     def note(logits: Floats, positions: Ints) -> Floats:
-        for row, stream in enumerate(engine._running):
+        for row, stream in enumerate(engine._places.running):
             if stream is watched:
                 seen[int(positions[row])] = logits[row].tolist()
         return logits
@@ -170,10 +170,10 @@ async def test_when_the_first_output_goes_the_next_prefills(text: Bundle, start:
         first, *others = engine.submit_together(requests)
         await gate.held("prefill")
         await gate.let_one("prefill")
-        assert engine._bench is first
+        assert engine._places.bench is first
         engine.cancel(first)
         await gate.let_one("prefill")
-        assert engine._bench is others[0]
+        assert engine._places.bench is others[0]
     assert [(await read(engine, stream)).tokens for stream in others] == alone[1:]
 
 
@@ -183,7 +183,7 @@ async def test_outputs_dropped_at_any_moment_leave_nothing(text: Bundle, start: 
         with Gate(engine) as gate:
             streams = engine.submit_together(_outputs(ask(b"c" * 12, max_tokens=9), 4))
             gate.let(passes)
-            await until(lambda gate=gate: gate._held or len(engine._paused) == 4)
+            await until(lambda gate=gate: gate._held or len(engine._places.paused) == 4)
             for stream in streams:
                 engine.cancel(stream)
         await until(lambda: is_empty(engine))

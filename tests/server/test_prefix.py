@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from server.prefix import PrefixCache
-from server.runtime import Ints, State
+from server.rows import State
+from server.runtime import Ints
 
 SPAN = 3
 
@@ -23,9 +24,10 @@ def left(text: str) -> State:
 
 
 def keep(cache: PrefixCache, text: str) -> None:
-    """Insert every block of `text`, as prefill does."""
-    for end in range(SPAN, len(text) + 1, SPAN):
-        cache.insert(tokens(text[:end]), left(text[:end]))
+    """Insert every block of `text` that is not known, as prefill does."""
+    known = len(cache.match(tokens(text)))
+    for end in range((known + 1) * SPAN, len(text) + 1, SPAN):
+        cache.insert(tokens(text[end - SPAN : end]), left(text[:end]))
 
 
 def found(cache: PrefixCache, text: str) -> str:
@@ -70,10 +72,34 @@ def test_the_block_that_was_used_least_recently_goes_first_and_never_before_its_
 
 
 def test_a_block_whose_beginning_is_gone_is_not_kept() -> None:
+    size = SPAN * 8 + 2 * 5 * 4
+    cache = PrefixCache(SPAN, 2 * size)
+    keep(cache, "abcdefghijkl")  # ghi has no room, so jkl has nothing to stand behind
+    assert cache.nbytes == 2 * size
+    assert found(cache, "abcdefghijkl") == "abcdef"
+    keep(cache, "xyz")
+    assert (found(cache, "abcdef"), found(cache, "xyz")) == ("abc", "xyz")
+
+
+@pytest.mark.parametrize("known", ["", "abc", "abcdef"])
+def test_a_prompt_that_was_pushed_elsewhere_is_followed_if_it_is_known(known: str) -> None:
     cache = PrefixCache(SPAN, 10**6)
-    cache.insert(tokens("abcdef"), left("abcdef"))
-    assert cache.nbytes == 0
-    assert found(cache, "abcdef") == ""
+    keep(cache, known)
+    cache.follow(tokens("abcdefg"), 2)
+    cache.insert(tokens("ghi"), left("abcdefghi"))
+    assert found(cache, "abcdefghi") == ("abcdefghi" if known == "abcdef" else known)
+
+
+def test_a_block_costs_the_same_wherever_it_lies() -> None:
+    """Of a long prompt, the last insert looks at no more blocks than the first."""
+    cache = PrefixCache(SPAN, 10**6)
+    looked: list[int] = []
+    move = cache._by_use.move_to_end
+    cache._by_use.move_to_end = lambda node: (looked.append(1), move(node))[1]  # type: ignore[method-assign]
+    keep(cache, "abc" * 200)
+    assert looked == []
+    assert found(cache, "abc" * 200) == "abc" * 200
+    assert len(looked) == 2 * 200, "once for the prompt that ended, once for the one that begins"
 
 
 def test_nothing_is_kept_that_is_larger_than_the_limit() -> None:

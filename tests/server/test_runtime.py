@@ -11,7 +11,8 @@ import pytest
 from server.bundle import Bundle
 from server.cache import Cache, Parked
 from server.errors import BundleError
-from server.runtime import Extent, Runtime
+from server.rows import Extent
+from server.runtime import Runtime
 
 Logits = Callable[[list[int]], npt.NDArray[np.float64]]
 SLOTS, TOLERANCE = 4, 1e-4
@@ -23,7 +24,7 @@ def runtime(bundle: Bundle) -> Runtime:
     runtime = Runtime(bundle, SLOTS + 1, threads=1)
     for tensor in bundle.manifest.state:
         if len(tensor.shape) == 3:
-            runtime._buffers[tensor.name].fill(np.nan)
+            runtime._rows.buffers[tensor.name].fill(np.nan)
     return runtime
 
 

@@ -320,7 +320,7 @@ async def test_a_cancelled_call_frees_its_slot_before_the_next_step(serve: Serve
         await call.read()
         await gate.held("step")
         await gate.let_one("step")
-        assert len(engine._running) == 1
+        assert len(engine._places.running) == 1
         call.cancel()
         await until(lambda: engine._inbox)  # the server has heard of it
         gate.let(1)
@@ -353,7 +353,7 @@ async def test_a_generator_that_is_dropped_in_the_middle_cancels(serve: Serve) -
     )
     kinds = [(await anext(events)).WhichOneof("event") for _ in range(2)]
     assert kinds == ["accepted", "tokens"]
-    await until(lambda: engine._paused)
+    await until(lambda: engine._places.paused)
     await events.aclose()  # type: ignore[attr-defined]
     await until(lambda: is_empty(engine))
 

@@ -132,7 +132,7 @@ async def test_a_pause_changes_nothing(
     expected = await whole(last.sessions, wanted)
     first = Caller(cluster())
     had = await paused(first, wanted, 21)
-    assert not engine_of(first.sessions)._running
+    assert not engine_of(first.sessions)._places.running
     if elsewhere:
         kill(first.sessions)
         first = last
@@ -278,7 +278,7 @@ async def test_what_is_not_whole_is_not_brought(cluster: Cluster, fault: str) ->
 async def test_sessions_are_listed_by_page(cluster: Cluster) -> None:
     first, second = Caller(cluster()), Caller(cluster())
     names = sorted([(await first.generate(request(10))).stream_id for _ in range(5)])
-    await until(lambda: len(engine_of(first.sessions)._left) == 5)
+    await until(lambda: len(engine_of(first.sessions)._sessions._left) == 5)
     page = await first.call("ListSessions", page_size=3)
     assert [session.stream_id for session in page.sessions] == names[:3]
     assert {session.phase for session in page.sessions} == {pb.SESSION_PHASE_FINISHED}

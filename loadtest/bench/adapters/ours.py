@@ -14,7 +14,8 @@ from server.cache import Cache, Parked
 from server.config import EngineConfig
 from server.engine import Engine
 from server.events import Delta, Request
-from server.runtime import Runtime, State
+from server.rows import State
+from server.runtime import Runtime
 from server.sampler import SamplingParameters
 from server.stream import Stream
 

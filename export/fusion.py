@@ -1,0 +1,107 @@
+"""Queries, keys and values stay one matrix product on their way into the attention kernel.
+
+The exporter writes what the model does: split the product, view its thirds by head, scale the
+queries, flatten all three again. The kernel takes the product whole and scales by itself, which
+saves a copy of it, and eight nodes of every layer's step.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+_VIEWS = ("Reshape", "Transpose")
+_BEGIN, _AXIS = "packed.begin", "packed.axis"
+
+
+class _Third(NamedTuple):
+    """An output of a Split that an input of the kernel is a view of, and what it was scaled by."""
+
+    split: onnx.NodeProto
+    place: int
+    scale: float
+
+
+def pack_attention(proto: onnx.ModelProto) -> None:
+    """Give every GroupQueryAttention of `proto` its whole product, where q, k, v are its thirds.
+
+    That the views cancel out is not looked into: the parity check of every export would see it.
+    """
+    graph = proto.graph
+    makers = {name: node for node in graph.node for name in node.output}
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type != "GroupQueryAttention":
+            continue
+        thirds = [_trace(name, makers, constants) for name in node.input[:3]]
+        if _are_thirds(thirds):
+            assert thirds[0] is not None
+            (scale,) = (a for a in node.attribute if a.name == "scale")
+            scale.f *= thirds[0].scale
+            node.input[:3] = [thirds[0].split.input[0], "", ""]
+    _drop_unread(graph)
+    _slice_queries(graph, constants)
+
+
+def _trace(
+    name: str, makers: dict[str, onnx.NodeProto], constants: dict[str, onnx.TensorProto]
+) -> _Third | None:
+    scale = 1.0
+    while (node := makers.get(name)) is not None:
+        if node.op_type == "Split":
+            return _Third(node, list(node.output).index(name), scale)
+        if node.op_type == "Mul" and node.input[1] in constants:
+            factor = numpy_helper.to_array(constants[node.input[1]])
+            if factor.size != 1:
+                return None
+            scale *= factor.item()
+        elif node.op_type not in _VIEWS:
+            return None
+        name = node.input[0]
+    return None
+
+
+def _are_thirds(thirds: list[_Third | None]) -> bool:
+    split = thirds[0].split if thirds[0] else None
+    return all(
+        third is not None
+        and third.split is split
+        and len(third.split.output) == 3
+        and third.place == place
+        and (place == 0 or third.scale == 1.0)
+        for place, third in enumerate(thirds)
+    )
+
+
+def _drop_unread(graph: onnx.GraphProto) -> None:
+    """Remove nodes whose outputs nobody takes any more."""
+    read = {value.name for value in graph.output}
+    kept = []
+    for node in reversed(graph.node):
+        if read & set(node.output):
+            read.update(node.input)
+            kept.append(node)
+    del graph.node[:]
+    graph.node.extend(reversed(kept))
+
+
+def _slice_queries(graph: onnx.GraphProto, constants: dict[str, onnx.TensorProto]) -> None:
+    """Where a pattern still reads the queries of a product alone, do not copy the rest of it."""
+    read = {name for node in graph.node for name in node.input}
+    known = {value.name: value for value in graph.value_info}
+    for place, node in enumerate(graph.node):
+        if node.op_type != "Split" or read & set(node.output[1:]):
+            continue
+        queries = node.output[0]
+        width = known[queries].type.tensor_type.shape.dim[2].dim_value
+        ends = {_BEGIN: 0, f"packed.end.{width}": width, _AXIS: 2}
+        for name, number in ends.items():
+            if name not in constants:
+                constants[name] = numpy_helper.from_array(np.array([number]), name)
+                graph.initializer.append(constants[name])
+        graph.node[place].CopyFrom(
+            helper.make_node("Slice", [node.input[0], *ends], [queries], node.name)
+        )

@@ -1,0 +1,111 @@
+"""Two graphs that move state inside the memory of a device, where NumPy cannot reach.
+
+`take.onnx` copies out what some rows hold, `put.onnx` writes such parts in place. They compute
+nothing, and need no weights: only the shapes of the state.
+
+Shapes: `S` rows of the buffers, of which `B` are concerned; `n` entries of each stack, `m` rows of
+each history.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnx
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from concertina.v1 import bundle_pb2 as pb
+from export.graphs import TORCH_TYPES, trace_graph
+
+TAKE, PUT = "take.onnx", "put.onnx"
+
+
+class _TakeGraph(nn.Module):
+    """`rows[B]`, `entries[B, n]`, `tokens[B, m]` and the buffers `[S, …]` to parts `[B, …]`.
+
+    Of a stack it takes those entries, of a history the rows of those tokens, of a recurrent tensor
+    all.
+    """
+
+    def __init__(self, state: Sequence[pb.StateTensor]) -> None:
+        super().__init__()
+        self.kinds = [tensor.kind for tensor in state]
+
+    def forward(
+        self, rows: Tensor, entries: Tensor, tokens: Tensor, buffers: list[Tensor]
+    ) -> list[Tensor]:
+        """See the class."""
+        return [
+            buffer[_place(kind, buffer, rows, entries, tokens)]
+            for kind, buffer in zip(self.kinds, buffers, strict=True)
+        ]
+
+
+class _PutGraph(_TakeGraph):
+    """The same inputs, and such parts, to the buffers that hold them."""
+
+    def forward(  # type: ignore[override]
+        self,
+        rows: Tensor,
+        entries: Tensor,
+        tokens: Tensor,
+        buffers: list[Tensor],
+        parts: list[Tensor],
+    ) -> list[Tensor]:
+        """See the class."""
+        return [
+            buffer.index_put(_place(kind, buffer, rows, entries, tokens), part)
+            for kind, buffer, part in zip(self.kinds, buffers, parts, strict=True)
+        ]
+
+
+def export_moves(state: Sequence[pb.StateTensor], folder: Path) -> list[str]:
+    """Write both graphs for streams with such `state` into `folder`; the names of the files."""
+    slots, batch, entries, tokens = Dim("slots"), Dim("batch"), Dim("entries"), Dim("tokens")
+    index_names = ["rows", "entries", "tokens"]
+    index_shapes = [{0: batch}, {0: batch, 1: entries}, {0: batch, 1: tokens}]
+    # Example sizes differ from each other and from 1, or they would be taken for constants.
+    index = [torch.arange(2), torch.arange(6).view(2, 3), torch.arange(8).view(2, 4)]
+    buffers = [torch.zeros(5, *t.shape, dtype=TORCH_TYPES[t.data_type]) for t in state]
+    names = [t.name for t in state]
+    take = _TakeGraph(state)
+    parts = take(*index, buffers)
+    part_names = [f"part.{name}" for name in names]
+    part_shapes: list[dict[int, object]] = [{0: batch} for _ in state]
+    for tensor, shape in zip(state, part_shapes, strict=True):
+        if tensor.kind == pb.STATE_KIND_STACK:
+            shape[2] = entries
+        elif tensor.kind == pb.STATE_KIND_HISTORY:
+            shape[1] = tokens
+    buffer_shapes = [{0: slots} for _ in state]
+    proto = trace_graph(
+        take,
+        (*index, buffers),
+        (*index_shapes, buffer_shapes),
+        [*index_names, *names],
+        part_names,
+    )
+    onnx.save(proto, folder / TAKE)
+    proto = trace_graph(
+        _PutGraph(state),
+        (*index, buffers, parts),
+        (*index_shapes, buffer_shapes, part_shapes),
+        [*index_names, *names, *part_names],
+        [f"next.{name}" for name in names],
+    )
+    onnx.save(proto, folder / PUT)
+    return [TAKE, PUT]
+
+
+def _place(
+    kind: int, buffer: Tensor, rows: Tensor, entries: Tensor, tokens: Tensor
+) -> tuple[Tensor, ...]:
+    if kind == pb.STATE_KIND_STACK:
+        heads = torch.arange(buffer.shape[1])
+        return rows[:, None, None], heads[:, None], entries[:, None]
+    if kind == pb.STATE_KIND_HISTORY:
+        return rows[:, None], tokens
+    return (rows,)

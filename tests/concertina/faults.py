@@ -1,0 +1,174 @@
+"""A real server that breaks calls where a test says, and a client's streams over it."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+
+from concertina.client import Accepted, AsyncClient, Client, Event, Finished, PromptLogprobs, Tokens
+from concertina.v1 import generation_service_pb2 as pb
+from concertina.v1 import generation_service_pb2_grpc as generation_grpc
+from concertina.v1 import session_service_pb2_grpc as session_grpc
+from server.engine import Engine
+from server.keys import Callers
+from server.servicer import GenerationServicer
+from server.session_servicer import SessionServicer
+from server.sessions import Sessions
+
+LIMIT_S = 60.0
+STATUSES = ("UNAVAILABLE", "INTERNAL", "UNKNOWN", "CANCELLED")
+FAULTS = (*STATUSES, "EOF", "HANDED_OVER")
+
+
+class Faulty(generation_grpc.GenerationServiceServicer):
+    """The real servicer. Its calls end by the next of `faults`, after so many events.
+
+    asked: the requests that came, and when.
+    """
+
+    def __init__(self, real: GenerationServicer) -> None:
+        self._real = real
+        self.faults: Iterator[tuple[int, str]] = iter(())
+        self.asked: list[tuple[float, Any]] = []
+
+    async def Generate(
+        self, request: pb.GenerateRequest, context: Any
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        """As the contract says, until the fault."""
+        events = self._real.Generate(request, context)
+        async for event in self._broken(request, events, context):
+            yield event
+
+    async def Resume(
+        self, request: pb.ResumeRequest, context: Any
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        """As the contract says, until the fault."""
+        events = self._real.Resume(request, context)
+        async for event in self._broken(request, events, context):
+            yield event
+
+    async def _broken(
+        self, request: Any, events: AsyncIterator[pb.GenerateResponse], context: Any
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        self.asked.append((time.monotonic(), request))
+        left, fault = next(self.faults, (1 << 30, ""))
+        sequence = getattr(request, "after_sequence", 0)
+        try:
+            while left:
+                left -= 1
+                try:
+                    event = await anext(events)
+                except StopAsyncIteration:
+                    return
+                sequence = event.sequence
+                yield event
+            # What was lost on the way: the server said it, and nobody heard.
+            await anext(events, None)
+        finally:
+            await events.aclose()  # type: ignore[attr-defined]
+        if fault == "HANDED_OVER" and sequence:
+            handed_over = pb.HandedOver()
+            yield pb.GenerateResponse(sequence=sequence + 1, handed_over=handed_over)
+        elif fault not in ("EOF", "HANDED_OVER"):
+            await context.abort(grpc.StatusCode[fault], "a fault of the test")
+
+
+def random_faults(seed: int, kinds: Iterable[str] = FAULTS) -> Iterator[tuple[int, str]]:
+    """Without end: after 0 to 4 events, one of these kinds."""
+    kinds, draw = tuple(kinds), random.Random(seed)
+    while True:
+        yield draw.choice((0, 1, 1, 2, 3, 4)), draw.choice(kinds)
+
+
+@dataclass
+class Faults:
+    """A running server. ports: where it listens."""
+
+    address: str
+    servicer: Faulty
+    engines: Mapping[str, Engine]
+
+
+@asynccontextmanager
+async def serving(engines: Mapping[str, Engine]) -> AsyncIterator[Faults]:
+    """A real server over these engines, on loopback."""
+    sessions, callers = Sessions(engines, None), Callers(None)
+    servicer = Faulty(GenerationServicer(sessions, callers))
+    server = grpc.aio.server()
+    generation_grpc.add_GenerationServiceServicer_to_server(servicer, server)
+    session_grpc.add_SessionServiceServicer_to_server(SessionServicer(sessions, callers), server)
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    try:
+        yield Faults(address, servicer, engines)
+    finally:
+        await server.stop(None)
+
+
+@dataclass
+class Content:
+    """All that counts of a stream, and how often it went on."""
+
+    ids: dict[int, list[int]] = field(default_factory=dict)
+    texts: dict[int, str] = field(default_factory=dict)
+    rgb: dict[int, bytes] = field(default_factory=dict)
+    logprobs: dict[int, list[Any]] = field(default_factory=dict)
+    prompt: list[Any] = field(default_factory=list)
+    ends: dict[int, tuple[Any, ...]] = field(default_factory=dict)
+    resumed: int = field(default=0, compare=False)
+
+    def take(self, event: Event) -> None:
+        """One event."""
+        match event:
+            case Tokens(output=output):
+                self.ids.setdefault(output, []).extend(event.ids)
+                self.texts[output] = self.texts.get(output, "") + event.text
+                self.rgb[output] = self.rgb.get(output, b"") + event.rgb
+                self.logprobs.setdefault(output, []).extend(_rounded(event.logprobs))
+            case PromptLogprobs():
+                self.prompt += _rounded(event.logprobs)
+            case Finished():
+                generated = event.usage.generated_tokens
+                self.ends[event.output] = (event.reason, event.stop, generated)
+            case Accepted():
+                pass
+
+
+def _rounded(told: Iterable[Any]) -> list[Any]:
+    return [(round(one.logprob, 3), one.top_ids) for one in told]
+
+
+Read = Callable[..., Any]
+
+
+async def read_async(address: str, **asked: Any) -> Content:
+    """A stream as AsyncClient gives it."""
+    content = Content()
+    async with asyncio.timeout(LIMIT_S), AsyncClient(address) as client:
+        async with client.generate(**asked) as stream:
+            async for event in stream:
+                content.take(event)
+        content.resumed = stream.resumed
+    return content
+
+
+async def read_blocking(address: str, **asked: Any) -> Content:
+    """A stream as Client gives it."""
+
+    def read() -> Content:
+        content = Content()
+        with Client(address) as client:
+            with client.generate(**asked) as stream:
+                for event in stream:
+                    content.take(event)
+            content.resumed = stream.resumed
+        return content
+
+    return await asyncio.wait_for(asyncio.to_thread(read), LIMIT_S)

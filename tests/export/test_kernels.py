@@ -1,0 +1,115 @@
+"""Every node of what is exported for a GPU has a CUDA kernel for its types, says onnxruntime.
+
+No GPU is needed: the kernels are those of the table beside this file.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from concertina.manifest import read_manifest
+from concertina.v1 import bundle_pb2 as pb
+from tests.checkpoints import export_tiny
+
+_TABLE = json.loads(Path(__file__).with_name("cuda_kernels.json").read_text())
+_KERNELS = {(kernel["domain"], kernel["op"]): kernel for kernel in _TABLE["kernels"]}
+_NAMES = {  # as the table writes them
+    onnx.TensorProto.FLOAT: "float",
+    onnx.TensorProto.FLOAT16: "float16",
+    onnx.TensorProto.DOUBLE: "double",
+    onnx.TensorProto.BOOL: "bool",
+    onnx.TensorProto.INT32: "int32",
+    onnx.TensorProto.INT64: "int64",
+    onnx.TensorProto.UINT8: "uint8",
+}
+
+
+def element_types(model: onnx.ModelProto) -> dict[str, str]:
+    """The type of every tensor in a graph, by name."""
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    types = {
+        value.name: value.type.tensor_type.elem_type
+        for value in (*graph.input, *graph.output, *graph.value_info)
+    }
+    types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
+    return {name: _NAMES.get(element, f"type {element}") for name, element in types.items()}
+
+
+def without_kernel(model: onnx.ModelProto) -> list[str]:
+    """What no CUDA kernel computes: the operator and why."""
+    opsets = {opset.domain: opset.version for opset in model.opset_import}
+    types = element_types(model)
+    found = []
+    for node in model.graph.node:
+        kernel = _KERNELS.get((node.domain, node.op_type))
+        why = _misfit(node, kernel, opsets[node.domain], types) if kernel else "not in the table"
+        if why:
+            found.append(f"{node.op_type}: {why}")
+    return found
+
+
+def _misfit(
+    node: onnx.NodeProto, kernel: dict[str, Any], opset: int, types: dict[str, str]
+) -> str | None:
+    first, last = kernel["opset"]
+    if not first <= opset <= (last or opset):
+        return f"opset {opset} is not in {first} … {last}"
+    bound: dict[str, str] = {}
+    for names, variables in ((node.input, kernel["inputs"]), (node.output, kernel["outputs"])):
+        if variables[-1].endswith("..."):
+            variables = [variables[-1].removesuffix("...")] * len(names)
+        if len(names) > len(variables):
+            return f"{len(names)} values where it has {len(variables)}"
+        for name, variable in zip(names, variables, strict=False):
+            if not name:
+                continue
+            element = types.get(name, "unknown")
+            if element not in kernel["types"].get(variable, variable).split():
+                return f"{name} is {element}"
+            if bound.setdefault(variable, element) != element:
+                return f"{name} is {element}, others of {variable} are {bound[variable]}"
+    return None
+
+
+@pytest.fixture(params=["fixed", "full", "logsparse", "mixture"])
+def half_bundle(request: pytest.FixtureRequest, tiny_bundles: Path) -> Path:
+    return export_tiny(tiny_bundles, request.param, half=True)
+
+
+def test_every_node_has_a_cuda_kernel(half_bundle: Path) -> None:
+    graphs = sorted(path.name for path in half_bundle.glob("*.onnx"))
+    folds = [] if half_bundle.name == "full-half" else ["fold.onnx"]
+    assert graphs == [*folds, "put.onnx", "step.onnx", "take.onnx"]
+    for name in graphs:
+        assert without_kernel(onnx.load(half_bundle / name)) == [], name
+
+
+def test_attention_in_float32_is_refused(fixed_bundle: Path) -> None:
+    (one, other) = without_kernel(onnx.load(fixed_bundle / "step.onnx"))
+    assert one.startswith("GroupQueryAttention: ") and one.endswith(" is float")
+    assert other.startswith("GroupQueryAttention: ")
+
+
+def test_what_the_table_does_not_say_is_refused(fixed_bundle: Path) -> None:
+    model = onnx.load(fixed_bundle / "fold.onnx")
+    assert without_kernel(model) == []
+    pools = [node for node in model.graph.node if node.op_type == "ReduceMax"]
+    pools[0].op_type = "ReduceMedian"
+    assert without_kernel(model) == ["ReduceMedian: not in the table"]
+    pools[0].op_type = "ReduceMax"
+    model.opset_import[0].version = 17
+    assert "ReduceMax: opset 17 is not in 18 … None" in without_kernel(model)
+
+
+def test_caches_are_float16_and_what_every_step_changes_is_not(half_bundle: Path) -> None:
+    manifest = read_manifest(half_bundle)
+    for tensor in manifest.state:
+        recurrent = tensor.kind == pb.STATE_KIND_RECURRENT
+        assert tensor.data_type == (pb.DATA_TYPE_FLOAT32 if recurrent else pb.DATA_TYPE_FLOAT16)
+    assert {"take.onnx", "put.onnx"} <= {file.path for file in manifest.files}
+    assert 1e-5 < manifest.parity.max_error < manifest.parity.tolerance < 0.1
