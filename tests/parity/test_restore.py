@@ -51,9 +51,10 @@ def record_pasts(engine: Engine, pasts: dict[int, Past]) -> None:
 
     def recording(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
         def recorded(*args: Any) -> Any:
-            stream = engine._bench if name == "prefill" else engine._running[0]
+            places = engine._places
+            stream = places.bench if name == "prefill" else places.running[0]
             assert stream is not None
-            parked = engine._parked(stream)
+            parked = places.park(stream)
             assert parked is not None
             pasts[parked.pushed] = replace(stream.past, parked=parked)
             return run(*args)

@@ -185,6 +185,6 @@ def _harm(output: snapshot_pb2.OutputSnapshot, name: str, harm: str) -> None:
         case "long":
             output.state[name] = content * 2
         case _:
-            values = np.frombuffer(content, "<f4").copy()
+            values = np.frombuffer(content[: len(content) // 4 * 4], "<f4").copy()
             values[:] = float(harm)
             output.state[name] = values.tobytes()
