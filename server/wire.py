@@ -156,14 +156,17 @@ def finished_message(finish: Finish, prompt_tokens: int) -> pb.Finished:
 def finish_from(message: pb.Finished) -> Finish:
     """The same, back. Raises ValueError where it says what is true of no output."""
     usage = message.usage
-    times = [seconds(t) for t in (usage.queue_time, usage.time_to_first_token, usage.total_time)]
+    times = tuple(map(seconds, (usage.queue_time, usage.time_to_first_token, usage.total_time)))
+    queue_s, first_token_s, total_s = times
     if message.reason not in _BY_NUMBER or not all(0 <= t <= _MAX_SECONDS for t in times):
         raise ValueError(f"reason {message.reason}, times {times}")
     return Finish(
         _BY_NUMBER[message.reason],
         message.stop if message.HasField("stop") else None,
         usage.generated_tokens,
-        *times,
+        queue_s,
+        first_token_s,
+        total_s,
         usage.state_bytes,
     )
 

@@ -1,6 +1,6 @@
 """Serve a mix of callers for an hour, and require that memory does not grow.
 
-    python tools/soak.py bundles/python-4k --seconds 3600 --json build/soak.json --plot build/soak.png
+    python tools/soak.py bundles/python-4k --json build/soak.json --plot build/soak.png
 
 A real server with a store of snapshots; streams that end, are cancelled, are cut and resumed, are
 paused, continued and deleted. Its memory is sampled; what it has after a warm-up of a quarter of
@@ -121,7 +121,16 @@ async def _soak(
     command = [sys.executable, "-m", "concertina.cli", "serve", str(bundle), "--local"]
     command += ["--port", str(port), "--metrics-port", str(metrics_port)]
     command += ["--snapshots", f"file://{store}", "--snapshot-interval", "64"]
-    command += ["--snapshot-ttl", "60", "--slots", str(_CALLERS // 2), "--threads", "1"]
+    command += [
+        "--snapshot-ttl",
+        "60",
+        "--prefix-cache-bytes",
+        "1000000",
+        "--slots",
+        str(_CALLERS // 2),
+        "--threads",
+        "1",
+    ]
     quiet = subprocess.DEVNULL
     key = {KEY_VARIABLE: base64.b64encode(secrets.token_bytes(32)).decode()}
     server = psutil.Popen(command, env=os.environ | key, stdout=quiet, stderr=quiet)
