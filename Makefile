@@ -10,6 +10,7 @@ HELM ?= build/bin/helm#   fetched when missing (linux, x86-64); elsewhere name y
 IMAGE ?= concertina:dev
 MARKERS ?=#               a pytest -m expression, instead of the fast default
 PYTEST_ARGS ?=
+SOAK_SECONDS ?= 3600
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
 BIN := $(abspath $(VENV))/bin
@@ -20,7 +21,7 @@ protoc = $(BIN)/python -m grpc_tools.protoc -Iprotos \
 
 export HELM
 
-.PHONY: help demo test mutants lint audit format protos image clean
+.PHONY: help demo test mutants chaos soak lint audit format protos image clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -33,6 +34,14 @@ test: $(VENV)/.dev $(HELM) ## run the tests; MARKERS=slow, PYTEST_ARGS='-k fold'
 
 mutants: $(VENV)/.dev ## plant known bugs into copies and require that the tests catch each
 	$(BIN)/python tools/mutate.py
+
+chaos: $(VENV)/.dev ## kill servers under running streams; every stream has to be as without (minutes)
+	$(BIN)/python tools/chaos.py bundles/python-4k --json build/chaos.json
+	$(BIN)/python tools/chaos.py bundles/python-4k --ray --json build/chaos-ray.json
+
+soak: $(VENV)/.dev ## an hour of mixed callers; memory must not grow; SOAK_SECONDS=60 for less
+	SOAK_SECONDS=$(SOAK_SECONDS) $(BIN)/python tools/soak.py bundles/python-4k \
+	  --json build/soak.json --plot build/soak.png
 
 lint: $(VENV)/.dev $(HELM) ## every check that runs nothing: style, types, arrows, protos, image, chart
 	$(BIN)/ruff check .

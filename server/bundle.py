@@ -145,4 +145,32 @@ def load_bundle(folder: Path) -> Bundle:
             raise BundleError(f"{folder}: state {tensor.name} has an unknown data type")
         if tensor.kind not in KIND_NAMES:
             raise BundleError(f"{folder}: state {tensor.name} is of a kind this server cannot keep")
+    if flaw := _flaw(bundle):
+        raise BundleError(f"{folder / 'manifest.json'} contradicts itself: {flaw}")
     return bundle
+
+
+def _flaw(bundle: Bundle) -> str:
+    """What of a manifest's numbers cannot be; empty if all can."""
+    manifest, context = bundle.manifest, bundle.context
+    if not (0 < context <= 2**24 and 0 < manifest.vocabulary < 2**31):
+        return f"context {context}, vocabulary {manifest.vocabulary}"
+    if bundle.span is not None and not 1 < bundle.span <= context:
+        return f"a fold every {bundle.span} of {context} tokens"
+    if manifest.HasField("end_token") and manifest.end_token >= manifest.vocabulary:
+        return f"end token {manifest.end_token} of {manifest.vocabulary}"
+    form = manifest.image
+    if bundle.is_image and (
+        form.width * form.height != context or len(form.palette) != 3 * manifest.vocabulary
+    ):
+        return f"{form.width}x{form.height} pixels of {len(form.palette)} bytes of colours"
+    if not bundle.is_image and manifest.vocabulary > 256:
+        return f"{manifest.vocabulary} tokens, which are bytes"
+    most = int(np.max(bundle.entries(np.arange(context)))) + 1 if bundle.stacks else 0
+    for tensor in manifest.state:
+        shape = list(tensor.shape)
+        along = {pb.STATE_KIND_STACK: (1, most), pb.STATE_KIND_HISTORY: (0, context)}
+        axis, least = along.get(tensor.kind, (-1, 0))
+        if min(shape, default=0) < 1 or len(shape) <= axis or shape[axis] < least:
+            return f"state {tensor.name} has shape {shape}"
+    return ""

@@ -138,10 +138,8 @@ class Engine:
             if refusal is not None:
                 self._measures.rejected(refusal.reason)
                 raise refusal.error
-            replaced = self._sessions.add(session)
-            self._post(lambda: self._enqueue(session, opened))
-            if replaced is not None:  # what it left behind is not to lie there until it expires
-                self._post(lambda: self._forget(replaced))
+            before = self._sessions.add(session)
+            self._post(lambda: self._enqueue(session, opened, before))
         return session
 
     def find(self, stream_id: str, owner: str) -> Session | None:
@@ -478,7 +476,9 @@ class Engine:
 
     # ---- the life of a stream
 
-    def _enqueue(self, session: Session, streams: Sequence[Stream]) -> None:
+    def _enqueue(self, session: Session, streams: Sequence[Stream], before: Session | None) -> None:
+        if before is not None:  # it goes on in this one
+            self._sessions.drop(before)
         for stream in session.streams:
             if not stream.reader.received.ended:
                 self._catch_up(stream)

@@ -65,7 +65,7 @@ class Reader:
     @property
     def unread(self) -> int:
         """Tokens that were published and not yet taken."""
-        return self.published - self.taken
+        return 0 if self.is_over else self.published - self.taken
 
     def deliver(self, piece: Piece) -> None:
         """Append to the buffer, and wake the reader if there is something for it."""

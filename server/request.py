@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+from google.protobuf.message import Message
 
 from concertina.v1 import generation_service_pb2 as pb
 from server.bundle import Bundle
@@ -27,6 +28,7 @@ _MAX_PENALTY = 2
 _MAX_OUTPUTS = 128
 _MAX_KEY_BYTES = 128
 _MAX_LAST_IDS = 4096
+_MAX_COUNT = 1 << 40
 _MAX_KEEP_S = 24 * 3600
 _MAX_TOP_LOGPROBS = 20
 _MAX_PRIORITY = 100
@@ -83,8 +85,10 @@ def generate_request(
 
 def resume_request(request: pb.ResumeRequest) -> tuple[Received, ...]:
     """What was received of each output, by index. Raises InvalidRequest naming field and limit."""
+    _check_counts("", request, ("after_sequence",))
     received: dict[int, Received] = {}
     for told in request.received:
+        _check_counts("received.", told, ("tokens", "characters", "prompt_logprobs"))
         if told.output >= _MAX_OUTPUTS or told.output in received:
             raise InvalidRequest(
                 f"received names output {told.output}; each may be named once, up to "
@@ -103,6 +107,12 @@ def resume_request(request: pb.ResumeRequest) -> tuple[Received, ...]:
             tuple(told.last_ids),
         )
     return tuple(received.get(output, NOTHING) for output in range(max(received, default=-1) + 1))
+
+
+def _check_counts(prefix: str, message: Message, names: Sequence[str]) -> None:
+    for name in names:
+        if (value := getattr(message, name)) > _MAX_COUNT:
+            raise InvalidRequest(f"{prefix}{name} is {value}; it must be at most {_MAX_COUNT}")
 
 
 def score_request(bundle: Bundle, request: pb.ScoreRequest) -> Request:

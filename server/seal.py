@@ -84,7 +84,12 @@ class Sealer:
             raise SnapshotRefused(
                 f"the snapshot has format {header.version}, this server reads {VERSION}"
             )
-        return header, pb.Snapshot.FromString(opened)
+        try:
+            for time_of in (header.accepted, header.expires):
+                time_of.ToNanoseconds()
+            return header, pb.Snapshot.FromString(opened)
+        except (DecodeError, ValueError):  # the latter for times that are none
+            raise SnapshotRefused("the snapshot was sealed, but nothing that can be read") from None
 
 
 def refuse_expired(header: pb.SnapshotHeader) -> None:

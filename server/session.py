@@ -57,9 +57,9 @@ class SessionTable:
     def add(self, session: Session) -> Session | None:
         """Hold a session, in place of one of the same name, which is given back."""
         with self._lock:
-            replaced = self._by_name.get(session.terms.stream_id)
+            before = self._by_name.get(session.terms.stream_id)
             self._by_name[session.terms.stream_id] = session
-        return replaced
+        return before
 
     def find(self, stream_id: str, owner: str) -> Session | None:
         """The owner's session of that name."""

@@ -179,7 +179,7 @@ class SessionServicer(session_grpc.SessionServiceServicer):
         if more or not _is_paused(stream):
             past = _extend(origin, stream, more)
         else:
-            past = _go_on(origin, stream, request)
+            past = _go_on(origin, stream, request, engine.bundle.context)
         requests = generate_request(engine.bundle, origin, engine.config)
         terms = replace(session.terms, origin=origin.SerializeToString(deterministic=True))
         return await self._sessions.reopen(engine, terms, requests, [past])
@@ -195,7 +195,6 @@ class SessionServicer(session_grpc.SessionServiceServicer):
         )
         requests = generate_request(engine.bundle, origin, engine.config)
         following = await self._sessions.reopen(engine, terms, requests, session.pasts)
-        self._sessions.store(engine, following.session)
         engine.leave(following.session, following.readers)
         return terms.stream_id
 
@@ -283,12 +282,18 @@ def _extend(origin: generation_pb.GenerateRequest, stream: Stream, more: list[in
 
 
 def _go_on(
-    origin: generation_pb.GenerateRequest, stream: Stream, request: pb.ContinueRequest
+    origin: generation_pb.GenerateRequest,
+    stream: Stream,
+    request: pb.ContinueRequest,
+    context: int,
 ) -> Past:
     """As if the stream had never paused."""
     told = len(stream.history)
     if request.stopping.HasField("max_tokens"):
-        origin.stopping.max_tokens = told + request.stopping.max_tokens
+        more, left = request.stopping.max_tokens, context - told
+        if not 1 <= more <= left:
+            raise InvalidRequest(f"stopping.max_tokens is {more}; it must be between 1 and {left}")
+        origin.stopping.max_tokens = told + more
     characters = stream.base_characters + len(stream.backlog.text)
     return replace(
         stream.past, parked=stream.parked, finish=None, base_tokens=told, base_characters=characters

@@ -82,7 +82,6 @@ class Sessions:
         Raises RequestError.
         """
         requests = generate_request(engine.bundle, request, engine.config)
-        keep_s = request.keep.seconds + request.keep.nanos / 1e9
         if not request.idempotency_key:
             stream_id = secrets.token_urlsafe(_NAME_BYTES)
         else:
@@ -91,17 +90,19 @@ class Sessions:
                 found = await self.follow(stream_id, owner, [NOTHING] * len(requests))
                 _check_same(request, found.session.terms.origin)
                 return found
-        terms = Terms(stream_id, owner, keep_s, origin(request, requests[0]), time.time())
+        terms = Terms(stream_id, owner, keep_s(request), origin(request, requests[0]), time.time())
         session = engine.open(terms, requests)
         return await self._begun(engine, session)
 
-    async def _begun(self, engine: Engine, session: Session) -> Following:
+    async def _begun(
+        self, engine: Engine, session: Session, pasts: Sequence[Past] = ()
+    ) -> Following:
         """A session that was just opened, once it is in the store if it shall outlive us."""
         following = Following(engine, session, session.readers)
         if self.keeper is None or not session.terms.keep_s:
             return following
         try:
-            await asyncio.to_thread(self.keeper.begin, engine.bundle, session.terms)
+            await asyncio.to_thread(self.keeper.begin, engine.bundle, session.terms, pasts)
         except OSError as error:
             await engine.forget(session)
             _log.exception("a stream could not be stored")
@@ -162,7 +163,7 @@ class Sessions:
         self, engine: Engine, terms: Terms, requests: Sequence[Request], pasts: Sequence[Past]
     ) -> Following:
         """A session that goes on behind `pasts`. Raises Overloaded, StorageFailed."""
-        return await self._begun(engine, engine.open(terms, requests, pasts))
+        return await self._begun(engine, engine.open(terms, requests, pasts), pasts)
 
     async def stored(self, owner: str) -> list[str]:
         """Names of the caller's streams in the store. Raises StorageFailed."""
@@ -232,17 +233,20 @@ class Sessions:
         requests = generate_request(engine.bundle, request, engine.config)
         empty = engine.empty_past
         pasts = [empty] * len(requests)
+        if not keep_s(request):
+            raise SnapshotRefused("the snapshot is of a stream that was not to be kept")
         for told in stored.snapshot.outputs:
-            if told.output < len(pasts):
-                pasts[told.output] = past_from(engine.bundle, told)
+            if (output := told.output) < len(pasts):
+                pasts[output] = past_from(engine.bundle, requests[output], told)
         terms = Terms(
             header.stream_id,
             header.owner,
-            header.keep_seconds,
+            keep_s(request),
             request.SerializeToString(),
-            header.accepted.ToNanoseconds() / 1e9,
+            min(max(0.0, header.accepted.ToNanoseconds() / 1e9), time.time()),
         )
         received = padded(received, len(requests))
+        _check_ids(engine, received)
         session = engine.open(terms, requests, pasts, received)
         metrics.RESUMED.labels(engine.bundle.name, "store").inc()
         return Following(engine, session, session.readers)
@@ -269,6 +273,22 @@ def padded(received: Sequence[Received], outputs: int) -> list[Received]:
             f"received names output {len(received) - 1}, the stream has outputs 0 to {outputs - 1}"
         )
     return [*received, *[NOTHING] * (outputs - len(received))]
+
+
+def keep_s(request: pb.GenerateRequest) -> float:
+    """How long a stream is kept without a reader, in seconds."""
+    return float(request.keep.seconds + request.keep.nanos / 1e9)
+
+
+def _check_ids(engine: Engine, received: Sequence[Received]) -> None:
+    """That the tokens a reader knows, which are pushed again, are tokens of the model."""
+    vocabulary = engine.bundle.manifest.vocabulary
+    highest = max((max(had.last_ids, default=0) for had in received), default=0)
+    if highest >= vocabulary:
+        raise InvalidRequest(
+            f"received.last_ids has {highest}; ids of {engine.bundle.name} must be below "
+            f"{vocabulary}"
+        )
 
 
 def _check_same(request: pb.GenerateRequest, stored: bytes) -> None:

@@ -1,13 +1,15 @@
 """Snapshots of streams: what is in them, and how they are written and read.
 
-Of a stream lie in the store its `origin`, written before it is accepted, and the latest snapshot
-of each output. What is asked for while a write is under way replaces what waits: an output has
-never more than one snapshot waiting.
+Of a stream lie in the store its `origin`, written before it is accepted, with what it goes on
+behind if it does, and the latest snapshot of each output. Of what is told twice, the later counts.
+What is asked for while a write is under way replaces what waits: an output has never more than one
+snapshot waiting.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from array import array
@@ -25,6 +27,7 @@ from server.bundle import Bundle
 from server.cache import Parked
 from server.config import ConfigError
 from server.errors import SnapshotRefused
+from server.events import Finish, Request
 from server.logprobs import TokenLogprobs
 from server.seal import KEY_VARIABLE, VERSION, Sealer, refuse_expired
 from server.store import Store
@@ -99,17 +102,27 @@ class Keeper:
             self._waiting[terms.stream_id, output] = (bundle, terms, output, past)
             self._changed.notify_all()
 
-    def begin(self, bundle: Bundle, terms: Terms) -> None:
-        """Store that a stream was asked for. Raises OSError."""
-        self._put(bundle, terms, _ORIGIN, ())
+    def begin(self, bundle: Bundle, terms: Terms, pasts: Sequence[Past] = ()) -> None:
+        """Store that a stream was asked for, and the `pasts` it goes on behind. Raises OSError.
+
+        What was stored of it before, and what still waits to be, counts no more.
+        """
+        if pasts:
+            self._withdraw(terms.stream_id)
+        outputs = [output_snapshot(output, past) for output, past in enumerate(pasts)]
+        self._put(bundle, terms, _ORIGIN, outputs)
 
     def forget(self, terms: Terms) -> None:
         """Drop all that is stored of a stream, and what waits. Raises OSError."""
+        self._withdraw(terms.stream_id)
+        self._store.delete(terms.owner, terms.stream_id)
+
+    def _withdraw(self, stream_id: str) -> None:
+        """Write nothing any more of what waits of a stream; what is being written, is by now."""
         with self._changed:
-            for key in [key for key in self._waiting if key[0] == terms.stream_id]:
+            for key in [key for key in self._waiting if key[0] == stream_id]:
                 del self._waiting[key]
             self._changed.wait_for(lambda: not self._busy)
-        self._store.delete(terms.owner, terms.stream_id)
 
     def load(self, owner: str, stream_id: str) -> Stored | None:
         """The caller's stream of that name. Raises SnapshotRefused, OSError."""
@@ -117,12 +130,13 @@ class Keeper:
         opened = [self._sealer.open(part, owner) for part in sealed]
         if not opened:
             return None
-        header, newest = max(opened, key=lambda part: part[0].expires.ToNanoseconds())
+        opened.sort(key=lambda part: part[0].expires.ToNanoseconds())
+        header, newest = opened[-1]
         if any(part.stream_id != stream_id for part, _ in opened):
             raise SnapshotRefused(f"what is stored of stream {stream_id} is of another stream")
         refuse_expired(header)
-        outputs = [output for _, part in opened for output in part.outputs]
-        return Stored(header, pb.Snapshot(request=newest.request, outputs=outputs))
+        latest = {output.output: output for _, part in opened for output in part.outputs}
+        return Stored(header, pb.Snapshot(request=newest.request, outputs=latest.values()))
 
     def streams(self, owner: str) -> list[str]:
         """Names of the caller's streams of which something is stored. Raises OSError."""
@@ -223,8 +237,8 @@ def output_snapshot(output: int, past: Past) -> pb.OutputSnapshot:
     return told
 
 
-def past_from(bundle: Bundle, told: pb.OutputSnapshot) -> Past:
-    """What an output of `bundle` had behind it. Raises SnapshotRefused where it does not fit."""
+def past_from(bundle: Bundle, request: Request, told: pb.OutputSnapshot) -> Past:
+    """What the output of a `request` had behind it. Raises SnapshotRefused if it does not fit."""
     width = array(bundle.typecode).itemsize
     if len(told.generated) % width:
         raise SnapshotRefused("the snapshot's tokens are torn")
@@ -232,10 +246,20 @@ def past_from(bundle: Bundle, told: pb.OutputSnapshot) -> Past:
     generated.extend(np.frombuffer(told.generated, f"<u{width}").tolist())
     if any(token >= bundle.manifest.vocabulary for token in set(generated)):
         raise SnapshotRefused("the snapshot has a token beyond the model's vocabulary")
+    count, finish = len(generated), _finish(told)
+    if max(count, told.base_tokens) > request.max_tokens or len(told.logprobs) not in (0, count):
+        raise SnapshotRefused(
+            f"the snapshot has {count} tokens, {len(told.logprobs)} log-probabilities, and "
+            f"{told.base_tokens} tokens of before, of a stream of {request.max_tokens} tokens"
+        )
+    # The step that drew the last token, sent or not, had pushed all before it.
+    known = min(len(request.prompt) - 1 + count + (finish is not None), bundle.context)
+    if told.pushed > known:
+        raise SnapshotRefused(f"the snapshot is at token {told.pushed}, and has only {known}")
     return Past(
         generated,
         _parked(bundle, told) if told.pushed else None,
-        finish_from(told.finished) if told.HasField("finished") else None,
+        finish,
         [TokenLogprobs(t.logprob, tuple(t.top_ids), tuple(t.top_logprobs)) for t in told.logprobs],
         told.base_tokens,
         told.base_characters,
@@ -244,20 +268,31 @@ def past_from(bundle: Bundle, told: pb.OutputSnapshot) -> Past:
     )
 
 
+def _finish(told: pb.OutputSnapshot) -> Finish | None:
+    if not told.HasField("finished"):
+        return None
+    try:
+        return finish_from(told.finished)
+    except ValueError as error:
+        raise SnapshotRefused(f"the snapshot's output ended as none can: {error}") from None
+
+
 def _parked(bundle: Bundle, told: pb.OutputSnapshot) -> Parked:
-    pushed = told.pushed
-    if pushed > bundle.context:
-        raise SnapshotRefused(f"the snapshot is at token {pushed} of {bundle.context}")
-    state = {}
+    pushed, state = told.pushed, {}
     for tensor in bundle.manifest.state:
         shape = list(tensor.shape)
         if tensor.kind == bundle_pb2.STATE_KIND_STACK:
             shape[1] = int(bundle.entries(pushed))
         elif tensor.kind == bundle_pb2.STATE_KIND_HISTORY:
             shape[0] = pushed
-        values = np.frombuffer(told.state[tensor.name], f"<f{ELEMENT_BYTES[tensor.data_type]}")
-        if values.size != np.prod(shape, dtype=np.int64):
+        content, width = told.state[tensor.name], ELEMENT_BYTES[tensor.data_type]
+        if len(content) != math.prod(shape) * width:
             raise SnapshotRefused(f"the snapshot's state {tensor.name} has the wrong size")
+        values = np.frombuffer(content, f"<f{width}")
+        with np.errstate(over="ignore"):
+            initial = values.dtype.type(tensor.initial)  # infinite, where it is beyond float16
+        if not (np.isfinite(values) | (values == initial)).all():
+            raise SnapshotRefused(f"the snapshot's state {tensor.name} is not finite")
         state[tensor.name] = values.reshape(shape)
     return Parked(state, pushed)
 

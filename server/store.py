@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import secrets
 import time
 from contextlib import suppress
@@ -13,6 +14,8 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import get_protocol
 
 from server.config import ConfigError
+
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")
 
 
 class Store:
@@ -85,7 +88,7 @@ class Store:
         return len(old)
 
     def _folder(self, owner: str, stream_id: str) -> str:
-        if not stream_id or not stream_id.replace("-", "").replace("_", "").isalnum():
+        if not _NAME.fullmatch(stream_id):
             raise FileNotFoundError(stream_id)
         return f"{self._root}/{_anonymous(owner)}/{stream_id}"
 

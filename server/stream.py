@@ -76,7 +76,8 @@ class Stream:
         self.memory: Memory | None = None
         self.bits: list[float] = []
         self.paused = False
-        self.ended = reader.received.ended or past.finish is not None
+        # One whose end its reader knows and we do not runs to it again, for the reader after that.
+        self.ended = past.finish is not None
         self.ending: Ending | None = past.finish
         self.base_tokens, self.base_characters = past.base_tokens, past.base_characters
         self.history = array(past.generated.typecode)

@@ -31,6 +31,7 @@ _EXPORT = "tests/export/test_parity.py"
 _QUANTISE = "tests/export/test_quantise.py"
 _STREAMS = "tests/parity/test_streams.py"
 _BATCHES = "tests/parity/test_batches.py"
+_RESTORE = "tests/parity/test_restore.py"
 
 
 @dataclass(frozen=True)
@@ -531,6 +532,29 @@ MUTANTS = (
         (
             "the last row not moved when one leaves",
             "self._runtime.move(last, row, self._extent(int(self._pushed[last])))",
+            "pass",
+        ),
+    ),
+    *_bugs(
+        "server/snapshots.py",
+        _RESTORE,
+        (
+            "recurrent state lost in a snapshot",
+            "state[tensor.name] = values.reshape(shape)",
+            "state[tensor.name] = values.reshape(shape) * (tensor.kind != 2)",
+        ),
+        (
+            "a snapshot one token ahead of its state",
+            "told.pushed = past.parked.pushed",
+            "told.pushed = past.parked.pushed + (past.parked.pushed == 3)",
+        ),
+    ),
+    *_bugs(
+        "server/engine.py",
+        _RESTORE,
+        (
+            "penalties forget what was drawn before a snapshot",
+            "stream.memory.recall(np.array(stream.history, np.int64))",
             "pass",
         ),
     ),

@@ -44,7 +44,8 @@ def read_manifest(folder: Path) -> pb.Manifest:
         raise ManifestError(f"{folder} is not a bundle: it holds no {MANIFEST}") from None
     except OSError as error:
         raise ManifestError(f"{path} cannot be read: {error.strerror}") from None
-    except (json_format.ParseError, UnicodeDecodeError) as error:
+    except (json_format.ParseError, UnicodeDecodeError, SystemError) as error:
+        # The last is what protobuf raises for half a surrogate pair in the place of a name.
         raise ManifestError(f"{path} cannot be read: {error}") from None
     if manifest.format != FORMAT:
         raise ManifestError(
@@ -67,7 +68,7 @@ def fingerprint(manifest: pb.Manifest) -> str:
 
 def _verify(folder: Path, file: pb.BundleFile) -> None:
     path = folder / file.path
-    if Path(file.path).name != file.path:
+    if Path(file.path).name != file.path or "\0" in file.path:
         raise ManifestError(f"{folder / MANIFEST} names {file.path!r}, which is not a plain file")
     try:
         content = path.read_bytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -152,6 +153,37 @@ async def test_a_reader_that_is_cut_after_a_pause_comes_back(cluster: Cluster) -
     for event in events[:3]:
         then.take(event, 9 + before)
     following = await caller.sessions.follow(had.stream_id, "", then.received(1))
+    await follow(following, then, 9 + before)
+    assert had.ids[0] + then.ids[0] == expected.ids[0]
+    assert had.texts[0] + then.texts[0] == expected.texts[0]
+
+
+async def test_what_went_on_is_not_held_twice(cluster: Cluster) -> None:
+    caller = Caller(cluster())
+    had = await paused(caller, request(80), 21)
+    await caller.go_on(had, 9 + len(had.ids[0]))
+    await caller.call("Delete", stream_id=had.stream_id)
+    await until(lambda: is_empty(engine_of(caller.sessions)), 5)
+
+
+async def test_what_goes_on_after_a_pause_goes_on_elsewhere(cluster: Cluster) -> None:
+    """Even where the replica that went on with it dies before it took another snapshot."""
+    wanted = request(80)
+    last = Caller(cluster())
+    expected = await whole(last.sessions, wanted)
+    first = Caller(cluster(snapshot_interval=1_000))
+    had = await paused(first, wanted, 21)
+    before, then = len(had.ids[0]), Had()
+    with Gate(engine_of(first.sessions)) as gate:
+        going = asyncio.create_task(first.stream("Continue", stream_id=had.stream_id))
+        gate.let(5)
+        await gate.held("step")
+        engine_of(first.sessions)._keeper = None
+        gate.let(float("inf"))
+        for event in (await going)[:3]:
+            then.take(event, 9 + before)
+    kill(first.sessions)
+    following = await last.sessions.follow(had.stream_id, "", then.received(1))
     await follow(following, then, 9 + before)
     assert had.ids[0] + then.ids[0] == expected.ids[0]
     assert had.texts[0] + then.texts[0] == expected.texts[0]

@@ -23,6 +23,7 @@ from server.errors import (
     UnknownSession,
 )
 from server.reader import NOTHING, Received
+from server.request import resume_request
 from server.seal import Sealer
 from server.sessions import Following, Sessions, hand_over
 from server.snapshots import Keeper
@@ -363,3 +364,47 @@ async def test_a_snapshot_of_another_bundle_is_refused(cluster: Cluster, text: B
     elsewhere = Sessions({"other": engine}, second.keeper)
     with pytest.raises(UnknownModel):
         await elsewhere.follow(had.stream_id, "", had.received(1))
+
+
+@pytest.mark.parametrize(
+    ("told", "reason"),
+    [
+        ({"after_sequence": 2**64 - 1}, "after_sequence"),
+        ({"received": [{"tokens": 2**64 - 1}]}, "received.tokens"),
+        ({"received": [{"characters": 2**64 - 1}]}, "received.characters"),
+    ],
+)
+def test_what_cannot_have_been_received_is_refused(told: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InvalidRequest, match=reason):
+        resume_request(pb.ResumeRequest(stream_id="a", **told))
+
+
+async def test_a_token_that_is_none_is_not_pushed(cluster: Cluster) -> None:
+    """It would have failed the step of everybody in the batch."""
+    first, second, had = cluster(snapshot_interval=1_000), cluster(), Had()
+    await follow(await first.start(engine_of(first), request(), ""), had, 9, 5)
+    engine_of(first)._keeper = None
+    kill(first)
+    received = [Received(3, 3, last_ids=(1, 256, 3))]
+    with pytest.raises(InvalidRequest, match=r"last_ids has 256; .* below 256"):
+        await second.follow(had.stream_id, "", received)
+
+
+async def test_what_a_reader_knew_is_told_to_the_next(cluster: Cluster) -> None:
+    """One said that the output was over, whose end was not stored yet; another knows nothing."""
+    wanted = request(40)
+    last = cluster()
+    expected = await whole(last, wanted)
+    first, had = cluster(snapshot_interval=1_000), Had()
+    with Gate(engine_of(first)) as gate:
+        following = await first.start(engine_of(first), wanted, "")
+        gate.let(20)
+        await gate.held("step")
+        engine_of(first)._keeper = None
+        gate.let(float("inf"))
+        await follow(following, had, 9)
+    kill(first)
+    await follow(await last.follow(had.stream_id, "", had.received(1)), had, 9)
+    again = Had(had.stream_id, 1)
+    await follow(await last.follow(had.stream_id, "", [NOTHING]), again, 9)
+    assert again.content == expected.content

@@ -1,0 +1,85 @@
+"""What happens in the other process: every stream of a store goes on, one after the other."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from server.bundle import load_bundle
+from server.config import EngineConfig
+from server.engine import Engine
+from server.events import Delta, Finish, FinishReason
+from server.runtime import Floats, Ints
+from server.sessions import Following, Sessions
+from server.snapshots import open_keeper
+
+LIMIT_S = 60.0
+CONFIG = EngineConfig(
+    slots=2, threads=1, prefill_chunk=1, prefix_cache_bytes=0, snapshot_interval=1_000_000
+)
+
+
+@dataclass
+class Told:
+    """What a stream told its reader, and the bits of its logits by position."""
+
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    end: tuple[FinishReason, int] | None = None
+    logits: dict[int, bytes] = field(default_factory=dict)
+
+
+def record_logits(engine: Engine, logits: dict[int, bytes]) -> None:
+    """Keeps what each step of a batch of one stream says, by the position it was said at."""
+    runtime: Any = engine._runtime
+    step = type(runtime).step
+
+    def recorded(tokens: Ints, positions: Ints, lengths: Ints) -> Floats:
+        assert len(tokens) == 1
+        said: Floats = step(runtime, tokens, positions, lengths)
+        logits[int(positions[0])] = said.tobytes()
+        return said
+
+    runtime.step = recorded
+
+
+async def read(following: Following, told: Told) -> None:
+    """Reads a stream of one output to its end."""
+    engine, session = following.engine, following.session
+    async with asyncio.timeout(LIMIT_S):
+        async for _, event in engine.events_together(session.streams, following.readers):
+            match event:
+                case Delta():
+                    told.tokens += event.tokens
+                    told.text += event.text
+                case Finish():
+                    told.end = event.reason, event.generated
+                case other:
+                    raise AssertionError(other)
+
+
+async def restore(folder: Path, uri: str) -> dict[str, Told]:
+    """What the streams in the store at `uri` tell a reader who has nothing of them, by name."""
+    bundle, keeper = load_bundle(folder), open_keeper(uri, 60.0)
+    assert keeper is not None
+    engine = Engine(bundle, CONFIG)
+    sessions = Sessions({bundle.name: engine}, keeper)
+    told = {}
+    try:
+        for name in await sessions.stored(""):
+            told[name] = Told()
+            record_logits(engine, told[name].logits)
+            await read(await sessions.follow(name, "", ()), told[name])
+    finally:
+        engine.close()
+        keeper.close(LIMIT_S)
+    return told
+
+
+def main() -> None:
+    """Writes what the streams told, pickled, to the standard output."""
+    sys.stdout.buffer.write(pickle.dumps(asyncio.run(restore(Path(sys.argv[1]), sys.argv[2]))))

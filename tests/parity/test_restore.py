@@ -1,0 +1,127 @@
+"""A stream that was stored at any position goes on in another process as if it had never stopped.
+
+To the bit: tokens, text, and the logits of every step behind the snapshot.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from concertina.v1 import generation_service_pb2 as pb
+from server.bundle import load_bundle
+from server.engine import Engine
+from server.seal import KEY_VARIABLE
+from server.sessions import Sessions
+from server.snapshots import Keeper, open_keeper
+from server.stream import Past
+from tests.parity.restoring import CONFIG, LIMIT_S, Told, read, record_logits
+
+ROOT = Path(__file__).parents[2]
+SPAN = 8
+LAST = 2 * SPAN + 1
+PENALTIES = {
+    "seed": 5,
+    "repetition_penalty": 1.6,
+    "presence_penalty": 0.9,
+    "frequency_penalty": 0.7,
+    "logit_bias": {2: -1.0},
+}
+CASES: dict[str, dict[str, Any]] = {
+    "sampled": {"sampling": {"seed": 3}},
+    "greedy": {"sampling": {"temperature": 0}},
+    "penalised": {"sampling": PENALTIES},
+    "prompted": {"sampling": {"seed": 4}, "prompt": {"tokens": {"ids": [5, 0, 3, 3, 1, 6] * 4}}},
+    "prompted-penalised": {"sampling": PENALTIES, "prompt": {"tokens": {"ids": [1, 4, 4, 2, 0]}}},
+}
+
+
+def record_pasts(engine: Engine, pasts: dict[int, Past]) -> None:
+    """Keeps what the only stream has behind it before each pass, by the tokens it has pushed."""
+    runtime: Any = engine._runtime
+
+    def recording(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+        def recorded(*args: Any) -> Any:
+            places = engine._places
+            stream = places.bench if name == "prefill" else places.running[0]
+            assert stream is not None
+            parked = places.park(stream)
+            assert parked is not None
+            pasts[parked.pushed] = replace(stream.past, parked=parked)
+            return run(*args)
+
+        return recorded
+
+    for name in ("step", "prefill"):
+        setattr(runtime, name, recording(name, getattr(runtime, name)))
+
+
+async def undisturbed(
+    engine: Engine, keeper: Keeper, name: str, request: pb.GenerateRequest
+) -> Told:
+    """A stream that runs through; of every position of two blocks and one more, one is stored."""
+    told, pasts = Told(), dict[int, Past]()
+    record_logits(engine, told.logits)
+    record_pasts(engine, pasts)
+    following = await Sessions({"": engine}, None).start(engine, request, "")
+    await read(following, told)
+    await engine.forget(following.session)
+    assert pasts.keys() >= set(range(LAST + 1))
+    for pushed in range(LAST + 1):
+        terms = replace(following.session.terms, stream_id=f"{name}-{pushed}")
+        keeper.begin(engine.bundle, terms)
+        keeper.offer(engine.bundle, terms, 0, pasts[pushed])
+    return told
+
+
+async def test_every_position_of_two_blocks_goes_on_to_the_bit(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, base64.b64encode(os.urandom(32)).decode())
+    uri = f"file://{tmp_path}/store"
+    keeper, engine = open_keeper(uri, 60.0), Engine(load_bundle(bundle), CONFIG)
+    assert keeper is not None
+    expected = {}
+    try:
+        for name, fields in CASES.items():
+            request = pb.GenerateRequest(
+                **fields, keep={"seconds": 60}, stopping={"ignore_eos": True}
+            )
+            expected[name] = await undisturbed(engine, keeper, name, request)
+        assert keeper.flush(LIMIT_S)
+    finally:
+        engine.close()
+        keeper.close(LIMIT_S)
+    told = restored(bundle, uri)
+    assert told.keys() == {f"{name}-{at}" for name in CASES for at in range(LAST + 1)}
+    for key, got in told.items():
+        name, _, at = key.rpartition("-")
+        whole = expected[name]
+        assert (got.tokens, got.text, got.end) == (whole.tokens, whole.text, whole.end), key
+        rest = {pos: bits for pos, bits in whole.logits.items() if pos >= int(at)}
+        assert rest
+        assert got.logits == rest, key
+
+
+def restored(bundle: Path, uri: str) -> dict[str, Told]:
+    """What another process tells of the streams in the store."""
+    command = "from tests.parity.restoring import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", command, str(bundle), uri],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'protos'}"},
+        stdout=subprocess.PIPE,
+        timeout=2 * LIMIT_S,
+        check=True,
+    )
+    told: dict[str, Told] = pickle.loads(done.stdout)
+    return told
