@@ -146,6 +146,11 @@ class Engine:
         """The caller's sessions that this engine holds."""
         return [s for s in self._sessions.all() if s.terms.owner == owner]
 
+    @property
+    def holds_sessions(self) -> bool:
+        """Whether any stream waits, runs or is kept."""
+        return bool(len(self._sessions))
+
     def held_bytes(self, stream: Stream) -> int:
         """State that a stream holds outside any slot, or reserves by having one."""
         if stream.parked is not None:
@@ -255,13 +260,14 @@ class Engine:
             _log.exception("the engine of %s died", self.bundle.name)
         with self._lock:  # whatever was not refused is in the inbox by now
             self._closing = True
-        gone = EngineStopped("the server shut down before the stream ended; try again later")
+        gone = EngineStopped("the model was taken down before the stream ended; try again later")
         while self._inbox:
             self._inbox.popleft()()
         for stream in [*self._places.waiting, *self._places.paused]:
             self._end(stream, gone)
         self._fail_batch(gone)
         self._publish()
+        self._measures.closed(self._runtime.nbytes)
 
     def _turn(self) -> None:
         while self._inbox:

@@ -142,7 +142,7 @@ class SessionServicer(session_grpc.SessionServiceServicer):
                 raise InvalidRequest(f"page_size is {size}; it must be at most {_LARGEST_PAGE}")
             held = {
                 session.terms.stream_id: session_message(engine, session)
-                for engine in self._sessions.engines.values()
+                for engine in self._sessions.holders
                 for session in engine.sessions(caller.name)
             }
             for stream_id in await self._sessions.stored(caller.name):
@@ -200,7 +200,8 @@ class SessionServicer(session_grpc.SessionServiceServicer):
         return terms.stream_id
 
     async def _received(self, requests: AsyncIterator[pb.ImportRequest]) -> bytes:
-        largest = max(engine.largest_snapshot for engine in self._sessions.engines.values())
+        engines = self._sessions.engines.values()
+        largest = max((engine.largest_snapshot for engine in engines), default=0)
         parts, size, digest = [], 0, b""
         async for request in requests:
             size += len(request.part)

@@ -9,7 +9,7 @@ import logging
 import secrets
 import time
 from base64 import urlsafe_b64encode
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -56,18 +56,32 @@ async def hand_over(engines: Iterable[Engine], keeper: Keeper | None) -> None:
 
 
 class Sessions:
-    """Opens, finds and revives the sessions of the engines of a process."""
+    """Opens, finds and revives the sessions of the engines of a process.
 
-    def __init__(self, engines: Mapping[str, Engine], keeper: Keeper | None) -> None:
+    What is new is for `engines`; those that are `leaving` finish what they began. Both may change.
+    """
+
+    def __init__(
+        self,
+        engines: Mapping[str, Engine],
+        keeper: Keeper | None,
+        leaving: Collection[Engine] = (),
+    ) -> None:
         self.engines = engines
         self.keeper = keeper
+        self._leaving = leaving
         self._secret = keeper.secret if keeper else secrets.token_bytes(32)
+
+    @property
+    def holders(self) -> list[Engine]:
+        """All engines that may hold sessions."""
+        return [*self.engines.values(), *self._leaving]
 
     def running(self, owner: str) -> int:
         """Streams of a caller that wait or run in this process."""
         return sum(
             not stream.ended
-            for engine in self.engines.values()
+            for engine in self.holders
             for session in engine.sessions(owner)
             for stream in session.streams
         )
@@ -132,7 +146,7 @@ class Sessions:
 
     def held(self, stream_id: str, owner: str) -> tuple[Engine, Session] | None:
         """The session, if an engine of this process has it."""
-        for engine in self.engines.values():
+        for engine in self.holders:
             if (session := engine.find(stream_id, owner)) is not None:
                 return engine, session
         return None
