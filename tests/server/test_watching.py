@@ -113,7 +113,7 @@ async def start(directory: Path, keeper: Keeper) -> AsyncIterator[Start]:
         await server.start()
         generation: Any = generation_grpc.GenerationServiceStub(channel)
         models: Any = model_grpc.ModelServiceStub(channel)
-        health: Any = health_pb2_grpc.HealthStub(channel)  # type: ignore[no-untyped-call]
+        health: Any = health_pb2_grpc.HealthStub(channel)
         return Home(directory, watcher, generation, models, health)
 
     yield start
