@@ -14,7 +14,7 @@ from contextlib import redirect_stdout, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import grpc
 import ray
@@ -46,9 +46,6 @@ from server.switches import (
     plain_port,
 )
 
-if TYPE_CHECKING:
-    from server.engine import Engine
-
 APPLICATION: Final = "concertina"
 SERVICER_FUNCTIONS: Final = (
     "concertina.v1.generation_service_pb2_grpc.add_GenerationServiceServicer_to_server",
@@ -58,6 +55,7 @@ SERVICER_FUNCTIONS: Final = (
 )
 _OBJECT_STORE_BYTES: Final = 100 * 1024 * 1024  # nothing of ours is in it
 _LOGGING: Final = {"log_level": "WARNING", "enable_access_log": False}
+_MOST_WATCHED: Final = 64  # bundles that may come to a directory before Ray bounds their streams
 _REACHABLE_SECONDS: Final = 30.0
 _REAP_SECONDS: Final = 10.0
 _FLUSH_SECONDS: Final = 10.0
@@ -81,12 +79,16 @@ class Replica:
         from server.session_servicer import SessionServicer
         from server.sessions import Sessions
         from server.snapshots import open_keeper
+        from server.watching import Watcher
 
         log_to_stderr()
-        self._engines: dict[str, Engine] = {}  # what `__del__` finds if the next line fails
+        self._watcher: Watcher | None = None  # what `__del__` finds if the next lines fail
         self._keeper = open_keeper(config.snapshots, config.snapshot_ttl)
         self._engines = open_engines(config.bundles, config.engine, self._keeper)
-        callers, sessions = Callers(config.keys), Sessions(self._engines, self._keeper)
+        self._watcher = Watcher(config, self._engines, self._keeper)
+        self._watcher.start()
+        callers = Callers(config.keys)
+        sessions = Sessions(self._engines, self._keeper, self._watcher.leaving)
         self._generation = GenerationServicer(sessions, callers)
         self._sessions = SessionServicer(sessions, callers)
         before_shutdown(self._hand_over)
@@ -192,17 +194,19 @@ class Replica:
 
     def check_health(self) -> None:
         """Raise when an engine has died, so that Ray Serve replaces this replica."""
-        if dead := [name for name, engine in self._engines.items() if not engine.alive]:
+        if dead := [name for name, engine in list(self._engines.items()) if not engine.alive]:
             raise RuntimeError(f"the engine of {', '.join(dead)} has died")
 
     async def _hand_over(self) -> None:
         from server.sessions import hand_over
 
-        await hand_over(self._engines.values(), self._keeper)
+        if self._watcher is not None:
+            await self._watcher.stop()
+            await hand_over(self._watcher.running, self._keeper)
 
     def __del__(self) -> None:
-        for engine in self._engines.values():
-            engine.close()
+        if self._watcher is not None:
+            self._watcher.close()
         if self._keeper is not None:
             self._keeper.close(_FLUSH_SECONDS)
 
@@ -250,7 +254,8 @@ def bind_grpc_to_host() -> list[object]:
 
 def application(config: ServeConfig, metrics: Path) -> ray_serve.Application:
     """What Ray Serve runs for `config`; the replicas keep their metrics in the folder `metrics`."""
-    streams = len(config.bundles) * (config.engine.slots + config.engine.queue_limit)
+    bundles = len(config.bundles) or _MOST_WATCHED
+    streams = bundles * (config.engine.slots + config.engine.queue_limit)
     deployment = ray_serve.deployment(
         num_replicas=config.replicas,
         # The engines bound what runs and waits, and must be the first to refuse.

@@ -93,6 +93,8 @@ def find(engines: Mapping[str, Engine], caller: Caller, name: str) -> Engine:
         raise PermissionDenied(f"{reason}; of those served, it is for: {known}")
     if name:
         raise UnknownModel(f"model {name[:100]!r} is not served here; these are: {known}")
+    if not engines:
+        raise UnknownModel("no model is served here yet; try again later")
     if not seen:
         raise PermissionDenied(f"key {caller.name!r} is for none of the models served here")
     if len(seen) > 1:

@@ -34,6 +34,7 @@ _LABEL: Final = "Smileys & Emotion"
 _SEED: Final = 6
 _CALL_SECONDS: Final = 60.0
 _POLL_SECONDS: Final = 0.1
+_WATCHED_SHARES: Final = 4  # that memory is divided into, where more bundles may come
 _START_SECONDS: Final = 15
 _START_LIMIT_SECONDS: Final = 120.0
 _STOP_LIMIT_SECONDS: Final = 60.0
@@ -49,6 +50,14 @@ def serve(
         typer.Argument(
             help="Folders of bundles. [dim]\\[default: every bundle in ./bundles][/]",
             show_default=False,
+        ),
+    ] = None,
+    watch: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Serve the bundles in this directory, and follow it: one that comes, changes or "
+            "goes is served, replaced or drained without a restart.",
         ),
     ] = None,
     host: Annotated[
@@ -71,7 +80,7 @@ def serve(
         int,
         typer.Option(
             help="State that the streams of one bundle may come to hold; 0 shares half of the "
-            "machine's memory out among bundles and replicas."
+            "machine's memory out among bundles and replicas, as if for four with --watch."
         ),
     ] = EngineConfig.state_limit_bytes,
     prefix_cache_bytes: Annotated[
@@ -91,7 +100,8 @@ def serve(
         typer.Option(help="What computes; cuda needs the extra `gpu`, and caches in float16."),
     ] = EngineConfig.provider,
     drain_seconds: Annotated[
-        int, typer.Option(help="How long running streams may go on after Ctrl-C.")
+        int,
+        typer.Option(help="How long streams may go on after Ctrl-C, or when their bundle goes."),
     ] = ServeConfig.drain_seconds,
     draft_tokens: Annotated[
         int,
@@ -140,16 +150,22 @@ def serve(
     concertina serve
     concertina serve bundles/python-4k --port 9001 --slots 64
     concertina serve --local
+    concertina serve --watch bundles
     concertina serve --replicas 2 --snapshots file:///var/lib/concertina
     """
-    folders = tuple(folder.resolve() for folder in bundles or _bundles_in(BUNDLES))
+    if watch is not None and not watch.is_dir():
+        raise NotADirectoryError(f"watch is {watch}, which is no directory: make it first")
+    chosen = bundles or ([] if watch else _bundles_in(BUNDLES))
+    folders = tuple(folder.resolve() for folder in chosen)
     if threads == 0 and replicas > 1:
         threads = max(1, (os.cpu_count() or 1) // replicas)
     tls = _tls(tls_cert, tls_key, tls_client_ca)
     if state_limit_bytes == 0:
-        state_limit_bytes = psutil.virtual_memory().total // (2 * replicas * len(folders))
+        shares = replicas * (len(folders) or _WATCHED_SHARES)
+        state_limit_bytes = psutil.virtual_memory().total // (2 * shares)
     config = ServeConfig(
         bundles=folders,
+        watch=watch and watch.resolve(),
         host=host,
         port=port,
         metrics_port=metrics_port,
@@ -185,8 +201,8 @@ def serve(
         require_free(host, metrics_port, "choose another one with --metrics-port, or 0 for none")
 
     console = Console(highlight=False, soft_wrap=True)
-    console.print(f"starting {', '.join(bundle.name for bundle in opened)}")
-    verb = "paint" if opened[0].is_image else 'generate "import "'
+    names = ", ".join(bundle.name for bundle in opened)
+    console.print(f"starting {names or f'the bundles in {watch}, as they come and go'}")
 
     def announce(data_path: str) -> None:
         ready_s = time.time() - psutil.Process().create_time()
@@ -194,7 +210,11 @@ def serve(
         console.print(f"  gRPC     {config.address} {_openness(config)}")
         if metrics_port:
             console.print(f"  metrics  http://{host}:{metrics_port}/metrics")
-        console.print(f"try: concertina {verb} -m {opened[0].name} --address {config.address}")
+        if opened:
+            verb = "paint" if opened[0].is_image else 'generate "import "'
+            console.print(f"try: concertina {verb} -m {opened[0].name} --address {config.address}")
+        else:
+            console.print(f"see: concertina models --address {config.address}")
 
     interrupt_on_stop_signals()
     with suppress(KeyboardInterrupt):

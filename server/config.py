@@ -107,7 +107,10 @@ class ServeConfig:
     """What is served, where, and by how many replicas."""
 
     bundles: tuple[Path, ...]
-    """Folders of the bundles; every replica opens an engine for each."""
+    """Folders of the bundles; every replica opens an engine for each. Empty with `watch`."""
+
+    watch: Path | None = None
+    """Directory whose bundles are served as they come and go; None serves `bundles`."""
 
     host: str = "127.0.0.1"
     """Address that callers connect to; `0.0.0.0` opens the port to the network."""
@@ -125,7 +128,7 @@ class ServeConfig:
     """Largest request or response."""
 
     drain_seconds: int = 60
-    """How long running streams may go on once the server was asked to stop."""
+    """How long running streams may go on once the server was asked to stop, or a bundle went."""
 
     keys: Path | None = None
     """File of the API keys that callers need; None serves everyone who reaches the port."""
@@ -143,8 +146,12 @@ class ServeConfig:
     """The same for every engine."""
 
     def __post_init__(self) -> None:
-        if not self.bundles:
+        if not self.bundles and self.watch is None:
             raise ConfigError("bundles is empty: name at least one folder that holds a bundle")
+        if self.bundles and self.watch is not None:
+            raise ConfigError(
+                f"watch is {self.watch}, and bundles names {len(self.bundles)}: give one of the two"
+            )
         if not self.host:
             raise ConfigError("host is empty: give an address such as 127.0.0.1")
         _check("port", self.port, 1, 65535)

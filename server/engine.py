@@ -108,7 +108,7 @@ class Engine:
 
         Those with the same prompt array wait for one prefill of it. Raises as `submit` does.
         """
-        return self.open(Terms(secrets.token_urlsafe(16), owner), requests).streams
+        return self.open(Terms(secrets.token_hex(16), owner), requests).streams
 
     def open(
         self,
@@ -149,6 +149,11 @@ class Engine:
     def sessions(self, owner: str) -> list[Session]:
         """The caller's sessions that this engine holds."""
         return [s for s in self._sessions.all() if s.terms.owner == owner]
+
+    @property
+    def holds_sessions(self) -> bool:
+        """Whether any stream waits, runs or is kept."""
+        return bool(len(self._sessions))
 
     def held_bytes(self, stream: Stream) -> int:
         """State that a stream holds outside any slot, or reserves by having one."""
@@ -263,13 +268,14 @@ class Engine:
             _log.exception("the engine of %s died", self.bundle.name)
         with self._lock:  # whatever was not refused is in the inbox by now
             self._closing = True
-        gone = EngineStopped("the server shut down before the stream ended; try again later")
+        gone = EngineStopped("the model was taken down before the stream ended; try again later")
         while self._inbox:
             self._inbox.popleft()()
         for stream in [*self._places.waiting, *self._places.paused]:
             self._end(stream, gone)
         self._fail_batch(gone)
         self._publish()
+        self._measures.closed(self._runtime.nbytes)
 
     def _turn(self) -> None:
         while self._inbox:
@@ -478,6 +484,8 @@ class Engine:
 
     def _enqueue(self, session: Session, streams: Sequence[Stream], before: Session | None) -> None:
         if before is not None:  # it goes on in this one
+            for stream in [s for s in before.streams if not s.ended]:
+                self._end(stream, Displaced("the same stream was begun again"))
             self._sessions.drop(before)
         for stream in session.streams:
             if not stream.reader.received.ended:

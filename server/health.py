@@ -1,4 +1,4 @@
-"""grpc.health.v1 over the engines: serving as long as every engine lives."""
+"""grpc.health.v1 over the engines: serving as long as every engine lives, be there any or none."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
 
 def all_alive(engines: Mapping[str, Engine]) -> bool:
     """Whether every engine lives."""
-    return all(engine.alive for engine in engines.values())
+    return all(engine.alive for engine in list(engines.values()))  # another thread may change them
 
 
 def is_serving(address: str) -> bool:

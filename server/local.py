@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Final
 
@@ -28,6 +28,7 @@ from server.sessions import Sessions, hand_over
 from server.signals import STOP_SIGNALS
 from server.snapshots import Keeper, open_keeper
 from server.tls import server_credentials
+from server.watching import Watcher
 
 if TYPE_CHECKING:
     from server.engine import Engine
@@ -54,14 +55,19 @@ def serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
 
 
 def make_server(
-    config: ServeConfig, engines: Mapping[str, Engine], keeper: Keeper | None = None
+    config: ServeConfig,
+    engines: Mapping[str, Engine],
+    keeper: Keeper | None = None,
+    leaving: Collection[Engine] = (),
 ) -> grpc.aio.Server:
     """A server of `engines` that listens as `config` says, once it is started.
+
+    What began on engines that are `leaving` is found there.
 
     Raises `server.errors.KeysError` or `server.config.ConfigError` when keys or certificates cannot
     be used.
     """
-    callers, sessions = Callers(config.keys), Sessions(engines, keeper)
+    callers, sessions = Callers(config.keys), Sessions(engines, keeper, leaving)
     server = grpc.aio.server(
         options=[
             ("grpc.max_receive_message_length", config.max_message_bytes),
@@ -97,16 +103,18 @@ async def _serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
     with ExitStack() as opened:
         if keeper is not None:
             opened.callback(keeper.close, _FAREWELL_SECONDS)
-        for engine in engines.values():
-            opened.callback(engine.close)
-        server = make_server(config, engines, keeper)
+        watcher = Watcher(config, engines, keeper)
+        opened.callback(watcher.close)
+        watcher.start()
+        server = make_server(config, engines, keeper, watcher.leaving)
         try:
             with exporting(config.host, config.metrics_port, lambda: all_alive(engines)):
                 await server.start()
                 announce("local, without Ray")
                 await stopping.wait()
                 _log.info("stopping; running streams have %d s to end", config.drain_seconds)
-                await hand_over(engines.values(), keeper)
+                await watcher.stop()
+                await hand_over(watcher.running, keeper)
                 done = asyncio.create_task(server.stop(config.drain_seconds + _FAREWELL_SECONDS))
                 hurry = asyncio.create_task(stopping_now.wait())
                 await asyncio.wait(

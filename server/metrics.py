@@ -110,8 +110,15 @@ class EngineMetrics:
         self._folds = FOLDS.labels(model_name)
 
     def buffer_bytes(self, size: int) -> None:
-        """State memory was reserved."""
-        BUFFER_BYTES.labels(self._name).set(size)
+        """State memory was reserved, beside that of an engine of the same name which leaves."""
+        BUFFER_BYTES.labels(self._name).inc(size)
+
+    def closed(self, size: int) -> None:
+        """The engine holds nothing any more, and gave back the state memory it had reserved."""
+        BUFFER_BYTES.labels(self._name).dec(size)
+        PREFIX_BYTES.labels(self._name).set(0)
+        self.holding(0, 0, 0, dict.fromkeys(_STATE_KINDS, 0))
+        self.promising(0)
 
     def are_due(self, now: float) -> bool:
         """Whether a busy engine should tell what it holds; it need not after every step."""

@@ -63,7 +63,8 @@ class GenerationServicer(generation_grpc.GenerationServiceServicer):
             caller = self._callers.of(context)
             engine = find(self._engines, caller, request.model)
             outputs = len(generate_request(engine.bundle, request, engine.config))
-            require_room(caller, self._sessions.running(caller.name), outputs)
+            if not self._sessions.attaches(request, caller.name):
+                require_room(caller, self._sessions.running(caller.name), outputs)
             following = await self._sessions.start(engine, request, caller.name)
         except Exception as error:
             if (said := refusal(error)) is not None:

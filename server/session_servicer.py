@@ -22,7 +22,7 @@ from server.prompt import prompt_tokens
 from server.quota import require_room
 from server.request import generate_request
 from server.session import Session
-from server.sessions import Following, Sessions
+from server.sessions import Following, Sessions, new_name
 from server.stream import Past, Stream
 
 _PART_BYTES = 1024 * 1024
@@ -115,7 +115,7 @@ class SessionServicer(session_grpc.SessionServiceServicer):
             sealed = await self._received(requests)
             stored = await asyncio.to_thread(keeper.import_, sealed, caller.name)
             _require_model(caller, stored.header.model)
-            engine, session = await self._sessions.adopt(stored, secrets.token_urlsafe(16))
+            engine, session = await self._sessions.adopt(stored, new_name())
             return pb.ImportResponse(session=session_message(engine, session))
 
         return await _answer(context, adopt())
@@ -142,7 +142,7 @@ class SessionServicer(session_grpc.SessionServiceServicer):
                 raise InvalidRequest(f"page_size is {size}; it must be at most {_LARGEST_PAGE}")
             held = {
                 session.terms.stream_id: session_message(engine, session)
-                for engine in self._sessions.engines.values()
+                for engine in self._sessions.holders
                 for session in engine.sessions(caller.name)
             }
             for stream_id in await self._sessions.stored(caller.name):
@@ -190,7 +190,7 @@ class SessionServicer(session_grpc.SessionServiceServicer):
         origin.idempotency_key = ""
         terms = replace(
             session.terms,
-            stream_id=secrets.token_urlsafe(16),
+            stream_id=new_name(),
             origin=origin.SerializeToString(deterministic=True),
         )
         requests = generate_request(engine.bundle, origin, engine.config)
@@ -199,7 +199,8 @@ class SessionServicer(session_grpc.SessionServiceServicer):
         return terms.stream_id
 
     async def _received(self, requests: AsyncIterator[pb.ImportRequest]) -> bytes:
-        largest = max(engine.largest_snapshot for engine in self._sessions.engines.values())
+        engines = self._sessions.engines.values()
+        largest = max((engine.largest_snapshot for engine in engines), default=0)
         parts, size, digest = [], 0, b""
         async for request in requests:
             size += len(request.part)

@@ -8,8 +8,7 @@ import hmac
 import logging
 import secrets
 import time
-from base64 import urlsafe_b64encode
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -56,18 +55,32 @@ async def hand_over(engines: Iterable[Engine], keeper: Keeper | None) -> None:
 
 
 class Sessions:
-    """Opens, finds and revives the sessions of the engines of a process."""
+    """Opens, finds and revives the sessions of the engines of a process.
 
-    def __init__(self, engines: Mapping[str, Engine], keeper: Keeper | None) -> None:
+    What is new is for `engines`; those that are `leaving` finish what they began. Both may change.
+    """
+
+    def __init__(
+        self,
+        engines: Mapping[str, Engine],
+        keeper: Keeper | None,
+        leaving: Collection[Engine] = (),
+    ) -> None:
         self.engines = engines
         self.keeper = keeper
+        self._leaving = leaving
         self._secret = keeper.secret if keeper else secrets.token_bytes(32)
+
+    @property
+    def holders(self) -> list[Engine]:
+        """All engines that may hold sessions."""
+        return [*self.engines.values(), *self._leaving]
 
     def running(self, owner: str) -> int:
         """Streams of a caller that wait or run in this process."""
         return sum(
             not stream.ended
-            for engine in self.engines.values()
+            for engine in self.holders
             for session in engine.sessions(owner)
             for stream in session.streams
         )
@@ -83,7 +96,7 @@ class Sessions:
         """
         requests = generate_request(engine.bundle, request, engine.config)
         if not request.idempotency_key:
-            stream_id = secrets.token_urlsafe(_NAME_BYTES)
+            stream_id = new_name()
         else:
             stream_id = self._name(owner, request.idempotency_key)
             if await self._stored_or_held(stream_id, owner):
@@ -133,7 +146,7 @@ class Sessions:
 
     def held(self, stream_id: str, owner: str) -> tuple[Engine, Session] | None:
         """The session, if an engine of this process has it."""
-        for engine in self.engines.values():
+        for engine in self.holders:
             if (session := engine.find(stream_id, owner)) is not None:
                 return engine, session
         return None
@@ -254,8 +267,17 @@ class Sessions:
     def _name(self, owner: str, key: str) -> str:
         """The name of the stream of an idempotency key; nobody can guess it without our secret."""
         said = f"{len(owner)}:{owner}{key}".encode()
-        digest = hmac.new(self._secret, said, hashlib.sha256).digest()[:_NAME_BYTES]
-        return urlsafe_b64encode(digest).decode().rstrip("=")
+        return hmac.new(self._secret, said, hashlib.sha256).hexdigest()[: 2 * _NAME_BYTES]
+
+    def attaches(self, request: pb.GenerateRequest, owner: str) -> bool:
+        """Whether the request has the key of a stream that is held here, and begins none."""
+        key = request.idempotency_key
+        return bool(key) and self.held(self._name(owner, key), owner) is not None
+
+
+def new_name() -> str:
+    """A name that nobody can guess."""
+    return secrets.token_hex(_NAME_BYTES)
 
 
 def origin(request: pb.GenerateRequest, first: Request) -> bytes:

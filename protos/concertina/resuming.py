@@ -48,6 +48,8 @@ _BROKEN = frozenset(
         grpc.StatusCode.UNAVAILABLE,
     }
 )
+# In a NOT_FOUND of Ray's own proxy, which stands in while no replica of ours is there.
+_RAY_WITHOUT_US = "RayServeAPIService"
 _NOT_DURABLE = (
     "the replica that held it is gone, and the stream was not durable: serve with --snapshots, "
     "and streams survive that"
@@ -206,6 +208,8 @@ class Resumption:
             )
         if self._calls == 1 and is_unreachable(code, details):
             safe = self._reader.accepted is not None  # nobody is there, and nothing was lost
+        if code is grpc.StatusCode.NOT_FOUND and _RAY_WITHOUT_US in details and self._calls > 1:
+            return safe
         full = code is grpc.StatusCode.RESOURCE_EXHAUSTED and self._is_fresh and self._calls > 1
         return safe and (full or code in _BROKEN)
 

@@ -213,6 +213,8 @@ def test_bundles_come_from_the_image_or_from_a_claim() -> None:
     image = render(settings)
     assert arguments(image)["bundles"] == [Path("/bundles/a"), Path("/bundles/b")]
     assert "bundles" not in {each["name"] for each in pod(image)["volumes"]}
+    followed = arguments(render("bundles.watch=true"))
+    assert (followed["watch"], followed["bundles"]) == (Path("/bundles"), None)
     claim = render(f"{settings} bundles.existingClaim=mine")
     assert server(claim)["args"] == server(image)["args"]
     (mount,) = (each for each in server(claim)["volumeMounts"] if each["name"] == "bundles")
@@ -289,6 +291,7 @@ def test_without_an_account_of_its_own_the_pod_uses_a_named_one() -> None:
         ("keys.file=keys.json", "keys"),
         ("replicas=2", "replicas"),
         ("bundles.names={../etc}", "bundles/names"),
+        ("bundles.names={a} bundles.watch=true", "bundles/names"),
         ("gpu.enabled=yes", "gpu/enabled"),
         ("resources.limits.nvidia\\.com/gpu=1", "resources/limits"),
         ("service.type=ExternalName", "service/type"),

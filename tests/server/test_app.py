@@ -20,7 +20,7 @@ app: Any = pytest.importorskip("server.app")
 def replica(**parts: object) -> Any:
     """A replica that has only these parts."""
     found = object.__new__(app.Replica)
-    vars(found).update(_engines={}, **parts)
+    vars(found).update(_engines={}, _watcher=None, _keeper=None, **parts)
     return found
 
 

@@ -29,7 +29,7 @@ if _version_not_supported:
 class SessionServiceStub:
     """Holds what streams have become: a session is a stream together with its state. It is there while
     the stream runs and, if it was asked to `keep`, for as long behind its end; a session that was
-    paused, forked or imported is kept as long as snapshots are.
+    paused, forked or imported is kept likewise, and in the store as long as snapshots are.
     """
 
     def __init__(self, channel):
@@ -78,7 +78,7 @@ class SessionServiceStub:
 class SessionServiceServicer:
     """Holds what streams have become: a session is a stream together with its state. It is there while
     the stream runs and, if it was asked to `keep`, for as long behind its end; a session that was
-    paused, forked or imported is kept as long as snapshots are.
+    paused, forked or imported is kept likewise, and in the store as long as snapshots are.
     """
 
     def Pause(self, request, context):
@@ -113,7 +113,7 @@ class SessionServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Import(self, request_iterator, context):
-        """Makes a paused session of an exported snapshot.
+        """Makes a session of an exported snapshot, paused or finished as it was.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -183,7 +183,7 @@ def add_SessionServiceServicer_to_server(servicer, server):
 class SessionService:
     """Holds what streams have become: a session is a stream together with its state. It is there while
     the stream runs and, if it was asked to `keep`, for as long behind its end; a session that was
-    paused, forked or imported is kept as long as snapshots are.
+    paused, forked or imported is kept likewise, and in the store as long as snapshots are.
     """
 
     @staticmethod

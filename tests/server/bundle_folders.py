@@ -1,0 +1,33 @@
+"""Folders of bundles as an operator changes them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from concertina.manifest import read_manifest, write_manifest
+
+
+def put(bundle: Path, folder: Path, version: str = "", graph: bytes = b"") -> str:
+    """Copies a bundle to `folder`, whatever was there; the fingerprint of what it then is.
+
+    With another version it is another bundle; with a graph, whatever that is, its step.onnx.
+    """
+    new = folder.with_name(f".{folder.name}")
+    shutil.copytree(bundle, new)
+    if version or graph:
+        manifest = read_manifest(new)
+        manifest.version = version
+        if graph:
+            (new / "step.onnx").write_bytes(graph)
+        write_manifest(new, manifest, [file.path for file in manifest.files])
+    if folder.exists():
+        shutil.rmtree(folder)
+    new.rename(folder)
+    return str(read_manifest(folder).fingerprint)
+
+
+def damage(folder: Path) -> None:
+    """Cuts a byte off the step graph."""
+    step = folder / "step.onnx"
+    step.write_bytes(step.read_bytes()[:-1])
