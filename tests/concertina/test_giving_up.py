@@ -305,6 +305,7 @@ def test_cancel_wakes_a_stream_that_waits_to_try_again(fake: Fake) -> None:
     fake.scripts = [[full]]
     with Client(fake.address) as client:
         stream = client.generate()
+        next(stream)
         threading.Timer(0.5, stream.cancel).start()
         started = time.monotonic()
         list(stream)
