@@ -23,7 +23,7 @@ CASES = {  # of each kind: fewest of the fast form, and of the slow one
     "requests": (1_000, 8_000),
     "calls": (400, 4_000),
     "bytes": (500, 5_000),
-    "damaged snapshots": (9_000, 40_000),
+    "damaged snapshots": (5_000, 22_000),
     "forged snapshots": (200, 2_500),
     "manifests": (400, 5_000),
     "images": (600, 6_000),

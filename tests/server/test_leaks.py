@@ -31,7 +31,7 @@ from tests.server.engines import LIMIT_S, is_empty, until
 KEEP_MS, TTL_S = 50, 0.05
 AT_ONCE = 24
 POOL_THREADS = 6  # asyncio begins them as it needs them, and keeps them
-TOLERANCE_BYTES = 12 * 1024 * 1024
+TOLERANCE_BYTES = 8 * 1024 * 1024
 """What the allocator may keep of what was freed."""
 
 
@@ -106,7 +106,10 @@ async def test_nothing_is_left_of_those_who_left(
     (port,) = free_ports(1)
     store = Store(f"file://{tmp_path}/store")
     keeper = Keeper(store, Sealer.for_this_process(), 60.0)
-    engine = Engine(text, EngineConfig(slots=4, threads=1, snapshot_interval=8), keeper)
+    # Blocks of prompts are kept for those who begin alike, up to a limit: that is no leak.
+    engine = Engine(
+        text, EngineConfig(slots=4, threads=1, snapshot_interval=8, prefix_cache_bytes=0), keeper
+    )
     server = make_server(ServeConfig((text.folder,), port=port), {text.name: engine}, keeper)
     await server.start()
     channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")

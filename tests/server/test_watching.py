@@ -222,10 +222,16 @@ async def test_those_who_do_not_end_in_time_are_told(
         plain, kept = home.stream(TEXT), home.stream(TEXT, keep={"seconds": 60})
         await gate.held("step")
         await until(lambda: len(engine._sessions) == 2)
+        gate.let(5)
+        await gate.held("step")
         shutil.rmtree(directory / "a")
         await home.serves()
+        await until(lambda: engine._inbox)  # it is to hand over
+        gate.let(2)  # it publishes at the end of a turn
+        had = await rest(kept)
+        await until(lambda: engine._closing)
         gate.let(float("inf"))
-        told, had = await rest(plain), await rest(kept)
+        told = await rest(plain)
     assert names(told)[-1] == "error" and "taken down" in told[-1].error.message
     assert names(had)[-1] == "handed_over"
     await until(lambda: not home.watcher.leaving)
