@@ -558,6 +558,48 @@ MUTANTS = (
             "pass",
         ),
     ),
+    Mutant(
+        "a reader that comes back gets a token twice",
+        "server/reader.py",
+        "            if self._known_tokens:\n                self._known_tokens -= 1",
+        "            if self._known_tokens > 1:\n                self._known_tokens -= 1",
+        "tests/server/test_reader.py",
+    ),
+    Mutant(
+        "a revived stream forgets what was drawn since its snapshot",
+        "server/stream.py",
+        "        known = past.generated[seen:].tolist()",
+        "        known = past.generated[seen + 1 :].tolist()",
+        "tests/server/test_stream.py",
+    ),
+    Mutant(
+        "a snapshot opens for anybody",
+        "server/seal.py",
+        "        if header.owner != owner:",
+        "        if not header.owner and owner:",
+        "tests/server/test_seal.py",
+    ),
+    Mutant(
+        "a wrong draft leaves its mark on the state",
+        "server/cache.py",
+        "        if count < of and self._bundle.recurrent:",
+        "        if count < of and not self._bundle.recurrent:",
+        "tests/server/test_drafting.py",
+    ),
+    Mutant(
+        "a block folds again after a wrong draft",
+        "server/engine.py",
+        "        if int(self._cache.pushed[0]) > first and (ending is None or stream.is_kept):",
+        "        if ending is None or stream.is_kept:",
+        "tests/server/test_drafting.py",
+    ),
+    Mutant(
+        "a stream that was handed over is taken back",
+        "server/engine.py",
+        "            self._check_open(self._handing_over)",
+        "            self._check_open()",
+        "tests/server/test_sessions.py",
+    ),
 )
 
 
