@@ -31,9 +31,9 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
 
 
 def test_only_what_is_both_much_and_certain_is_growth() -> None:
-    assert grows(Slope(200, 150, 250), allowed=64)
-    assert not grows(Slope(200, -10, 400), allowed=64)
-    assert not grows(Slope(30, 20, 40), allowed=64)
+    assert grows(Slope(200, 150, 250), minutes=45, allowed=4)
+    assert not grows(Slope(200, -10, 400), minutes=45, allowed=4)
+    assert not grows(Slope(30, 20, 40), minutes=45, allowed=4)
 
 
 def test_memory_that_never_changes_has_no_slope() -> None:
