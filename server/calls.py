@@ -7,7 +7,7 @@ request ends by status, a stream that was accepted ends by an event.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from typing import Protocol
 
 import grpc
@@ -40,7 +40,7 @@ class Context(Protocol):
 
 async def send(
     following: Following, sequence: int, durable: bool
-) -> AsyncIterator[pb.GenerateResponse]:
+) -> AsyncGenerator[pb.GenerateResponse]:
     """The events behind number `sequence` of a stream that is followed, until all outputs ended."""
     engine, session, told = following.engine, following.session, set[Reader]()
     readers = dict(zip(session.streams, following.readers, strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
 from pathlib import Path
 
 import numpy as np
@@ -72,8 +73,9 @@ class GenerationServicer(generation_grpc.GenerationServiceServicer):
             refuse(context, error)
             return
         durable = self._sessions.is_durable(following.session)
-        async for response in send(following, 0, durable):
-            yield response
+        async with aclosing(send(following, 0, durable)) as responses:
+            async for response in responses:
+                yield response
 
     async def Resume(
         self, request: pb.ResumeRequest, context: Context
@@ -92,8 +94,9 @@ class GenerationServicer(generation_grpc.GenerationServiceServicer):
             refuse(context, error)
             return
         durable = self._sessions.is_durable(following.session)
-        async for response in send(following, request.after_sequence, durable):
-            yield response
+        async with aclosing(send(following, request.after_sequence, durable)) as responses:
+            async for response in responses:
+                yield response
 
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse | None:
         """Bits per token; see generation_service.proto."""

@@ -7,6 +7,7 @@ import hashlib
 import secrets
 from array import array
 from collections.abc import AsyncIterator, Awaitable
+from contextlib import aclosing
 from dataclasses import replace
 from typing import TypeVar
 
@@ -67,8 +68,9 @@ class SessionServicer(session_grpc.SessionServiceServicer):
             refuse(context, error)
             return
         durable = self._sessions.is_durable(following.session)
-        async for response in send(following, 0, durable):
-            yield response
+        async with aclosing(send(following, 0, durable)) as responses:
+            async for response in responses:
+                yield response
 
     async def Fork(self, request: pb.ForkRequest, context: Context) -> pb.ForkResponse | None:
         """Copies of a session that rests."""

@@ -99,10 +99,10 @@ class Sessions:
             stream_id = new_name()
         else:
             stream_id = self._name(owner, request.idempotency_key)
-            if await self._stored_or_held(stream_id, owner):
-                found = await self.follow(stream_id, owner, [NOTHING] * len(requests))
-                _check_same(request, found.session.terms.origin)
-                return found
+            first = await self._first_request(stream_id, owner)
+            if first is not None:
+                _check_same(request, first)
+                return await self.follow(stream_id, owner, [NOTHING] * len(requests))
         terms = Terms(stream_id, owner, keep_s(request), origin(request, requests[0]), time.time())
         session = engine.open(terms, requests)
         return await self._begun(engine, session)
@@ -208,14 +208,14 @@ class Sessions:
                 _log.exception("a stream could not be deleted")
                 raise StorageFailed("the snapshots cannot be deleted: try again later") from None
 
-    async def _stored_or_held(self, stream_id: str, owner: str) -> bool:
-        if self.held(stream_id, owner) is not None:
-            return True
+    async def _first_request(self, stream_id: str, owner: str) -> pb.GenerateRequest | None:
+        """What the stream of that name was begun with; None if there is none."""
+        if (held := self.held(stream_id, owner)) is not None:
+            return pb.GenerateRequest.FromString(held[1].terms.origin)
         try:
-            await self._load(stream_id, owner)
+            return (await self._load(stream_id, owner)).snapshot.request
         except UnknownSession:
-            return False
-        return True
+            return None
 
     async def _load(self, stream_id: str, owner: str) -> Stored:
         stored = None
@@ -313,9 +313,8 @@ def _check_ids(engine: Engine, received: Sequence[Received]) -> None:
         )
 
 
-def _check_same(request: pb.GenerateRequest, stored: bytes) -> None:
+def _check_same(request: pb.GenerateRequest, first: pb.GenerateRequest) -> None:
     """That a request with a key that was used before is the same request."""
-    first = pb.GenerateRequest.FromString(stored)
     again = pb.GenerateRequest()
     again.CopyFrom(request)
     if not again.sampling.HasField("seed"):

@@ -263,8 +263,12 @@ async def test_a_key_that_was_used_attaches(cluster: Cluster) -> None:
     assert second_owner.session.terms.stream_id != had.stream_id
     for following in (other, second_owner):
         await engine_of(second).forget(following.session)
+    held = engine_of(second).find(had.stream_id, "")
+    assert held is not None
+    readers = held.readers
     with pytest.raises(InvalidRequest, match="idempotency_key"):
         await second.start(engine_of(second), request(39, idempotency_key="once"), "")
+    assert held.readers == readers  # nobody was sent away for it
 
 
 async def test_streams_are_handed_over(cluster: Cluster) -> None:
