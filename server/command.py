@@ -89,6 +89,13 @@ def serve(
     prefill_chunk: Annotated[
         int, typer.Option(help="Prompt tokens of one pass at most; streams step in between.")
     ] = EngineConfig.prefill_chunk,
+    prefill_share: Annotated[
+        float,
+        typer.Option(
+            help="Share of the time that prompts may take from running streams: these keep the "
+            "rest of their rate."
+        ),
+    ] = EngineConfig.prefill_share,
     replicas: Annotated[
         int, typer.Option(help="Processes that serve, each with every bundle.")
     ] = ServeConfig.replicas,
@@ -185,6 +192,7 @@ def serve(
             state_limit_bytes=state_limit_bytes,
             prefix_cache_bytes=prefix_cache_bytes,
             prefill_chunk=prefill_chunk,
+            prefill_share=prefill_share,
             threads=threads,
             provider=provider,
         ),

@@ -40,7 +40,7 @@ class EngineConfig:
     stream_buffer: int = 256
     """Tokens that a slow reader may lag behind before its stream is paused."""
 
-    prefill_share: float = 0.5
+    prefill_share: float = 0.2
     """Largest share of the loop's time that prefill may take while streams decode."""
 
     prefix_cache_bytes: int = 64 * MEBIBYTE
