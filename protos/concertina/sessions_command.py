@@ -76,10 +76,11 @@ def list_sessions(
         for session in found:
             print(_json(session))
         return
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    for heading in ("stream", "model", "phase"):
-        table.add_column(heading, no_wrap=True, overflow="fold")
-    for heading in ("tokens", "state", "forgotten in"):
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
+    table.add_column("stream", no_wrap=True, min_width=32)  # a name is of use only if it is whole
+    for heading in ("model", "phase"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("tokens", "state", "kept for"):
         table.add_column(heading, justify="right", no_wrap=True)
     for session in found:
         table.add_row(
