@@ -72,7 +72,8 @@ class Faulty(generation_grpc.GenerationServiceServicer):
                 sequence = event.sequence
                 yield event
             # What was lost on the way: the server said it, and nobody heard.
-            await anext(events, None)
+            if await anext(events, None) is None:
+                return  # it was over
         finally:
             await events.aclose()  # type: ignore[attr-defined]
         if fault == "HANDED_OVER" and sequence:

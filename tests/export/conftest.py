@@ -30,7 +30,7 @@ def copied(fixed_bundle: Path, tmp_path: Path) -> Path:
 def ready_graphs(fixed_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exports take seconds; here they copy what `fixed_bundle` holds."""
 
-    def copy(model: Decoder, path: Path) -> None:
+    def copy(model: Decoder, path: Path, data_type: int) -> None:
         shutil.copy(fixed_bundle / path.name, path)
 
     monkeypatch.setattr(export.bundle, "export_step", copy)
