@@ -75,7 +75,7 @@ def _rates(readers: list[_Readers]) -> list[float]:
     return rates
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 @pytest.mark.timeout(900)
 def test_sixty_four_stalled_readers(long_bundle: Path) -> None:
     options = ("--slots", "8", "--queue-limit", "100", "--threads", "1", "--local")

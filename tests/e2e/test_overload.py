@@ -38,7 +38,7 @@ def _run(server: Server, rate: float | None) -> Report:
     return summarise(run.records, run.lags_ns, max_lag_s=1.0, interrupted=run.interrupted)
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("limit", ["--queue-limit=8", "--queue-tokens=128", "--state-limit-bytes"])
 def test_ten_times_the_load_costs_no_goodput(limit: str) -> None:

@@ -16,7 +16,7 @@ _STREAM = LongStream(10, (5_000_000, 5_100_000, 6_000_000), (9.0, 1.0, 1.0), (2.
 _CROWD = Crowd(400, 65_536, 64, 16_000_000, 7 << 30, 100.0)
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_long_stream_takes_its_state_and_no_longer_at_the_end() -> None:
     shape = Shape(layers=2, width=64, heads=2, mlp=128)
     found = measure_stream(tokens=60_000, window=3_000, span=64, shape=shape)
@@ -25,7 +25,7 @@ def test_a_long_stream_takes_its_state_and_no_longer_at_the_end() -> None:
     assert found.complaints() == []
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_crowd_stands_deep_in_its_context() -> None:
     shape = Shape(layers=2, width=64, heads=2, mlp=128)
     found = measure_crowd(40, context=4096, span=64, steps=64, threads=1, shape=shape)
