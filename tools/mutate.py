@@ -369,7 +369,7 @@ MUTANTS = (
     *_bugs(
         "export/graphs.py",
         _EXPORT,
-        ("the kernel scales again", '"scale": 1.0', '"scale": 0.0'),
+        ("the kernel scales twice as much", '"scale": 1.0', '"scale": 2.0'),
         ("lengths off by one (graph)", "lengths - 1, longest", "lengths, longest"),
     ),
     *_bugs(
