@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from array import array
 
-_WINDOW = 8192  # tokens that are looked through, so that a step costs the same at any length
+WINDOW = 8192
+"""Tokens that are looked through: enough to find what repeats, and the same at any length."""
+
 _LENGTHS = (12, 6, 4)  # of what has to be the same, tried one after the other
 
 
-def propose(known: array[int], size: int) -> array[int]:
-    """At most `size` tokens that may follow the `known` ones; none if nothing suggests any."""
-    recent = known[-_WINDOW:]
+def propose(recent: array[int], size: int) -> array[int]:
+    """At most `size` tokens that may follow the `recent` ones; none if nothing suggests any."""
     content, width = recent.tobytes(), recent.itemsize
     for length in _LENGTHS:
         if len(recent) <= length:

@@ -26,7 +26,7 @@ from server.admission import Ledger, limits
 from server.bundle import Bundle
 from server.cache import Cache, Parked
 from server.config import EngineConfig
-from server.drafting import propose
+from server.drafting import WINDOW, propose
 from server.errors import Displaced, EngineStopped, RequestError, StepFailed
 from server.events import (
     Ending,
@@ -401,8 +401,7 @@ class Engine:
         for row in sorted(ended, reverse=True):
             self._end(streams[row], ended[row])
         for stream in [s for s in streams if s.unread >= self.config.stream_buffer]:
-            self._places.pause(stream)
-            self._take_snapshot(stream, stream.parked)
+            self._pause(stream)
         return time.perf_counter() - began
 
     def _decode_ahead(self, stream: Stream) -> float:
@@ -415,7 +414,7 @@ class Engine:
         known = [*stream.behind, stream.last_token]
         room = self._cache.row_room - len(known)
         wanted = min(self.config.draft_tokens, room)
-        draft = propose(stream.known, wanted) if wanted > 0 else ()
+        draft = propose(stream.latest(WINDOW), wanted) if wanted > 0 else ()
         fed, first = [*known, *draft], int(self._cache.pushed[0])
         logits = self._cache.feed(np.array(fed, np.int64))
         ending: Ending | None = None
@@ -451,8 +450,7 @@ class Engine:
             self._end(stream, ending)
         elif stream.unread >= self.config.stream_buffer:
             self._catch_up_states()
-            self._places.pause(stream)
-            self._take_snapshot(stream, stream.parked)
+            self._pause(stream)
         elif not stream.behind and self._snapshot_is_due(stream, int(self._cache.pushed[0])):
             self._take_snapshot(stream, self._cache.park(0))
         return time.perf_counter() - began
@@ -549,6 +547,13 @@ class Engine:
             self._stop(stream, FinishReason.TIME_LIMIT, now)
         for session in self._sessions.expired(now):
             self._forget(session)
+
+    def _pause(self, stream: Stream) -> None:
+        """Give the slot of a stream whose reader lags to another; its state is copied anyway."""
+        self._places.pause(stream)
+        assert stream.parked is not None
+        if stream.parked.pushed - stream.snapshot_at >= self.config.snapshot_interval:
+            self._take_snapshot(stream, stream.parked)
 
     def _stop(self, stream: Stream, reason: FinishReason, now: float) -> None:
         """End a stream between two steps; one that is kept takes its state along."""

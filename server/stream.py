@@ -7,6 +7,7 @@ from array import array
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from server.cache import Parked
 from server.events import Backlog, Ending, Finish, FinishReason, Request
@@ -15,8 +16,6 @@ from server.logprobs import TokenLogprobs
 from server.reader import Reader
 from server.runtime import Ints
 from server.text import TextStream
-
-_RECENT = 8192  # tokens
 
 
 @dataclass(frozen=True)
@@ -141,13 +140,17 @@ class Stream:
             self.first_token_at and self.first_token_at - self.accepted_at,
         )
 
-    @property
-    def known(self) -> array[int]:
-        """Its latest tokens, prompt and output, as far as they are remembered."""
-        if len(self.history) >= _RECENT:
-            return self.history[-_RECENT:]
-        prompt = self.request.prompt[1:][-_RECENT:]
-        return array(self.history.typecode, prompt.tolist()) + self.history
+    def latest(self, size: int) -> array[int]:
+        """Its last tokens of prompt and output, at most `size`, as far as they are remembered."""
+        missing = size - len(self.history)
+        if missing <= 0:
+            return self.history[-size:]
+        return self._prompt[-missing:] + self.history
+
+    @cached_property
+    def _prompt(self) -> array[int]:
+        """The caller's tokens, as compact as those of the history."""
+        return array(self.history.typecode, self.request.prompt[1:].tolist())
 
     @property
     def backlog(self) -> Backlog:
