@@ -91,10 +91,7 @@ def serve(
     ] = EngineConfig.prefill_chunk,
     prefill_share: Annotated[
         float,
-        typer.Option(
-            help="Share of the time that prompts may take from running streams: these keep the "
-            "rest of their rate."
-        ),
+        typer.Option(help="Share of the time that prompts may take from running streams."),
     ] = EngineConfig.prefill_share,
     replicas: Annotated[
         int, typer.Option(help="Processes that serve, each with every bundle.")

@@ -26,7 +26,6 @@ from server.admission import Ledger, limits
 from server.bundle import Bundle
 from server.cache import Cache, Parked
 from server.config import EngineConfig
-from server.drafting import WINDOW, propose
 from server.errors import Displaced, EngineStopped, RequestError, StepFailed
 from server.events import (
     Ending,
@@ -36,16 +35,14 @@ from server.events import (
     HandedOver,
     Piece,
     Request,
-    Scored,
     outcome,
 )
 from server.logit_rules import Memory
-from server.logprobs import TokenLogprobs, surprisal, token_logprobs
 from server.outbox import Outbox
+from server.passes import Passes
 from server.places import Places
 from server.reader import NOTHING, Reader, Received, events
-from server.runtime import Floats, Runtime
-from server.sampler import failures, sample
+from server.runtime import Runtime
 from server.scheduler import Load, Plan, next_credit, plan
 from server.session import Session, SessionTable
 from server.snapshots import Keeper
@@ -79,8 +76,10 @@ class Engine:
         self._limited: set[Stream] = set()  # those with a time limit
         self._sessions = SessionTable()
         self._outbox = Outbox()
+        self._passes = Passes(
+            config, bundle, self._cache, self._places, self._outbox, self._measures
+        )
         self._credit_s = 0.0
-        self._last_step_at: float | None = None
         self._thread = threading.Thread(target=self._run, name=f"engine-{bundle.name}", daemon=True)
         self._thread.start()
 
@@ -290,7 +289,7 @@ class Engine:
         self._publish()
         self._measure(todo.idle)
         if todo.idle:
-            self._last_step_at = None
+            self._passes.rest()
             self._wake.wait(self._until_next_expiry())
             self._wake.clear()
 
@@ -311,7 +310,7 @@ class Engine:
     def _execute(self, todo: Plan) -> None:
         places = self._places
         if todo != Plan(decode=True) or len(places.running) > 1:
-            self._catch_up_states()
+            self._passes.catch_up()
         if todo.preempt or todo.restore:
             returning = places.returning()
             for stream in places.yielding(returning)[: todo.preempt]:
@@ -334,149 +333,27 @@ class Engine:
     def _prefill(self, count: int) -> float:
         stream = self._places.bench
         assert stream is not None
-        began = time.perf_counter()
-        first = self._cache.bench_pushed
-        request = stream.request
-        logits = self._cache.prefill(stream.unpushed(first)[:count], request.predicts_prompt)
-        seconds = time.perf_counter() - began
-        self._measures.prefilled(count, seconds)
-        self._measures.folded(int(self._cache.block_room == self.bundle.span))
-        if self._snapshot_is_due(stream, self._cache.bench_pushed) and not request.predicts_prompt:
+        seconds, ending = self._passes.prefill(stream, count)
+        if ending is not None:
+            self._end(stream, ending)
+        elif not stream.request.predicts_prompt and self._snapshot_is_due(
+            stream, self._cache.bench_pushed
+        ):
             self._take_snapshot(stream, self._cache.park_bench())
-        if request.predicts_prompt:
-            self._predict_prompt(stream, logits, first)
         return seconds
 
-    def _predict_prompt(self, stream: Stream, logits: Floats, first: int) -> None:
-        """Report or score the tokens that `logits` predicted, the prompt's from `first` on."""
-        request = stream.request
-        targets = request.prompt[first + 1 :][: len(logits)]
-        failed = failures(logits, targets, first + np.arange(len(logits)))
-        if failed:
-            self._end(stream, failed[min(failed)])
-            return
-        if request.prompt_logprobs is not None:
-            said = token_logprobs(logits, targets, [request.prompt_logprobs] * len(targets))
-            if stream.is_kept:
-                stream.prompt_said += said
-            self._outbox.put(stream.reader, Piece(prompt=said))
-        if request.score:
-            stream.bits += surprisal(logits, targets).tolist()
-            if not len(stream.unpushed(self._cache.bench_pushed)):
-                self._end(stream, Scored(tuple(stream.bits)))
-
     def _decode(self) -> float:
-        streams, sampling = self._places.running, self._places.sampling
-        if self.config.draft_tokens and len(streams) == 1 and not streams[0].forced:
-            return self._decode_ahead(streams[0])
-        began = time.perf_counter()
-        logits = self._cache.step(np.array([s.last_token for s in streams], np.int64))
-        positions = self._cache.pushed - 1
-        tokens = sample(logits, sampling, positions)
-        for row, stream in enumerate(streams):
-            if stream.forced:
-                tokens[row] = stream.forced.popleft()
-        sampling.remember(tokens)
-        logprobs = sampling.logprobs(logits, tokens)
-        now, perf = time.monotonic(), time.perf_counter()
-        ended: dict[int, Ending] = {**failures(logits, tokens, positions)}
-        for row, (stream, token) in enumerate(zip(streams, tokens.tolist(), strict=True)):
-            if row not in ended:
-                reason = self._take_token(stream, token, logprobs.get(row), now)
-                if reason is not None:
-                    sizes = self.bundle.state_bytes(int(self._cache.pushed[row]))
-                    ended[row] = stream.finish(reason, sum(sizes.values()), now)
-        kept = {row for row in ended if streams[row].is_kept}
-        self._measures.folded(self._cache.fold(ended.keys() - kept))
-        for row in kept:
-            streams[row].parked = self._cache.park(row)
+        began, streams = time.perf_counter(), self._places.running
+        ended = self._passes.decode()
         if self._keeper is not None:
-            for row, pushed in enumerate(self._cache.pushed.tolist()):
-                if row not in ended and self._snapshot_is_due(streams[row], pushed):
-                    self._take_snapshot(streams[row], self._cache.park(row))
-        self._measures.stepped(
-            len(streams), perf - began, self._last_step_at and perf - self._last_step_at
-        )
-        self._last_step_at = perf
-        for row in sorted(ended, reverse=True):
-            self._end(streams[row], ended[row])
+            for stream, pushed in zip(streams, self._cache.pushed.tolist(), strict=True):
+                if stream not in ended and self._snapshot_is_due(stream, pushed):
+                    self._take_snapshot(stream, self._places.park(stream))
+        for stream, ending in ended.items():
+            self._end(stream, ending)
         for stream in [s for s in streams if s.unread >= self.config.stream_buffer]:
             self._pause(stream)
         return time.perf_counter() - began
-
-    def _decode_ahead(self, stream: Stream) -> float:
-        """Push what the only stream may say next, and keep what it does.
-
-        Never beyond a fold. Each token is drawn as it would have been alone: a draft saves passes,
-        and changes none.
-        """
-        began, sampling = time.perf_counter(), self._places.sampling
-        known = [*stream.behind, stream.last_token]
-        room = self._cache.row_room - len(known)
-        wanted = min(self.config.draft_tokens, room)
-        draft = propose(stream.latest(WINDOW), wanted) if wanted > 0 else ()
-        fed, first = [*known, *draft], int(self._cache.pushed[0])
-        logits = self._cache.feed(np.array(fed, np.int64))
-        ending: Ending | None = None
-        now, right = time.monotonic(), len(known) - 1
-        while ending is None:
-            row, position = logits[right : right + 1], np.array([first + right])
-            tokens = sample(row, sampling, position)
-            sampling.remember(tokens)
-            said = sampling.logprobs(row, tokens).get(0)
-            ending = failures(row, tokens, position).get(0)
-            right += 1
-            if ending is not None:
-                break
-            reason = self._take_token(stream, int(tokens[0]), said, now)
-            if reason is not None:
-                held = sum(self.bundle.state_bytes(first + right).values())
-                ending = stream.finish(reason, held, now)
-            elif right == len(fed) or fed[right] != stream.last_token:
-                break
-        stream.behind = fed[self._cache.keep(right, len(fed)) : right]
-        since = self._last_step_at and began - self._last_step_at
-        took = time.perf_counter() - began
-        self._last_step_at = began
-        drawn = right - len(known) + 1
-        self._measures.stepped(1, took, since, drawn)
-        self._measures.drafted(len(draft), drawn - 1)
-        if ending is not None and stream.is_kept:
-            self._catch_up_states()
-        if int(self._cache.pushed[0]) > first and (ending is None or stream.is_kept):
-            self._measures.folded(self._cache.fold())
-        if ending is not None:
-            stream.parked = self._cache.park(0) if stream.is_kept else None
-            self._end(stream, ending)
-        elif stream.unread >= self.config.stream_buffer:
-            self._catch_up_states()
-            self._pause(stream)
-        elif not stream.behind and self._snapshot_is_due(stream, int(self._cache.pushed[0])):
-            self._take_snapshot(stream, self._cache.park(0))
-        return time.perf_counter() - began
-
-    def _catch_up_states(self) -> None:
-        """Push what streams know and their states have not seen, where drafts left any."""
-        for stream in [s for s in self._places.running if s.behind]:
-            self._cache.feed(np.array(stream.behind, np.int64), logits=False)
-            self._cache.keep(len(stream.behind), len(stream.behind))
-            stream.behind = []
-
-    def _take_token(
-        self, stream: Stream, token: int, logprobs: TokenLogprobs | None, now: float
-    ) -> FinishReason | None:
-        first = stream.first_token_at is None
-        text, reason = stream.accept_token(token, now, logprobs)
-        if first:
-            self._measures.first_token(now - stream.accepted_at)
-        if reason is not None and stream.text.matched is None:
-            text += stream.text.flush()
-        if stream.request.is_unsent(token):
-            self._outbox.put(stream.reader, Piece(text=text))
-        else:
-            stream.reader.published += 1
-            self._outbox.put(stream.reader, Piece(token, text, logprobs))
-        return reason
 
     # ---- the life of a stream
 
@@ -550,6 +427,7 @@ class Engine:
 
     def _pause(self, stream: Stream) -> None:
         """Give the slot of a stream whose reader lags to another; its state is copied anyway."""
+        self._passes.catch_up()
         self._places.pause(stream)
         assert stream.parked is not None
         if stream.parked.pushed - stream.snapshot_at >= self.config.snapshot_interval:
@@ -557,7 +435,7 @@ class Engine:
 
     def _stop(self, stream: Stream, reason: FinishReason, now: float) -> None:
         """End a stream between two steps; one that is kept takes its state along."""
-        self._catch_up_states()
+        self._passes.catch_up()
         pushed = self._places.pushed(stream)
         held = 0 if pushed is None else sum(self.bundle.state_bytes(pushed).values())
         if stream.is_kept:
@@ -607,7 +485,7 @@ class Engine:
     def _hand_over(self) -> None:
         if self._keeper is None or not self._keeper.is_durable:
             return
-        self._catch_up_states()
+        self._passes.catch_up()
         for session in [s for s in self._sessions.all() if s.terms.keep_s]:
             for stream in [s for s in session.streams if not s.ended]:
                 self._take_snapshot(stream, self._places.park(stream))

@@ -588,7 +588,7 @@ MUTANTS = (
     ),
     Mutant(
         "a block folds again after a wrong draft",
-        "server/engine.py",
+        "server/passes.py",
         "        if int(self._cache.pushed[0]) > first and (ending is None or stream.is_kept):",
         "        if ending is None or stream.is_kept:",
         "tests/server/test_drafting.py",

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from server import engine as engine_module
+from server import passes as passes_module
 from server import stream as stream_module
 from server.bundle import Bundle
 from server.engine import Engine
@@ -287,6 +288,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The clock of engines and streams that are made from now on."""
     clock = Clock()
     monkeypatch.setattr(engine_module, "time", clock)
+    monkeypatch.setattr(passes_module, "time", clock)
     monkeypatch.setattr(stream_module, "time", clock)
     return clock
 
