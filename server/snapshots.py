@@ -80,7 +80,7 @@ class Keeper:
         self._ttl_s = ttl_s
         self._waiting: dict[tuple[str, int], tuple[Bundle, Terms, int, Past]] = {}
         self._changed = threading.Condition()
-        self._busy = False
+        self._writing: str | None = None  # the stream of which a snapshot is being written
         self._closing = False
         self._swept_at = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="snapshots", daemon=True)
@@ -122,7 +122,7 @@ class Keeper:
         with self._changed:
             for key in [key for key in self._waiting if key[0] == stream_id]:
                 del self._waiting[key]
-            self._changed.wait_for(lambda: not self._busy)
+            self._changed.wait_for(lambda: self._writing != stream_id)
 
     def load(self, owner: str, stream_id: str) -> Stored | None:
         """The caller's stream of that name. Raises SnapshotRefused, OSError."""
@@ -156,7 +156,7 @@ class Keeper:
     def flush(self, limit_s: float) -> bool:
         """Wait until everything is written; whether it was."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._waiting and not self._busy, limit_s)
+            return self._changed.wait_for(lambda: not (self._waiting or self._writing), limit_s)
 
     def close(self, limit_s: float) -> None:
         """Write what waits, and stop."""
@@ -167,25 +167,31 @@ class Keeper:
         self._thread.join(limit_s)
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._busy = False
-                self._changed.notify_all()
-                self._changed.wait_for(lambda: self._waiting or self._closing, _SWEEP_S)
-                if self._closing:
-                    return
-                key = next(iter(self._waiting), None)
-                job = self._waiting.pop(key) if key is not None else None
-                self._busy = True
+        while not self._closing:
             try:
-                if job is not None:
-                    self._write(*job)
+                self._write_next()
                 if time.monotonic() - self._swept_at > _SWEEP_S:
                     self._swept_at = time.monotonic()
                     self._store.sweep(self._ttl_s)
             except Exception:
                 metrics.SNAPSHOT_FAILURES.inc()
                 _log.exception("a snapshot could not be stored")
+
+    def _write_next(self) -> None:
+        """Write the snapshot that has waited longest, or wait for one for a while."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closing, _SWEEP_S)
+            if self._closing or not self._waiting:
+                return
+            key = next(iter(self._waiting))
+            job = self._waiting.pop(key)
+            self._writing = key[0]
+        try:
+            self._write(*job)
+        finally:
+            with self._changed:
+                self._writing = None
+                self._changed.notify_all()
 
     def _write(self, bundle: Bundle, terms: Terms, output: int, past: Past) -> None:
         began = time.perf_counter()
