@@ -21,7 +21,13 @@ def models(server: Server) -> list[str]:
         return sorted(model.name for model in client.models(timeout=SOON))
 
 
-@pytest.mark.parametrize("home", [[], ["--local"]], ids=["ray", "local"])
+@pytest.mark.parametrize(
+    "home",
+    [
+        pytest.param([], id="ray", marks=pytest.mark.slow),
+        pytest.param(["--local"], id="local"),
+    ],
+)
 def test_models_come_and_go(
     home: list[str], long_bundle: Path, image_bundle: Path, tmp_path: Path
 ) -> None:
