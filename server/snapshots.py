@@ -15,6 +15,7 @@ import time
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -32,7 +33,7 @@ from server.logprobs import TokenLogprobs
 from server.seal import KEY_VARIABLE, VERSION, Sealer, refuse_expired
 from server.store import Store
 from server.stream import Past, Terms
-from server.wire import finish_from, finished_message, logprobs_messages
+from server.wire import MAX_SECONDS, finish_from, finished_message, logprobs_messages
 
 _log = logging.getLogger(__name__)
 _ORIGIN = "origin"
@@ -269,9 +270,20 @@ def past_from(bundle: Bundle, request: Request, told: pb.OutputSnapshot) -> Past
         [TokenLogprobs(t.logprob, tuple(t.top_ids), tuple(t.top_logprobs)) for t in told.logprobs],
         told.base_tokens,
         told.base_characters,
-        told.queue_seconds if told.HasField("queue_seconds") else None,
-        told.first_token_seconds if told.HasField("first_token_seconds") else None,
+        _seconds(told, "queue_seconds"),
+        _seconds(told, "first_token_seconds"),
     )
+
+
+def _seconds(
+    told: pb.OutputSnapshot, field: Literal["queue_seconds", "first_token_seconds"]
+) -> float | None:
+    if not told.HasField(field):
+        return None
+    value: float = getattr(told, field)
+    if not 0 <= value <= MAX_SECONDS:
+        raise SnapshotRefused(f"the snapshot's {field} is {value}, which no stream's is")
+    return value
 
 
 def _finish(told: pb.OutputSnapshot) -> Finish | None:

@@ -32,7 +32,7 @@ _REASONS = {
     FinishReason.TIME_LIMIT: pb.FINISH_REASON_TIME_LIMIT,
     FinishReason.PAUSED: pb.FINISH_REASON_PAUSED,
 }
-_MAX_SECONDS = 10**10  # protobuf has room for more, but no stream has
+MAX_SECONDS = 10**10  # protobuf has room for more, but no stream has
 _BY_NUMBER = {number: reason for reason, number in _REASONS.items()}
 
 
@@ -158,7 +158,7 @@ def finish_from(message: pb.Finished) -> Finish:
     usage = message.usage
     times = tuple(map(seconds, (usage.queue_time, usage.time_to_first_token, usage.total_time)))
     queue_s, first_token_s, total_s = times
-    if message.reason not in _BY_NUMBER or not all(0 <= t <= _MAX_SECONDS for t in times):
+    if message.reason not in _BY_NUMBER or not all(0 <= t <= MAX_SECONDS for t in times):
         raise ValueError(f"reason {message.reason}, times {times}")
     return Finish(
         _BY_NUMBER[message.reason],

@@ -104,7 +104,7 @@ def test_streams_that_do_not_end_are_told(long_bundle: Path) -> None:
         endless = client.generate("a", max_tokens=30_000, ignore_eos=True, timeout=60)
         next(endless)
         server.process.terminate()
-        with pytest.raises(GenerationFailed, match="shut down") as raised:
+        with pytest.raises(GenerationFailed, match="taken down") as raised:
             list(endless)
         assert raised.value.retryable
         assert server.process.wait(SOON) == 0

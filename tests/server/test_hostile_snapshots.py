@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -28,11 +29,13 @@ from tests.server.hostile import FORMS, Tally, examples, harmless, messages
 
 SOON_S = 10.0
 SEALER = Sealer([bytes(range(32))])
-EDGES = {
+EDGES: dict[str, tuple[float, ...]] = {
     "pushed": (0, 1, 7, 8, 9, 95, 96, 97, 2**63),
     "base_tokens": (0, 1, 95, 2**64 - 1),
     "base_characters": (0, 1, 95, 2**64 - 1),
     "output": (0, 1, 127, 2**32 - 1),
+    "queue_seconds": (0, -1, math.nan, math.inf),
+    "first_token_seconds": (0, -1, math.nan, math.inf),
 }
 
 
