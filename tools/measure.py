@@ -1,6 +1,7 @@
 """The figures of docs/performance.md: engine alone, then the same streams seen by gRPC clients.
 
     python tools/measure.py bundles/python-4k
+    python tools/measure.py                     # the bench's model, 25M random weights
 
 Engine and servers are measured in turns, so that a noisy machine is noisy for all of them; what is
 printed are medians over the rounds.
@@ -13,6 +14,7 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +25,8 @@ import numpy as np
 import psutil
 import typer
 
+from loadtest.bench.bundles import make_bundle
+from loadtest.bench.plan import Shape
 from server.bundle import load_bundle
 from server.config import EngineConfig
 from server.engine import Engine
@@ -36,12 +40,20 @@ _START_LIMIT_S = 120.0
 
 
 def main(
-    bundle: Annotated[Path, typer.Argument(help="Bundle to measure.")],
+    bundle: Annotated[Path | None, typer.Argument(help="Bundle to measure.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of each stream.")] = 512,
     prompt: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 32,
     rounds: Annotated[int, typer.Option(help="Rounds; medians are printed.")] = 3,
 ) -> None:
     """Print tokens/s of the engine alone and through gRPC, and the time from serve to ready."""
+    with tempfile.TemporaryDirectory() as root:
+        if bundle is None:
+            bundle = Path(root) / "bench"
+            make_bundle(bundle, Shape(), 1024, 32)
+        _measure(bundle, tokens, prompt, rounds)
+
+
+def _measure(bundle: Path, tokens: int, prompt: int, rounds: int) -> None:
     figures: dict[str, list[float]] = {}
     homes = {"ray": (), "local": ("--local",)}
     for _ in range(rounds):
