@@ -1,57 +1,21 @@
-"""The loop that makes progress: one thread per bundle, everything per step lives on it.
-
-Event loops and the engine meet in two places only: the inbox (`submit`, `cancel`, `caught_up`) and
-the streams' buffers, filled once a step through one wake-up of each loop.
-"""
+"""Streams from one bundle, as event loops see them; what makes them go on is the loop behind it."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import secrets
-import threading
 import time
 from array import array
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import Future
-from dataclasses import replace
-from typing import TypeVar
 
-import numpy as np
-import psutil
-
-from server import metrics
-from server.admission import Ledger, limits
 from server.bundle import Bundle
-from server.cache import Cache, Parked
 from server.config import EngineConfig
-from server.errors import Displaced, EngineStopped, RequestError, StepFailed
-from server.events import (
-    Ending,
-    Event,
-    Finish,
-    FinishReason,
-    HandedOver,
-    Piece,
-    Request,
-    outcome,
-)
-from server.logit_rules import Memory
-from server.outbox import Outbox
-from server.passes import Passes
-from server.places import Places
+from server.events import Event, Request
+from server.loop import Loop
 from server.reader import NOTHING, Reader, Received, events
-from server.runtime import Runtime
-from server.scheduler import Load, Plan, next_credit, plan
-from server.session import Session, SessionTable
+from server.session import Session
 from server.snapshots import Keeper
 from server.stream import Past, Stream, Terms
-
-_T = TypeVar("_T")
-
-_log = logging.getLogger(__name__)
-_IDLE_WAIT_S = 1.0
 
 
 class Engine:
@@ -60,35 +24,12 @@ class Engine:
     def __init__(self, bundle: Bundle, config: EngineConfig, keeper: Keeper | None = None) -> None:
         self.bundle = bundle
         self.config = config
-        self._keeper = keeper
-        self._runtime = Runtime(bundle, config.slots + 1, config.threads, config.provider)
-        self._cache = Cache(bundle, self._runtime, config.slots, config.prefix_cache_bytes)
-        self._measures = metrics.EngineMetrics(bundle.name)
-        self._measures.buffer_bytes(self._runtime.nbytes)
-        self._inbox: deque[Callable[[], None]] = deque()
-        self._wake = threading.Event()
-        self._closing = False
-        self._handing_over = False
-        self._lock = threading.Lock()
-        # What the streams not ended hold; changed under the lock, since both sides count.
-        self._ledger = Ledger(bundle.manifest, limits(config, psutil.virtual_memory().total))
-        self._places = Places(self._cache, config.stream_buffer)
-        self._limited: set[Stream] = set()  # those with a time limit
-        self._sessions = SessionTable()
-        self._outbox = Outbox()
-        self._passes = Passes(
-            config, bundle, self._cache, self._places, self._outbox, self._measures
-        )
-        self._credit_s = 0.0
-        self._thread = threading.Thread(target=self._run, name=f"engine-{bundle.name}", daemon=True)
-        self._thread.start()
-
-    # ---- called from event loops
+        self._loop = Loop(bundle, config, keeper)
 
     @property
     def alive(self) -> bool:
         """Whether the loop runs; once it does not, it never will again."""
-        return self._thread.is_alive()
+        return self._loop.alive
 
     @property
     def empty_past(self) -> Past:
@@ -130,35 +71,25 @@ class Engine:
         for stream in streams:
             stream.remembers |= self.config.draft_tokens > 0
         session = Session(terms, streams)
-        opened = [stream for stream in streams if not stream.ended]
-        with self._lock:
-            self._check_open(self._handing_over)
-            refusal = self._ledger.admit(opened, time.monotonic()) if opened else None
-            if refusal is not None:
-                self._measures.rejected(refusal.reason)
-                raise refusal.error
-            before = self._sessions.add(session)
-            self._post(lambda: self._enqueue(session, opened, before))
+        self._loop.open(session)
         return session
 
     def find(self, stream_id: str, owner: str) -> Session | None:
         """The caller's session of that name, if this engine holds it."""
-        return self._sessions.find(stream_id, owner)
+        return self._loop.sessions.find(stream_id, owner)
 
     def sessions(self, owner: str) -> list[Session]:
         """The caller's sessions that this engine holds."""
-        return [s for s in self._sessions.all() if s.terms.owner == owner]
+        return [s for s in self._loop.sessions.all() if s.terms.owner == owner]
 
     @property
     def holds_sessions(self) -> bool:
         """Whether any stream waits, runs or is kept."""
-        return bool(len(self._sessions))
+        return bool(len(self._loop.sessions))
 
     def held_bytes(self, stream: Stream) -> int:
         """State that a stream holds outside any slot, or reserves by having one."""
-        if stream.parked is not None:
-            return sum(self.bundle.state_bytes(stream.parked.pushed).values())
-        return 0 if stream.ended else self.bundle.max_state_bytes
+        return self._loop.held_bytes(stream)
 
     def forgets_at(self, session: Session) -> float | None:
         """When a session that nobody reads is forgotten, as Unix time."""
@@ -181,51 +112,31 @@ class Engine:
             Reader(stream.request, loop, arrived, had, stream.base_tokens)
             for stream, had in zip(session.streams, received, strict=True)
         )
-        await self.ask(lambda: self._attach(session, readers))
+        await self._ask(lambda: self._loop.attach(session, readers))
         return readers
 
     def leave(self, session: Session, readers: Sequence[Reader]) -> None:
         """These readers of a session read no more: it is kept, or its streams end."""
-        self._post(lambda: self._leave(session, readers))
+        self._loop.post(lambda: self._loop.leave(session, readers))
 
     async def pause(self, session: Session) -> None:
         """Stop the streams of a session and keep their state. Raises EngineStopped."""
-        await self.ask(lambda: self._pause_session(session))
+        await self._ask(lambda: self._loop.pause(session))
 
     async def forget(self, session: Session) -> None:
         """End the streams of a session and drop all that is held of it. Raises EngineStopped."""
-        await self.ask(lambda: self._forget(session))
+        await self._ask(lambda: self._loop.forget(session))
 
     async def hand_over(self) -> None:
         """Snapshot the durable sessions and end their readers, so that others go on with them.
 
         Nothing is opened from then on: who comes back is to find another server.
         """
-        self._handing_over = True
-        await self.ask(self._hand_over)
-
-    async def ask(self, action: Callable[[], _T]) -> _T:
-        """What `action` gives on the engine's thread. Raises EngineStopped."""
-        answer: Future[_T] = Future()
-
-        def act() -> None:
-            try:
-                answer.set_result(action())
-            except Exception as error:
-                answer.set_exception(error)
-
-        with self._lock:
-            self._check_open()
-            self._post(act)
-        return await asyncio.wrap_future(answer)
-
-    def _check_open(self, handing_over: bool = False) -> None:
-        if self._closing or handing_over:
-            raise EngineStopped("the server is shutting down; try another one, or again later")
+        await asyncio.wrap_future(self._loop.hand_over())
 
     def cancel(self, stream: Stream) -> None:
         """Drop a stream; its slot is free before the next step. Does nothing once it has ended."""
-        self._post(lambda: self._cancel(stream))
+        self._loop.post(lambda: self._loop.cancel(stream))
 
     async def events(self, stream: Stream) -> AsyncIterator[Event]:
         """What happens to `stream`, in order; the last event is its ending."""
@@ -243,290 +154,12 @@ class Engine:
         owners = dict(zip(readers, streams, strict=True))
         async for reader, event in events(readers):
             if owners[reader].paused:
-                self._wake.set()
+                self._loop.wake()
             yield owners[reader], event
 
     def close(self) -> None:
         """Stop the loop. Streams that have not ended end with an error."""
-        self._closing = True
-        self._wake.set()
-        self._thread.join()
+        self._loop.close()
 
-    def _post(self, action: Callable[[], None]) -> None:
-        self._inbox.append(action)
-        self._wake.set()
-
-    # ---- the engine's thread
-
-    def _run(self) -> None:
-        try:
-            while not self._closing:
-                self._turn()
-            self._hand_over()
-        except Exception:
-            _log.exception("the engine of %s died", self.bundle.name)
-        with self._lock:  # whatever was not refused is in the inbox by now
-            self._closing = True
-        gone = EngineStopped("the model was taken down before the stream ended; try again later")
-        while self._inbox:
-            self._inbox.popleft()()
-        for stream in [*self._places.waiting, *self._places.paused]:
-            self._end(stream, gone)
-        self._fail_batch(gone)
-        self._publish()
-        self._measures.closed(self._runtime.nbytes)
-
-    def _turn(self) -> None:
-        while self._inbox:
-            self._inbox.popleft()()
-        self._expire(time.monotonic())
-        todo = plan(self._load())
-        try:
-            self._execute(todo)
-        except Exception:
-            _log.exception("a pass of %s failed", self.bundle.name)
-            self._fail_batch(StepFailed("the model failed on this step; see the server's log"))
-        self._publish()
-        self._measure(todo.idle)
-        if todo.idle:
-            self._passes.rest()
-            self._wake.wait(self._until_next_expiry())
-            self._wake.clear()
-
-    def _load(self) -> Load:
-        free, returning = self._cache.num_free, self._places.returning()
-        yielding = self._places.yielding(returning)
-        return Load(
-            num_running=self._cache.num_running,
-            num_free=free,
-            yielding=tuple(s.priority for s in yielding),
-            returning=tuple(s.priority for s in returning),
-            waiting=self._places.head(free + len(yielding) + 1),
-            bench=self._places.on_bench(),
-            prefill_room=min(self._cache.block_room, self.config.prefill_chunk),
-            prefill_credit_s=self._credit_s,
-        )
-
-    def _execute(self, todo: Plan) -> None:
-        places = self._places
-        if todo != Plan(decode=True) or len(places.running) > 1:
-            self._passes.catch_up()
-        if todo.preempt or todo.restore:
-            returning = places.returning()
-            for stream in places.yielding(returning)[: todo.preempt]:
-                places.preempt(stream)
-                self._measures.preempted()
-            for stream in returning[: todo.restore]:
-                places.restore(stream)
-        for _ in range(todo.begin):
-            self._start(places.begin())
-        if todo.join:
-            places.join()
-        prefill_s = self._prefill(todo.prefill) if todo.prefill else 0.0
-        if todo.seat and places.waiting[0].to_prefill:
-            self._start(places.seat())
-            self._measures.shared(self._cache.bench_pushed, self._cache.prefix_bytes)
-        decode_s = self._decode() if todo.decode else 0.0
-        share = self.config.prefill_share
-        self._credit_s = next_credit(self._credit_s, share, prefill_s, decode_s)
-
-    def _prefill(self, count: int) -> float:
-        stream = self._places.bench
-        assert stream is not None
-        seconds, ending = self._passes.prefill(stream, count)
-        if ending is not None:
-            self._end(stream, ending)
-        elif not stream.request.predicts_prompt and self._snapshot_is_due(
-            stream, self._cache.bench_pushed
-        ):
-            self._take_snapshot(stream, self._cache.park_bench())
-        return seconds
-
-    def _decode(self) -> float:
-        began, streams = time.perf_counter(), self._places.running
-        ended = self._passes.decode()
-        if self._keeper is not None:
-            for stream, pushed in zip(streams, self._cache.pushed.tolist(), strict=True):
-                if stream not in ended and self._snapshot_is_due(stream, pushed):
-                    self._take_snapshot(stream, self._places.park(stream))
-        for stream, ending in ended.items():
-            self._end(stream, ending)
-        for stream in [s for s in streams if s.unread >= self.config.stream_buffer]:
-            self._pause(stream)
-        return time.perf_counter() - began
-
-    # ---- the life of a stream
-
-    def _enqueue(self, session: Session, streams: Sequence[Stream], before: Session | None) -> None:
-        if before is not None:  # it goes on in this one
-            for stream in [s for s in before.streams if not s.ended]:
-                self._end(stream, Displaced("the same stream was begun again"))
-            self._sessions.drop(before)
-        for stream in session.streams:
-            if not stream.reader.received.ended:
-                self._catch_up(stream)
-        for stream in streams:
-            self._places.enqueue(stream)
-        self._limited.update(s for s in streams if s.request.time_limit_s is not None)
-
-    def _start(self, stream: Stream) -> None:
-        """Work on a stream that waited begins, unless it had begun before."""
-        if stream.started_at is not None:
-            return
-        with self._lock:
-            self._ledger.began(stream)
-        stream.started_at = time.monotonic()
-        self._measures.started(stream.started_at - stream.accepted_at)
-        request = stream.request
-        if request.sampling.rules is not None:
-            vocabulary = self.bundle.manifest.vocabulary
-            stream.memory = Memory.of(request.sampling.rules, request.prompt, vocabulary)
-            stream.memory.recall(np.array(stream.history, np.int64))
-
-    def _end(self, stream: Stream, ending: Ending | None) -> None:
-        """Take a stream out of wherever it is; `ending` is what its reader gets, if it has one."""
-        self._places.remove(stream)
-        self._settle(stream, ending)
-
-    def _settle(self, stream: Stream, ending: Ending | None) -> None:
-        """The books of a stream that is nowhere any more."""
-        now = time.monotonic()
-        with self._lock:
-            self._ledger.ended(stream, now)
-        stream.ended = True
-        stream.ending = ending
-        self._limited.discard(stream)
-        self._measures.finished(outcome(ending), now - stream.accepted_at)
-        if ending is not None:
-            self._outbox.put(stream.reader, Piece(ending=ending))
-        if not stream.is_kept:
-            stream.parked = None
-        elif isinstance(ending, Finish):
-            self._take_snapshot(stream, stream.parked)
-        session = self._sessions.of(stream)
-        if session is not None and session.ended and not stream.is_kept:
-            self._sessions.drop(session)
-
-    def _cancel(self, stream: Stream) -> None:
-        if not stream.ended:
-            self._end(stream, None)
-
-    def _fail_batch(self, error: RequestError) -> None:
-        """End every stream that the model was at work on, in whatever state a failure left them."""
-        for stream in self._places.clear():
-            self._settle(stream, error)
-
-    def _expire(self, now: float) -> None:
-        for stream in [s for s in self._limited if s.expires_at <= now]:
-            rest = stream.text.flush()
-            if rest:
-                self._outbox.put(stream.reader, Piece(text=rest))
-            self._stop(stream, FinishReason.TIME_LIMIT, now)
-        for session in self._sessions.expired(now):
-            self._forget(session)
-
-    def _pause(self, stream: Stream) -> None:
-        """Give the slot of a stream whose reader lags to another; its state is copied anyway."""
-        self._passes.catch_up()
-        self._places.pause(stream)
-        assert stream.parked is not None
-        if stream.parked.pushed - stream.snapshot_at >= self.config.snapshot_interval:
-            self._take_snapshot(stream, stream.parked)
-
-    def _stop(self, stream: Stream, reason: FinishReason, now: float) -> None:
-        """End a stream between two steps; one that is kept takes its state along."""
-        self._passes.catch_up()
-        pushed = self._places.pushed(stream)
-        held = 0 if pushed is None else sum(self.bundle.state_bytes(pushed).values())
-        if stream.is_kept:
-            stream.parked = self._places.park(stream)
-        self._end(stream, stream.finish(reason, held, now))
-
-    # ---- sessions
-
-    def _attach(self, session: Session, readers: Sequence[Reader]) -> None:
-        for stream, reader in zip(session.streams, readers, strict=True):
-            if session.left_at is None:
-                self._outbox.put(stream.reader, Piece(ending=Displaced("another reader came")))
-            stream.reader = reader
-            self._catch_up(stream)
-        self._sessions.return_to(session)
-
-    def _catch_up(self, stream: Stream) -> None:
-        """Give a new reader what came before it."""
-        reader = stream.reader
-        if stream.history or stream.prompt_said or stream.ended:
-            reader.published += max(0, len(stream.history) - stream.base_tokens)
-            reader.published -= min(reader.published, reader.received.tokens)
-            self._outbox.put(reader, Piece(backlog=stream.backlog))
-        if stream.ended and stream.ending is not None:
-            self._outbox.put(reader, Piece(ending=stream.ending))
-
-    def _leave(self, session: Session, readers: Sequence[Reader]) -> None:
-        if not self._sessions.holds(session) or session.readers != tuple(readers):
-            return  # it is over, or another one reads
-        if not session.terms.keep_s:
-            for stream in session.streams:
-                self._cancel(stream)
-            return
-        self._sessions.leave(session)
-        for surplus in self._sessions.beyond(self.config.session_bytes, self.held_bytes):
-            self._forget(surplus)
-
-    def _pause_session(self, session: Session) -> None:
-        for stream in [s for s in session.streams if not s.ended]:
-            self._stop(stream, FinishReason.PAUSED, time.monotonic())
-
-    def _forget(self, session: Session) -> None:
-        for stream in session.streams:
-            self._cancel(stream)
-        self._sessions.drop(session)
-
-    def _hand_over(self) -> None:
-        if self._keeper is None or not self._keeper.is_durable:
-            return
-        self._passes.catch_up()
-        for session in [s for s in self._sessions.all() if s.terms.keep_s]:
-            for stream in [s for s in session.streams if not s.ended]:
-                self._take_snapshot(stream, self._places.park(stream))
-                self._end(stream, HandedOver())
-            self._sessions.drop(session)
-
-    def _snapshot_is_due(self, stream: Stream, pushed: int) -> bool:
-        """Whether the stream, after a fold if it has any, is to be stored."""
-        if self._keeper is None or not stream.is_kept:
-            return False
-        folded = not self.bundle.span or pushed % self.bundle.span == 0
-        return folded and pushed - stream.snapshot_at >= self.config.snapshot_interval
-
-    def _take_snapshot(self, stream: Stream, parked: Parked | None) -> None:
-        """Store what the stream has behind it, off this thread."""
-        if self._keeper is None or not stream.is_kept:
-            return
-        stream.snapshot_at = 0 if parked is None else parked.pushed
-        past = replace(stream.past, parked=parked)
-        output = stream.request.sampling.output
-        self._keeper.offer(self.bundle, stream.terms, output, past)
-
-    def _until_next_expiry(self) -> float:
-        limited = min((stream.expires_at for stream in self._limited), default=float("inf"))
-        soonest = min(limited, self._sessions.soonest_expiry)
-        return max(0.0, min(_IDLE_WAIT_S, soonest - time.monotonic()))
-
-    # ---- what leaves the thread
-
-    def _publish(self) -> None:
-        gone = self._outbox.publish()
-        for session in self._sessions.all() if gone else ():
-            if gone.intersection(session.readers):
-                self._leave(session, session.readers)
-
-    def _measure(self, idle: bool) -> None:
-        if idle or self._measures.are_due(time.monotonic()):
-            self._measures.holding(
-                len(self._places.running),
-                len(self._places.waiting),
-                len(self._places.paused),
-                self._cache.state_bytes(),
-            )
-            self._measures.promising(self._ledger.held.state_bytes)
+    async def _ask(self, action: Callable[[], None]) -> None:
+        await asyncio.wrap_future(self._loop.ask(action))

@@ -550,7 +550,7 @@ MUTANTS = (
         ),
     ),
     *_bugs(
-        "server/engine.py",
+        "server/loop.py",
         _RESTORE,
         (
             "penalties forget what was drawn before a snapshot",
@@ -595,7 +595,7 @@ MUTANTS = (
     ),
     Mutant(
         "a stream that was handed over is taken back",
-        "server/engine.py",
+        "server/loop.py",
         "            self._check_open(self._handing_over)",
         "            self._check_open()",
         "tests/server/test_sessions.py",

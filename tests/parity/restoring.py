@@ -35,7 +35,7 @@ class Told:
 
 def record_logits(engine: Engine, logits: dict[int, bytes]) -> None:
     """Keeps what each step of a batch of one stream says, by the position it was said at."""
-    runtime: Any = engine._runtime
+    runtime: Any = engine._loop.runtime
     step = type(runtime).step
 
     def recorded(tokens: Ints, positions: Ints, lengths: Ints) -> Floats:

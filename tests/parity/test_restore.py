@@ -47,11 +47,11 @@ CASES: dict[str, dict[str, Any]] = {
 
 def record_pasts(engine: Engine, pasts: dict[int, Past]) -> None:
     """Keeps what the only stream has behind it before each pass, by the tokens it has pushed."""
-    runtime: Any = engine._runtime
+    runtime: Any = engine._loop.runtime
 
     def recording(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
         def recorded(*args: Any) -> Any:
-            places = engine._places
+            places = engine._loop.places
             stream = places.bench if name == "prefill" else places.running[0]
             assert stream is not None
             parked = places.park(stream)

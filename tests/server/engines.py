@@ -72,21 +72,21 @@ async def until(condition: Callable[[], object], limit_s: float = LIMIT_S) -> No
 def is_empty(engine: Engine) -> bool:
     """Whether nothing of any stream is left."""
     held = (
-        engine._places.running,
-        engine._places.waiting,
-        engine._places.paused,
-        engine._limited,
-        engine._places.bench,
+        engine._loop.places.running,
+        engine._loop.places.waiting,
+        engine._loop.places.paused,
+        engine._loop.limited,
+        engine._loop.places.bench,
     )
-    named = (engine._sessions, engine._sessions._left)
+    named = (engine._loop.sessions, engine._loop.sessions._left)
     return not any(
         (
             *held,
             *named,
-            engine._ledger.held != Weight(),
-            engine._ledger._weights,
-            engine._cache.num_running,
-            engine._inbox,
+            engine._loop.ledger.held != Weight(),
+            engine._loop.ledger._weights,
+            engine._loop.cache.num_running,
+            engine._loop._inbox,
         )
     )
 
@@ -99,7 +99,7 @@ def together(engine: Engine) -> Iterator[None]:
     def wait() -> None:
         assert ready.wait(LIMIT_S)
 
-    engine._post(wait)
+    engine._loop.post(wait)
     try:
         yield
     finally:
@@ -117,7 +117,7 @@ class Gate:
         self._changed = threading.Condition()
         self._permits = 0.0
         self._held: str | None = None
-        self._runtime: Any = engine._runtime
+        self._runtime: Any = engine._loop.runtime
         self._passes = {name: getattr(self._runtime, name) for name in ("step", "prefill")}
 
     def __enter__(self) -> Gate:
@@ -177,7 +177,7 @@ def script(engine: Engine, content: bytes) -> None:
 
 def change_logits(engine: Engine, change: Callable[[Floats, Ints], Floats]) -> None:
     """Puts `change(logits, positions)` in place of what each step says of these positions."""
-    runtime: Any = engine._runtime
+    runtime: Any = engine._loop.runtime
     step = runtime.step
 
     def changed(tokens: Ints, positions: Ints, lengths: Ints) -> Floats:

@@ -84,7 +84,7 @@ async def test_text_that_repeats_itself_takes_fewer_passes(text: Bundle, start: 
     engine = start(text, draft_tokens=6)
     content = b"the cat the cat the cat the cat the cat the cat the cat the cat the cat "
     said = content * 2
-    passes, runtime = 0, engine._runtime
+    passes, runtime = 0, engine._loop.runtime
     run = runtime.prefill
 
     def wants(row: int, tokens: Any, position: int, length: int, logits: bool = False) -> Any:
@@ -132,7 +132,7 @@ async def test_a_draft_is_paused_and_goes_on(text: Bundle, start: Start) -> None
     plain = await generate(start(text), wanted)
     engine = start(text, draft_tokens=7, stream_buffer=4)
     stream = engine.submit(wanted)
-    await until(lambda: engine._places.paused == [stream])
+    await until(lambda: engine._loop.places.paused == [stream])
     assert (await read(engine, stream)).tokens == plain.tokens
 
 

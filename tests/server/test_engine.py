@@ -162,7 +162,7 @@ async def test_a_loop_that_is_gone_leaves_nothing_behind(text: Bundle, start: St
     with Gate(engine) as gate:
         await asyncio.to_thread(lambda: asyncio.run(forgetful()))
         gate.let(3)
-        await until(lambda: engine._ledger.held.streams == 0)
+        await until(lambda: engine._loop.ledger.held.streams == 0)
         assert gate.passes <= 3
     assert (await generate(engine, ask())).tokens
 

@@ -11,7 +11,7 @@ import grpc
 import numpy as np
 import pytest
 
-from server import engine as engine_module
+from server import loop as loop_module
 from server.bundle import Bundle
 from server.engine import Engine
 from server.errors import EngineStopped, StepFailed
@@ -73,7 +73,7 @@ async def test_a_state_that_is_not_finite_stays_with_its_stream(text: Bundle, st
         await gate.held("step")
         await gate.let_one("prefill")
         await gate.let_one("step")
-        for buffer in engine._runtime._rows.buffers.values():
+        for buffer in engine._loop.runtime._rows.buffers.values():
             buffer[:] = np.nan
     for stream in poisoned:
         _failure(await read(engine, stream))
@@ -85,7 +85,7 @@ async def test_a_score_that_is_not_finite_is_an_error(
     text: Bundle, start: Start, block: int
 ) -> None:
     engine = start(text)
-    prefill = engine._runtime.prefill
+    prefill = engine._loop.runtime.prefill
 
     def spoil(row: int, tokens: Ints, position: int, length: int, logits: bool = False) -> Floats:
         out = prefill(row, tokens, position, length, logits).copy()
@@ -93,23 +93,23 @@ async def test_a_score_that_is_not_finite_is_an_error(
             out[3] = np.nan
         return out
 
-    engine._runtime.prefill = spoil  # type: ignore[method-assign]
+    engine._loop.runtime.prefill = spoil  # type: ignore[method-assign]
     outcome = await generate(engine, ask(b"x" * 30, score=True))
     assert f"position {block * 8 + 3}" in _failure(outcome).message
-    engine._runtime.prefill = prefill  # type: ignore[method-assign]
+    engine._loop.runtime.prefill = prefill  # type: ignore[method-assign]
     assert isinstance((await generate(engine, ask(b"x" * 3, score=True))).ending, Scored)
 
 
 def _fail_once(engine: Engine, name: str, after: int) -> None:
     """Makes one call of the runtime raise what onnxruntime could."""
-    run, calls = getattr(engine._runtime, name), count()
+    run, calls = getattr(engine._loop.runtime, name), count()
 
     def fail(*args: object) -> object:
         if next(calls) == after:
             raise RuntimeError("a secret of /the/server")
         return run(*args)
 
-    setattr(engine._runtime, name, fail)
+    setattr(engine._loop.runtime, name, fail)
 
 
 @pytest.mark.parametrize(
@@ -150,10 +150,10 @@ async def test_closing_ends_every_stream_wherever_it_is(text: Bundle, start: Sta
         gate.let(1)
         await gate.held("prefill")
         await gate.let_one("step")
-        assert (engine._places.running, engine._places.paused) == ([running], [paused])
-        assert (engine._places.bench, list(engine._places.waiting)) == (scored, [waiting])
+        assert (engine._loop.places.running, engine._loop.places.paused) == ([running], [paused])
+        assert (engine._loop.places.bench, list(engine._loop.places.waiting)) == (scored, [waiting])
         closing = asyncio.create_task(asyncio.to_thread(engine.close))
-        await until(lambda: engine._closing)
+        await until(lambda: engine._loop._closing)
     await asyncio.wait_for(closing, LIMIT_S)
     for stream in (paused, running, scored, waiting):
         ending = (await read(engine, stream)).ending
@@ -170,7 +170,7 @@ async def test_a_closed_engine_refuses(text: Bundle, start: Start) -> None:
     engine.close()
     with pytest.raises(EngineStopped, match="shutting down"):
         engine.submit(ask())
-    assert engine._ledger.held.streams == 0
+    assert engine._loop.ledger.held.streams == 0
     assert len(outcome.tokens) == 8
 
 
@@ -180,14 +180,14 @@ async def test_a_stream_submitted_while_the_engine_closes_is_not_forgotten(
     """It was not refused, so it has to end, though the engine is told to stop before it is told."""
     engine = start(text)
     closing = threading.Thread(target=engine.close)
-    post = engine._post
+    post = engine._loop.post
 
     def late(action: Callable[[], None]) -> None:
         closing.start()
         closing.join(0.2)
         post(action)
 
-    engine._post = late  # type: ignore[method-assign]
+    engine._loop.post = late  # type: ignore[method-assign]
     stream = engine.submit(ask(max_tokens=90))
     assert isinstance((await read(engine, stream)).ending, EngineStopped)
     closing.join(LIMIT_S)
@@ -197,18 +197,18 @@ async def test_closing_is_noticed_at_any_moment(
     text: Bundle, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Even between two looks at what there is to do, of which the second is a long wait."""
-    monkeypatch.setattr(engine_module, "_IDLE_WAIT_S", 10 * LIMIT_S)
+    monkeypatch.setattr(loop_module, "_IDLE_WAIT_S", 10 * LIMIT_S)
     engine = start(text)
     await generate(engine, ask())
-    clear = engine._wake.clear
+    clear = engine._loop._wake.clear
 
     def close_before_clearing() -> None:
-        engine._closing = True
-        engine._wake.set()
+        engine._loop._closing = True
+        engine._loop._wake.set()
         clear()
 
-    engine._wake.clear = close_before_clearing  # type: ignore[method-assign]
-    engine._wake.set()
+    engine._loop._wake.clear = close_before_clearing  # type: ignore[method-assign]
+    engine._loop._wake.set()
     await until(lambda: not engine.alive)
 
 
@@ -224,7 +224,7 @@ async def test_an_engine_that_dies_tells_everybody(
     with Gate(engine) as gate:
         streams = [engine.submit(ask(max_tokens=90)) for _ in range(3)]
         await gate.held("step")
-        engine._measure = die  # type: ignore[method-assign]
+        engine._loop._measure = die  # type: ignore[method-assign]
     for stream in streams:
         ending = (await read(engine, stream)).ending
         assert isinstance(ending, EngineStopped)

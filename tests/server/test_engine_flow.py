@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from server import engine as engine_module
+from server import loop as loop_module
 from server import passes as passes_module
 from server import stream as stream_module
 from server.bundle import Bundle
@@ -45,12 +45,12 @@ async def test_cancelling_a_running_stream_frees_its_slot_before_the_next_step(
         gone, next_one = engine.submit(ask(max_tokens=90)), engine.submit(ask(max_tokens=2))
         await gate.held("step")
         await gate.let_one("step")
-        assert engine._places.running == [gone]
+        assert engine._loop.places.running == [gone]
         engine.cancel(gone)
         await gate.let_one("step")
-        assert engine._places.running == [next_one]
+        assert engine._loop.places.running == [next_one]
         assert gone.generated == 2  # the step in flight, and no more
-        assert engine._ledger.held.streams == 1
+        assert engine._loop.ledger.held.streams == 1
     assert len((await read(engine, next_one)).tokens) == 2
 
 
@@ -62,11 +62,11 @@ async def test_cancelling_a_waiting_stream_takes_it_out_of_the_queue(
         running, gone, last = (engine.submit(ask(max_tokens=3)) for _ in range(3))
         await gate.held("step")
         await gate.let_one("step")
-        assert list(engine._places.waiting) == [gone, last]
+        assert list(engine._loop.places.waiting) == [gone, last]
         engine.cancel(gone)
         await gate.let_one("step")
-        assert list(engine._places.waiting) == [last]
-        assert engine._ledger.held.streams == 2
+        assert list(engine._loop.places.waiting) == [last]
+        assert engine._loop.ledger.held.streams == 2
     assert [len((await read(engine, s)).tokens) for s in (running, last)] == [3, 3]
 
 
@@ -81,12 +81,12 @@ async def test_cancelling_in_the_middle_of_prefill_clears_the_bench(
         next_one = engine.submit(ask(b"b" * 20, max_tokens=3))
         await gate.held("prefill")
         await gate.let_one("prefill")
-        assert engine._places.bench is gone
-        assert engine._cache.bench_pushed == text.span
+        assert engine._loop.places.bench is gone
+        assert engine._loop.cache.bench_pushed == text.span
         engine.cancel(gone)
         await gate.let_one("prefill")
-        assert engine._places.bench is next_one
-        assert engine._cache.bench_pushed == 0
+        assert engine._loop.places.bench is next_one
+        assert engine._loop.cache.bench_pushed == 0
     assert (await read(engine, next_one)).tokens == expected.tokens
 
 
@@ -101,16 +101,16 @@ async def test_a_prefilled_stream_waits_for_its_slot_on_the_bench(
         await gate.held("step")
         gate.let(4)
         await gate.held("prefill")
-        assert engine._places.paused == [pausing]
+        assert engine._loop.places.paused == [pausing]
         events = engine.events(pausing)
         first = await anext(events)  # so it comes back, and takes the slot again
         await gate.let_one("step")
-        assert (engine._places.running, engine._places.bench) == ([pausing], prefilled)
-        assert engine._cache.bench_pushed == 3
+        assert (engine._loop.places.running, engine._loop.places.bench) == ([pausing], prefilled)
+        assert engine._loop.cache.bench_pushed == 3
         if cancel:
             engine.cancel(prefilled)
             await gate.let_one("step")
-            assert engine._places.bench is None
+            assert engine._loop.places.bench is None
     rest = [event async for event in events]
     tokens = [
         token for event in (first, *rest) if isinstance(event, Delta) for token in event.tokens
@@ -124,7 +124,7 @@ async def test_a_prefilled_stream_waits_for_its_slot_on_the_bench(
 async def test_cancelling_a_paused_stream_drops_its_state(text: Bundle, start: Start) -> None:
     engine = start(text, slots=1, stream_buffer=4)
     stalled = engine.submit(ask(max_tokens=90))
-    await until(lambda: engine._places.paused == [stalled])
+    await until(lambda: engine._loop.places.paused == [stalled])
     assert stalled.parked is not None
     engine.cancel(stalled)
     await until(lambda: is_empty(engine))
@@ -143,7 +143,7 @@ async def test_cancelling_twice_or_after_the_end_does_nothing(text: Bundle, star
     for _ in range(3):
         engine.cancel(other)
     assert (await generate(engine, ask())).tokens
-    assert engine._ledger.held.streams == 0
+    assert engine._loop.ledger.held.streams == 0
 
 
 async def test_two_hundred_cancels_at_any_moment_leave_nothing(text: Bundle, start: Start) -> None:
@@ -153,11 +153,11 @@ async def test_two_hundred_cancels_at_any_moment_leave_nothing(text: Bundle, sta
     chance, struck, doomed = random.Random(11), Counter[str](), set[Stream]()
 
     def strike() -> None:
-        bench = [engine._places.bench] if engine._places.bench else []
+        bench = [engine._loop.places.bench] if engine._loop.places.bench else []
         places = {
-            "waiting": engine._places.waiting,
-            "running": engine._places.running,
-            "paused": engine._places.paused,
+            "waiting": engine._loop.places.waiting,
+            "running": engine._loop.places.running,
+            "paused": engine._loop.places.paused,
         }
         place = chance.choice(["bench", "bench", *places])
         found = [stream for stream in {**places, "bench": bench}[place] if stream in doomed]
@@ -195,13 +195,13 @@ async def test_two_hundred_cancels_at_any_moment_leave_nothing(text: Bundle, sta
 
 def _before(engine: Engine, name: str, act: Callable[[], None]) -> None:
     """Acts on the engine's thread before each pass of a kind."""
-    run = getattr(engine._runtime, name)
+    run = getattr(engine._loop.runtime, name)
 
     def after_acting(*args: object) -> object:
         act()
         return run(*args)
 
-    setattr(engine._runtime, name, after_acting)
+    setattr(engine._loop.runtime, name, after_acting)
 
 
 # ---- slow readers
@@ -233,7 +233,7 @@ async def test_a_paused_stream_comes_back_as_soon_as_it_was_read(
     text: Bundle, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The reader wakes the engine: there may be nobody else to do so."""
-    monkeypatch.setattr(engine_module, "_IDLE_WAIT_S", 10 * LIMIT_S)
+    monkeypatch.setattr(loop_module, "_IDLE_WAIT_S", 10 * LIMIT_S)
     engine = start(text, slots=1, stream_buffer=4)
     stream, tokens = engine.submit(ask(max_tokens=40)), list[int]()
     async with asyncio.timeout(LIMIT_S):
@@ -287,7 +287,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The clock of engines and streams that are made from now on."""
     clock = Clock()
-    monkeypatch.setattr(engine_module, "time", clock)
+    monkeypatch.setattr(loop_module, "time", clock)
     monkeypatch.setattr(passes_module, "time", clock)
     monkeypatch.setattr(stream_module, "time", clock)
     return clock
@@ -364,7 +364,7 @@ async def test_an_idle_engine_wakes_up_for_a_time_limit(
     text: Bundle, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And not just when it would have looked around anyway."""
-    monkeypatch.setattr(engine_module, "_IDLE_WAIT_S", 60.0)
+    monkeypatch.setattr(loop_module, "_IDLE_WAIT_S", 60.0)
     engine = start(text, slots=1, stream_buffer=1)
     stream = engine.submit(ask(max_tokens=90, time_limit_s=0.1))
     finish = _finish(await _after(stream, engine))
@@ -391,7 +391,7 @@ async def test_a_full_queue_refuses_at_once(text: Bundle, start: Start) -> None:
         assert caught.value.retryable
         engine.cancel(streams[1])
         gate.let(1)
-        await until(lambda: engine._ledger.held.streams == 2)
+        await until(lambda: engine._loop.ledger.held.streams == 2)
         streams[1] = engine.submit(ask(b"abc"))
     assert [len((await read(engine, s)).tokens) for s in streams] == [8, 8, 8]
 
@@ -428,13 +428,13 @@ async def test_prompts_do_not_starve_running_streams(
 
 async def test_a_pass_of_prefill_is_no_longer_than_its_limit(text: Bundle, start: Start) -> None:
     engine, passes = start(text, prefill_chunk=3), list[int]()
-    prefill = engine._cache.prefill
+    prefill = engine._loop.cache.prefill
 
     def noted(tokens: Ints, logits: bool = False) -> Floats:
         passes.append(len(tokens))
         return prefill(tokens, logits)
 
-    engine._cache.prefill = noted  # type: ignore[method-assign]
+    engine._loop.cache.prefill = noted  # type: ignore[method-assign]
     await read(engine, engine.submit(ask(b"x" * 20, max_tokens=1)))
     assert passes == [3, 3, 2, 3, 3, 2, 3, 1]  # blocks are of 8 tokens
 
@@ -443,13 +443,13 @@ async def test_a_prompt_seen_before_is_pushed_from_its_last_block_on(
     text: Bundle, start: Start
 ) -> None:
     engine, passes = start(text, prefix_cache_bytes=10**6), list[int]()
-    prefill = engine._cache.prefill
+    prefill = engine._loop.cache.prefill
 
     def noted(tokens: Ints, logits: bool = False) -> Floats:
         passes.append(len(tokens))
         return prefill(tokens, logits)
 
-    engine._cache.prefill = noted  # type: ignore[method-assign]
+    engine._loop.cache.prefill = noted  # type: ignore[method-assign]
     first = await read(engine, engine.submit(ask(b"x" * 20, max_tokens=5)))
     assert passes == [8, 8, 4]
     passes.clear()
@@ -459,18 +459,18 @@ async def test_a_prompt_seen_before_is_pushed_from_its_last_block_on(
     scored = [await read(engine, engine.submit(ask(b"x" * 20, score=True))) for _ in range(2)]
     assert passes == [8, 8, 4] * 2
     assert scored[0].ending == scored[1].ending
-    assert engine._cache.prefix_bytes > 0
+    assert engine._loop.cache.prefix_bytes > 0
 
 
 async def test_streams_are_begun_in_the_order_they_came(text: Bundle, start: Start) -> None:
     engine, begun = start(text, slots=2), list[Stream]()
-    begin = engine._start
+    begin = engine._loop._start
 
     def noted(stream: Stream) -> None:
         begun.append(stream)
         begin(stream)
 
-    engine._start = noted  # type: ignore[method-assign]
+    engine._loop._start = noted  # type: ignore[method-assign]
     with Gate(engine) as gate:
         streams = [
             engine.submit(ask(b"x" * length, max_tokens=2, score=length == 9))

@@ -24,7 +24,7 @@ Start = Callable[..., Engine]
 
 def _count_pushed(engine: Engine) -> list[int]:
     """How many tokens each pass of prefill from now on pushes."""
-    cache: Any = engine._cache
+    cache: Any = engine._loop.cache
     prefill, pushed = cache.prefill, list[int]()
 
     def noted(tokens: Any, logits: bool = False) -> Any:
@@ -46,13 +46,13 @@ async def test_a_preempted_stream_equals_its_undisturbed_twin(
     high = ask(prompt, max_tokens=5, seed=4, priority=1)
     twin, other = await generate(engine, low), await generate(engine, high)
     before, pushed = _value("streams_preempted_total"), _count_pushed(engine)
-    step = engine._runtime.step
+    step = engine._loop.runtime.step
 
     def unhurried(*batch: Any) -> Any:
         time.sleep(0.01)  # so that it still runs when the next of the others comes
         return step(*batch)
 
-    engine._runtime.step = unhurried  # type: ignore[method-assign]
+    engine._loop.runtime.step = unhurried  # type: ignore[method-assign]
     stream = engine.submit(low)
     reading = asyncio.create_task(read(engine, stream))
     times = 6
@@ -76,11 +76,16 @@ async def test_a_higher_priority_gets_the_slot_before_the_next_step(
         high = engine.submit(ask(max_tokens=3, priority=5))
         await gate.let_one("step")
         # The lowest and latest gave way, and waits before those that came after it.
-        assert engine._places.running == [first, high] and engine._places.waiting == [latest]
+        assert engine._loop.places.running == [first, high] and engine._loop.places.waiting == [
+            latest
+        ]
         equal, higher = engine.submit(ask()), engine.submit(ask(max_tokens=2, priority=6))
         await gate.let_one("step")
-        assert engine._places.running == [high, higher] or engine._places.running == [higher, high]
-        assert engine._places.waiting == [first, latest, equal]
+        assert engine._loop.places.running == [high, higher] or engine._loop.places.running == [
+            higher,
+            high,
+        ]
+        assert engine._loop.places.waiting == [first, latest, equal]
         assert latest.generated == 2 and latest.parked is not None
     for stream in (first, latest, high, equal, higher):
         await read(engine, stream)
@@ -95,13 +100,13 @@ async def test_equals_never_displace_each_other(text: Bundle, start: Start) -> N
 
 async def test_the_queue_is_ordered_by_priority_then_arrival(text: Bundle, start: Start) -> None:
     engine, begun = start(text, slots=1), list[Stream]()
-    begin = engine._start
+    begin = engine._loop._start
 
     def noted(stream: Stream) -> None:
         begun.append(stream)
         begin(stream)
 
-    engine._start = noted  # type: ignore[method-assign]
+    engine._loop._start = noted  # type: ignore[method-assign]
     with together(engine):
         streams = [
             engine.submit(ask(b"x" * (n % 2), max_tokens=2, priority=priority))
@@ -122,7 +127,7 @@ async def test_a_preempted_stream_keeps_its_time_limit_and_can_be_cancelled(
         await gate.let_one("step")
         high = engine.submit(ask(max_tokens=90, priority=1))
         await gate.let_one("step")
-        assert engine._places.waiting == [limited]
+        assert engine._loop.places.waiting == [limited]
         dropped = engine.submit(ask(max_tokens=90, priority=2))
         highest = engine.submit(ask(max_tokens=3, priority=3))
         await gate.let_one("step")

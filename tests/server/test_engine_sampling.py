@@ -75,7 +75,7 @@ async def test_every_option_at_once_gives_the_tokens_of_the_definition(
     seen: dict[int, list[float]] = {}
 
     def note(logits: Floats, positions: Ints) -> Floats:
-        for row, stream in enumerate(engine._places.running):
+        for row, stream in enumerate(engine._loop.places.running):
             if stream is watched:
                 seen[int(positions[row])] = logits[row].tolist()
         return logits
@@ -131,13 +131,13 @@ async def test_outputs_share_one_prefill_and_nothing_else(
 ) -> None:
     engine = start(text, slots=3)
     pushed: list[int] = []
-    prefill = engine._runtime.prefill
+    prefill = engine._loop.runtime.prefill
 
     def count(row: int, tokens: Ints, *rest: Any) -> Floats:
         pushed.append(len(tokens))
         return prefill(row, tokens, *rest)
 
-    engine._runtime.prefill = count  # type: ignore[method-assign]
+    engine._loop.runtime.prefill = count  # type: ignore[method-assign]
     sampling = SamplingParameters(seed=3, rules=LogitRules(frequency_penalty=1.0))
     requests = _outputs(ask(prompt, max_tokens=30, sampling=sampling), 7)
     alone = [(await generate(engine, wanted)).tokens for wanted in requests]
@@ -157,7 +157,7 @@ async def test_outputs_are_admitted_all_or_none(text: Bundle, start: Start) -> N
         with pytest.raises(Overloaded):
             engine.submit_together(_outputs(ask(max_tokens=2), 2))
         kept.append(engine.submit(ask(max_tokens=2)))
-        assert engine._ledger.held.streams == 4
+        assert engine._loop.ledger.held.streams == 4
     for stream in kept:
         assert len((await read(engine, stream)).tokens) == 2
 
@@ -170,10 +170,10 @@ async def test_when_the_first_output_goes_the_next_prefills(text: Bundle, start:
         first, *others = engine.submit_together(requests)
         await gate.held("prefill")
         await gate.let_one("prefill")
-        assert engine._places.bench is first
+        assert engine._loop.places.bench is first
         engine.cancel(first)
         await gate.let_one("prefill")
-        assert engine._places.bench is others[0]
+        assert engine._loop.places.bench is others[0]
     assert [(await read(engine, stream)).tokens for stream in others] == alone[1:]
 
 
@@ -183,7 +183,7 @@ async def test_outputs_dropped_at_any_moment_leave_nothing(text: Bundle, start: 
         with Gate(engine) as gate:
             streams = engine.submit_together(_outputs(ask(b"c" * 12, max_tokens=9), 4))
             gate.let(passes)
-            await until(lambda gate=gate: gate._held or len(engine._places.paused) == 4)
+            await until(lambda gate=gate: gate._held or len(engine._loop.places.paused) == 4)
             for stream in streams:
                 engine.cancel(stream)
         await until(lambda: is_empty(engine))
@@ -273,14 +273,14 @@ async def test_a_stop_token_that_is_not_sent_has_no_logprobs(text: Bundle, start
 
 async def test_a_prompt_that_breaks_the_model_ends_its_stream(text: Bundle, start: Start) -> None:
     engine = start(text)
-    prefill = engine._runtime.prefill
+    prefill = engine._loop.runtime.prefill
 
     def broken(*args: Any) -> Floats:
         logits = prefill(*args).copy()
         logits[-1, 3] = np.nan
         return logits
 
-    engine._runtime.prefill = broken  # type: ignore[method-assign]
+    engine._loop.runtime.prefill = broken  # type: ignore[method-assign]
     outcome = await generate(engine, ask(b"abc", prompt_logprobs=0))
     assert isinstance(outcome.ending, StepFailed)
     assert "position 2" in outcome.ending.message

@@ -282,7 +282,7 @@ async def test_nothing_of_a_stream_is_told_to_anyone_else(
 ) -> None:
     path, secret = keys(Caller("writer"))
     served = await serve(keys=path)
-    runtime: Any = served.engines[TEXT]._runtime
+    runtime: Any = served.engines[TEXT]._loop.runtime
     monkeypatch.setattr(runtime, "step", runtime.step)
     asked, written = b"Xanthippe asks, ", b"Zebedee writes; "
     script(served.engines[TEXT], (asked + written * 5)[:96])

@@ -79,7 +79,7 @@ async def test_an_idle_engine_is_no_slow_step(text: Bundle, start: Start) -> Non
     engine, before = start(text), _counts()
     for _ in range(2):
         await generate(engine, ask(max_tokens=5))
-        await until(lambda: engine._passes._last_step_at is None, limit_s=10)
+        await until(lambda: engine._loop.passes._last_step_at is None, limit_s=10)
     assert _grown(before)["gaps"] == 2 * 4
 
 

@@ -320,9 +320,9 @@ async def test_a_cancelled_call_frees_its_slot_before_the_next_step(serve: Serve
         await call.read()
         await gate.held("step")
         await gate.let_one("step")
-        assert len(engine._places.running) == 1
+        assert len(engine._loop.places.running) == 1
         call.cancel()
-        await until(lambda: engine._inbox)  # the server has heard of it
+        await until(lambda: engine._loop._inbox)  # the server has heard of it
         gate.let(1)
         await until(lambda: is_empty(engine))
         assert gate.passes == 2
@@ -334,14 +334,14 @@ async def test_a_client_that_goes_away_leaves_nothing(serve: Serve, after: int) 
     engine = served.engines[TEXT]
     with Gate(engine) as gate:
         calls = [served.generation.Generate(_long()) for _ in range(4)]
-        await until(lambda: engine._ledger.held.streams == 4)
+        await until(lambda: engine._loop.ledger.held.streams == 4)
         for call in calls[:2]:
             for _ in range(after):
                 gate.let(1)
                 await asyncio.wait_for(call.read(), LIMIT_S)
         await served.channel.close()
         gate.let(20)
-        await until(lambda: engine._ledger.held.streams == 0)
+        await until(lambda: engine._loop.ledger.held.streams == 0)
 
 
 async def test_a_generator_that_is_dropped_in_the_middle_cancels(serve: Serve) -> None:
@@ -353,7 +353,7 @@ async def test_a_generator_that_is_dropped_in_the_middle_cancels(serve: Serve) -
     )
     kinds = [(await anext(events)).WhichOneof("event") for _ in range(2)]
     assert kinds == ["accepted", "tokens"]
-    await until(lambda: engine._places.paused)
+    await until(lambda: engine._loop.places.paused)
     await events.aclose()  # type: ignore[attr-defined]
     await until(lambda: is_empty(engine))
 
@@ -365,7 +365,7 @@ async def test_a_cancelled_score_leaves_nothing(serve: Serve) -> None:
         call = served.generation.Score(pb.ScoreRequest(prompt=pb.Prompt(text="x" * 90)))
         await gate.held("prefill")
         call.cancel()
-        await until(lambda: engine._inbox)
+        await until(lambda: engine._loop._inbox)
         gate.let(1)
         await until(lambda: is_empty(engine))
 
@@ -427,7 +427,7 @@ async def test_a_bad_request_is_refused_by_status_and_takes_no_slot(
     served = await serve()
     status, details = await _refusal(served.generation.Generate(request_).read())
     assert (status.name, named in details) == (code, True), details
-    assert all(engine._ledger.held.streams == 0 for engine in served.engines.values())
+    assert all(engine._loop.ledger.held.streams == 0 for engine in served.engines.values())
     assert await served.generate(_long(3))
 
 
@@ -520,13 +520,13 @@ async def test_a_call_whose_deadline_passes_frees_its_slot_at_once(serve: Serve)
         await asyncio.wait_for(calls[0].read(), LIMIT_S)
         await gate.held("step")
         calls += [served.generation.Generate(prompted, timeout=0.4) for _ in range(2)]
-        await until(lambda: engine._ledger.held.streams == 3)
+        await until(lambda: engine._loop.ledger.held.streams == 3)
         for call in calls:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 while True:
                     await asyncio.wait_for(call.read(), LIMIT_S)
             assert caught.value.code().name == "DEADLINE_EXCEEDED"
-        await until(lambda: len(engine._inbox) == 2 + 3)  # two came, all three are gone
+        await until(lambda: len(engine._loop._inbox) == 2 + 3)  # two came, all three are gone
         gate.let(1)
         await until(lambda: is_empty(engine))
         assert gate.passes == 1
@@ -547,9 +547,9 @@ async def test_an_engine_that_stops_is_told_to_running_and_new_streams(serve: Se
         running = asyncio.create_task(served.generate(_long()))
         score = pb.ScoreRequest(prompt=pb.Prompt(text="x" * 60))
         scored = asyncio.ensure_future(served.generation.Score(score))
-        await until(lambda: engine._ledger.held.streams == 2)
+        await until(lambda: engine._loop.ledger.held.streams == 2)
         closing = asyncio.create_task(asyncio.to_thread(engine.close))
-        await until(lambda: engine._closing)
+        await until(lambda: engine._loop._closing)
         gate.let(1)
     await closing
     error = (await running)[-1].error

@@ -132,7 +132,7 @@ async def test_a_pause_changes_nothing(
     expected = await whole(last.sessions, wanted)
     first = Caller(cluster())
     had = await paused(first, wanted, 21)
-    assert not engine_of(first.sessions)._places.running
+    assert not engine_of(first.sessions)._loop.places.running
     if elsewhere:
         kill(first.sessions)
         first = last
@@ -178,7 +178,7 @@ async def test_what_goes_on_after_a_pause_goes_on_elsewhere(cluster: Cluster) ->
         going = asyncio.create_task(first.stream("Continue", stream_id=had.stream_id))
         gate.let(5)
         await gate.held("step")
-        engine_of(first.sessions)._keeper = None
+        engine_of(first.sessions)._loop._keeper = None
         gate.let(float("inf"))
         for event in (await going)[:3]:
             then.take(event, 9 + before)
@@ -201,14 +201,14 @@ async def test_what_is_added_needs_no_prefill_of_the_old(
         caller = Caller(cluster())
     engine = engine_of(caller.sessions)
     pushed = 0
-    prefill = engine._cache.prefill
+    prefill = engine._loop.cache.prefill
 
     def count(tokens: Any, logits: bool = False) -> Any:
         nonlocal pushed
         pushed += len(tokens)
         return prefill(tokens, logits)
 
-    engine._cache.prefill = count  # type: ignore[method-assign]
+    engine._loop.cache.prefill = count  # type: ignore[method-assign]
     then = await caller.go_on(
         had, 9 + 30 + 5, prompt={"text": " and "}, stopping={"max_tokens": 20}
     )
@@ -278,7 +278,7 @@ async def test_what_is_not_whole_is_not_brought(cluster: Cluster, fault: str) ->
 async def test_sessions_are_listed_by_page(cluster: Cluster) -> None:
     first, second = Caller(cluster()), Caller(cluster())
     names = sorted([(await first.generate(request(10))).stream_id for _ in range(5)])
-    await until(lambda: len(engine_of(first.sessions)._sessions._left) == 5)
+    await until(lambda: len(engine_of(first.sessions)._loop.sessions._left) == 5)
     page = await first.call("ListSessions", page_size=3)
     assert [session.stream_id for session in page.sessions] == names[:3]
     assert {session.phase for session in page.sessions} == {pb.SESSION_PHASE_FINISHED}

@@ -139,7 +139,7 @@ def kill(sessions: Sessions) -> None:
     engine = engine_of(sessions)
     assert sessions.keeper is not None
     assert sessions.keeper.flush(LIMIT_S)
-    engine._keeper = None
+    engine._loop._keeper = None
     engine.close()
 
 
@@ -387,7 +387,7 @@ async def test_a_token_that_is_none_is_not_pushed(cluster: Cluster) -> None:
     """It would have failed the step of everybody in the batch."""
     first, second, had = cluster(snapshot_interval=1_000), cluster(), Had()
     await follow(await first.start(engine_of(first), request(), ""), had, 9, 5)
-    engine_of(first)._keeper = None
+    engine_of(first)._loop._keeper = None
     kill(first)
     received = [Received(3, 3, last_ids=(1, 256, 3))]
     with pytest.raises(InvalidRequest, match=r"last_ids has 256; .* below 256"):
@@ -404,7 +404,7 @@ async def test_what_a_reader_knew_is_told_to_the_next(cluster: Cluster) -> None:
         following = await first.start(engine_of(first), wanted, "")
         gate.let(20)
         await gate.held("step")
-        engine_of(first)._keeper = None
+        engine_of(first)._loop._keeper = None
         gate.let(float("inf"))
         await follow(following, had, 9)
     kill(first)

@@ -205,7 +205,7 @@ async def test_a_bundle_that_goes_ends_its_streams_well(
     await until(lambda: not home.watcher.leaving)
     assert not engine.alive and not reserved(TEXT)
     assert names(await home.generate(IMAGE)) == ["accepted", "tokens", "finished"]
-    gone = weakref.ref(engine._runtime)
+    gone = weakref.ref(engine._loop.runtime)
     del engine, gate
     await until(lambda: (gc.collect(), gone() is None)[1])
 
@@ -221,15 +221,15 @@ async def test_those_who_do_not_end_in_time_are_told(
     with Gate(engine) as gate:
         plain, kept = home.stream(TEXT), home.stream(TEXT, keep={"seconds": 60})
         await gate.held("step")
-        await until(lambda: len(engine._sessions) == 2)
+        await until(lambda: len(engine._loop.sessions) == 2)
         gate.let(5)
         await gate.held("step")
         shutil.rmtree(directory / "a")
         await home.serves()
-        await until(lambda: engine._inbox)  # it is to hand over
+        await until(lambda: engine._loop._inbox)  # it is to hand over
         gate.let(2)  # it publishes at the end of a turn
         had = await rest(kept)
-        await until(lambda: engine._closing)
+        await until(lambda: engine._loop._closing)
         gate.let(float("inf"))
         told = await rest(plain)
     assert names(told)[-1] == "error" and "taken down" in told[-1].error.message
@@ -261,7 +261,7 @@ async def test_an_upgrade_ends_what_began_before_it_on_the_old_bundle(
         await gate.held("step")
         new = put(text_bundle, directory / "a", version="2")
         await home.serves(tiny_text=new)
-        assert reserved(TEXT) == 2 * before._runtime.nbytes
+        assert reserved(TEXT) == 2 * before._loop.runtime.nbytes
         assert (await home.generate(TEXT))[0].accepted.fingerprint == new
         accepted = await running.read()
         assert accepted.accepted.fingerprint == old
@@ -273,7 +273,7 @@ async def test_an_upgrade_ends_what_began_before_it_on_the_old_bundle(
         assert tokens(back) == alone and names(back)[-1] == "finished"
     await until(lambda: not home.watcher.leaving)
     assert not before.alive and home.engines[TEXT].alive
-    assert reserved(TEXT) == home.engines[TEXT]._runtime.nbytes
+    assert reserved(TEXT) == home.engines[TEXT]._loop.runtime.nbytes
     status, details = await refused(home.generation.Resume(resume, timeout=LIMIT_S))
     assert status == "DATA_LOSS" and "another bundle" in details
 

@@ -54,7 +54,7 @@ class _Streams:
     def __init__(self, bundle: Bundle, setting: Setting) -> None:
         self._streams = setting.streams
         self._engine = Engine(bundle, EngineConfig(slots=setting.streams, threads=setting.threads))
-        _begin_at(self._engine._cache, bundle, setting.context)
+        _begin_at(self._engine._loop.cache, bundle, setting.context)
 
     @property
     def cache_bytes(self) -> int:
