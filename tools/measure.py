@@ -2,6 +2,7 @@
 
     python tools/measure.py bundles/python-4k
     python tools/measure.py                     # the bench's model, 25M random weights
+    python tools/measure.py --threads 1         # leave cores to the clients, which run here as well
 
 Engine and servers are measured in turns, so that a noisy machine is noisy for all of them; what is
 printed are medians over the rounds.
@@ -44,21 +45,23 @@ def main(
     tokens: Annotated[int, typer.Option(help="Tokens of each stream.")] = 512,
     prompt: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 32,
     rounds: Annotated[int, typer.Option(help="Rounds; medians are printed.")] = 3,
+    threads: Annotated[int, typer.Option(help="Of the engine, everywhere; 0 for all cores.")] = 0,
 ) -> None:
     """Print tokens/s of the engine alone and through gRPC, and the time from serve to ready."""
     with tempfile.TemporaryDirectory() as root:
         if bundle is None:
             bundle = Path(root) / "bench"
             make_bundle(bundle, Shape(), 1024, 32)
-        _measure(bundle, tokens, prompt, rounds)
+        _measure(bundle, tokens, prompt, rounds, threads)
 
 
-def _measure(bundle: Path, tokens: int, prompt: int, rounds: int) -> None:
+def _measure(bundle: Path, tokens: int, prompt: int, rounds: int, threads: int) -> None:
     figures: dict[str, list[float]] = {}
-    homes = {"ray": (), "local": ("--local",)}
+    given = ("--threads", str(threads))
+    homes = {"ray": given, "local": ("--local", *given)}
     for _ in range(rounds):
         for streams in _STREAMS:
-            rate = asyncio.run(_engine(bundle, streams, prompt, tokens))
+            rate = asyncio.run(_engine(bundle, streams, prompt, tokens, threads))
             figures.setdefault(f"engine, {streams} streams, tokens/s", []).append(rate)
         for home, options in homes.items():
             with _served(bundle, options) as (address, ready_s):
@@ -72,10 +75,10 @@ def _measure(bundle: Path, tokens: int, prompt: int, rounds: int) -> None:
     print(json.dumps({"rounds": figures, "medians": medians}, indent=1))
 
 
-async def _engine(folder: Path, streams: int, prompt: int, tokens: int) -> float:
+async def _engine(folder: Path, streams: int, prompt: int, tokens: int, threads: int) -> float:
     """Tokens/s of `streams` streams at once, prompts included, without any server."""
     bundle = load_bundle(folder)
-    engine = Engine(bundle, EngineConfig(slots=streams))
+    engine = Engine(bundle, EngineConfig(slots=streams, threads=threads))
 
     async def one(seed: int, count: int) -> int:
         ids = np.random.default_rng(seed).integers(bundle.manifest.vocabulary, size=prompt)

@@ -17,7 +17,7 @@ from tests.e2e.servers import ROOT, serving
 pytestmark = pytest.mark.e2e
 
 BUNDLE = str(ROOT / "bundles" / "python-4k")
-TOKENS, AFTER, STREAMS = 3500, 400, 8
+TOKENS, AFTER, STREAMS = 2000, 300, 8
 LIMIT_S = 150.0
 
 

@@ -76,7 +76,9 @@ def _misfit(
     return None
 
 
-@pytest.fixture(params=["fixed", "full", "logsparse", "mixture"])
+@pytest.fixture(
+    params=["fixed", "full", "logsparse", pytest.param("mixture", marks=pytest.mark.slow)]
+)
 def half_bundle(request: pytest.FixtureRequest, tiny_bundles: Path) -> Path:
     return export_tiny(tiny_bundles, request.param, half=True)
 

@@ -7,6 +7,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from loadtest.bench.plan import CONTESTANTS, Cell, Contestant, Plan, Shape
 from loadtest.bench.report import as_json
 from loadtest.bench.run import Measure, Report, in_process, run
@@ -98,6 +100,7 @@ def test_a_job_survives_its_journey() -> None:
         assert Job.parse(str(job)) == job
 
 
+@pytest.mark.slow
 def test_ours_against_full_attention_for_real(tmp_path: Path) -> None:
     wanted = plan("fixed", "fixed-steps", "full", rounds=1)
     report = run(wanted, in_process(sys.executable, 120), tmp_path, lambda what: None)
