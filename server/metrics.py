@@ -9,7 +9,7 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from concertina.resources import KIND_NAMES
 
-_GAUGE_INTERVAL_S = 0.05
+_GAUGE_INTERVAL_S = 0.25
 _MEMORY_INTERVAL_S = 1.0
 
 _TTFT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)

@@ -5,6 +5,7 @@ Rows are bound to the graphs by address and changed in place: nothing here costs
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ import numpy.typing as npt
 from concertina.resources import ELEMENT_TYPES
 from concertina.v1 import bundle_pb2 as pb
 
+Ints = npt.NDArray[np.int64]
 State = dict[str, npt.NDArray[np.generic]]
 """The state of one stream, stacks and histories cut to what is valid."""
 
@@ -34,6 +36,9 @@ class Extent:
 
 NOTHING = Extent(0, 0)
 
+_FOLDED_BYTES = 8 << 20
+"""Of what is folded at once: about what the caches hold."""
+
 
 class HostRows:
     """`rows` rows of the state `tensors`."""
@@ -46,6 +51,12 @@ class HostRows:
             t.name: np.full((rows, *t.shape), t.initial, ELEMENT_TYPES[t.data_type])
             for t in self._tensors.values()
         }
+        # In lines that are never cut: an entry of one head, a row of a history, all that is fixed.
+        self._lines = {
+            name: self.buffers[name].reshape(-1, _line(tensor))
+            for name, tensor in self._tensors.items()
+        }
+        self._taken: State = {}
 
     @property
     def nbytes(self) -> int:
@@ -60,19 +71,46 @@ class HostRows:
         self, session: Any, rows: Sequence[int], begins: Sequence[Extent], ends: Sequence[Extent]
     ) -> None:
         """Run the fold graph of an onnxruntime `session` on what `rows` hold between extents."""
-        parts = {
-            name: [self._part(tensor, *place) for place in zip(rows, begins, ends, strict=True)]
-            for name, tensor in self._tensors.items()
+        layouts = {name: _layout(tensor) for name, tensor in self._tensors.items()}
+        numbers = {
+            layout: _numbers(*layout, rows, begins, ends) for layout in set(layouts.values())
         }
-        feeds = {v.name: np.stack(parts[v.name]) for v in session.get_inputs()}
+        size = sum(
+            numbers[layouts[value.name]][0].size * self._lines[value.name][0].nbytes
+            for value in session.get_inputs()
+        )
+        together = max(1, _FOLDED_BYTES // size)
+        for first in range(0, len(rows), together):
+            some = {layout: n[first : first + together] for layout, n in numbers.items()}
+            self._fold(session, {name: some[layout] for name, layout in layouts.items()})
+
+    def _fold(self, session: Any, numbers: dict[str, Ints]) -> None:
+        feeds = {v.name: self._take(v.name, numbers[v.name]) for v in session.get_inputs()}
         folded = session.run(None, feeds)
-        names = [v.name.removeprefix(NEXT) for v in session.get_outputs()]
-        for name, values in zip(names, folded, strict=True):
-            for part, value in zip(parts[name], values, strict=True):
-                if self._tensors[name].kind == pb.STATE_KIND_STACK:
-                    part[:, :1] = value  # the one entry that stands for the part
-                else:
-                    part[...] = value
+        for output, values in zip(session.get_outputs(), folded, strict=True):
+            name = output.name.removeprefix(NEXT)
+            at = numbers[name]
+            if self._tensors[name].kind == pb.STATE_KIND_STACK:
+                at = at[:, :, :1]  # the one entry that stands for the part
+            self._lines[name][at] = values.reshape(*at.shape, -1)
+
+    def _take(self, name: str, numbers: Ints) -> npt.NDArray[np.generic]:
+        """The lines of those `numbers[B, heads, entries]`, as the graphs take them.
+
+        In memory that stays: what was given back to the system is slow to get again.
+        """
+        lines, taken = self._lines[name], self._taken.get(name)
+        if taken is None or len(taken) < numbers.size:
+            taken = self._taken[name] = np.empty((numbers.size, lines.shape[1]), lines.dtype)
+        taken = taken[: numbers.size]
+        lines.take(numbers.ravel(), axis=0, out=taken, mode="clip")  # others take a detour
+        tensor, (batch, _, count) = self._tensors[name], numbers.shape
+        shape = list(tensor.shape)
+        if tensor.kind == pb.STATE_KIND_STACK:
+            shape[1] = count
+        elif tensor.kind == pb.STATE_KIND_HISTORY:
+            shape[0] = count
+        return taken.reshape(batch, *shape)
 
     def reset(self, row: int) -> None:
         """Give `row` the state of a stream that has not begun. What may not be read may stay."""
@@ -105,3 +143,44 @@ class HostRows:
         if tensor.kind == pb.STATE_KIND_HISTORY:
             return buffer[begin.tokens : end.tokens]
         return buffer
+
+
+_Layout = tuple[int, int, int]
+"""Kind of a tensor; of a row of it: how many stacks, and how many lines each."""
+
+
+def _line(tensor: pb.StateTensor) -> int:
+    """Elements of one line."""
+    _, stacks, length = _layout(tensor)
+    return math.prod(tensor.shape) // (stacks * length)
+
+
+def _layout(tensor: pb.StateTensor) -> _Layout:
+    match tensor.kind:
+        case pb.STATE_KIND_STACK:
+            return tensor.kind, tensor.shape[0], tensor.shape[1]
+        case pb.STATE_KIND_HISTORY:
+            return tensor.kind, 1, tensor.shape[0]
+        case _:
+            return tensor.kind, 1, 1
+
+
+def _numbers(
+    kind: int,
+    stacks: int,
+    length: int,
+    rows: Sequence[int],
+    begins: Sequence[Extent],
+    ends: Sequence[Extent],
+) -> Ints:
+    """Lines of what `rows` hold between extents, `[B, stacks, lines]`."""
+    match kind:
+        case pb.STATE_KIND_STACK:
+            first, count = [b.entries for b in begins], ends[0].entries - begins[0].entries
+        case pb.STATE_KIND_HISTORY:
+            first, count = [b.tokens for b in begins], ends[0].tokens - begins[0].tokens
+        case _:
+            first, count = [0] * len(rows), 1
+    stack = np.array(rows)[:, None] * stacks + np.arange(stacks)
+    begin: Ints = stack * length + np.array(first)[:, None]
+    return begin[:, :, None] + np.arange(count)

@@ -455,8 +455,10 @@ MUTANTS = (
         ),
         (
             "query maximum not reset between blocks (server)",
-            "part[...] = value",
-            "part[...] = part if self._tensors[name].kind == pb.STATE_KIND_RECURRENT else value",
+            "            at = numbers[name]\n",
+            "            at = numbers[name]\n"
+            "            if self._tensors[name].kind == pb.STATE_KIND_RECURRENT:\n"
+            "                continue\n",
         ),
         ("a parked state is no copy", ".copy() for t", " for t"),
         (
@@ -466,8 +468,10 @@ MUTANTS = (
         ),
         (
             "a row's summaries not written into its history",
-            "part[...] = value",
-            "part[...] = part if self._tensors[name].kind == pb.STATE_KIND_HISTORY else value",
+            "            at = numbers[name]\n",
+            "            at = numbers[name]\n"
+            "            if self._tensors[name].kind == pb.STATE_KIND_HISTORY:\n"
+            "                continue\n",
         ),
     ),
     *_bugs(
@@ -475,15 +479,23 @@ MUTANTS = (
         _BATCHES,
         (
             "a fold writes into its neighbours",
-            "part[:, :1] = value",
-            "self.buffers[name][:, :, begins[0].entries] = value[:, 0]",
+            "stack * length + np.array(first)[:, None]",
+            "stack * length + first[0]",
+        ),
+        *(
+            (
+                f"two folds at once share the first {what}",
+                "values.reshape(*at.shape, -1)",
+                "(values[:1].repeat(len(at), axis=0) if self._tensors[name].kind == "
+                f"pb.STATE_KIND_{kind} else values).reshape(*at.shape, -1)",
+            )
+            for what, kind in (("summary", "STACK"), ("history", "HISTORY"))
         ),
         (
-            "two folds at once share the first summary",
-            "part[:, :1] = value",
-            "part[:, :1] = values[0]",
+            "of many folds only the first are done",
+            "range(0, len(rows), together)",
+            "range(0, together, together)",
         ),
-        ("two folds at once share the first history", "part[...] = value", "part[...] = values[0]"),
     ),
     *_bugs(
         "server/cache.py",

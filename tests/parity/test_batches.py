@@ -117,8 +117,12 @@ class Simulation:
         return Place(int(self.rng.integers(len(self.tokens))), 0)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_any_course_of_events(bundle: Path, seed: int) -> None:
+@pytest.mark.parametrize(("seed", "folded_bytes"), [(0, 8 << 20), (1, 8 << 20), (2, 1)])
+def test_any_course_of_events(
+    bundle: Path, seed: int, folded_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether what folds at once is taken together, or one after the other."""
+    monkeypatch.setattr("server.rows._FOLDED_BYTES", folded_bytes)
     tokens = draw_tokens(bundle, 5)
     life = Simulation(Served(bundle, SLOTS), tokens, expected_logits(bundle, tokens), seed)
     life.run(turns=600)
