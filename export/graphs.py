@@ -95,6 +95,7 @@ class StepGraph(nn.Module):
         following: dict[str, Tensor] = {}
         x = self.model.embed_at(tokens, positions)
         for layer, block in enumerate(self.model.blocks):
+            assert isinstance(block, Block)
 
             def attend(
                 pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, x: Tensor, layer: int = layer
@@ -104,10 +105,14 @@ class StepGraph(nn.Module):
                 following.update({f"{name}.{layer}": changed[name] for name in changed})
                 return out
 
-            x = block(x, attend)
+            mixed = block.mix(x, attend)
+            if block is self.model.blocks[-1]:
+                # Of the others only the state is wanted, and it ends here: a pass of prefill, which
+                # asks for no logits, does without most of its last layer.
+                x, mixed = x.flatten(0, 1)[rows], mixed.flatten(0, 1)[rows]
+            x = block.add(x, mixed)
         self.changed = list(following)
-        chosen = x.flatten(0, 1)[rows]
-        return self.model.head(self.model.norm(chosen)), list(following.values())
+        return self.model.head(self.model.norm(x)), list(following.values())
 
 
 class FoldGraph(nn.Module):

@@ -35,6 +35,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
         """`[B, T, width]` to the same; `attend` is how the layer's pattern is run."""
+        return self.add(x, self.mix(x, attend))
+
+    def mix(self, x: Tensor, attend: Attend) -> Tensor:
+        """What attention gives for each token of the layer's input `[B, T, width]`."""
         batch, length, width = x.shape
         normed = self.norm_attention(x)
         q, k, v = (
@@ -42,7 +46,10 @@ class Block(nn.Module):
             for part in self.qkv(normed).split(width, dim=-1)
         )
         mixed = attend(self.pattern, q * self.scale, k, v, normed)
-        mixed = mixed.transpose(1, 2).reshape(batch, length, width)
+        return mixed.transpose(1, 2).reshape(batch, length, width)
+
+    def add(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """The layer's output for tokens `[..., width]` of its input, and what attention gave."""
         x = x + self.dropout(self.out(mixed))
         hidden = F.relu(self.up(self.norm_mlp(x)))
         after: Tensor = x + self.dropout(self.down(hidden * hidden))

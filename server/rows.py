@@ -51,6 +51,7 @@ class HostRows:
             t.name: np.full((rows, *t.shape), t.initial, ELEMENT_TYPES[t.data_type])
             for t in self._tensors.values()
         }
+        self._layouts = {name: _layout(tensor) for name, tensor in self._tensors.items()}
         # In lines that are never cut: an entry of one head, a row of a history, all that is fixed.
         self._lines = {
             name: self.buffers[name].reshape(-1, _line(tensor))
@@ -71,18 +72,16 @@ class HostRows:
         self, session: Any, rows: Sequence[int], begins: Sequence[Extent], ends: Sequence[Extent]
     ) -> None:
         """Run the fold graph of an onnxruntime `session` on what `rows` hold between extents."""
-        layouts = {name: _layout(tensor) for name, tensor in self._tensors.items()}
-        numbers = {
-            layout: _numbers(*layout, rows, begins, ends) for layout in set(layouts.values())
-        }
+        layouts = set(self._layouts.values())
+        numbers = {layout: _numbers(*layout, rows, begins, ends) for layout in layouts}
         size = sum(
-            numbers[layouts[value.name]][0].size * self._lines[value.name][0].nbytes
+            numbers[self._layouts[value.name]][0].size * self._lines[value.name][0].nbytes
             for value in session.get_inputs()
         )
         together = max(1, _FOLDED_BYTES // size)
         for first in range(0, len(rows), together):
             some = {layout: n[first : first + together] for layout, n in numbers.items()}
-            self._fold(session, {name: some[layout] for name, layout in layouts.items()})
+            self._fold(session, {name: some[layout] for name, layout in self._layouts.items()})
 
     def _fold(self, session: Any, numbers: dict[str, Ints]) -> None:
         feeds = {v.name: self._take(v.name, numbers[v.name]) for v in session.get_inputs()}
