@@ -12,9 +12,14 @@ BUNDLE = Path(__file__).parents[2] / "bundles" / "python-4k"
 STREAMS, TOKENS, KILLS = 32, 2_000, 4
 
 
-@pytest.mark.chaos
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("ray", [False, True], ids=["processes", "ray"])
+@pytest.mark.parametrize(
+    "ray",
+    [
+        pytest.param(False, id="processes", marks=pytest.mark.slow),
+        pytest.param(True, id="ray", marks=pytest.mark.chaos),
+    ],
+)
 def test_every_stream_is_what_it_would_have_been(ray: bool) -> None:
     result = run(BUNDLE, KILLS, STREAMS, TOKENS, ray=ray, seed=1)
     assert result.wrong == []

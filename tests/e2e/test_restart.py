@@ -52,13 +52,8 @@ class Reader(threading.Thread):
             self.resumed = stream.resumed
 
 
-@pytest.mark.parametrize(
-    "home",
-    [
-        pytest.param(("--local",), id="local"),
-        pytest.param((), id="ray", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("home", [("--local",), ()], ids=["local", "ray"])
 def test_streams_go_on_after_a_restart(
     home: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,9 +57,7 @@ def settled(server: Server, streams: int) -> bool:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    "server", ["local", pytest.param("ray", marks=pytest.mark.slow)], indirect=True, scope="session"
-)
+@pytest.mark.slow
 def test_stalled_readers(server: Server, stalled: list[Iterator[pb.GenerateResponse]]) -> None:
     # They are more than the slots: all are parked, so each has given its slot to the next.
     until(lambda: settled(server, len(stalled)), STALL_SECONDS)

@@ -30,7 +30,9 @@ GPU_TOLERANCE = 0.02
 """Between float16 kernels of two providers: of any logit, as a part of the largest."""
 
 
-@pytest.fixture(params=["fixed", "full", "logsparse", "mixture"])
+@pytest.fixture(
+    params=["fixed", "full", "logsparse", pytest.param("mixture", marks=pytest.mark.slow)]
+)
 def bundle(request: pytest.FixtureRequest, tiny_bundles: Path) -> Bundle:
     """Caches in float16: between them all kinds of state, folded by block, by carry, and not."""
     return load_bundle(export_tiny(tiny_bundles, request.param, half=True))
