@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from concertina.channel import Access
 from loadtest.measure import Plan, measure
 from loadtest.report import Report, summarise
 from loadtest.workload import Lengths
@@ -34,7 +35,7 @@ def _run(server: Server, rate: float | None) -> Report:
         seed=1,
         timeout_s=120.0,
     )
-    _, run = asyncio.run(measure(plan))
+    _, run = asyncio.run(measure(plan, Access()))
     return summarise(run.records, run.lags_ns, max_lag_s=1.0, interrupted=run.interrupted)
 
 
