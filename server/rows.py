@@ -38,6 +38,8 @@ NOTHING = Extent(0, 0)
 
 _FOLDED_BYTES = 8 << 20
 """Of what is folded at once: about what the caches hold."""
+_KEPT_BYTES = 4 * _FOLDED_BYTES
+"""Of memory for what folds that is kept for the next time: a carry may take half of a history."""
 
 
 class HostRows:
@@ -82,6 +84,8 @@ class HostRows:
         for first in range(0, len(rows), together):
             some = {layout: n[first : first + together] for layout, n in numbers.items()}
             self._fold(session, {name: some[layout] for name, layout in self._layouts.items()})
+        if size > _KEPT_BYTES:
+            self._taken.clear()
 
     def _fold(self, session: Any, numbers: dict[str, Ints]) -> None:
         feeds = {v.name: self._take(v.name, numbers[v.name]) for v in session.get_inputs()}

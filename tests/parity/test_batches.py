@@ -123,6 +123,7 @@ def test_any_course_of_events(
 ) -> None:
     """Whether what folds at once is taken together, or one after the other."""
     monkeypatch.setattr("server.rows._FOLDED_BYTES", folded_bytes)
+    monkeypatch.setattr("server.rows._KEPT_BYTES", 4 * folded_bytes)
     tokens = draw_tokens(bundle, 5)
     life = Simulation(Served(bundle, SLOTS), tokens, expected_logits(bundle, tokens), seed)
     life.run(turns=600)
