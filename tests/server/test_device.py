@@ -239,6 +239,9 @@ async def test_an_engine_writes_the_same_on_a_device(fixed: Bundle) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(
+    "CUDAExecutionProvider" not in ort.get_available_providers(), reason="no onnxruntime for GPUs"
+)
 def test_a_gpu_gives_what_the_processor_gives(bundle: Bundle) -> None:
     for seed in range(3):
         random_course(bundle, seed, assert_near)
