@@ -153,14 +153,17 @@ class Ledger:
         """Take on streams that were submitted together, all of them unless one is refused."""
         weights = weigh(self._manifest, [stream.request for stream in streams])
         wanted = reduce(add, weights)
-        refusal = check(self.held, wanted, self._limits, self._pace, now)
+        refusal = self._refusal(wanted, now)
         if refusal is None:
             if not self.held.streams:
                 self._pace = Pace((now,))
             self.held += wanted
             self._weights.update(zip(streams, weights, strict=True))
-            return None
-        return replace(refusal, message=f"{self._manifest.name}: {refusal.message}")
+        return refusal
+
+    def full(self, now: float) -> Refusal | None:
+        """Why not one stream more is taken on, whatever it may ask for."""
+        return self._refusal(Weight(streams=1), now)
 
     def began(self, stream: Stream) -> None:
         """Work on the stream begins: its prompt is in the queue no longer."""
@@ -172,3 +175,7 @@ class Ledger:
         """The stream holds nothing any more."""
         self.held -= self._weights.pop(stream)
         self._pace = self._pace.after(now)
+
+    def _refusal(self, wanted: Weight, now: float) -> Refusal | None:
+        refusal = check(self.held, wanted, self._limits, self._pace, now)
+        return refusal and replace(refusal, message=f"{self._manifest.name}: {refusal.message}")

@@ -31,6 +31,10 @@ class Engine:
         """Whether the loop runs; once it does not, it never will again."""
         return self._loop.alive
 
+    def require_room(self) -> None:
+        """Raises Overloaded while not one more stream is taken on, and EngineStopped."""
+        self._loop.require_room()
+
     @property
     def empty_past(self) -> Past:
         """That of a stream that has not begun."""

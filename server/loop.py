@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 
 from server import metrics
-from server.admission import Ledger, limits
+from server.admission import Ledger, Refusal, limits
 from server.bundle import Bundle
 from server.cache import Cache, Parked
 from server.config import EngineConfig
@@ -79,6 +79,12 @@ class Loop:
             return sum(self.bundle.state_bytes(stream.parked.pushed).values())
         return 0 if stream.ended else self.bundle.max_state_bytes
 
+    def require_room(self) -> None:
+        """Raises Overloaded while not one more stream is taken on, and EngineStopped."""
+        with self._lock:
+            self._check_open(self._handing_over)
+            self._heed(self.ledger.full(time.monotonic()))
+
     def open(self, session: Session) -> None:
         """Queue the streams of a session that have not ended, all or none.
 
@@ -87,10 +93,8 @@ class Loop:
         opened = [stream for stream in session.streams if not stream.ended]
         with self._lock:
             self._check_open(self._handing_over)
-            refusal = self.ledger.admit(opened, time.monotonic()) if opened else None
-            if refusal is not None:
-                self._measures.rejected(refusal.reason)
-                raise refusal.error
+            if opened:
+                self._heed(self.ledger.admit(opened, time.monotonic()))
             before = self.sessions.add(session)
             self.post(lambda: self._enqueue(session, opened, before))
 
@@ -132,6 +136,11 @@ class Loop:
         self._closing = True
         self._wake.set()
         self._thread.join()
+
+    def _heed(self, refusal: Refusal | None) -> None:
+        if refusal is not None:
+            self._measures.rejected(refusal.reason)
+            raise refusal.error
 
     def _check_open(self, handing_over: bool = False) -> None:
         if self._closing or handing_over:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from server.errors import InvalidRequest, QuotaExceeded
 from server.keys import Caller
 
 
-def require_room(caller: Caller, has: int, more: int) -> None:
-    """That a caller who has some streams may have so many more in this process.
+def require_room(caller: Caller, running: Callable[[str], int], more: int) -> None:
+    """That a caller, by whose name `running` counts streams, may have so many more.
 
     Raises QuotaExceeded when they are too many now, InvalidRequest when they always are.
     """
     limit = caller.max_streams
-    if limit is None or has + more <= limit:
+    if limit is None or (has := running(caller.name)) + more <= limit:
         return
     allowed = f"key {caller.name!r} may have {limit} at once"
     if more > limit:

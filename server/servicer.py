@@ -20,7 +20,7 @@ from server.errors import BundleError, RequestError
 from server.events import Scored
 from server.keys import Callers
 from server.quota import require_room
-from server.request import generate_request, resume_request, score_request
+from server.request import resume_request, score_request
 from server.sessions import Sessions
 from server.snapshots import Keeper
 
@@ -63,10 +63,7 @@ class GenerationServicer(generation_grpc.GenerationServiceServicer):
         try:
             caller = self._callers.of(context)
             engine = find(self._engines, caller, request.model)
-            outputs = len(generate_request(engine.bundle, request, engine.config))
-            if not self._sessions.attaches(request, caller.name):
-                require_room(caller, self._sessions.running(caller.name), outputs)
-            following = await self._sessions.start(engine, request, caller.name)
+            following = await self._sessions.start(engine, request, caller)
         except Exception as error:
             if (said := refusal(error)) is not None:
                 yield said
@@ -86,7 +83,7 @@ class GenerationServicer(generation_grpc.GenerationServiceServicer):
             received = resume_request(request)
             if self._sessions.held(request.stream_id, caller.name) is None:
                 more = sum(not had.ended for had in received) or 1
-                require_room(caller, self._sessions.running(caller.name), more)
+                require_room(caller, self._sessions.running, more)
             following = await self._sessions.follow(request.stream_id, caller.name, received)
         except Exception as error:
             if (said := refusal(error, request.after_sequence)) is not None:
@@ -103,7 +100,8 @@ class GenerationServicer(generation_grpc.GenerationServiceServicer):
         try:
             caller = self._callers.of(context)
             engine = find(self._engines, caller, request.model)
-            require_room(caller, self._sessions.running(caller.name), 1)
+            engine.require_room()
+            require_room(caller, self._sessions.running, 1)
             stream = engine.submit(score_request(engine.bundle, request), caller.name)
         except Exception as error:
             refuse(context, error)

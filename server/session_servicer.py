@@ -60,7 +60,7 @@ class SessionServicer(session_grpc.SessionServiceServicer):
             caller = self._callers.of(context)
             engine, session = await self._find(request.stream_id, caller)
             _require_rest(session)
-            require_room(caller, self._sessions.running(caller.name), 1)
+            require_room(caller, self._sessions.running, 1)
             following = await self._continue(engine, session, request)
         except Exception as error:
             if (said := refusal(error)) is not None:

@@ -24,6 +24,8 @@ from server.errors import (
     UnknownSession,
 )
 from server.events import Request
+from server.keys import Caller
+from server.quota import require_room
 from server.reader import NOTHING, Reader, Received
 from server.request import generate_request
 from server.session import Session
@@ -89,12 +91,18 @@ class Sessions:
         """Whether it survives this process."""
         return self.keeper is not None and self.keeper.is_durable and session.terms.keep_s > 0
 
-    async def start(self, engine: Engine, request: pb.GenerateRequest, owner: str) -> Following:
+    async def start(self, engine: Engine, request: pb.GenerateRequest, caller: Caller) -> Following:
         """Begin a stream; or follow the one that an earlier request with this key began.
 
         Raises RequestError.
         """
+        owner = caller.name
+        begins = not self._attaches(request, owner)
+        if begins:
+            engine.require_room()  # first, since it costs least: refusals come in floods
         requests = generate_request(engine.bundle, request, engine.config)
+        if begins:
+            require_room(caller, self.running, len(requests))
         if not request.idempotency_key:
             stream_id = new_name()
         else:
@@ -269,7 +277,7 @@ class Sessions:
         said = f"{len(owner)}:{owner}{key}".encode()
         return hmac.new(self._secret, said, hashlib.sha256).hexdigest()[: 2 * _NAME_BYTES]
 
-    def attaches(self, request: pb.GenerateRequest, owner: str) -> bool:
+    def _attaches(self, request: pb.GenerateRequest, owner: str) -> bool:
         """Whether the request has the key of a stream that is held here, and begins none."""
         key = request.idempotency_key
         return bool(key) and self.held(self._name(owner, key), owner) is not None

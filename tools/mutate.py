@@ -608,8 +608,8 @@ MUTANTS = (
     Mutant(
         "a stream that was handed over is taken back",
         "server/loop.py",
-        "            self._check_open(self._handing_over)",
-        "            self._check_open()",
+        "            self._check_open(self._handing_over)\n            if opened:",
+        "            self._check_open()\n            if opened:",
         "tests/server/test_sessions.py",
     ),
 )

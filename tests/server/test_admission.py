@@ -141,6 +141,7 @@ def test_the_books_are_exact_whatever_happens(
             ledger.ended(place.pop(data.draw(st.integers(0, len(place) - 1))), now)
         open_now = queued + begun
         assert ledger.held.streams == len(open_now) <= 8
+        assert (ledger.full(now) is None) == (len(open_now) < 8)
         assert ledger.held.state_bytes <= 4000
         assert (
             0

@@ -20,6 +20,7 @@ from server.calls import send
 from server.config import EngineConfig
 from server.engine import Engine
 from server.errors import RequestError, SnapshotRefused
+from server.keys import ANYONE
 from server.seal import Sealer
 from server.sessions import Sessions
 from server.snapshots import Keeper
@@ -58,7 +59,7 @@ class Forger:
             output={"logprobs": 1},
             keep={"seconds": 60},
         )
-        following = await self.sessions.start(self.engine, wanted, "")
+        following = await self.sessions.start(self.engine, wanted, ANYONE)
         session = following.session
         if paused_at:
             await until(lambda: session.streams[0].generated >= paused_at)

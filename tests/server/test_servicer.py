@@ -22,7 +22,7 @@ from concertina.v1 import generation_service_pb2 as pb
 from concertina.v1 import generation_service_pb2_grpc as generation_grpc
 from concertina.v1 import model_service_pb2 as model_pb
 from concertina.v1 import model_service_pb2_grpc as model_grpc
-from server import calls, servicer
+from server import calls, servicer, sessions
 from server.bundle import Bundle
 from server.config import EngineConfig
 from server.engine import Engine
@@ -457,6 +457,10 @@ async def test_a_full_queue_is_told_at_once(serve: Serve) -> None:
         assert "at most 1 streams" in details
         scored = served.generation.Score(pb.ScoreRequest(prompt=pb.Prompt(text="x")))
         assert (await _refusal(scored))[0].name == "RESOURCE_EXHAUSTED"
+        # Nobody looks at what there is no room for.
+        nonsense = pb.GenerateRequest(sampling=pb.SamplingParameters(temperature=-1))
+        event = await served.generation.Generate(nonsense).read()
+        assert event.error.code == "RESOURCE_EXHAUSTED"
     assert len(_ids(await running)) == 96
 
 
@@ -568,7 +572,7 @@ async def test_a_failure_of_ours_before_the_stream_leaks_nothing(
     what: str,
 ) -> None:
     served = await serve(TEXT)
-    monkeypatch.setattr(servicer, what, _raise)
+    monkeypatch.setattr(sessions if what == "generate_request" else servicer, what, _raise)
     if what != "score_request":
         status, details = await _refusal(served.generation.Generate(_long()).read())
         assert (status.name, details) == ("INTERNAL", "internal error; see the server's log")

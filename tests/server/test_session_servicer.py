@@ -13,7 +13,7 @@ import pytest
 from concertina.v1 import generation_service_pb2 as generation_pb
 from concertina.v1 import session_service_pb2 as pb
 from server.bundle import Bundle
-from server.keys import Callers
+from server.keys import ANYONE, Callers
 from server.session_servicer import SessionServicer
 from server.sessions import Sessions
 from tests.server.engines import Gate, is_empty, until
@@ -91,7 +91,7 @@ class Caller:
 
     async def generate(self, wanted: generation_pb.GenerateRequest) -> Had:
         had = Had()
-        await follow(await self.sessions.start(engine_of(self.sessions), wanted, ""), had, 9)
+        await follow(await self.sessions.start(engine_of(self.sessions), wanted, ANYONE), had, 9)
         return had
 
     async def go_on(self, had: Had, first: int, **fields: Any) -> Had:
@@ -106,7 +106,7 @@ async def paused(caller: Caller, wanted: generation_pb.GenerateRequest, after: i
     """A stream that was paused while it generated."""
     engine, had = engine_of(caller.sessions), Had()
     with Gate(engine) as gate:
-        following = await caller.sessions.start(engine, wanted, "")
+        following = await caller.sessions.start(engine, wanted, ANYONE)
         gate.let(after)
         await gate.held("step")
         gate.let(1)
@@ -305,7 +305,7 @@ async def test_what_does_not_rest_cannot_go_on(cluster: Cluster) -> None:
     caller = Caller(cluster())
     engine = engine_of(caller.sessions)
     with Gate(engine) as gate:
-        following = await caller.sessions.start(engine, request(80), "")
+        following = await caller.sessions.start(engine, request(80), ANYONE)
         name = following.session.terms.stream_id
         for call in (
             caller.call("Fork", stream_id=name, n=1),
@@ -319,7 +319,7 @@ async def test_what_does_not_rest_cannot_go_on(cluster: Cluster) -> None:
     wanted = request(80)
     wanted.ClearField("keep")
     with Gate(engine) as gate:
-        following = await caller.sessions.start(engine, wanted, "")
+        following = await caller.sessions.start(engine, wanted, ANYONE)
         name = following.session.terms.stream_id
         with pytest.raises(Refused, match=r"FAILED_PRECONDITION: .*generate it with keep"):
             await caller.call("Pause", stream_id=name)

@@ -22,6 +22,7 @@ from server.errors import (
     UnknownModel,
     UnknownSession,
 )
+from server.keys import ANYONE, Caller
 from server.reader import NOTHING, Received
 from server.request import resume_request
 from server.seal import Sealer
@@ -154,7 +155,7 @@ def request(max_tokens: int = 40, **fields: Any) -> pb.GenerateRequest:
 async def whole(sessions: Sessions, wanted: pb.GenerateRequest, first: int = 9) -> Had:
     """An undisturbed stream."""
     had = Had()
-    await follow(await sessions.start(engine_of(sessions), wanted, ""), had, first)
+    await follow(await sessions.start(engine_of(sessions), wanted, ANYONE), had, first)
     await sessions.delete(had.stream_id, "")
     return had
 
@@ -183,7 +184,7 @@ async def test_a_reader_comes_back(cluster: Cluster, case: str, events: int) -> 
     wanted = request(**CASES[case])
     expected = await whole(sessions, wanted)
     had, outputs = Had(), max(1, wanted.output.n)
-    await follow(await sessions.start(engine_of(sessions), wanted, ""), had, 9, events)
+    await follow(await sessions.start(engine_of(sessions), wanted, ANYONE), had, 9, events)
     while len(had.endings) < outputs:
         received = had.received(outputs)
         await follow(await sessions.follow(had.stream_id, "", received), had, 9, events)
@@ -199,7 +200,7 @@ async def test_another_replica_goes_on(cluster: Cluster, case: str, events: int,
     expected = await whole(last, wanted)
     had, outputs = Had(), max(1, wanted.output.n)
     first = cluster()
-    await follow(await first.start(engine_of(first), wanted, ""), had, 9, events)
+    await follow(await first.start(engine_of(first), wanted, ANYONE), had, 9, events)
     kill(first)
     second = cluster()
     received = had.received(outputs, ids)
@@ -218,7 +219,7 @@ async def test_a_stop_string_half_met_is_met_elsewhere(cluster: Cluster) -> None
     wanted.stopping.stop.append(stop)
     first, second, had = cluster(), cluster(), Had()
     with Gate(engine_of(first)) as gate:
-        following = await first.start(engine_of(first), wanted, "")
+        following = await first.start(engine_of(first), wanted, ANYONE)
         gate.let(at + 5)  # the prompt is one pass or two
         await asyncio.sleep(0.2)
         await follow(following, had, 9, 2)
@@ -234,7 +235,7 @@ async def test_a_stream_that_ended_is_told_again(cluster: Cluster) -> None:
     first, second = cluster(), cluster()
     wanted = request()
     had = Had()
-    following = await first.start(engine_of(first), wanted, "")
+    following = await first.start(engine_of(first), wanted, ANYONE)
     await follow(following, had, 9, 2)
     await until(lambda: following.session.ended)
     kill(first)
@@ -250,16 +251,16 @@ async def test_a_key_that_was_used_attaches(cluster: Cluster) -> None:
     wanted = request(idempotency_key="once")
     wanted.sampling.ClearField("seed")
     had, again, elsewhere = Had(), Had(), Had()
-    await follow(await first.start(engine_of(first), wanted, ""), had, 9, 4)
-    await follow(await first.start(engine_of(first), wanted, ""), again, 9)
+    await follow(await first.start(engine_of(first), wanted, ANYONE), had, 9, 4)
+    await follow(await first.start(engine_of(first), wanted, ANYONE), again, 9)
     assert again.stream_id == had.stream_id
     assert again.ids[0][: len(had.ids[0])] == had.ids[0]
     kill(first)
-    await follow(await second.start(engine_of(second), wanted, ""), elsewhere, 9)
+    await follow(await second.start(engine_of(second), wanted, ANYONE), elsewhere, 9)
     assert elsewhere.content == again.content
-    other = await second.start(engine_of(second), request(idempotency_key="other"), "")
+    other = await second.start(engine_of(second), request(idempotency_key="other"), ANYONE)
     assert other.session.terms.stream_id != had.stream_id
-    second_owner = await second.start(engine_of(second), wanted, "somebody else")
+    second_owner = await second.start(engine_of(second), wanted, Caller("somebody else"))
     assert second_owner.session.terms.stream_id != had.stream_id
     for following in (other, second_owner):
         await engine_of(second).forget(following.session)
@@ -267,7 +268,7 @@ async def test_a_key_that_was_used_attaches(cluster: Cluster) -> None:
     assert held is not None
     readers = held.readers
     with pytest.raises(InvalidRequest, match="idempotency_key"):
-        await second.start(engine_of(second), request(39, idempotency_key="once"), "")
+        await second.start(engine_of(second), request(39, idempotency_key="once"), ANYONE)
     assert held.readers == readers  # nobody was sent away for it
 
 
@@ -277,7 +278,7 @@ async def test_streams_are_handed_over(cluster: Cluster) -> None:
     expected = await whole(last, wanted)
     first, had = cluster(), Had()
     with Gate(engine_of(first)) as gate:
-        following = await first.start(engine_of(first), wanted, "")
+        following = await first.start(engine_of(first), wanted, ANYONE)
         gate.let(30)
         await gate.held("step")
         handing = asyncio.create_task(hand_over(first.engines.values(), first.keeper))
@@ -297,7 +298,7 @@ async def test_streams_are_handed_over(cluster: Cluster) -> None:
 
 async def test_only_the_owner_finds_a_stream(cluster: Cluster) -> None:
     sessions, had = cluster(), Had()
-    await follow(await sessions.start(engine_of(sessions), request(), "me"), had, 9, 3)
+    await follow(await sessions.start(engine_of(sessions), request(), Caller("me")), had, 9, 3)
     for owner in ("", "you"):
         with pytest.raises(UnknownSession):
             await sessions.follow(had.stream_id, owner, [])
@@ -317,7 +318,7 @@ async def test_what_is_not_there_is_unknown(cluster: Cluster, stream_id: str) ->
 async def test_a_stream_is_forgotten_when_it_was_kept_long_enough(cluster: Cluster) -> None:
     sessions, had = cluster(stream_buffer=4), Had()
     wanted = request(80, keep={"nanos": 200_000_000})
-    await follow(await sessions.start(engine_of(sessions), wanted, ""), had, 9, 3)
+    await follow(await sessions.start(engine_of(sessions), wanted, ANYONE), had, 9, 3)
     assert engine_of(sessions).find(had.stream_id, "") is not None
     await until(lambda: is_empty(engine_of(sessions)), 10)
 
@@ -326,7 +327,7 @@ async def test_without_keep_a_stream_ends_with_its_reader(cluster: Cluster) -> N
     sessions, had = cluster(), Had()
     wanted = request(80)
     wanted.ClearField("keep")
-    await follow(await sessions.start(engine_of(sessions), wanted, ""), had, 9, 3)
+    await follow(await sessions.start(engine_of(sessions), wanted, ANYONE), had, 9, 3)
     await until(lambda: is_empty(engine_of(sessions)), 10)
     with pytest.raises(UnknownSession):
         await sessions.follow(had.stream_id, "", [])
@@ -335,7 +336,7 @@ async def test_without_keep_a_stream_ends_with_its_reader(cluster: Cluster) -> N
 async def test_a_second_reader_sends_the_first_away(cluster: Cluster) -> None:
     sessions = cluster()
     with Gate(engine_of(sessions)) as gate:
-        following = await sessions.start(engine_of(sessions), request(), "")
+        following = await sessions.start(engine_of(sessions), request(), ANYONE)
         gate.let(12)
         await gate.held("step")
         events = send(following, 0, durable=False)
@@ -354,7 +355,7 @@ async def test_a_second_reader_sends_the_first_away(cluster: Cluster) -> None:
 
 async def test_a_snapshot_of_another_bundle_is_refused(cluster: Cluster, text: Bundle) -> None:
     first, had = cluster(), Had()
-    await follow(await first.start(engine_of(first), request(), ""), had, 9, 12)
+    await follow(await first.start(engine_of(first), request(), ANYONE), had, 9, 12)
     kill(first)
     second = cluster()
     engine = engine_of(second)
@@ -386,7 +387,7 @@ def test_what_cannot_have_been_received_is_refused(told: dict[str, Any], reason:
 async def test_a_token_that_is_none_is_not_pushed(cluster: Cluster) -> None:
     """It would have failed the step of everybody in the batch."""
     first, second, had = cluster(snapshot_interval=1_000), cluster(), Had()
-    await follow(await first.start(engine_of(first), request(), ""), had, 9, 5)
+    await follow(await first.start(engine_of(first), request(), ANYONE), had, 9, 5)
     engine_of(first)._loop._keeper = None
     kill(first)
     received = [Received(3, 3, last_ids=(1, 256, 3))]
@@ -401,7 +402,7 @@ async def test_what_a_reader_knew_is_told_to_the_next(cluster: Cluster) -> None:
     expected = await whole(last, wanted)
     first, had = cluster(snapshot_interval=1_000), Had()
     with Gate(engine_of(first)) as gate:
-        following = await first.start(engine_of(first), wanted, "")
+        following = await first.start(engine_of(first), wanted, ANYONE)
         gate.let(20)
         await gate.held("step")
         engine_of(first)._loop._keeper = None
