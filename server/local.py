@@ -20,6 +20,7 @@ from concertina.v1 import (
 from server.config import ServeConfig
 from server.exporter import exporting
 from server.health import SERVICES, HealthServicer, all_alive
+from server.heap import share_one_heap
 from server.keys import Callers
 from server.logs import log_to_stderr
 from server.servicer import GenerationServicer, ModelServicer, open_engines
@@ -50,6 +51,7 @@ def serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
     `server.errors.BundleError` for a bundle that cannot be served.
     """
     log_to_stderr()
+    share_one_heap()
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         runner.run(_serve(config, announce))
 
