@@ -99,11 +99,11 @@ MUTANTS = (
     *_bugs(
         "model/patterns/fixed.py",
         _PATTERNS,
-        ("pooled query is the last query", "else q).amax(dim=-2)", "else q)[..., -1, :]"),
+        ("pooled query is the last query", "else q).amax(dim)", "else q).select(dim, -1)"),
         (
             "pooled query starts at zero",
-            "else q).amax(dim=-2)",
-            "else q).amax(dim=-2).clamp(min=0)",
+            "else q).amax(dim)",
+            "else q).amax(dim).clamp(min=0)",
         ),
         ("summary key is the mean", "else k).amax(dim=-2)", "else k).mean(dim=-2)"),
         ("a token sees the summary of its own block", "far >= own[:, None]", "far > own[:, None]"),
@@ -112,7 +112,7 @@ MUTANTS = (
             "far >= own[:, None]",
             "(far >= own[:, None]) | (far == 0)",
         ),
-        ("mean of the queries is their sum", "return q.mean(dim=-2)", "return q.sum(dim=-2)"),
+        ("mean of the queries is their sum", "return q.mean(dim)", "return q.sum(dim)"),
         ("mean of the keys is their sum", "return k.mean(dim=-2)", "return k.sum(dim=-2)"),
         ("DeepSets layer of the keys skipped", "F.relu(self.of_keys(k))", "k"),
         ("DeepSets layer of the queries skipped", "F.relu(self.of_queries(q))", "q"),
@@ -143,8 +143,8 @@ MUTANTS = (
         _LAYERS,
         (
             "pooled query is the last query (stream)",
-            'torch.maximum(state["pooled_query"], self._pooled_query(q))',
-            '0 * state["pooled_query"] + self._pooled_query(q)',
+            'torch.maximum(state["pooled_query"], self._pooled_query(by_token, dim=1))',
+            '0 * state["pooled_query"] + self._pooled_query(by_token, dim=1)',
         ),
         ("query maximum not reset between blocks", "torch.full_like(query, initial)", "query + 0"),
         (

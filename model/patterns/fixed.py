@@ -67,7 +67,8 @@ class Fixed(Pattern):
         if self.pooling == "mean":
             pooled = state["pooled_query"] + q.sum(dim=2) / self.span
         else:
-            pooled = torch.maximum(state["pooled_query"], self._pooled_query(q))
+            by_token = q.transpose(1, 2)  # as it lies in memory: the graph copies nothing
+            pooled = torch.maximum(state["pooled_query"], self._pooled_query(by_token, dim=1))
         return out, {"keys": keys, "values": values, "pooled_query": pooled}
 
     def fold(self, state: State) -> State:
@@ -80,10 +81,10 @@ class Fixed(Pattern):
             "pooled_query": torch.full_like(query, initial),
         }
 
-    def _pooled_query(self, q: Tensor) -> Tensor:
+    def _pooled_query(self, q: Tensor, dim: int = -2) -> Tensor:
         if self.pooling == "mean":
-            return q.mean(dim=-2)
-        return (F.relu(self.of_queries(q)) if self.pooling == "deepset-max" else q).amax(dim=-2)
+            return q.mean(dim)
+        return (F.relu(self.of_queries(q)) if self.pooling == "deepset-max" else q).amax(dim)
 
     def _pooled_key(self, k: Tensor) -> Tensor:
         if self.pooling == "mean":

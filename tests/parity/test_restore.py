@@ -20,6 +20,7 @@ import pytest
 from concertina.v1 import generation_service_pb2 as pb
 from server.bundle import load_bundle
 from server.engine import Engine
+from server.keys import ANYONE
 from server.seal import KEY_VARIABLE
 from server.sessions import Sessions
 from server.snapshots import Keeper, open_keeper
@@ -72,7 +73,7 @@ async def undisturbed(
     told, pasts = Told(), dict[int, Past]()
     record_logits(engine, told.logits)
     record_pasts(engine, pasts)
-    following = await Sessions({"": engine}, None).start(engine, request, "")
+    following = await Sessions({"": engine}, None).start(engine, request, ANYONE)
     await read(following, told)
     await engine.forget(following.session)
     assert pasts.keys() >= set(range(LAST + 1))
