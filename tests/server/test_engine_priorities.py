@@ -70,7 +70,7 @@ async def test_a_higher_priority_gets_the_slot_before_the_next_step(
 ) -> None:
     engine = start(text, slots=2)
     with Gate(engine) as gate:
-        first, latest = (engine.submit(ask(max_tokens=9)) for _ in range(2))
+        first, latest = engine.submit_together([ask(max_tokens=9), ask(max_tokens=9)])
         await gate.held("step")
         await gate.let_one("step")
         high = engine.submit(ask(max_tokens=3, priority=5))

@@ -303,7 +303,7 @@ async def test_nothing_of_a_stream_is_told_to_anyone_else(
         request.prompt.text *= 100
         del request.stopping.stop[:]
         told.append((await refusal(anext(aiter(calls.send(request)))))[1])
-        monkeypatch.setattr("server.servicer.generate_request", lambda *_: {}[0])
+        monkeypatch.setattr("server.sessions.generate_request", lambda *_: {}[0])
         told.append((await refusal(anext(aiter(calls.send(request)))))[1])
     assert "the log is being read" in caplog.text and "ZeroDivisionError" in caplog.text
     assert all(told), told
