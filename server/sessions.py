@@ -97,11 +97,10 @@ class Sessions:
         Raises RequestError.
         """
         owner = caller.name
-        begins = not self._attaches(request, owner)
-        if begins:
+        if not request.idempotency_key:  # with one, there may be nothing to take on
             engine.require_room()  # first, since it costs least: refusals come in floods
         requests = generate_request(engine.bundle, request, engine.config)
-        if begins:
+        if not self._attaches(request, owner):
             require_room(caller, self.running, len(requests))
         if not request.idempotency_key:
             stream_id = new_name()
