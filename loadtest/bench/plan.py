@@ -82,6 +82,8 @@ class Contestant:
     """Whether it has to compute its context; a long one it then computes in one round only."""
     extra_rows: int = 0
     """Rows of state that it holds beside those of the streams."""
+    float32: bool = True
+    """Whether its weights are."""
 
     @property
     def is_peer(self) -> bool:
@@ -129,7 +131,15 @@ CONTESTANTS = (
         install="pip install transformers torch",
     ),
     Contestant("llama-f32", "llama.cpp, f32", "llama", "f32", _LLAMA, _LLAMA_PIP),
-    Contestant("llama-q8_0", "llama.cpp, q8_0, cache f16", "llama", "q8_0", _LLAMA, _LLAMA_PIP),
+    Contestant(
+        "llama-q8_0",
+        "llama.cpp, q8_0, cache f16",
+        "llama",
+        "q8_0",
+        _LLAMA,
+        _LLAMA_PIP,
+        float32=False,
+    ),
 )
 OURS, OURS_FLAT, OURS_FULL = "fixed", "fixed-256", "full"
 

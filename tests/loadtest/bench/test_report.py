@@ -46,6 +46,7 @@ def test_ours_over_the_best_peer_and_over_our_full_attention() -> None:
         "decode_16k_8_vs_genai": 30.0,
         "decode_16k_8_vs_transformers": 15.0,
         "decode_16k_8_vs_best": 6.0,
+        "decode_16k_8_vs_best_f32": 6.0,
         "cache_16k_vs_full": 0.02,
     }
 
@@ -63,7 +64,23 @@ def test_a_peer_that_did_not_run_is_not_compared() -> None:
             result("transformers", 1024, 1.0),
         )
     )
-    assert found == {"decode_1k_8_vs_transformers": 3.0, "decode_1k_8_vs_best": 3.0}
+    assert found == {
+        "decode_1k_8_vs_transformers": 3.0,
+        "decode_1k_8_vs_best": 3.0,
+        "decode_1k_8_vs_best_f32": 3.0,
+    }
+
+
+def test_weights_of_another_type_are_told_apart() -> None:
+    found = ratios(
+        report(
+            result("fixed", 256, 12.0),
+            result("llama-q8_0", 256, 24.0),
+            result("llama-f32", 256, 4.0),
+            result("genai", 256, 6.0),
+        )
+    )
+    assert (found["decode_256_8_vs_best"], found["decode_256_8_vs_best_f32"]) == (0.5, 2.0)
 
 
 def test_nobody_is_called_the_best_where_a_peer_failed() -> None:
