@@ -116,7 +116,11 @@ class Engine:
             Reader(stream.request, loop, arrived, had, stream.base_tokens)
             for stream, had in zip(session.streams, received, strict=True)
         )
-        await self._ask(lambda: self._loop.attach(session, readers))
+        try:
+            await self._ask(lambda: self._loop.attach(session, readers))
+        except BaseException:  # they may have been attached, and nobody will read
+            self.leave(session, readers)
+            raise
         return readers
 
     def leave(self, session: Session, readers: Sequence[Reader]) -> None:

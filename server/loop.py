@@ -99,10 +99,15 @@ class Loop:
             self.post(lambda: self._enqueue(session, opened, before))
 
     def ask(self, action: Callable[[], None]) -> Future[None]:
-        """Have `action` done as `post` does, and hear when it was. Raises EngineStopped."""
+        """Have `action` done as `post` does, and hear when it was. Raises EngineStopped.
+
+        Not if the answer was cancelled before.
+        """
         answer: Future[None] = Future()
 
         def act() -> None:
+            if not answer.set_running_or_notify_cancel():
+                return
             try:
                 action()
                 answer.set_result(None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from itertools import count
 
@@ -16,6 +17,7 @@ from server.bundle import Bundle
 from server.engine import Engine
 from server.errors import EngineStopped, StepFailed
 from server.events import Scored
+from server.reader import NOTHING
 from server.runtime import Floats, Ints
 from tests.server.engines import (
     LIMIT_S,
@@ -191,6 +193,38 @@ async def test_a_stream_submitted_while_the_engine_closes_is_not_forgotten(
     stream = engine.submit(ask(max_tokens=90))
     assert isinstance((await read(engine, stream)).ending, EngineStopped)
     closing.join(LIMIT_S)
+
+
+async def test_who_gives_up_before_it_is_done_is_not_answered(text: Bundle, start: Start) -> None:
+    engine = start(text, slots=1)
+    with Gate(engine) as gate:
+        stream = engine.submit(ask())
+        await gate.held("step")
+        session = engine.find(stream.id, "")
+        assert session is not None
+        asking = asyncio.create_task(engine.attach(session, [NOTHING]))
+        await until(lambda: engine._loop._inbox)
+        asking.cancel()
+        await asyncio.wait([asking])
+    assert len((await read(engine, stream)).tokens) == 8  # its first reader was not sent away
+    assert engine.alive and asking.cancelled()
+
+
+async def test_who_gives_up_when_it_is_done_leaves_nothing(text: Bundle, start: Start) -> None:
+    engine = start(text, stream_buffer=4)
+    stream = engine.submit(ask(max_tokens=90))
+    await until(lambda: engine._loop.places.paused)
+    session = engine.find(stream.id, "")
+    assert session is not None
+    first = session.readers
+    asking = asyncio.create_task(engine.attach(session, [NOTHING]))
+    await asyncio.sleep(0)
+    while session.readers == first:  # and this event loop hears nothing of it
+        time.sleep(0.01)
+    asking.cancel()
+    await asyncio.wait([asking])
+    assert asking.cancelled()
+    await until(lambda: is_empty(engine))
 
 
 async def test_closing_is_noticed_at_any_moment(
