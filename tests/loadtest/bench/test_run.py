@@ -118,5 +118,5 @@ def test_ours_against_full_attention_for_real(tmp_path: Path) -> None:
     assert written["format"] == 1 and written["machine"] == {"cores": 1}
     assert written["plan"]["shape"]["width"] == 16
     compared = {"decode_64_2", "first_token_64"}
-    names = {f"{ratio}_vs_{whom}" for ratio in compared for whom in ("full", "best")}
+    names = {f"{ratio}_vs_{whom}" for ratio in compared for whom in ("full", "best", "best_f32")}
     assert set(written["ratios"]) == {*names, "cache_64_vs_full"}
