@@ -132,8 +132,13 @@ class Engine:
         await self._ask(lambda: self._loop.pause(session))
 
     async def forget(self, session: Session) -> None:
-        """End the streams of a session and drop all that is held of it. Raises EngineStopped."""
-        await self._ask(lambda: self._loop.forget(session))
+        """End the streams of a session and drop all that is held of it. Raises EngineStopped.
+
+        That is done even for who stops waiting.
+        """
+        await asyncio.shield(
+            asyncio.wrap_future(self._loop.ask(lambda: self._loop.forget(session)))
+        )
 
     async def hand_over(self) -> None:
         """Snapshot the durable sessions and end their readers, so that others go on with them.

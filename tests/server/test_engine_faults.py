@@ -210,6 +210,23 @@ async def test_who_gives_up_before_it_is_done_is_not_answered(text: Bundle, star
     assert engine.alive and asking.cancelled()
 
 
+async def test_a_session_is_forgotten_though_nobody_waits_for_it(
+    text: Bundle, start: Start
+) -> None:
+    engine = start(text, slots=1, stream_buffer=4)
+    with Gate(engine) as gate:
+        stream = engine.submit(ask(max_tokens=90))
+        await gate.held("step")
+        session = engine.find(stream.id, "")
+        assert session is not None
+        asking = asyncio.create_task(engine.forget(session))
+        await until(lambda: engine._loop._inbox)
+        asking.cancel()
+        await asyncio.wait([asking])
+    await until(lambda: is_empty(engine))
+    assert engine.alive and asking.cancelled() and not engine.holds_sessions
+
+
 async def test_who_gives_up_when_it_is_done_leaves_nothing(text: Bundle, start: Start) -> None:
     engine = start(text, stream_buffer=4)
     stream = engine.submit(ask(max_tokens=90))
