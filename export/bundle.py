@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from concertina.manifest import MANIFEST, write_manifest
+from concertina.bundle.manifest import MANIFEST, write_manifest
 from concertina.v1 import bundle_pb2 as pb
 from export.cost import count_cost
 from export.graphs import export_fold, export_step, fold_resets, layers, state_tensors

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from concertina.resources import state_bytes, step_flops
+from concertina.bundle.resources import state_bytes, step_flops
 from export.bundle import describe
 from model.config import Attention, ModelConfig, Pooling
 from model.data import Dataset

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from concertina.resources import ELEMENT_TYPES
+from concertina.bundle.resources import ELEMENT_TYPES
 from concertina.v1 import bundle_pb2 as pb
 
 _JUNK = 1e4  # what dead entries are filled with, so that a stale read cannot hide

@@ -12,8 +12,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from concertina.cli.options import Address, Ca, Cert, CertKey, KeyFile, ModelName, UseTls, access
 from concertina.client import DEFAULT_ADDRESS, Model
-from concertina.options import Address, Ca, Cert, CertKey, KeyFile, ModelName, UseTls, access
 from loadtest.client import CANCELLED
 from loadtest.measure import Plan, measure
 from loadtest.report import Report, render, summarise

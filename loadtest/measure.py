@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from itertools import islice, takewhile
 from time import perf_counter
 
-from concertina.channel import Access
 from concertina.client import AsyncClient, InvalidRequest, Model
+from concertina.client.channel import Access
 from loadtest import closed_loop, open_loop
 from loadtest.client import Tally
 from loadtest.progress import show_progress

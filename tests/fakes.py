@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from concertina.v1 import bundle_pb2 as pb
-from server.bundle import Bundle
-from server.rows import Extent
-from server.runtime import Floats, Ints
+from server.bundles.bundle import Bundle
+from server.runtime.host_state import Extent
+from server.runtime.onnx_session import Floats, Ints
 
 _DEAD = ("dead",)
 

@@ -127,7 +127,7 @@ def test_all_that_serves_can_be_imported_without_training_packages() -> None:
     command = [sys.executable, "-c", f"import sys; sys.path[:0] = ['protos', '.']{code}"]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0, ran.stderr
-    assert "server/runtime.py" in ran.stdout.splitlines()
+    assert "server/runtime/onnx_session.py" in ran.stdout.splitlines()
 
 
 def test_every_requirement_is_pinned_by_a_version_it_allows() -> None:
@@ -164,5 +164,5 @@ def test_the_wheel_holds_our_packages_and_nothing_else(tmp_path: Path) -> None:
         "model",
         "server",
     }
-    assert {"concertina/cli.py", "concertina/v1/generation_service_pb2.pyi"} <= files
+    assert {"concertina/cli/main.py", "concertina/v1/generation_service_pb2.pyi"} <= files
     assert not [name for name in files if "test_" in name or name.endswith((".onnx", ".npy"))]

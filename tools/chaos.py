@@ -32,9 +32,9 @@ import psutil
 import typer
 
 from concertina.client import AsyncClient, ConcertinaError, Tokens
-from server.health import is_serving
-from server.ports import free_ports
-from server.seal import KEY_VARIABLE
+from server.api.health import is_serving
+from server.ops.ports import free_ports
+from server.snapshots.sealer import KEY_VARIABLE
 
 _START_LIMIT_S = 120.0
 _STREAM_LIMIT_S = 600.0
@@ -219,7 +219,7 @@ Cluster = Processes | Ray
 
 
 def _command(bundle: Path, store: Path, *options: str) -> list[str]:
-    served = [sys.executable, "-m", "concertina.cli", "serve", str(bundle), "--threads", "1"]
+    served = [sys.executable, "-m", "concertina.cli.main", "serve", str(bundle), "--threads", "1"]
     snapshots = ["--snapshots", f"file://{store}", "--snapshot-interval", "128"]
     return [*served, *snapshots, "--slots", "64", "--drain-seconds", "1", *options]
 

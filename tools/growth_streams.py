@@ -11,17 +11,17 @@ from pathlib import Path
 
 import numpy as np
 
-from concertina.manifest import write_manifest
-from concertina.resources import state_bytes
+from concertina.bundle.manifest import write_manifest
+from concertina.bundle.resources import state_bytes
 from export.bundle import describe
 from export.graphs import export_fold, export_step
 from model.config import Attention, ModelConfig
 from model.data import DatasetInfo
 from model.decoder import Decoder
 from model.train import Checkpoint, TrainConfig
-from server.bundle import load_bundle
-from server.cache import Cache
-from server.runtime import Runtime
+from server.bundles.bundle import load_bundle
+from server.engine.kv_cache import Cache
+from server.runtime.onnx_session import Runtime
 
 FULL_LIMIT = 4**8
 """Full attention is streamed up to here; beyond, time would grow with the square."""

@@ -28,13 +28,13 @@ import typer
 
 from loadtest.bench.bundles import make_bundle
 from loadtest.bench.plan import Shape
-from server.bundle import load_bundle
+from server.api.health import is_serving
+from server.bundles.bundle import load_bundle
 from server.config import EngineConfig
-from server.engine import Engine
-from server.events import Finish, Request
-from server.health import is_serving
-from server.ports import free_ports
-from server.sampler import SamplingParameters
+from server.engine.engine import Engine
+from server.engine.events import Finish, Request
+from server.engine.sampling.sampler import SamplingParameters
+from server.ops.ports import free_ports
 
 _STREAMS = (1, 8, 32)
 _START_LIMIT_S = 120.0
@@ -107,7 +107,7 @@ def _served(bundle: Path, options: tuple[str, ...]) -> Iterator[tuple[str, float
     """A `concertina serve` of its own; its address, and the seconds until it answered."""
     port, metrics_port = free_ports(2)
     address = f"127.0.0.1:{port}"
-    command = [sys.executable, "-m", "concertina.cli", "serve", str(bundle), *options]
+    command = [sys.executable, "-m", "concertina.cli.main", "serve", str(bundle), *options]
     command += ["--port", str(port), "--metrics-port", str(metrics_port), "--drain-seconds", "2"]
     began = time.perf_counter()
     server = psutil.Popen(command, stdout=subprocess.DEVNULL)
@@ -124,7 +124,7 @@ def _served(bundle: Path, options: tuple[str, ...]) -> Iterator[tuple[str, float
 
 def _clients(address: str, streams: int, prompt: int, tokens: int) -> float:
     """Tokens/s that `streams` clients of the load tester see, one request each at a time."""
-    command = [sys.executable, "-m", "concertina.cli", "loadtest", "--address", address]
+    command = [sys.executable, "-m", "concertina.cli.main", "loadtest", "--address", address]
     command += ["--streams", str(streams), "--requests", str(streams), "--json", "-"]
     command += ["--prompt-tokens", str(prompt), "--output-tokens", str(tokens), "--max-lag", "1"]
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -15,11 +15,11 @@ from statistics import median
 
 import numpy as np
 
-from server.bundle import Bundle, load_bundle
+from server.bundles.bundle import Bundle, load_bundle
 from server.config import EngineConfig
-from server.engine import Engine
-from server.events import Delta, Request
-from server.sampler import SamplingParameters
+from server.engine.engine import Engine
+from server.engine.events import Delta, Request
+from server.engine.sampling.sampler import SamplingParameters
 
 _DRAFTS = (0, 4, 8)
 _ROUNDS = 5

@@ -31,11 +31,11 @@ import psutil
 from loadtest.bench.adapters.adapter import Setting
 from loadtest.bench.adapters.ours import open_session, prepare
 from loadtest.bench.plan import ROOM, Shape
-from server.bundle import Bundle, load_bundle
+from server.bundles.bundle import Bundle, load_bundle
 from server.config import EngineConfig
-from server.engine import Engine
-from server.events import Delta, Request
-from server.sampler import SamplingParameters
+from server.engine.engine import Engine
+from server.engine.events import Delta, Request
+from server.engine.sampling.sampler import SamplingParameters
 
 MAX_SLOWDOWN = 1.5
 """Of a token at the end over one at the beginning."""

@@ -36,7 +36,7 @@ import typer
 from loadtest.bench.adapters import ours
 from loadtest.bench.adapters.adapter import Session, Setting
 from loadtest.bench.plan import ROOM, Shape
-from server.bundle import load_bundle
+from server.bundles.bundle import load_bundle
 
 _CONTEXT, _SPAN, _STREAMS = 256, 16, 32
 _TARGETS = {"overhead": "<= 0.05", "bandwidth": "<= 1.5", "sgemm": ">= 0.6"}

@@ -411,7 +411,7 @@ MUTANTS = (
         ),
     ),
     *_bugs(
-        "protos/concertina/resources.py",
+        "protos/concertina/bundle/resources.py",
         _STREAMS,
         (
             "a carry takes an entry too few",
@@ -430,7 +430,7 @@ MUTANTS = (
         ),
     ),
     *_bugs(
-        "server/runtime.py",
+        "server/runtime/onnx_session.py",
         _STREAMS,
         (
             "positions begin anew in every chunk",
@@ -446,7 +446,7 @@ MUTANTS = (
         ),
     ),
     *_bugs(
-        "server/rows.py",
+        "server/runtime/host_state.py",
         _STREAMS,
         (
             "a move leaves the query maximum behind",
@@ -475,7 +475,7 @@ MUTANTS = (
         ),
     ),
     *_bugs(
-        "server/rows.py",
+        "server/runtime/host_state.py",
         _BATCHES,
         (
             "a fold writes into its neighbours",
@@ -498,7 +498,7 @@ MUTANTS = (
         ),
     ),
     *_bugs(
-        "server/cache.py",
+        "server/engine/kv_cache.py",
         _STREAMS,
         (
             "positions begin anew after prefill",
@@ -528,7 +528,7 @@ MUTANTS = (
         ),
     ),
     *_bugs(
-        "server/cache.py",
+        "server/engine/kv_cache.py",
         _BATCHES,
         (
             "the bench keeps the last stream's query maximum",
@@ -548,7 +548,7 @@ MUTANTS = (
         ),
     ),
     *_bugs(
-        "server/snapshots.py",
+        "server/snapshots/snapshots.py",
         _RESTORE,
         (
             "recurrent state lost in a snapshot",
@@ -562,7 +562,7 @@ MUTANTS = (
         ),
     ),
     *_bugs(
-        "server/loop.py",
+        "server/engine/loop.py",
         _RESTORE,
         (
             "penalties forget what was drawn before a snapshot",
@@ -572,45 +572,45 @@ MUTANTS = (
     ),
     Mutant(
         "a reader that comes back gets a token twice",
-        "server/reader.py",
+        "server/sessions/subscriber.py",
         "            if self._known_tokens:\n                self._known_tokens -= 1",
         "            if self._known_tokens > 1:\n                self._known_tokens -= 1",
-        "tests/server/test_reader.py",
+        "tests/server/sessions/test_subscriber.py",
     ),
     Mutant(
         "a revived stream forgets what was drawn since its snapshot",
-        "server/stream.py",
+        "server/engine/stream.py",
         "        known = past.generated[seen:].tolist()",
         "        known = past.generated[seen + 1 :].tolist()",
-        "tests/server/test_stream.py",
+        "tests/server/engine/test_stream.py",
     ),
     Mutant(
         "a snapshot opens for anybody",
-        "server/seal.py",
+        "server/snapshots/sealer.py",
         "        if header.owner != owner:",
         "        if not header.owner and owner:",
-        "tests/server/test_seal.py",
+        "tests/server/snapshots/test_sealer.py",
     ),
     Mutant(
         "a wrong draft leaves its mark on the state",
-        "server/cache.py",
+        "server/engine/kv_cache.py",
         "        if count < of and self._bundle.recurrent:",
         "        if count < of and not self._bundle.recurrent:",
-        "tests/server/test_drafting.py",
+        "tests/server/engine/test_prompt_lookup.py",
     ),
     Mutant(
         "a block folds again after a wrong draft",
-        "server/passes.py",
+        "server/engine/decoding.py",
         "        if int(self._cache.pushed[0]) > first and (ending is None or stream.is_kept):",
         "        if ending is None or stream.is_kept:",
-        "tests/server/test_drafting.py",
+        "tests/server/engine/test_prompt_lookup.py",
     ),
     Mutant(
         "a stream that was handed over is taken back",
-        "server/loop.py",
+        "server/engine/loop.py",
         "            self._check_open(self._handing_over)\n            if opened:",
         "            self._check_open()\n            if opened:",
-        "tests/server/test_sessions.py",
+        "tests/server/sessions/test_registry.py",
     ),
 )
 

@@ -33,9 +33,9 @@ import typer
 
 from concertina.client import AsyncClient, ConcertinaError, Tokens
 from concertina.v1 import generation_service_pb2 as pb
-from server.health import wait_until_serving
-from server.ports import free_ports
-from server.seal import KEY_VARIABLE
+from server.api.health import wait_until_serving
+from server.ops.ports import free_ports
+from server.snapshots.sealer import KEY_VARIABLE
 
 _CALLERS = 8
 _WARM_UP = 0.25
@@ -117,7 +117,7 @@ async def _soak(
 ) -> tuple[list[tuple[float, float]], dict[str, int]]:
     """(seconds, bytes) of the server, and how many calls of each kind it had."""
     port, metrics_port = free_ports(2)
-    command = [sys.executable, "-m", "concertina.cli", "serve", str(bundle), "--local"]
+    command = [sys.executable, "-m", "concertina.cli.main", "serve", str(bundle), "--local"]
     command += ["--port", str(port), "--metrics-port", str(metrics_port)]
     command += ["--snapshots", f"file://{store}", "--snapshot-interval", "64"]
     command += [

@@ -7,7 +7,7 @@ from pathlib import Path
 import onnx
 import torch
 
-from concertina.manifest import write_manifest
+from concertina.bundle.manifest import write_manifest
 from concertina.v1 import bundle_pb2 as pb
 from export.graphs import export_fold, export_step, layers, state_tensors
 from export.weights import round_weights

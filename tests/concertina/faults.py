@@ -17,12 +17,12 @@ from concertina.v1 import generation_service_pb2 as pb
 from concertina.v1 import generation_service_pb2_grpc as generation_grpc
 from concertina.v1 import model_service_pb2_grpc as model_grpc
 from concertina.v1 import session_service_pb2_grpc as session_grpc
-from server.engine import Engine
-from server.keys import Callers
-from server.servicer import GenerationServicer, ModelServicer
-from server.session_servicer import SessionServicer
-from server.sessions import Sessions
-from server.snapshots import Keeper
+from server.api.generation import GenerationServicer, ModelServicer
+from server.api.sessions import SessionServicer
+from server.auth.api_keys import Callers
+from server.engine.engine import Engine
+from server.sessions.registry import Sessions
+from server.snapshots.snapshots import Keeper
 
 LIMIT_S = 60.0
 STATUSES = ("UNAVAILABLE", "INTERNAL", "UNKNOWN", "CANCELLED")

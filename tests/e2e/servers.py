@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.ports import free_ports
+from server.ops.ports import free_ports
 
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 120.0
@@ -50,7 +50,7 @@ class Server:
 def concertina(*arguments: str, cwd: Path | None = None, **pipes: object) -> psutil.Popen:
     """The command line of this checkout, in a process of its own."""
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'protos'}", "COLUMNS": "200"}
-    command = [sys.executable, "-m", "concertina.cli", *arguments]
+    command = [sys.executable, "-m", "concertina.cli.main", *arguments]
     return psutil.Popen(command, env=environment, cwd=cwd, **pipes)
 
 

@@ -20,7 +20,7 @@ from concertina.client import (
     ServerUnavailable,
     Tls,
 )
-from server.keys import Caller, Key, new_key, write_keys
+from server.auth.api_keys import Caller, Key, new_key, write_keys
 from tests.certificates import Certificates
 from tests.e2e.servers import Server, concertina, serving, until
 

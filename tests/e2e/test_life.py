@@ -12,6 +12,7 @@ import psutil
 import pytest
 from PIL import Image
 
+from concertina.bundle.manifest import read_manifest, write_manifest
 from concertina.client import (
     Accepted,
     Client,
@@ -20,7 +21,6 @@ from concertina.client import (
     GenerationFailed,
     Tokens,
 )
-from concertina.manifest import read_manifest, write_manifest
 from tests.bundles import HEIGHT, WIDTH
 from tests.e2e.servers import START_SECONDS, Server, concertina, serving, until
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from concertina.channel import Access
+from concertina.client.channel import Access
 from loadtest.measure import Plan, measure
 from loadtest.report import Report, summarise
 from loadtest.workload import Lengths
@@ -70,7 +70,7 @@ def test_ten_times_the_load_costs_no_goodput(limit: str) -> None:
 
 def _most_state() -> int:
     """Bytes that one stream of these tests may come to hold."""
-    from concertina.manifest import read_manifest
-    from concertina.resources import peak_state_bytes
+    from concertina.bundle.manifest import read_manifest
+    from concertina.bundle.resources import peak_state_bytes
 
     return peak_state_bytes(read_manifest(Path(ROOT / "bundles" / "python-4k")), 16 + TOKENS)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from concertina.client import Client, Finished, Tokens
-from server.ports import free_ports
-from server.seal import KEY_VARIABLE
+from server.ops.ports import free_ports
+from server.snapshots.sealer import KEY_VARIABLE
 from tests.e2e.servers import ROOT, serving
 
 pytestmark = pytest.mark.e2e

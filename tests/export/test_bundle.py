@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import export.bundle
-from concertina.manifest import read_manifest
+from concertina.bundle.manifest import read_manifest
 from concertina.v1 import bundle_pb2 as pb
 from export.bundle import export_bundle
 from export.parity import ParityError

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from concertina.resources import step_flops
+from concertina.bundle.resources import step_flops
 from concertina.v1 import bundle_pb2 as pb
 from export.bundle import describe
 from model.config import Attention, ModelConfig

@@ -10,7 +10,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from concertina.manifest import read_manifest
+from concertina.bundle.manifest import read_manifest
 from concertina.v1 import bundle_pb2 as pb
 from export.weights import load_decoder, round_weights
 from model.train import load_checkpoint

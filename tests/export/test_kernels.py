@@ -12,7 +12,7 @@ from typing import Any
 import onnx
 import pytest
 
-from concertina.manifest import read_manifest
+from concertina.bundle.manifest import read_manifest
 from concertina.v1 import bundle_pb2 as pb
 from tests.checkpoints import export_tiny
 

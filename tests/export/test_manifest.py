@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from concertina.manifest import MANIFEST, ManifestError, read_manifest, write_manifest
+from concertina.bundle.manifest import MANIFEST, ManifestError, read_manifest, write_manifest
 
 FILES = ("step.onnx", "fold.onnx")
 

@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from concertina.manifest import read_manifest
+from concertina.bundle.manifest import read_manifest
 from export.parity import TOLERANCE, ParityError, check_parity
 from export.weights import load_decoder
 

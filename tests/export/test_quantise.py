@@ -12,8 +12,8 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from concertina.cli import main
-from concertina.manifest import read_manifest
+from concertina.bundle.manifest import read_manifest
+from concertina.cli.main import main
 from export.bundle import LossError, Precision, export_bundle
 from export.packing import Packed, pack, unpack
 from export.parity import ROUNDED_TOLERANCE, TOLERANCE, ParityError, check_parity

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import typer
 import yaml
-
 from server.command import serve
 from server.exporter import HEALTH_PATH
 

@@ -9,8 +9,8 @@ from itertools import pairwise, repeat
 
 import pytest
 
-from concertina.channel import Access
 from concertina.client import AsyncClient, InvalidRequest
+from concertina.client.channel import Access
 from concertina.v1 import generation_service_pb2 as pb
 from loadtest.client import CANCELLED, Tally
 from loadtest.closed_loop import drive

@@ -15,7 +15,16 @@ from concertina.v1 import generation_service_pb2 as pb
 from tests.loadtest.scripted import Context, Serve, Stream, keep_contract
 
 ROOT = Path(__file__).parents[2]
-COMMAND = (sys.executable, "-m", "concertina.cli", "loadtest", "--streams", "4", "--warmup", "1")
+COMMAND = (
+    sys.executable,
+    "-m",
+    "concertina.cli.main",
+    "loadtest",
+    "--streams",
+    "4",
+    "--warmup",
+    "1",
+)
 LENGTHS = ("--prompt-tokens", "2-5", "--output-tokens", "6")
 
 

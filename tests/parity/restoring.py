@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from server.bundle import load_bundle
+from server.bundles.bundle import load_bundle
 from server.config import EngineConfig
-from server.engine import Engine
-from server.events import Delta, Finish, FinishReason
-from server.runtime import Floats, Ints
-from server.sessions import Following, Sessions
-from server.snapshots import open_keeper
+from server.engine.engine import Engine
+from server.engine.events import Delta, Finish, FinishReason
+from server.runtime.onnx_session import Floats, Ints
+from server.sessions.registry import Following, Sessions
+from server.snapshots.snapshots import open_keeper
 
 LIMIT_S = 60.0
 CONFIG = EngineConfig(

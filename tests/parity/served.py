@@ -10,9 +10,9 @@ import torch
 
 from concertina.v1 import bundle_pb2 as pb
 from export.weights import load_decoder
-from server.bundle import load_bundle
-from server.cache import Cache
-from server.runtime import Floats, Ints, Runtime
+from server.bundles.bundle import load_bundle
+from server.engine.kv_cache import Cache
+from server.runtime.onnx_session import Floats, Ints, Runtime
 
 TOLERANCE = 1e-4
 Logits = npt.NDArray[np.float64]

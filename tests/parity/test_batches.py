@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from server.cache import Parked
-from server.rows import Extent
-from server.runtime import Ints
+from server.engine.kv_cache import Parked
+from server.runtime.host_state import Extent
+from server.runtime.onnx_session import Ints
 from tests.parity.served import Logits, Served, assert_parity, draw_tokens, expected_logits
 
 SPAN, SLOTS = 8, 4
@@ -122,8 +122,8 @@ def test_any_course_of_events(
     bundle: Path, seed: int, folded_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whether what folds at once is taken together, or one after the other."""
-    monkeypatch.setattr("server.rows._FOLDED_BYTES", folded_bytes)
-    monkeypatch.setattr("server.rows._KEPT_BYTES", 4 * folded_bytes)
+    monkeypatch.setattr("server.runtime.host_state._FOLDED_BYTES", folded_bytes)
+    monkeypatch.setattr("server.runtime.host_state._KEPT_BYTES", 4 * folded_bytes)
     tokens = draw_tokens(bundle, 5)
     life = Simulation(Served(bundle, SLOTS), tokens, expected_logits(bundle, tokens), seed)
     life.run(turns=600)

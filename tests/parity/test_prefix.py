@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from server.runtime import Ints
+from server.runtime.onnx_session import Ints
 from tests.parity.served import Served, assert_parity, draw_tokens, expected_logits
 
 SPAN, LENGTH = 8, 30

@@ -18,13 +18,13 @@ from typing import Any
 import pytest
 
 from concertina.v1 import generation_service_pb2 as pb
-from server.bundle import load_bundle
-from server.engine import Engine
-from server.keys import ANYONE
-from server.seal import KEY_VARIABLE
-from server.sessions import Sessions
-from server.snapshots import Keeper, open_keeper
-from server.stream import Past
+from server.auth.api_keys import ANYONE
+from server.bundles.bundle import load_bundle
+from server.engine.engine import Engine
+from server.engine.stream import Past
+from server.sessions.registry import Sessions
+from server.snapshots.sealer import KEY_VARIABLE
+from server.snapshots.snapshots import Keeper, open_keeper
 from tests.parity.restoring import CONFIG, LIMIT_S, Told, read, record_logits
 
 ROOT = Path(__file__).parents[2]

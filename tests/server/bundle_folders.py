@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from concertina.manifest import read_manifest, write_manifest
+from concertina.bundle.manifest import read_manifest, write_manifest
 
 
 def put(bundle: Path, folder: Path, version: str = "", graph: bytes = b"") -> str:

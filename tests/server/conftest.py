@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from server.bundle import Bundle, load_bundle
+from server.bundles.bundle import Bundle, load_bundle
 from server.config import EngineConfig
-from server.engine import Engine
+from server.engine.engine import Engine
 from tests.server.engines import is_empty, until
 
 Logits = Callable[[list[int]], npt.NDArray[np.float64]]

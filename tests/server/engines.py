@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from server.admission import Weight
-from server.engine import Engine
-from server.events import Delta, Ending, Request
-from server.runtime import Floats, Ints
-from server.sampler import SamplingParameters
-from server.stream import Stream
+from server.engine.admission import Weight
+from server.engine.engine import Engine
+from server.engine.events import Delta, Ending, Request
+from server.engine.sampling.sampler import SamplingParameters
+from server.engine.stream import Stream
+from server.runtime.onnx_session import Floats, Ints
 
 LIMIT_S = 60.0
 START = 256

@@ -9,15 +9,15 @@ import numpy as np
 
 from concertina.v1 import bundle_pb2 as pb
 from loadtest.bench.adapters.adapter import Session, Setting, Window
-from server.bundle import Bundle, load_bundle
-from server.cache import Cache, Parked
+from server.bundles.bundle import Bundle, load_bundle
 from server.config import EngineConfig
-from server.engine import Engine
-from server.events import Delta, Request
-from server.rows import State
-from server.runtime import Runtime
-from server.sampler import SamplingParameters
-from server.stream import Stream
+from server.engine.engine import Engine
+from server.engine.events import Delta, Request
+from server.engine.kv_cache import Cache, Parked
+from server.engine.sampling.sampler import SamplingParameters
+from server.engine.stream import Stream
+from server.runtime.host_state import State
+from server.runtime.onnx_session import Runtime
 
 _FILLER = np.float32(0.01)
 

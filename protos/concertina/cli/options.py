@@ -1,0 +1,199 @@
+"""Command-line options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, TypeAlias
+
+import typer
+
+from concertina.client.channel import Access, Tls
+
+
+def png_file(path: Path | None) -> Path | None:
+    """A callback: the path, if a PNG can be written there. Raises BadParameter."""
+    if path is not None and path.suffix.lower() != ".png":
+        raise typer.BadParameter(f"{path} does not end in .png, the only format written")
+    if path is not None and not path.parent.is_dir():
+        raise typer.BadParameter(f"{path.parent} is not a folder")
+    return path
+
+
+def readable_file(path: Path) -> Path:
+    """A callback: the path of a file, or `-`. Raises BadParameter."""
+    if path != Path("-") and not path.is_file():
+        raise typer.BadParameter(f"{path} is not a file")
+    return path
+
+
+def optional_file(path: Path | None) -> Path | None:
+    """A callback: the path of a file, if one was given. Raises BadParameter."""
+    if path is not None and not path.is_file():
+        raise typer.BadParameter(f"{path} is not a file")
+    return path
+
+
+def access(
+    key_file: Path | None, tls: bool, ca: Path | None, cert: Path | None, cert_key: Path | None
+) -> Access:
+    """What these options say about being let in. Raises BadParameter."""
+    if (cert is None) != (cert_key is None):
+        raise typer.BadParameter("a certificate needs its key: give both --cert and --cert-key")
+    key = None if key_file is None else key_file.read_text().strip()
+    return Access(key, Tls(ca, cert, cert_key) if tls or ca or cert else None)
+
+
+def logit_biases(pairs: list[str] | None) -> dict[int, float] | None:
+    """Biases by token id from `ID=BIAS`. Raises BadParameter."""
+    if pairs is None:
+        return None
+    biases = {}
+    for pair in pairs:
+        token, _, bias = pair.partition("=")
+        try:
+            biases[int(token)] = float(bias)
+        except ValueError:
+            raise typer.BadParameter(
+                f"{pair!r} is not ID=BIAS, for example 10=-5", param_hint="--logit-bias"
+            ) from None
+    return biases
+
+
+Address: TypeAlias = Annotated[
+    str, typer.Option(envvar="CONCERTINA_ADDRESS", help="Where the server listens.")
+]
+KeyFile: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="CONCERTINA_KEY_FILE",
+        callback=optional_file,
+        help="File that holds the API key, if the server wants one; or put it in CONCERTINA_KEY.",
+    ),
+]
+UseTls: TypeAlias = Annotated[
+    bool,
+    typer.Option("--tls", envvar="CONCERTINA_TLS", help="Speak TLS; so do the next three options."),
+]
+Ca: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="CONCERTINA_CA",
+        callback=optional_file,
+        help="Authority (PEM) of the server's certificate.",
+    ),
+]
+Cert: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="CONCERTINA_CERT",
+        callback=optional_file,
+        help="Certificate (PEM) to show to the server.",
+    ),
+]
+CertKey: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="CONCERTINA_CERT_KEY", callback=optional_file, help="Private key (PEM) of --cert."
+    ),
+]
+ModelName: TypeAlias = Annotated[
+    str,
+    typer.Option("--model", "-m", help="Name of the model; not needed if only one is served."),
+]
+Label: TypeAlias = Annotated[
+    str | None, typer.Option(help="One of the model's labels. Without one: unconditional.")
+]
+MaxTokens: TypeAlias = Annotated[
+    int | None, typer.Option("--max-tokens", "-n", min=1, help="Most tokens to generate.")
+]
+Temperature: TypeAlias = Annotated[
+    float | None,
+    typer.Option("--temperature", "-t", min=0, help="0 always takes the likeliest token."),
+]
+TopK: TypeAlias = Annotated[
+    int | None, typer.Option(min=0, help="Keep this many of the likeliest tokens; 0 keeps all.")
+]
+TopP: TypeAlias = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help="Keep the likeliest tokens that reach this probability."),
+]
+MinP: TypeAlias = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help="Keep tokens this probable relative to the likeliest."),
+]
+TypicalP: TypeAlias = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help="Keep the tokens of typical surprise that reach this."),
+]
+RepetitionPenalty: TypeAlias = Annotated[
+    float | None,
+    typer.Option(min=0, help="Above 1: tokens that prompt or output have become less likely."),
+]
+PresencePenalty: TypeAlias = Annotated[
+    float | None,
+    typer.Option(min=-2, max=2, help="Taken from the logits of tokens that the output has."),
+]
+FrequencyPenalty: TypeAlias = Annotated[
+    float | None, typer.Option(min=-2, max=2, help="The same, for every time it has them.")
+]
+LogitBias: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(metavar="ID=BIAS", help="Added to the logit of a token id. Repeatable."),
+]
+AllowedTokenIds: TypeAlias = Annotated[
+    list[int] | None, typer.Option(min=0, help="Draw no other token ids. Repeatable.")
+]
+BadWords: TypeAlias = Annotated[
+    list[str] | None, typer.Option(help="Text that is never completed. Repeatable.")
+]
+Stop: TypeAlias = Annotated[
+    list[str] | None, typer.Option(help="End before this text. May be given several times.")
+]
+StopTokenIds: TypeAlias = Annotated[
+    list[int] | None, typer.Option(min=0, help="End before this token id. Repeatable.")
+]
+IncludeStop: TypeAlias = Annotated[
+    bool | None, typer.Option("--include-stop", help="Send what the stream stopped at, too.")
+]
+MinTokens: TypeAlias = Annotated[
+    int | None, typer.Option(min=0, help="Tokens before which nothing is a reason to stop.")
+]
+IgnoreEos: TypeAlias = Annotated[
+    bool | None, typer.Option("--ignore-eos", help="Go on past the model's end token.")
+]
+Outputs: TypeAlias = Annotated[
+    int | None, typer.Option("--n", min=1, help="Outputs to generate side by side.")
+]
+Logprobs: TypeAlias = Annotated[
+    int | None,
+    typer.Option(min=0, help="Log-probabilities of tokens and of this many of the likeliest."),
+]
+PromptLogprobs: TypeAlias = Annotated[
+    int | None, typer.Option(min=0, help="The same for the tokens of the prompt.")
+]
+StreamInterval: TypeAlias = Annotated[
+    int | None, typer.Option(min=1, help="Fewest tokens that the server sends at once.")
+]
+Priority: TypeAlias = Annotated[
+    int | None, typer.Option(min=-100, max=100, help="Streams of a higher one go first.")
+]
+Keep: TypeAlias = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        help="Seconds to keep the stream when nobody reads it, and behind its end for "
+        "`concertina sessions`. Default: 60, but not behind its end. 0: do not resume it.",
+    ),
+]
+Seed: TypeAlias = Annotated[
+    int | None, typer.Option(min=0, help="The same seed and prompt give the same stream.")
+]
+TimeLimit: TypeAlias = Annotated[
+    float | None, typer.Option(min=0, help="Seconds after which to end, with what is there.")
+]
+Timeout: TypeAlias = Annotated[
+    float | None, typer.Option(min=0, help="Seconds after which to give up and fail.")
+]
+Json: TypeAlias = Annotated[
+    bool, typer.Option("--json", help="Print JSON, one object per line; errors to stderr.")
+]

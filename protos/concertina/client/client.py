@@ -1,0 +1,177 @@
+"""The clients, for blocking and for asyncio code."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Self, Unpack
+
+import grpc
+
+from concertina.client.channel import Access, Tls
+from concertina.client.connection import AsyncConnection, Connection
+from concertina.client.models import Model, Score, model_from, score_from
+from concertina.client.requests import GenerateParameters, score_request
+from concertina.client.resuming import begin
+from concertina.client.sessions import AsyncSessions, Sessions
+from concertina.client.streams import AsyncStream, Stream
+from concertina.v1 import model_service_pb2
+
+if TYPE_CHECKING:
+    from concertina.client.requests import PromptLike
+
+
+DEFAULT_ADDRESS = "127.0.0.1:9000"
+
+
+class Client:
+    """Calls one server from blocking code; may be shared between threads. One connection.
+
+    key: the API key, where the server wants one; without it that of the variable CONCERTINA_KEY.
+    tls: how to speak TLS, where the server does; Tls() trusts the authorities gRPC comes with.
+    sessions: what streams have become that were kept.
+    """
+
+    def __init__(
+        self, address: str = DEFAULT_ADDRESS, *, key: str | None = None, tls: Tls | None = None
+    ) -> None:
+        self.address = address
+        self._connection = Connection(address, Access(key, tls))
+        self.sessions = Sessions(self._connection)
+
+    def generate(
+        self,
+        prompt: PromptLike | None = None,
+        *,
+        timeout: float | None = None,
+        keep: float | None = None,
+        resume_for: float | None = None,
+        **parameters: Unpack[GenerateParameters],
+    ) -> Stream:
+        """Starts a stream. Iterate over it for its events.
+
+        It goes on by itself when its connection or its server is lost: see docs/api.md.
+
+        prompt: what the stream continues: text, token ids, a PNG or RGB bytes, a Pillow image.
+        timeout: seconds after which the stream is given up with DeadlineExceeded.
+        keep: seconds that the server keeps the stream while nobody reads it. It is kept so long
+            behind its end, too, for `sessions`; the default keeps it for 60 seconds, and forgets it
+            as soon as it has ended. 0: it ends with its connection.
+        resume_for: seconds without any event after which a stream that was lost is given up with
+            StreamCut. Default: `keep`.
+        parameters: see GenerateParameters.
+        """
+        return Stream(
+            self._connection,
+            begin(self.address, prompt, parameters, timeout, keep, resume_for),
+        )
+
+    def score(
+        self,
+        prompt: PromptLike,
+        *,
+        model: str = "",
+        label: str | None = None,
+        timeout: float | None = None,
+    ) -> Score:
+        """Bits that the model needs for each token of the prompt. Generates nothing."""
+        request = score_request(prompt, model, label)
+        try:
+            return score_from(self._connection.generation.Score(request, timeout=timeout))
+        except grpc.RpcError as error:
+            raise self._connection.error(error) from None
+
+    def models(self, *, timeout: float | None = None) -> list[Model]:
+        """Every model served, ordered by name."""
+        request = model_service_pb2.ListModelsRequest()
+        try:
+            response = self._connection.models.ListModels(request, timeout=timeout)
+        except grpc.RpcError as error:
+            raise self._connection.error(error) from None
+        return [model_from(model) for model in response.models]
+
+    def model(self, name: str = "", *, timeout: float | None = None) -> Model:
+        """One model; without a name the only one served."""
+        request = model_service_pb2.GetModelRequest(model=name)
+        try:
+            return model_from(self._connection.models.GetModel(request, timeout=timeout).model)
+        except grpc.RpcError as error:
+            raise self._connection.error(error) from None
+
+    def close(self) -> None:
+        """Closes the connection; open streams are cancelled."""
+        self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class AsyncClient:
+    """Calls one server from asyncio code, as Client does. One connection."""
+
+    def __init__(
+        self, address: str = DEFAULT_ADDRESS, *, key: str | None = None, tls: Tls | None = None
+    ) -> None:
+        self.address = address
+        self._connection = AsyncConnection(address, Access(key, tls))
+        self.sessions = AsyncSessions(self._connection)
+
+    def generate(
+        self,
+        prompt: PromptLike | None = None,
+        *,
+        timeout: float | None = None,
+        keep: float | None = None,
+        resume_for: float | None = None,
+        **parameters: Unpack[GenerateParameters],
+    ) -> AsyncStream:
+        """Starts a stream, as Client.generate does. Iterate with `async for`."""
+        return AsyncStream(
+            self._connection,
+            begin(self.address, prompt, parameters, timeout, keep, resume_for),
+        )
+
+    async def score(
+        self,
+        prompt: PromptLike,
+        *,
+        model: str = "",
+        label: str | None = None,
+        timeout: float | None = None,
+    ) -> Score:
+        """Bits that the model needs for each token of the prompt. Generates nothing."""
+        request = score_request(prompt, model, label)
+        try:
+            return score_from(await self._connection.generation.Score(request, timeout=timeout))
+        except grpc.aio.AioRpcError as error:
+            raise self._connection.error(error) from None
+
+    async def models(self, *, timeout: float | None = None) -> list[Model]:
+        """Every model served, ordered by name."""
+        request = model_service_pb2.ListModelsRequest()
+        try:
+            response = await self._connection.models.ListModels(request, timeout=timeout)
+        except grpc.aio.AioRpcError as error:
+            raise self._connection.error(error) from None
+        return [model_from(model) for model in response.models]
+
+    async def model(self, name: str = "", *, timeout: float | None = None) -> Model:
+        """One model; without a name the only one served."""
+        request = model_service_pb2.GetModelRequest(model=name)
+        try:
+            return model_from(
+                (await self._connection.models.GetModel(request, timeout=timeout)).model
+            )
+        except grpc.aio.AioRpcError as error:
+            raise self._connection.error(error) from None
+
+    async def close(self) -> None:
+        """Closes the connection; open streams are cancelled."""
+        await self._connection.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.close()

@@ -1,0 +1,220 @@
+"""Requests from plain Python values."""
+
+from __future__ import annotations
+
+import io
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, TypeAlias, TypedDict, TypeVar
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+
+from concertina.client.errors import InvalidRequest
+from concertina.v1 import generation_service_pb2 as pb
+from concertina.v1 import session_service_pb2 as session_pb
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    PromptLike: TypeAlias = str | bytes | Sequence[int] | Image
+    """Text; a PNG, or three bytes per pixel in raster order; token ids; or a Pillow image."""
+
+_Message = TypeVar("_Message", bound=Message)
+_KEY_BYTES = 16
+_PNG = b"\x89PNG\r\n\x1a\n"
+
+
+class ContinueParameters(TypedDict, total=False):
+    """Keyword arguments of `sessions.continue_`. What is absent or None is the server's to choose.
+
+    temperature: divides the logits; 0 takes the likeliest token.
+    top_k: keep this many of the likeliest tokens; 0 keeps all.
+    top_p: keep the fewest likeliest tokens whose probabilities reach this sum, in (0, 1].
+    min_p: keep tokens at least this probable relative to the likeliest, in [0, 1].
+    typical_p: keep the tokens of the most typical surprise that reach this sum, in (0, 1].
+    repetition_penalty: divides positive and multiplies negative logits of tokens that the prompt or
+        the output has, above 0.
+    presence_penalty: taken from the logits of tokens that the output has, in [-2, 2].
+    frequency_penalty: the same once for every time it has them, in [-2, 2].
+    logit_bias: added to the logits of token ids, each in [-100, 100].
+    allowed_token_ids: no other ids are drawn.
+    bad_words: strings that the output never holds.
+    seed: of the random numbers; the seed in force comes back in `Accepted`.
+    max_tokens: most tokens to generate.
+    min_tokens: tokens before which nothing but `max_tokens` or `time_limit` ends the stream.
+    stop: the stream ends before the first of these strings.
+    stop_token_ids: the stream ends before the first of these ids.
+    include_stop: send the stop string's text, or the stop id, that ended the stream.
+    ignore_eos: go on past the model's end token.
+    time_limit: seconds after which the stream ends cleanly, with what is there.
+    """
+
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    typical_p: float | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: Mapping[int, float] | None
+    allowed_token_ids: Sequence[int] | None
+    bad_words: Sequence[str] | None
+    seed: int | None
+    max_tokens: int | None
+    min_tokens: int | None
+    stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int] | None
+    include_stop: bool | None
+    ignore_eos: bool | None
+    time_limit: float | None
+
+
+class GenerateParameters(ContinueParameters, total=False):
+    """Keyword arguments of `generate`: those of ContinueParameters, and these.
+
+    model: name of the model; empty for the only one served.
+    label: one of the model's labels; None for unconditional.
+    n: outputs to generate side by side; each event says which it is about.
+    logprobs: send the log-probability of each token and of this many of the likeliest, or 0.
+    prompt_logprobs: the same for the tokens of the prompt.
+    stream_interval: fewest tokens of an event that is neither the first nor the last.
+    priority: streams of a higher one go first, in [-100, 100].
+    """
+
+    model: str
+    label: str | None
+    n: int | None
+    logprobs: int | None
+    prompt_logprobs: int | None
+    stream_interval: int | None
+    priority: int | None
+
+
+def generate_request(
+    prompt: PromptLike | None, parameters: GenerateParameters, keep: float = 0.0
+) -> pb.GenerateRequest:
+    """A stream to generate; one to `keep` so many seconds gets a key, so that asking twice is safe.
+
+    Raises InvalidRequest, naming the parameter, for a value that the wire cannot carry.
+    """
+    return _message(
+        pb.GenerateRequest,
+        model=parameters.get("model"),
+        prompt=prompt_message(prompt, parameters.get("label")),
+        sampling=_sampling(parameters),
+        stopping=_stopping(parameters),
+        output=_message(
+            pb.OutputOptions,
+            n=parameters.get("n"),
+            logprobs=parameters.get("logprobs"),
+            prompt_logprobs=parameters.get("prompt_logprobs"),
+            stream_interval=parameters.get("stream_interval"),
+        ),
+        priority=parameters.get("priority"),
+        keep=_duration("keep", keep) if keep else None,
+        idempotency_key=secrets.token_urlsafe(_KEY_BYTES) if keep else None,
+    )
+
+
+def continue_request(
+    stream_id: str, prompt: PromptLike | None, parameters: ContinueParameters
+) -> session_pb.ContinueRequest:
+    """Raises InvalidRequest, naming the parameter, for a value that the wire cannot carry."""
+    sampling, stopping = _sampling(parameters), _stopping(parameters)
+    return _message(
+        session_pb.ContinueRequest,
+        stream_id=stream_id,
+        prompt=prompt_message(prompt, None),
+        sampling=sampling if sampling.ListFields() else None,
+        stopping=stopping if stopping.ListFields() else None,
+    )
+
+
+def fork_request(stream_id: str, n: int) -> session_pb.ForkRequest:
+    """Raises InvalidRequest for a number that the wire cannot carry."""
+    return _message(session_pb.ForkRequest, stream_id=stream_id, n=n)
+
+
+def score_request(prompt: PromptLike, model: str, label: str | None) -> pb.ScoreRequest:
+    """Raises InvalidRequest for a prompt that the wire cannot carry."""
+    return _message(pb.ScoreRequest, model=model, prompt=prompt_message(prompt, label))
+
+
+def prompt_message(prompt: PromptLike | None, label: str | None) -> pb.Prompt | None:
+    """None for no prompt at all: an unconditional start."""
+    if prompt is None:
+        return None if label is None else _message(pb.Prompt, label=label)
+    if isinstance(prompt, str):
+        return _message(pb.Prompt, text=prompt, label=label)
+    if isinstance(prompt, bytes):
+        rows = pb.ImageRows(png=prompt) if prompt.startswith(_PNG) else pb.ImageRows(rgb=prompt)
+        return _message(pb.Prompt, image=rows, label=label)
+    if isinstance(prompt, Iterable):
+        return _message(pb.Prompt, tokens=_message(pb.TokenIds, ids=prompt), label=label)
+    if hasattr(prompt, "save"):
+        png = io.BytesIO()
+        prompt.save(png, format="PNG")
+        return _message(pb.Prompt, image=pb.ImageRows(png=png.getvalue()), label=label)
+    raise InvalidRequest(
+        f"a prompt is text, token ids, PNG or RGB bytes, or a Pillow image; "
+        f"got {type(prompt).__name__}"
+    )
+
+
+def _sampling(parameters: ContinueParameters) -> pb.SamplingParameters:
+    return _message(
+        pb.SamplingParameters,
+        temperature=parameters.get("temperature"),
+        top_k=parameters.get("top_k"),
+        top_p=parameters.get("top_p"),
+        min_p=parameters.get("min_p"),
+        typical_p=parameters.get("typical_p"),
+        repetition_penalty=parameters.get("repetition_penalty"),
+        presence_penalty=parameters.get("presence_penalty"),
+        frequency_penalty=parameters.get("frequency_penalty"),
+        logit_bias=parameters.get("logit_bias"),
+        allowed_token_ids=parameters.get("allowed_token_ids"),
+        bad_words=parameters.get("bad_words"),
+        seed=parameters.get("seed"),
+    )
+
+
+def _stopping(parameters: ContinueParameters) -> pb.StoppingCriteria:
+    stop = parameters.get("stop")
+    return _message(
+        pb.StoppingCriteria,
+        max_tokens=parameters.get("max_tokens"),
+        min_tokens=parameters.get("min_tokens"),
+        stop=[stop] if isinstance(stop, str) else stop,
+        stop_token_ids=parameters.get("stop_token_ids"),
+        include_stop=parameters.get("include_stop"),
+        ignore_eos=parameters.get("ignore_eos"),
+        time_limit=_duration("time_limit", parameters.get("time_limit")),
+    )
+
+
+def _message(kind: type[_Message], **fields: object) -> _Message:
+    """A message with the fields that are not None, filled one by one so that errors name one."""
+    message = kind()
+    for name, value in fields.items():
+        if value is None:
+            continue
+        try:
+            message.MergeFrom(kind(**{name: value}))
+        except (TypeError, ValueError) as error:
+            raise InvalidRequest(f"{name} is not valid: {value!r} ({error})") from None
+    return message
+
+
+def _duration(name: str, time: float | None) -> Duration | None:
+    if time is None:
+        return None
+    duration = Duration()
+    try:
+        duration.FromTimedelta(timedelta(seconds=time))
+    except (OverflowError, ValueError, TypeError):
+        raise InvalidRequest(f"{name} is not a number of seconds: {time!r}") from None
+    return duration

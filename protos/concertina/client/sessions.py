@@ -1,0 +1,255 @@
+"""Sessions: streams that were kept. Pause, go on, copy, carry away, bring back and forget them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any, Unpack
+
+import grpc
+
+from concertina.client.connection import AsyncConnection, Connection, Stubs
+from concertina.client.errors import ContractViolation, session_error
+from concertina.client.requests import ContinueParameters, continue_request, fork_request
+from concertina.client.resuming import DEFAULT_KEEP_S, Resumption
+from concertina.client.streams import AsyncStream, Stream
+from concertina.v1 import session_service_pb2 as pb
+
+_PART_BYTES = 1024 * 1024
+_PAGE = 1000
+
+
+class SessionPhase(StrEnum):
+    """What a session is doing."""
+
+    RUNNING = "running"  # its stream waits or runs
+    PAUSED = "paused"  # it was paused, forked or imported
+    FINISHED = "finished"
+    STORED = "stored"  # it lies in the store; another replica may know more
+    UNKNOWN = "unknown"  # a phase that only a newer client knows
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A stream and its state.
+
+    generated_tokens, state_bytes: over all outputs. expires: when it is forgotten, None while a
+    reader follows it. Of what is STORED nothing is known but its name.
+    """
+
+    stream_id: str
+    model: str
+    phase: SessionPhase
+    outputs: int
+    prompt_tokens: int
+    generated_tokens: int
+    state_bytes: int
+    expires: datetime | None
+
+
+class Sessions:
+    """The sessions of a server, for blocking code: `client.sessions`.
+
+    All raise ConcertinaError: SessionNotFound for a name that is not known, SessionUnsuitable for a
+    session that is not in a state for this. timeout: seconds after which a call is given up.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._stub = connection.sessions
+
+    def pause(self, stream_id: str, *, timeout: float | None = None) -> Session:
+        """Stops a stream and keeps its state; its reader gets Finished with PAUSED."""
+        request = pb.PauseRequest(stream_id=stream_id)
+        return _session(self._answer(self._stub.Pause, request, timeout).session)
+
+    def continue_(
+        self,
+        stream_id: str,
+        prompt: str | Sequence[int] | None = None,
+        *,
+        timeout: float | None = None,
+        resume_for: float = DEFAULT_KEEP_S,
+        **parameters: Unpack[ContinueParameters],
+    ) -> Stream:
+        """Goes on with what is paused or finished, behind a `prompt` if one is given.
+
+        The stream keeps its name. It is paused, not forgotten, when it is left before its end.
+        parameters: see ContinueParameters. If one of those that say how tokens are drawn is given,
+        the others of them have their defaults, but for the seed; so with when the stream ends.
+        """
+        request = continue_request(stream_id, prompt, parameters)
+        return Stream(self._connection, _goes_on(self._connection, request, timeout, resume_for))
+
+    def fork(self, stream_id: str, n: int = 1, *, timeout: float | None = None) -> list[str]:
+        """Makes `n` paused copies, each with a seed of its own. Their names."""
+        request = fork_request(stream_id, n)
+        return [*self._answer(self._stub.Fork, request, timeout).stream_ids]
+
+    def export(self, stream_id: str, *, timeout: float | None = None) -> bytes:
+        """The snapshot of a session, sealed: only a server with the same key opens it."""
+        snapshot = _Snapshot(self._connection.address)
+        try:
+            for part in self._stub.Export(pb.ExportRequest(stream_id=stream_id), timeout=timeout):
+                snapshot.add(part)
+        except grpc.RpcError as error:
+            raise _error(self._connection, error) from None
+        return snapshot.whole()
+
+    def import_(self, snapshot: bytes, *, timeout: float | None = None) -> Session:
+        """Makes a session, with a name of its own, of an exported snapshot."""
+        return _session(self._answer(self._stub.Import, _parts(snapshot), timeout).session)
+
+    def delete(self, stream_id: str, *, timeout: float | None = None) -> None:
+        """Ends a stream, if it runs, and forgets it. What is not there is no error."""
+        self._answer(self._stub.Delete, pb.DeleteRequest(stream_id=stream_id), timeout)
+
+    def list(self, *, timeout: float | None = None) -> tuple[Session, ...]:
+        """The caller's sessions, by name: those of the replica that answers and of the store."""
+        request, found = pb.ListSessionsRequest(page_size=_PAGE), []
+        while True:
+            page = self._answer(self._stub.ListSessions, request, timeout)
+            found += [_session(session) for session in page.sessions]
+            if not page.next_page_token:
+                return tuple(found)
+            request.page_token = page.next_page_token
+
+    def _answer(self, method: Any, request: Any, timeout: float | None) -> Any:
+        try:
+            return method(request, timeout=timeout)
+        except grpc.RpcError as error:
+            raise _error(self._connection, error) from None
+
+
+class AsyncSessions:
+    """The sessions of a server, as Sessions has them, for asyncio code."""
+
+    def __init__(self, connection: AsyncConnection) -> None:
+        self._connection = connection
+        self._stub = connection.sessions
+
+    async def pause(self, stream_id: str, *, timeout: float | None = None) -> Session:
+        """Stops a stream and keeps its state; its reader gets Finished with PAUSED."""
+        request = pb.PauseRequest(stream_id=stream_id)
+        return _session((await self._answer(self._stub.Pause, request, timeout)).session)
+
+    def continue_(
+        self,
+        stream_id: str,
+        prompt: str | Sequence[int] | None = None,
+        *,
+        timeout: float | None = None,
+        resume_for: float = DEFAULT_KEEP_S,
+        **parameters: Unpack[ContinueParameters],
+    ) -> AsyncStream:
+        """Goes on with what is paused or finished, as Sessions.continue_ does."""
+        request = continue_request(stream_id, prompt, parameters)
+        going_on = _goes_on(self._connection, request, timeout, resume_for)
+        return AsyncStream(self._connection, going_on)
+
+    async def fork(self, stream_id: str, n: int = 1, *, timeout: float | None = None) -> list[str]:
+        """Makes `n` paused copies, each with a seed of its own. Their names."""
+        request = fork_request(stream_id, n)
+        return [*(await self._answer(self._stub.Fork, request, timeout)).stream_ids]
+
+    async def export(self, stream_id: str, *, timeout: float | None = None) -> bytes:
+        """The snapshot of a session, sealed: only a server with the same key opens it."""
+        snapshot = _Snapshot(self._connection.address)
+        request = pb.ExportRequest(stream_id=stream_id)
+        try:
+            async for part in self._stub.Export(request, timeout=timeout):
+                snapshot.add(part)
+        except grpc.aio.AioRpcError as error:
+            raise _error(self._connection, error) from None
+        return snapshot.whole()
+
+    async def import_(self, snapshot: bytes, *, timeout: float | None = None) -> Session:
+        """Makes a session, with a name of its own, of an exported snapshot."""
+        response = await self._answer(self._stub.Import, _parts(snapshot), timeout)
+        return _session(response.session)
+
+    async def delete(self, stream_id: str, *, timeout: float | None = None) -> None:
+        """Ends a stream, if it runs, and forgets it. What is not there is no error."""
+        await self._answer(self._stub.Delete, pb.DeleteRequest(stream_id=stream_id), timeout)
+
+    async def list(self, *, timeout: float | None = None) -> tuple[Session, ...]:
+        """The caller's sessions, by name: those of the replica that answers and of the store."""
+        request, found = pb.ListSessionsRequest(page_size=_PAGE), []
+        while True:
+            page = await self._answer(self._stub.ListSessions, request, timeout)
+            found += [_session(session) for session in page.sessions]
+            if not page.next_page_token:
+                return tuple(found)
+            request.page_token = page.next_page_token
+
+    async def _answer(self, method: Any, request: Any, timeout: float | None) -> Any:
+        try:
+            return await method(request, timeout=timeout)
+        except grpc.aio.AioRpcError as error:
+            raise _error(self._connection, error) from None
+
+
+class _Snapshot:
+    """Puts a snapshot together from its parts. address: where they come from, named in errors."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._parts: list[bytes] = []
+        self._sha256 = b""
+
+    def add(self, response: pb.ExportResponse) -> None:
+        self._parts.append(response.part)
+        self._sha256 = response.sha256
+
+    def whole(self) -> bytes:
+        """Raises ContractViolation when a part is missing or damaged."""
+        whole = b"".join(self._parts)
+        if hashlib.sha256(whole).digest() != self._sha256:
+            raise ContractViolation(
+                f"the snapshot that {self._address} sent was cut or damaged: {len(whole)} bytes "
+                "came, and their checksum is not the one sent with them; export it again"
+            )
+        return whole
+
+
+def _parts(snapshot: bytes) -> Iterator[pb.ImportRequest]:
+    digest = hashlib.sha256(snapshot).digest()
+    for at in range(0, len(snapshot) or 1, _PART_BYTES):
+        last = at + _PART_BYTES >= len(snapshot)
+        part = snapshot[at : at + _PART_BYTES]
+        yield pb.ImportRequest(part=part, sha256=digest if last else b"")
+
+
+def _goes_on(
+    stubs: Stubs, request: pb.ContinueRequest, timeout: float | None, resume_for: float
+) -> Resumption:
+    return Resumption(stubs.address, request, timeout=timeout, resume_for=resume_for, forget=False)
+
+
+def _error(stubs: Stubs, error: grpc.RpcError) -> Exception:
+    return session_error(stubs.address, error.code(), error.details() or "")
+
+
+_PHASES = {
+    pb.SESSION_PHASE_RUNNING: SessionPhase.RUNNING,
+    pb.SESSION_PHASE_PAUSED: SessionPhase.PAUSED,
+    pb.SESSION_PHASE_FINISHED: SessionPhase.FINISHED,
+    pb.SESSION_PHASE_STORED: SessionPhase.STORED,
+}
+
+
+def _session(session: pb.Session) -> Session:
+    expires = session.expires.ToDatetime(UTC) if session.HasField("expires") else None
+    return Session(
+        stream_id=session.stream_id,
+        model=session.model,
+        phase=_PHASES.get(session.phase, SessionPhase.UNKNOWN),
+        outputs=session.outputs,
+        prompt_tokens=session.prompt_tokens,
+        generated_tokens=session.generated_tokens,
+        state_bytes=session.state_bytes,
+        expires=expires,
+    )

@@ -1,0 +1,200 @@
+"""Streams of events, for blocking and for asyncio code, which go on when their calls break."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
+from typing import Any, Self
+
+import grpc
+from tenacity import AsyncRetrying, Retrying
+
+from concertina.client.connection import AsyncConnection, Connection
+from concertina.client.events import Event
+from concertina.client.resuming import CallBroken, Resumption
+from concertina.v1 import generation_service_pb2 as pb
+
+
+class Stream:
+    """The events of one stream, checked against the contract while they are read.
+
+    A context manager: leaving it cancels a stream that still runs, and the server forgets it. After
+    `cancel` the iteration ends without an error.
+    """
+
+    def __init__(self, connection: Connection, resumption: Resumption) -> None:
+        self._connection = connection
+        self._resumption = resumption
+        self._cancelled = threading.Event()
+        self._leaving = threading.Lock()
+        self._call: Any = connection.stream(*resumption.next_call())
+
+    @property
+    def resumed(self) -> int:
+        """How many times the stream went on in another call."""
+        return self._resumption.resumed
+
+    def __iter__(self) -> Iterator[Event]:
+        return self
+
+    def __next__(self) -> Event:
+        try:
+            event = self._next()
+        except Exception:
+            self.cancel()
+            raise
+        if event is None:
+            self.cancel()
+            raise StopIteration
+        return event
+
+    def _next(self) -> Event | None:
+        try:
+            return self._read()
+        except CallBroken as broken:
+            first = broken
+        try:
+            for attempt in Retrying(**self._resumption.policy(), sleep=self._sleep):
+                with attempt:
+                    if attempt.retry_state.attempt_number == 1:
+                        raise first
+                    self._call_again()
+                    return self._read()
+        except CallBroken as broken:
+            raise self._resumption.given_up(broken) from None
+        raise AssertionError("tenacity ends with a result or an error")
+
+    def _read(self) -> Event | None:
+        """The next event of the call; None when the stream is over, or was cancelled."""
+        message, code, details = None, grpc.StatusCode.OK, ""
+        try:
+            message = None if self._cancelled.is_set() else next(self._call, None)
+        except grpc.RpcError:
+            code, details = self._call.code(), self._call.details() or ""
+        if self._cancelled.is_set():
+            return None
+        if message is None:
+            self._resumption.end(code, details)
+            return None
+        return self._resumption.read(message)
+
+    def _call_again(self) -> None:
+        self._call.cancel()
+        self._call = self._connection.stream(*self._resumption.next_call())
+        if self._cancelled.is_set():  # it may have been the old call that `cancel` cancelled
+            self._call.cancel()
+
+    def _sleep(self, seconds: float) -> None:
+        self._cancelled.wait(seconds)
+
+    def cancel(self) -> None:
+        """Stops the stream; may be called from any thread, and more than once."""
+        with self._leaving:
+            farewell = None if self._cancelled.is_set() else self._resumption.farewell()
+            self._cancelled.set()
+        self._call.cancel()
+        if farewell is not None:
+            self._connection.leave(farewell)
+
+    close = cancel
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class AsyncStream:
+    """The events of one stream, as Stream gives them, for `async for` and `async with`."""
+
+    def __init__(self, connection: AsyncConnection, resumption: Resumption) -> None:
+        self._connection = connection
+        self._resumption = resumption
+        self._cancelled = asyncio.Event()
+        self._call: Any = connection.stream(*resumption.next_call())
+
+    @property
+    def resumed(self) -> int:
+        """How many times the stream went on in another call."""
+        return self._resumption.resumed
+
+    def __aiter__(self) -> AsyncIterator[Event]:
+        return self
+
+    async def __anext__(self) -> Event:
+        try:
+            event = await self._next()
+        except Exception:
+            self.cancel()
+            raise
+        if event is None:
+            self.cancel()
+            raise StopAsyncIteration
+        return event
+
+    async def _next(self) -> Event | None:
+        try:
+            return await self._read()
+        except CallBroken as broken:
+            first = broken
+        try:
+            async for attempt in AsyncRetrying(**self._resumption.policy(), sleep=self._sleep):
+                with attempt:
+                    if attempt.retry_state.attempt_number == 1:
+                        raise first
+                    self._call_again()
+                    return await self._read()
+        except CallBroken as broken:
+            raise self._resumption.given_up(broken) from None
+        raise AssertionError("tenacity ends with a result or an error")
+
+    async def _read(self) -> Event | None:
+        """The next event of the call; None when the stream is over, or was cancelled."""
+        message, code, details = None, grpc.StatusCode.OK, ""
+        try:
+            message = None if self._cancelled.is_set() else await self._call.read()
+        except grpc.aio.AioRpcError as error:
+            code, details = error.code(), error.details() or ""
+        except asyncio.CancelledError:
+            # grpc.aio reports our own cancel in the same way as the cancellation of this task, and
+            # cancels the call with the task, which may come back to read on.
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            code = grpc.StatusCode.CANCELLED
+        if self._cancelled.is_set():
+            return None
+        if not isinstance(message, pb.GenerateResponse):
+            self._resumption.end(code, details)
+            return None
+        return self._resumption.read(message)
+
+    def _call_again(self) -> None:
+        self._call.cancel()
+        self._call = self._connection.stream(*self._resumption.next_call())
+
+    async def _sleep(self, seconds: float) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._cancelled.wait()
+
+    def cancel(self) -> None:
+        """Stops the stream; may be called more than once."""
+        farewell = None if self._cancelled.is_set() else self._resumption.farewell()
+        self._cancelled.set()
+        self._call.cancel()
+        if farewell is not None:
+            self._connection.leave(farewell)
+
+    async def close(self) -> None:
+        """Cancels a stream that still runs."""
+        self.cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.close()

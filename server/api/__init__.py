@@ -1,0 +1,1 @@
+"""The gRPC services: requests are checked and filled in, answers become messages."""

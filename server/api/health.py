@@ -1,0 +1,85 @@
+"""grpc.health.v1 over the engines: serving as long as every engine lives, be there any or none."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping
+from typing import TYPE_CHECKING, Final
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from concertina.v1 import generation_service_pb2, model_service_pb2, session_service_pb2
+
+if TYPE_CHECKING:
+    from server.api.context import Context
+    from server.engine.engine import Engine
+
+SERVICES: Final = (
+    generation_service_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
+    model_service_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
+    session_service_pb2.DESCRIPTOR.services_by_name["SessionService"].full_name,
+)
+_WATCH_SECONDS: Final = 1.0
+_RETRY_SECONDS: Final = 0.1
+
+_Response = health_pb2.HealthCheckResponse
+
+
+class HealthServicer(health_pb2_grpc.HealthServicer):
+    """Answers for the whole server (empty name) and for each of its services."""
+
+    def __init__(self, engines: Mapping[str, Engine]) -> None:
+        self._engines = engines
+
+    async def Check(
+        self, request: health_pb2.HealthCheckRequest, context: Context
+    ) -> health_pb2.HealthCheckResponse:
+        """The status now."""
+        status = self._status(request.service)
+        if status == _Response.SERVICE_UNKNOWN:
+            context.set_code(grpc.StatusCode.NOT_FOUND)
+            context.set_details(f"service must be empty or one of {', '.join(SERVICES)}")
+        return _Response(status=status)
+
+    async def Watch(
+        self, request: health_pb2.HealthCheckRequest, context: Context
+    ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
+        """The status now, and again whenever it changes."""
+        last = None
+        while True:
+            if (status := self._status(request.service)) != last:
+                yield _Response(status=status)
+            last = status
+            await asyncio.sleep(_WATCH_SECONDS)
+
+    def _status(self, service: str) -> int:
+        if service and service not in SERVICES:
+            return _Response.SERVICE_UNKNOWN
+        return _Response.SERVING if all_alive(self._engines) else _Response.NOT_SERVING
+
+
+def all_alive(engines: Mapping[str, Engine]) -> bool:
+    """Whether every engine lives."""
+    return all(engine.alive for engine in list(engines.values()))  # another thread may change them
+
+
+def is_serving(address: str) -> bool:
+    """Whether a healthy server answers at `address` within a second."""
+    with grpc.insecure_channel(address) as channel:
+        try:
+            check = health_pb2_grpc.HealthStub(channel).Check  # type: ignore[attr-defined]
+            response = check(health_pb2.HealthCheckRequest(), timeout=1.0, wait_for_ready=True)
+        except grpc.RpcError:
+            return False
+    return bool(response.status == _Response.SERVING)
+
+
+def wait_until_serving(address: str, limit_s: float) -> None:
+    """Return as soon as a healthy server answers. Raises TimeoutError after `limit_s`."""
+    deadline = time.monotonic() + limit_s
+    while not is_serving(address):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"nothing healthy answers at {address} after {limit_s:.0f} s")
+        time.sleep(_RETRY_SECONDS)

@@ -1,0 +1,142 @@
+"""What a caller sends becomes tokens: text, token ids, or the first rows of an image."""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from concertina.v1 import generation_service_pb2 as pb
+from server.bundles.bundle import Bundle
+from server.errors import InvalidRequest
+from server.runtime.onnx_session import Ints
+
+_MAX_PNG_BYTES = 1 << 20
+
+
+def prompt_tokens(bundle: Bundle, prompt: pb.Prompt, *, room: int) -> Ints:
+    """The start token, then the prompt's tokens.
+
+    `room` is the number of tokens that must be left to generate. Raises InvalidRequest naming the
+    field, the value and the limit.
+    """
+    content = prompt.WhichOneof("content")
+    ids: npt.NDArray[np.int64]
+    if content == "text":
+        ids = _from_text(bundle, prompt.text)
+    elif content == "tokens":
+        ids = _from_ids(bundle, prompt.tokens.ids)
+    elif content == "image":
+        ids = _from_image(bundle, prompt.image)
+    elif prompt.HasField("label"):
+        ids = np.zeros(0, np.int64)
+    else:
+        raise InvalidRequest(
+            "prompt is empty: give a label, text, tokens or an image, or leave prompt out "
+            "to start from nothing"
+        )
+    limit = bundle.context - room
+    if len(ids) > limit:
+        kept = f" and {room} of them must be left to generate" if room else ""
+        raise InvalidRequest(
+            f"prompt has {len(ids)} tokens, the limit is {limit}: "
+            f"{bundle.name} has a context of {bundle.context} tokens{kept}"
+        )
+    return np.concatenate(([_start_token(bundle, prompt)], ids))
+
+
+def _start_token(bundle: Bundle, prompt: pb.Prompt) -> int:
+    start: int = bundle.manifest.vocabulary
+    if not prompt.HasField("label"):
+        return start
+    labels = list(bundle.manifest.labels)
+    if prompt.label not in labels:
+        known = ", ".join(repr(label) for label in labels) or "none"
+        shown = prompt.label[:100]
+        raise InvalidRequest(f"prompt.label is {shown!r}; {bundle.name} has these labels: {known}")
+    return start + 1 + labels.index(prompt.label)
+
+
+def _from_text(bundle: Bundle, text: str) -> Ints:
+    if bundle.is_image:
+        raise InvalidRequest(
+            f"prompt.text was given, but {bundle.name} makes images: give an image"
+        )
+    if not text:
+        raise InvalidRequest(
+            "prompt.text is empty: it must hold at least 1 character; "
+            "leave prompt out to start from nothing"
+        )
+    return np.frombuffer(text.encode(), np.uint8).astype(np.int64)
+
+
+def _from_ids(bundle: Bundle, ids: object) -> Ints:
+    tokens = np.array(ids, np.int64)
+    if not len(tokens):
+        raise InvalidRequest(
+            "prompt.tokens.ids is empty: it must hold at least 1 id; "
+            "leave prompt out to start from nothing"
+        )
+    vocabulary = bundle.manifest.vocabulary
+    wrong = np.flatnonzero(tokens >= vocabulary)
+    if len(wrong):
+        raise InvalidRequest(
+            f"prompt.tokens.ids[{wrong[0]}] is {tokens[wrong[0]]}; "
+            f"ids of {bundle.name} must be below {vocabulary}"
+        )
+    return tokens
+
+
+def _from_image(bundle: Bundle, image: pb.ImageRows) -> Ints:
+    if not bundle.is_image:
+        raise InvalidRequest(f"prompt.image was given, but {bundle.name} makes text: give text")
+    form = image.WhichOneof("rows")
+    if form is None:
+        raise InvalidRequest("prompt.image is empty: give png or rgb")
+    pixels = _from_png(bundle, image.png) if form == "png" else _from_rgb(bundle, image.rgb)
+    palette = np.frombuffer(bundle.manifest.image.palette, np.uint8).reshape(-1, 3).astype(np.int64)
+    distance = ((pixels[:, None].astype(np.int64) - palette) ** 2).sum(axis=2)
+    nearest: Ints = distance.argmin(axis=1)
+    return nearest
+
+
+def _from_png(bundle: Bundle, png: bytes) -> npt.NDArray[np.uint8]:
+    """Pixels `[n, 3]`: transparency on white, wholly transparent rows at the bottom left out."""
+    field, form = "prompt.image.png", bundle.manifest.image
+    if len(png) > _MAX_PNG_BYTES:
+        raise InvalidRequest(f"{field} has {len(png)} bytes, the limit is {_MAX_PNG_BYTES}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            opened = Image.open(io.BytesIO(png), formats=["PNG"])
+        size = opened.size
+        if size[0] == form.width and size[1] <= form.height:
+            rgba = opened.convert("RGBA")
+    except Exception:  # Pillow's decoders raise whatever their zlib, struct and checks raise
+        raise InvalidRequest(f"{field} is not a readable PNG ({len(png)} bytes)") from None
+    if size[0] != form.width or size[1] > form.height:
+        raise InvalidRequest(
+            f"{field} is {size[0]}x{size[1]} pixels; {bundle.name} takes images {form.width} wide "
+            f"and at most {form.height} high"
+        )
+    shown = np.flatnonzero(np.asarray(rgba)[:, :, 3].any(axis=1))
+    rows = int(shown[-1]) + 1 if len(shown) else 0
+    if not rows:
+        raise InvalidRequest(f"{field} is wholly transparent: at least 1 row must show")
+    white = Image.new("RGBA", size, "white")
+    white.alpha_composite(rgba)
+    return np.asarray(white)[:rows, :, :3].reshape(-1, 3)
+
+
+def _from_rgb(bundle: Bundle, rgb: bytes) -> npt.NDArray[np.uint8]:
+    form = bundle.manifest.image
+    row = 3 * form.width
+    if not rgb or len(rgb) % row or len(rgb) > row * form.height:
+        raise InvalidRequest(
+            f"prompt.image.rgb has {len(rgb)} bytes; {bundle.name} takes 1 to {form.height} rows "
+            f"of {row} bytes"
+        )
+    return np.frombuffer(rgb, np.uint8).reshape(-1, 3)

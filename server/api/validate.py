@@ -1,0 +1,287 @@
+"""Checks a request against its bundle and fills in every default, before a slot is taken."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from google.protobuf.message import Message
+
+from concertina.v1 import generation_service_pb2 as pb
+from server.api.prompt import prompt_tokens
+from server.bundles.bundle import Bundle
+from server.config import EngineConfig
+from server.engine.events import Request
+from server.engine.sampling.logits_processors import LONGEST_WORD, LogitRules
+from server.engine.sampling.sampler import SamplingParameters
+from server.errors import InvalidRequest
+from server.sessions.subscriber import NOTHING, Received
+
+_MAX_STOPS = 16
+_MAX_STOP_BYTES = 256
+_MAX_WORDS = 128
+_MAX_BIAS = 100
+_MAX_PENALTY = 2
+_MAX_OUTPUTS = 128
+_MAX_KEY_BYTES = 128
+_MAX_LAST_IDS = 4096
+_MAX_COUNT = 1 << 40
+_MAX_KEEP_S = 24 * 3600
+_MAX_TOP_LOGPROBS = 20
+_MAX_PRIORITY = 100
+_MAX_SECONDS = 315_576_000_000  # what google.protobuf.Duration allows
+
+
+def generate_request(
+    bundle: Bundle, request: pb.GenerateRequest, config: EngineConfig
+) -> tuple[Request, ...]:
+    """The outputs of a validated `GenerateRequest`, which share one prompt array.
+
+    Raises InvalidRequest naming field, value and limit.
+    """
+    if request.HasField("prompt"):
+        prompt = prompt_tokens(bundle, request.prompt, room=1)
+    else:
+        prompt = np.array([bundle.manifest.vocabulary])
+    _check_keep(request)
+    stopping, manifest, options = request.stopping, bundle.manifest, request.output
+    left = bundle.context - (len(prompt) - 1)
+    max_tokens = stopping.max_tokens if stopping.HasField("max_tokens") else left
+    if not 1 <= max_tokens <= left:
+        raise InvalidRequest(
+            f"stopping.max_tokens is {max_tokens}; it must be between 1 and {left}: {bundle.name} "
+            f"has a context of {bundle.context} tokens and the prompt takes {len(prompt) - 1}"
+        )
+    if stopping.min_tokens > max_tokens:
+        raise InvalidRequest(
+            f"stopping.min_tokens is {stopping.min_tokens}; it must be at most {max_tokens}, "
+            "which is max_tokens"
+        )
+    ends = manifest.HasField("end_token") and not stopping.ignore_eos
+    first = Request(
+        prompt=prompt,
+        sampling=_sampling(bundle, request),
+        max_tokens=max_tokens,
+        min_tokens=stopping.min_tokens,
+        stop=_stop_strings(bundle, stopping),
+        stop_tokens=frozenset(_ids(bundle, "stopping.stop_token_ids", stopping.stop_token_ids)),
+        include_stop=stopping.include_stop,
+        end_token=manifest.end_token if ends else None,
+        time_limit_s=_time_limit(stopping),
+        complete_at=bundle.context if bundle.is_image else None,
+        prompt_logprobs=_top_logprobs(options, "prompt_logprobs"),
+        stream_interval=_count(options, "stream_interval", config.stream_buffer),
+        priority=_priority(request),
+    )
+    outputs = _count(options, "n", min(_MAX_OUTPUTS, config.slots + config.queue_limit))
+    return first, *(
+        replace(first, sampling=replace(first.sampling, output=output), prompt_logprobs=None)
+        for output in range(1, outputs)
+    )
+
+
+def resume_request(request: pb.ResumeRequest) -> tuple[Received, ...]:
+    """What was received of each output, by index. Raises InvalidRequest naming field and limit."""
+    _check_counts("", request, ("after_sequence",))
+    received: dict[int, Received] = {}
+    for told in request.received:
+        _check_counts("received.", told, ("tokens", "characters", "prompt_logprobs"))
+        if told.output >= _MAX_OUTPUTS or told.output in received:
+            raise InvalidRequest(
+                f"received names output {told.output}; each may be named once, up to "
+                f"{_MAX_OUTPUTS - 1}"
+            )
+        if len(told.last_ids) > min(_MAX_LAST_IDS, told.tokens):
+            raise InvalidRequest(
+                f"received.last_ids has {len(told.last_ids)} ids; it may have "
+                f"{min(_MAX_LAST_IDS, told.tokens)}"
+            )
+        received[told.output] = Received(
+            told.tokens,
+            told.characters,
+            told.prompt_logprobs,
+            told.ended,
+            tuple(told.last_ids),
+        )
+    return tuple(received.get(output, NOTHING) for output in range(max(received, default=-1) + 1))
+
+
+def _check_counts(prefix: str, message: Message, names: Sequence[str]) -> None:
+    for name in names:
+        if (value := getattr(message, name)) > _MAX_COUNT:
+            raise InvalidRequest(f"{prefix}{name} is {value}; it must be at most {_MAX_COUNT}")
+
+
+def score_request(bundle: Bundle, request: pb.ScoreRequest) -> Request:
+    """A validated `ScoreRequest`. Raises InvalidRequest naming field, value and limit."""
+    if request.prompt.WhichOneof("content") is None:
+        raise InvalidRequest("prompt is empty: give the text, tokens or image to score")
+    return Request(prompt=prompt_tokens(bundle, request.prompt, room=0), score=True)
+
+
+def _sampling(bundle: Bundle, request: pb.GenerateRequest) -> SamplingParameters:
+    sampling = request.sampling
+    defaults = SamplingParameters(seed=secrets.randbits(63))
+
+    def given(name: str) -> float:
+        value = getattr(sampling if sampling.HasField(name) else defaults, name)
+        return float(value)
+
+    temperature, top_p, min_p = given("temperature"), given("top_p"), given("min_p")
+    typical_p = given("typical_p")
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise InvalidRequest(f"sampling.temperature is {temperature}; it must be finite and >= 0")
+    for name, value in (("top_p", top_p), ("typical_p", typical_p)):
+        if not 0 < value <= 1:
+            raise InvalidRequest(f"sampling.{name} is {value}; it must be above 0 and at most 1")
+    if not 0 <= min_p <= 1:
+        raise InvalidRequest(f"sampling.min_p is {min_p}; it must be between 0 and 1")
+    rules = _rules(bundle, request)
+    return SamplingParameters(
+        temperature=temperature,
+        top_k=sampling.top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=sampling.seed if sampling.HasField("seed") else defaults.seed,
+        typical_p=typical_p,
+        logprobs=_top_logprobs(request.output, "logprobs"),
+        rules=None if rules == LogitRules() else rules,
+    )
+
+
+def _rules(bundle: Bundle, request: pb.GenerateRequest) -> LogitRules:
+    sampling, stopping = request.sampling, request.stopping
+    repetition = sampling.repetition_penalty if sampling.HasField("repetition_penalty") else 1.0
+    if not (math.isfinite(repetition) and repetition > 0):
+        raise InvalidRequest(
+            f"sampling.repetition_penalty is {repetition}; it must be finite and above 0"
+        )
+    frequency, presence = sampling.frequency_penalty, sampling.presence_penalty
+    for name, value in (("frequency_penalty", frequency), ("presence_penalty", presence)):
+        if not -_MAX_PENALTY <= value <= _MAX_PENALTY:
+            raise InvalidRequest(
+                f"sampling.{name} is {value}; it must be between -{_MAX_PENALTY} and {_MAX_PENALTY}"
+            )
+    ending = {*stopping.stop_token_ids}
+    if bundle.manifest.HasField("end_token") and not stopping.ignore_eos:
+        ending.add(bundle.manifest.end_token)
+    rules = LogitRules(
+        bias=_bias(bundle, sampling),
+        allowed=_ids(bundle, "sampling.allowed_token_ids", sampling.allowed_token_ids),
+        bad_words=_bad_words(bundle, sampling),
+        min_tokens=stopping.min_tokens if ending else 0,
+        withheld=tuple(sorted(ending)) if stopping.min_tokens else (),
+        repetition_penalty=repetition,
+        frequency_penalty=frequency,
+        presence_penalty=presence,
+    )
+    forbidden = {word[0] for word in rules.bad_words if len(word) == 1}.union(rules.withheld)
+    if not set(rules.allowed or range(bundle.manifest.vocabulary)) - forbidden:
+        raise InvalidRequest(
+            f"sampling.allowed_token_ids has {len(rules.allowed)} ids, and sampling.bad_words or "
+            "stopping.min_tokens forbid them all: at least 1 token must be left to draw"
+        )
+    return rules
+
+
+def _bias(bundle: Bundle, sampling: pb.SamplingParameters) -> tuple[tuple[int, float], ...]:
+    for token, bias in sampling.logit_bias.items():
+        if token >= bundle.manifest.vocabulary:
+            raise InvalidRequest(
+                f"sampling.logit_bias has id {token}; "
+                f"ids of {bundle.name} must be below {bundle.manifest.vocabulary}"
+            )
+        if not -_MAX_BIAS <= bias <= _MAX_BIAS:
+            raise InvalidRequest(
+                f"sampling.logit_bias[{token}] is {bias}; it must be between -{_MAX_BIAS} and "
+                f"{_MAX_BIAS}"
+            )
+    return tuple(sorted(sampling.logit_bias.items()))
+
+
+def _bad_words(bundle: Bundle, sampling: pb.SamplingParameters) -> tuple[tuple[int, ...], ...]:
+    if sampling.bad_words and bundle.is_image:
+        raise InvalidRequest(
+            f"sampling.bad_words was given, but {bundle.name} makes images: "
+            "give allowed_token_ids or logit_bias"
+        )
+    _check_strings("sampling.bad_words", sampling.bad_words, _MAX_WORDS, LONGEST_WORD)
+    return tuple(tuple(word.encode()) for word in sampling.bad_words)
+
+
+def _stop_strings(bundle: Bundle, stopping: pb.StoppingCriteria) -> tuple[str, ...]:
+    if stopping.stop and bundle.is_image:
+        raise InvalidRequest(f"stopping.stop was given, but {bundle.name} makes images")
+    _check_strings("stopping.stop", stopping.stop, _MAX_STOPS, _MAX_STOP_BYTES)
+    return tuple(stopping.stop)
+
+
+def _check_strings(field: str, strings: Sequence[str], most: int, longest: int) -> None:
+    if len(strings) > most:
+        raise InvalidRequest(f"{field} has {len(strings)} strings, the limit is {most}")
+    for index, string in enumerate(strings):
+        size = len(string.encode())
+        if not 1 <= size <= longest:
+            raise InvalidRequest(f"{field}[{index}] has {size} bytes; it must have 1 to {longest}")
+
+
+def _ids(bundle: Bundle, field: str, ids: Sequence[int]) -> tuple[int, ...]:
+    """The ids without repetition, in order."""
+    for index, token in enumerate(ids):
+        if token >= bundle.manifest.vocabulary:
+            raise InvalidRequest(
+                f"{field}[{index}] is {token}; "
+                f"ids of {bundle.name} must be below {bundle.manifest.vocabulary}"
+            )
+    return tuple(sorted(set(ids)))
+
+
+def _count(options: pb.OutputOptions, name: str, most: int) -> int:
+    """An option of at least 1, which is its default."""
+    value: int = getattr(options, name) if options.HasField(name) else 1
+    if not 1 <= value <= most:
+        raise InvalidRequest(f"output.{name} is {value}; it must be between 1 and {most}")
+    return value
+
+
+def _top_logprobs(options: pb.OutputOptions, name: str) -> int | None:
+    if not options.HasField(name):
+        return None
+    value: int = getattr(options, name)
+    if value > _MAX_TOP_LOGPROBS:
+        raise InvalidRequest(f"output.{name} is {value}; it must be at most {_MAX_TOP_LOGPROBS}")
+    return value
+
+
+def _priority(request: pb.GenerateRequest) -> int:
+    if not -_MAX_PRIORITY <= request.priority <= _MAX_PRIORITY:
+        raise InvalidRequest(
+            f"priority is {request.priority}; it must be between -{_MAX_PRIORITY} and "
+            f"{_MAX_PRIORITY}"
+        )
+    return request.priority
+
+
+def _time_limit(stopping: pb.StoppingCriteria) -> float | None:
+    if not stopping.HasField("time_limit"):
+        return None
+    seconds = stopping.time_limit.seconds + stopping.time_limit.nanos / 1e9
+    if not 0 < seconds <= _MAX_SECONDS:
+        raise InvalidRequest(
+            f"stopping.time_limit is {seconds} s; it must be above 0 and at most {_MAX_SECONDS}"
+        )
+    return seconds
+
+
+def _check_keep(request: pb.GenerateRequest) -> None:
+    keep = request.keep.seconds + request.keep.nanos / 1e9
+    if not 0 <= keep <= _MAX_KEEP_S:
+        raise InvalidRequest(f"keep is {keep} s; it must be between 0 and {_MAX_KEEP_S}")
+    size = len(request.idempotency_key.encode())
+    if size > _MAX_KEY_BYTES:
+        raise InvalidRequest(f"idempotency_key has {size} bytes; the limit is {_MAX_KEY_BYTES}")
+    if size and not keep:
+        raise InvalidRequest("idempotency_key needs keep: without it there is nothing to attach to")

@@ -1,0 +1,79 @@
+"""The commands `keys add`, `keys list` and `keys remove`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, TypeAlias
+
+import typer
+
+from server.auth.api_keys import Caller, new_key, read_keys, write_keys
+from server.errors import KeysError
+
+KeysFile: TypeAlias = Annotated[
+    Path, typer.Option("--keys", envvar="CONCERTINA_KEYS", help="The file that holds them.")
+]
+_FILE = Path("keys.json")
+
+keys = typer.Typer(
+    help="Say who may call a server: one that was started with --keys.\n\n"
+    "A running server notices every change at once.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@keys.command()
+def add(
+    name: Annotated[str, typer.Argument(help="Who gets it; for logs, and to remove it again.")],
+    model: Annotated[
+        list[str] | None,
+        typer.Option("--model", "-m", help="A model that it is for; without any, for all."),
+    ] = None,
+    streams: Annotated[
+        int | None, typer.Option(min=1, help="Streams that may run at once, in each replica.")
+    ] = None,
+    file: KeysFile = _FILE,
+) -> None:
+    """Make a key. Its secret goes to standard output, this once: it is kept nowhere."""
+    held = read_keys(file) if file.exists() else ()
+    if name in {key.caller.name for key in held}:
+        raise KeysError(f"{file} has a key named {name} already: remove it, or choose another name")
+    key, secret = new_key(Caller(name, tuple(model) if model else None, streams))
+    write_keys(file, [*held, key])
+    print(
+        f"{file} knows {name} now. This is the secret, and the only time it is shown:",
+        file=sys.stderr,
+    )
+    print(secret)
+
+
+@keys.command("list")
+def list_keys(
+    file: KeysFile = _FILE,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON, a key a line.")] = False,
+) -> None:
+    """List the keys, without their secrets."""
+    for caller in (key.caller for key in read_keys(file)):
+        models, streams = caller.models, caller.max_streams
+        if json_output:
+            print(json.dumps({"name": caller.name, "models": models, "max_streams": streams}))
+            continue
+        for_models = "every model" if models is None else ", ".join(models) or "no model"
+        limit = "any number of streams" if streams is None else f"{streams} streams"
+        print(f"{caller.name}: {for_models}, {limit}")
+
+
+@keys.command()
+def remove(name: Annotated[str, typer.Argument(help="Whose key.")], file: KeysFile = _FILE) -> None:
+    """Remove a key. Its streams that run go on to their end, but nothing more starts."""
+    held = read_keys(file)
+    left = [key for key in held if key.caller.name != name]
+    if len(left) == len(held):
+        names = ", ".join(key.caller.name for key in held) or "none"
+        raise KeysError(f"{file} has no key named {name}; it has: {names}")
+    write_keys(file, left)

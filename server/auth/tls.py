@@ -1,0 +1,66 @@
+"""TLS at a gRPC port of our own. On Ray Serve, HAProxy has it: see `server.hosts.haproxy`."""
+
+from __future__ import annotations
+
+import logging
+import ssl
+
+import grpc
+
+from server.auth.file_stamp import stamp
+from server.config import ConfigError, TlsConfig
+
+_log = logging.getLogger(__name__)
+
+
+def require_usable(tls: TlsConfig) -> None:
+    """Raise ConfigError, which names the files, when they do not make a server."""
+    try:
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(tls.cert, tls.key)
+    except (OSError, ValueError) as error:  # also what OpenSSL raises
+        raise ConfigError(f"certificate {tls.cert} with key {tls.key}: {_reason(error)}") from None
+    if tls.client_ca is None:
+        return
+    try:
+        context.load_verify_locations(tls.client_ca)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"authority {tls.client_ca}: {_reason(error)}") from None
+
+
+def server_credentials(tls: TlsConfig) -> grpc.ServerCredentials:
+    """Credentials of a server that reads its files again when they change.
+
+    Should that fail, certificates stay as they were. Raises ConfigError.
+    """
+    seen = stamp(*tls.files)
+    require_usable(tls)
+
+    def renewed() -> grpc.ServerCertificateConfiguration | None:
+        nonlocal seen
+        if (now := stamp(*tls.files)) == seen:
+            return None
+        seen = now
+        try:
+            require_usable(tls)
+        except ConfigError as error:
+            _log.error("the certificates stay as they were: %s", error)
+            return None
+        _log.info("read the certificate %s", tls.cert)
+        return _certificates(tls)
+
+    return grpc.dynamic_ssl_server_credentials(
+        _certificates(tls),
+        renewed,  # type: ignore[arg-type]  # None is allowed, and changes nothing
+        require_client_authentication=tls.client_ca is not None,
+    )
+
+
+def _certificates(tls: TlsConfig) -> grpc.ServerCertificateConfiguration:
+    authority = None if tls.client_ca is None else tls.client_ca.read_bytes()
+    pair = (tls.key.read_bytes(), tls.cert.read_bytes())
+    return grpc.ssl_server_certificate_configuration([pair], root_certificates=authority)
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)

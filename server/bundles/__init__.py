@@ -1,0 +1,1 @@
+"""Bundles on disk, verified, and the arithmetic of their state."""

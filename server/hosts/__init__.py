@@ -1,0 +1,1 @@
+"""Where the services run: one process, or Ray Serve behind HAProxy."""

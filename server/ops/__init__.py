@@ -1,0 +1,1 @@
+"""What operators see and processes need: metrics, logs, signals, ports."""

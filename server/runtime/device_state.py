@@ -1,0 +1,163 @@
+"""The same rows in the memory of a device, where NumPy cannot reach.
+
+Two graphs of the bundle copy parts out of rows and into them (`export/moves.py`), so that joining,
+leaving and folding stay on the device. The host sends indices, and state only when a stream is
+restored; it gets state only when a stream is parked, or a block is kept for other prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from concertina.bundle.resources import ELEMENT_TYPES
+from concertina.v1 import bundle_pb2 as pb
+from server.runtime.host_state import NEXT, NOTHING, Extent, State
+
+_PART = "part."
+
+Parts = dict[str, Any]
+"""What several rows hold of each tensor, `[B, …]`: on the device, or an array to be sent there."""
+
+
+class DeviceRows:
+    """`rows` rows of the state `tensors` on `device`; `take` and `put` run the bundle's graphs."""
+
+    def __init__(
+        self,
+        tensors: Iterable[pb.StateTensor],
+        rows: int,
+        device: str,
+        take: ort.InferenceSession,
+        put: ort.InferenceSession,
+    ) -> None:
+        self.device = device
+        self._tensors = {tensor.name: tensor for tensor in tensors}
+        self._take_session, self._put_session = take, put
+        # Zeros, since a kernel may multiply a dead entry by 0, and fresh memory may hold NaN.
+        self._buffers = {
+            t.name: ort.OrtValue.ortvalue_from_numpy(
+                np.zeros((rows, *t.shape), ELEMENT_TYPES[t.data_type]), device, 0
+            )
+            for t in self._tensors.values()
+        }
+        self._row_bytes = {
+            name: buffer.tensor_size_in_bytes() // rows for name, buffer in self._buffers.items()
+        }
+        self.nbytes = rows * sum(self._row_bytes.values())
+        """Bytes of all buffers."""
+
+    def address(self, name: str, row: int) -> int:
+        """Where a row begins; the next one follows it."""
+        begin: int = self._buffers[name].data_ptr()
+        return begin + row * int(self._row_bytes[name])
+
+    def fold(
+        self,
+        session: ort.InferenceSession,
+        rows: Sequence[int],
+        begins: Sequence[Extent],
+        ends: Sequence[Extent],
+    ) -> None:
+        """Run the fold graph on what `rows` hold between two extents."""
+        parts = self._take(rows, begins, ends)
+        io = session.io_binding()
+        for value in session.get_inputs():
+            io.bind_ortvalue_input(value.name, parts[value.name])
+        parts |= self._run(session, io, NEXT)
+        # A stack has one entry for the part now, a history as many rows as before.
+        folded = [
+            Extent(begin.entries + 1, end.tokens) for begin, end in zip(begins, ends, strict=True)
+        ]
+        self._put(rows, begins, folded, parts)
+
+    def reset(self, row: int) -> None:
+        """See HostRows."""
+        initial: State = {
+            t.name: np.full(t.shape, t.initial, ELEMENT_TYPES[t.data_type])
+            for t in self._tensors.values()
+            if t.kind == pb.STATE_KIND_RECURRENT
+        }
+        self.write(row, NOTHING, initial)
+
+    def move(self, source: int, target: int, extent: Extent) -> None:
+        """See HostRows."""
+        parts = self._take([source], [NOTHING], [extent])
+        self._put([target], [NOTHING], [extent], parts)
+
+    def read(self, row: int, end: Extent, begin: Extent) -> State:
+        """See HostRows. Copies to the host."""
+        state: State = {}
+        for name, part in self._take([row], [begin], [end]).items():
+            values, kind = part.numpy()[0], self._tensors[name].kind
+            if kind == pb.STATE_KIND_STACK:
+                values = values[:, : end.entries - begin.entries]
+            elif kind == pb.STATE_KIND_HISTORY:
+                values = values[: end.tokens - begin.tokens]
+            state[name] = values.copy()
+        return state
+
+    def write(self, row: int, end: Extent, state: State) -> None:
+        """See HostRows. Copies from the host; what `state` does not name is put back as it was."""
+        parts = self._take([row], [NOTHING], [end])
+        for name, values in state.items():
+            if values.size:
+                element = ELEMENT_TYPES[self._tensors[name].data_type]
+                parts[name] = np.ascontiguousarray(values[None], element)
+        self._put([row], [NOTHING], [end], parts)
+
+    def _take(self, rows: Sequence[int], begins: Sequence[Extent], ends: Sequence[Extent]) -> Parts:
+        io = self._bind(self._take_session, rows, begins, ends)
+        return self._run(self._take_session, io, _PART)
+
+    def _put(
+        self, rows: Sequence[int], begins: Sequence[Extent], ends: Sequence[Extent], parts: Parts
+    ) -> None:
+        io = self._bind(self._put_session, rows, begins, ends)
+        for name, part in parts.items():
+            if isinstance(part, np.ndarray):
+                io.bind_cpu_input(_PART + name, part)
+            else:
+                io.bind_ortvalue_input(_PART + name, part)
+        for name, buffer in self._buffers.items():
+            io.bind_ortvalue_output(NEXT + name, buffer)
+        self._put_session.run_with_iobinding(io)
+
+    def _bind(
+        self,
+        session: ort.InferenceSession,
+        rows: Sequence[int],
+        begins: Sequence[Extent],
+        ends: Sequence[Extent],
+    ) -> ort.IOBinding:
+        places = list(zip(begins, ends, strict=True))
+        index = {
+            "rows": np.array(rows, np.int64),
+            "entries": _indices((begin.entries, end.entries) for begin, end in places),
+            "tokens": _indices((begin.tokens, end.tokens) for begin, end in places),
+        }
+        io = session.io_binding()
+        for value in session.get_inputs():
+            if value.name in index:
+                io.bind_cpu_input(value.name, index[value.name])
+            elif value.name in self._buffers:
+                io.bind_ortvalue_input(value.name, self._buffers[value.name])
+        return io
+
+    def _run(self, session: ort.InferenceSession, io: ort.IOBinding, prefix: str) -> Parts:
+        """What the bound graph gives, left on the device."""
+        names = [value.name for value in session.get_outputs()]
+        for name in names:
+            io.bind_output(name, self.device)
+        session.run_with_iobinding(io)
+        values = zip(names, io.get_outputs(), strict=True)
+        return {name.removeprefix(prefix): value for name, value in values}
+
+
+def _indices(spans: Iterable[tuple[int, int]]) -> npt.NDArray[np.int64]:
+    """`[B, n]`. At least one of each, and be it dead, since not every kernel takes none."""
+    return np.stack([np.arange(begin, max(end, begin + 1)) for begin, end in spans])

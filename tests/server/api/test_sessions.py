@@ -1,0 +1,361 @@
+"""Sessions as callers have them."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import grpc
+import pytest
+
+from concertina.v1 import generation_service_pb2 as generation_pb
+from concertina.v1 import session_service_pb2 as pb
+from server.api.sessions import SessionServicer
+from server.auth.api_keys import ANYONE, Callers
+from server.bundles.bundle import Bundle
+from server.sessions.registry import Sessions
+from tests.server.engines import Gate, is_empty, until
+from tests.server.sessions.test_registry import (
+    Cluster,
+    Had,
+    cluster,
+    engine_of,
+    follow,
+    kill,
+    request,
+    whole,
+)
+
+__all__ = ["cluster"]  # a fixture
+
+
+class Refused(Exception):
+    """A call that ended with another status than OK."""
+
+
+class Context:
+    """That of one call."""
+
+    def __init__(self) -> None:
+        self.code: grpc.StatusCode | None = None
+        self.details = ""
+
+    def invocation_metadata(self) -> Sequence[tuple[str, str]]:
+        return ()
+
+    def set_code(self, code: grpc.StatusCode) -> None:
+        self.code = code
+
+    def set_details(self, details: str) -> None:
+        self.details = details
+
+    def check(self) -> None:
+        if self.code is not None:
+            raise Refused(f"{self.code.name}: {self.details}")
+
+
+class Caller:
+    """Calls a replica, and raises Refused."""
+
+    def __init__(self, sessions: Sessions) -> None:
+        self.sessions = sessions
+        self._servicer = SessionServicer(sessions, Callers(None))
+
+    async def call(self, method: str, **fields: Any) -> Any:
+        context = Context()
+        answer = await getattr(self._servicer, method)(
+            getattr(pb, f"{method}Request")(**fields), context
+        )
+        context.check()
+        return answer
+
+    async def stream(self, method: str, **fields: Any) -> list[Any]:
+        context = Context()
+        wanted = getattr(pb, f"{method}Request")(**fields)
+        events = [event async for event in getattr(self._servicer, method)(wanted, context)]
+        context.check()
+        return events
+
+    async def bring(self, parts: Sequence[pb.ImportRequest]) -> pb.Session:
+        async def send() -> AsyncIterator[pb.ImportRequest]:
+            for part in parts:
+                yield part
+
+        context = Context()
+        answer = await self._servicer.Import(send(), context)
+        context.check()
+        assert answer is not None
+        return answer.session
+
+    async def generate(self, wanted: generation_pb.GenerateRequest) -> Had:
+        had = Had()
+        await follow(await self.sessions.start(engine_of(self.sessions), wanted, ANYONE), had, 9)
+        return had
+
+    async def go_on(self, had: Had, first: int, **fields: Any) -> Had:
+        """What a session says when it goes on."""
+        then = Had()
+        for event in await self.stream("Continue", stream_id=had.stream_id, **fields):
+            then.take(event, first)
+        return then
+
+
+async def paused(caller: Caller, wanted: generation_pb.GenerateRequest, after: int) -> Had:
+    """A stream that was paused while it generated."""
+    engine, had = engine_of(caller.sessions), Had()
+    with Gate(engine) as gate:
+        following = await caller.sessions.start(engine, wanted, ANYONE)
+        gate.let(after)
+        await gate.held("step")
+        gate.let(1)
+        answer = await caller.call("Pause", stream_id=following.session.terms.stream_id)
+        gate.let(float("inf"))
+        await follow(following, had, 9)
+    assert answer.session.phase == pb.SESSION_PHASE_PAUSED
+    assert 0 < answer.session.generated_tokens == len(had.ids[0]) < 80
+    assert had.endings[0].reason == generation_pb.FINISH_REASON_PAUSED
+    return had
+
+
+PENALTIES = {"seed": 4, "frequency_penalty": 0.9, "repetition_penalty": 1.2}
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.parametrize("sampling", [{"seed": 4}, PENALTIES])
+async def test_a_pause_changes_nothing(
+    cluster: Cluster, sampling: dict[str, Any], elsewhere: bool
+) -> None:
+    wanted = request(80, sampling=sampling)
+    last = Caller(cluster())
+    expected = await whole(last.sessions, wanted)
+    first = Caller(cluster())
+    had = await paused(first, wanted, 21)
+    assert not engine_of(first.sessions)._loop.places.running
+    if elsewhere:
+        kill(first.sessions)
+        first = last
+    then = await first.go_on(had, 9 + len(had.ids[0]))
+    assert had.ids[0] + then.ids[0] == expected.ids[0]
+    assert had.texts[0] + then.texts[0] == expected.texts[0]
+    assert then.endings[0].reason == expected.endings[0].reason
+    await first.call("Delete", stream_id=had.stream_id)
+
+
+async def test_a_reader_that_is_cut_after_a_pause_comes_back(cluster: Cluster) -> None:
+    wanted = request(80)
+    caller = Caller(cluster())
+    expected = await whole(caller.sessions, wanted)
+    had = await paused(caller, wanted, 21)
+    before, then = len(had.ids[0]), Had()
+    events = await caller.stream("Continue", stream_id=had.stream_id)
+    for event in events[:3]:
+        then.take(event, 9 + before)
+    following = await caller.sessions.follow(had.stream_id, "", then.received(1))
+    await follow(following, then, 9 + before)
+    assert had.ids[0] + then.ids[0] == expected.ids[0]
+    assert had.texts[0] + then.texts[0] == expected.texts[0]
+
+
+async def test_what_went_on_is_not_held_twice(cluster: Cluster) -> None:
+    caller = Caller(cluster())
+    had = await paused(caller, request(80), 21)
+    await caller.go_on(had, 9 + len(had.ids[0]))
+    await caller.call("Delete", stream_id=had.stream_id)
+    await until(lambda: is_empty(engine_of(caller.sessions)), 5)
+
+
+async def test_what_goes_on_after_a_pause_goes_on_elsewhere(cluster: Cluster) -> None:
+    """Even where the replica that went on with it dies before it took another snapshot."""
+    wanted = request(80)
+    last = Caller(cluster())
+    expected = await whole(last.sessions, wanted)
+    first = Caller(cluster(snapshot_interval=1_000))
+    had = await paused(first, wanted, 21)
+    before, then = len(had.ids[0]), Had()
+    with Gate(engine_of(first.sessions)) as gate:
+        going = asyncio.create_task(first.stream("Continue", stream_id=had.stream_id))
+        gate.let(5)
+        await gate.held("step")
+        engine_of(first.sessions)._loop._keeper = None
+        gate.let(float("inf"))
+        for event in (await going)[:3]:
+            then.take(event, 9 + before)
+    kill(first.sessions)
+    following = await last.sessions.follow(had.stream_id, "", then.received(1))
+    await follow(following, then, 9 + before)
+    assert had.ids[0] + then.ids[0] == expected.ids[0]
+    assert had.texts[0] + then.texts[0] == expected.texts[0]
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+async def test_what_is_added_needs_no_prefill_of_the_old(
+    cluster: Cluster, text: Bundle, elsewhere: bool
+) -> None:
+    """The tokens are those of a request whose prompt has everything."""
+    caller = Caller(cluster())
+    had = await caller.generate(request(30))
+    if elsewhere:
+        kill(caller.sessions)
+        caller = Caller(cluster())
+    engine = engine_of(caller.sessions)
+    pushed = 0
+    prefill = engine._loop.cache.prefill
+
+    def count(tokens: Any, logits: bool = False) -> Any:
+        nonlocal pushed
+        pushed += len(tokens)
+        return prefill(tokens, logits)
+
+    engine._loop.cache.prefill = count  # type: ignore[method-assign]
+    then = await caller.go_on(
+        had, 9 + 30 + 5, prompt={"text": " and "}, stopping={"max_tokens": 20}
+    )
+    assert pushed == 5  # the last token of the old, and all but the last of the new
+    ids = [*b"An abacus", *had.ids[0], *b" and "]
+    fresh = request(20, prompt={"tokens": {"ids": ids}})
+    direct = await whole(caller.sessions, fresh, len(ids))
+    assert then.ids == direct.ids
+    assert then.texts == direct.texts
+
+
+async def test_forks_share_what_was_and_differ_in_what_comes(cluster: Cluster) -> None:
+    caller = Caller(cluster())
+    had = await caller.generate(request(30))
+    forked = (await caller.call("Fork", stream_id=had.stream_id, n=3)).stream_ids
+    assert len(set(forked)) == 3
+    engine = engine_of(caller.sessions)
+    states = [engine.find(name, "").streams[0].parked for name in (had.stream_id, *forked)]  # type: ignore[union-attr]
+    assert all(state is states[0] for state in states)
+    outcomes = [
+        await caller.go_on(Had(name), 9 + 30, stopping={"max_tokens": 20}) for name in forked
+    ]
+    assert len({tuple(each.ids[0]) for each in outcomes}) == 3
+    kill(caller.sessions)
+    second = Caller(cluster())
+    again = Had(forked[0], 1)
+    await follow(await second.sessions.follow(forked[0], "", again.received(1)), again, 9 + 30)
+    assert again.ids == outcomes[0].ids
+
+
+async def test_a_session_is_carried_away_and_brought_back(cluster: Cluster) -> None:
+    first, second = Caller(cluster()), Caller(cluster())
+    wanted = request(80)
+    expected = await whole(first.sessions, wanted)
+    had = await paused(first, wanted, 21)
+    parts = await first.stream("Export", stream_id=had.stream_id)
+    sent = [pb.ImportRequest(part=part.part, sha256=part.sha256) for part in parts]
+    brought = await second.bring(sent)
+    assert brought.stream_id != had.stream_id
+    assert brought.phase == pb.SESSION_PHASE_PAUSED
+    then = await second.go_on(Had(brought.stream_id), 9 + len(had.ids[0]))
+    assert had.ids[0] + then.ids[0] == expected.ids[0]
+
+
+@pytest.mark.parametrize("fault", ["changed", "cut", "checksum", "large"])
+async def test_what_is_not_whole_is_not_brought(cluster: Cluster, fault: str) -> None:
+    caller = Caller(cluster())
+    had = await caller.generate(request(30))
+    (part,) = await caller.stream("Export", stream_id=had.stream_id)
+    content = part.part
+    if fault == "changed":
+        content = content[:-1] + bytes([content[-1] ^ 1])
+    if fault == "cut":
+        content = content[:-1]
+    if fault == "large":
+        content = bytes(1024 * 1024 + 1)
+    digest = part.sha256 if fault == "checksum" else hashlib.sha256(content).digest()
+    if fault == "checksum":
+        digest = bytes(32)
+    expected = {"changed": "DATA_LOSS", "cut": "DATA_LOSS"}.get(fault, "INVALID_ARGUMENT")
+    with pytest.raises(Refused, match=expected):
+        await caller.bring([pb.ImportRequest(part=content, sha256=digest)])
+    with pytest.raises(Refused, match=r"INVALID_ARGUMENT|DATA_LOSS"):
+        await caller.bring([])
+
+
+async def test_sessions_are_listed_by_page(cluster: Cluster) -> None:
+    first, second = Caller(cluster()), Caller(cluster())
+    names = sorted([(await first.generate(request(10))).stream_id for _ in range(5)])
+    await until(lambda: len(engine_of(first.sessions)._loop.sessions._left) == 5)
+    page = await first.call("ListSessions", page_size=3)
+    assert [session.stream_id for session in page.sessions] == names[:3]
+    assert {session.phase for session in page.sessions} == {pb.SESSION_PHASE_FINISHED}
+    assert all(session.state_bytes > 0 for session in page.sessions)
+    assert all(session.expires.seconds > 0 for session in page.sessions)
+    rest = await first.call("ListSessions", page_size=3, page_token=page.next_page_token)
+    assert [session.stream_id for session in rest.sessions] == names[3:]
+    assert not rest.next_page_token
+    assert first.sessions.keeper is not None
+    first.sessions.keeper.flush(10)
+    stored = (await second.call("ListSessions")).sessions
+    assert [session.stream_id for session in stored] == names
+    assert {session.phase for session in stored} == {pb.SESSION_PHASE_STORED}
+    for name in names:
+        await second.call("Delete", stream_id=name)
+        await first.call("Delete", stream_id=name)
+    assert not (await first.call("ListSessions")).sessions
+    await until(lambda: is_empty(engine_of(first.sessions)))
+    with pytest.raises(Refused, match="page_size is 1001"):
+        await first.call("ListSessions", page_size=1001)
+
+
+async def test_what_does_not_rest_cannot_go_on(cluster: Cluster) -> None:
+    caller = Caller(cluster())
+    engine = engine_of(caller.sessions)
+    with Gate(engine) as gate:
+        following = await caller.sessions.start(engine, request(80), ANYONE)
+        name = following.session.terms.stream_id
+        for call in (
+            caller.call("Fork", stream_id=name, n=1),
+            caller.stream("Continue", stream_id=name),
+            caller.stream("Export", stream_id=name),
+        ):
+            with pytest.raises(Refused, match=r"FAILED_PRECONDITION: the stream is running: pause"):
+                await call
+        gate.let(float("inf"))
+        await engine.forget(following.session)
+    wanted = request(80)
+    wanted.ClearField("keep")
+    with Gate(engine) as gate:
+        following = await caller.sessions.start(engine, wanted, ANYONE)
+        name = following.session.terms.stream_id
+        with pytest.raises(Refused, match=r"FAILED_PRECONDITION: .*generate it with keep"):
+            await caller.call("Pause", stream_id=name)
+        gate.let(float("inf"))
+        await engine.forget(following.session)
+
+
+async def test_wrong_calls_are_refused_with_the_reason(cluster: Cluster) -> None:
+    caller = Caller(cluster())
+    had = await caller.generate(request(10, output={"n": 2}))
+    for n in (0, 129):
+        with pytest.raises(Refused, match=f"INVALID_ARGUMENT: n is {n}"):
+            await caller.call("Fork", stream_id=had.stream_id, n=n)
+    with pytest.raises(Refused, match="FAILED_PRECONDITION: the stream has 2 outputs"):
+        await caller.stream("Continue", stream_id=had.stream_id)
+    for method in ("Pause", "Delete"):
+        if method == "Pause":
+            with pytest.raises(Refused, match="NOT_FOUND"):
+                await caller.call(method, stream_id="nothing")
+    one = await caller.generate(request(10))
+    with pytest.raises(Refused, match="INVALID_ARGUMENT: prompt must be text or tokens"):
+        await caller.stream("Continue", stream_id=one.stream_id, prompt={"label": "x"})
+    with pytest.raises(Refused, match=r"INVALID_ARGUMENT: stopping.max_tokens is 96"):
+        await caller.stream("Continue", stream_id=one.stream_id, stopping={"max_tokens": 96})
+
+
+async def test_states_that_rest_have_a_limit(cluster: Cluster, text: Bundle) -> None:
+    size = sum(text.state_bytes(9 + 20).values())
+    caller = Caller(cluster(session_bytes=3 * size))
+    names = [(await caller.generate(request(20))).stream_id for _ in range(5)]
+    engine = engine_of(caller.sessions)
+
+    def held() -> list[bool]:
+        return [engine.find(name, "") is not None for name in names]
+
+    await until(lambda: held() == [False] * 2 + [True] * 3)
+    # What was forgotten here still lies in the store.
+    then = await caller.go_on(Had(names[0]), 9 + 20, stopping={"max_tokens": 5})
+    assert len(then.ids[0]) == 5

@@ -1,0 +1,78 @@
+"""`concertina keys`, as it is typed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from concertina.cli.main import COMMANDS, command_line
+from server.auth.api_keys import Caller, Callers, read_keys
+from server.errors import KeysError
+from tests.server.auth.test_api_keys import call
+
+GROUP = command_line({"keys": COMMANDS["keys"]})
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "keys.json"
+
+
+@pytest.fixture
+def keys(path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs a command on a file of its own; what it printed to standard output."""
+
+    def run(*arguments: str) -> str:
+        GROUP.main(["keys", *arguments, "--keys", str(path)], standalone_mode=False)
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_a_key_that_was_added_opens(keys: Any, path: Path) -> None:
+    everything = keys("add", "writer").strip()
+    limited = keys("add", "reader", "-m", "a", "--model", "b", "--streams", "8").strip()
+    callers = Callers(path)
+    assert callers.of(call(everything)) == Caller("writer")
+    assert callers.of(call(limited)) == Caller("reader", ("a", "b"), 8)
+
+
+def test_the_list_shows_who_and_what_but_no_secret(keys: Any, path: Path) -> None:
+    keys("add", "writer")
+    secret = keys("add", "reader", "-m", "a", "--streams", "8").strip()
+    shown = keys("list")
+    assert shown.splitlines() == [
+        "writer: every model, any number of streams",
+        "reader: a, 8 streams",
+    ]
+    as_json = keys("list", "--json")
+    assert json.loads(as_json.splitlines()[1]) == {
+        "name": "reader",
+        "models": ["a"],
+        "max_streams": 8,
+    }
+    for digest in (key.digest.hex() for key in read_keys(path)):
+        assert digest not in shown + as_json
+    assert secret not in shown + as_json
+
+
+def test_a_key_that_was_removed_is_gone(keys: Any, path: Path) -> None:
+    keys("add", "writer")
+    keys("add", "reader")
+    keys("remove", "writer")
+    assert [key.caller.name for key in read_keys(path)] == ["reader"]
+    with pytest.raises(KeysError, match="no key named writer; it has: reader"):
+        keys("remove", "writer")
+
+
+def test_a_name_is_not_given_twice(keys: Any, path: Path) -> None:
+    keys("add", "writer")
+    before = path.read_bytes()
+    with pytest.raises(KeysError, match="writer already"):
+        keys("add", "writer")
+    with pytest.raises(KeysError, match="cannot name a key"):
+        keys("add", "two words")
+    assert path.read_bytes() == before

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from server.engine.detokenizer import TextStream
+
+SAMPLE = "aé€𝄞ñ中👩‍👩‍👧z"
+
+
+def _pushes(content: bytes, stop: Iterable[str] = ()) -> tuple[list[str], TextStream]:
+    stream = TextStream(tuple(stop))
+    pieces = []
+    for byte in content:
+        pieces.append(stream.push(byte))
+        if stream.matched is not None:
+            break
+    return pieces, stream
+
+
+def test_every_character_arrives_with_its_last_byte() -> None:
+    pieces, stream = _pushes(SAMPLE.encode())
+    expected = [piece for c in SAMPLE for piece in [""] * (len(c.encode()) - 1) + [c]]
+    assert pieces == expected
+    assert stream.flush() == ""
+
+
+@pytest.mark.parametrize("cut", range(len(SAMPLE.encode()) + 1))
+def test_a_stream_that_ends_anywhere_tears_at_most_one_character(cut: int) -> None:
+    pieces, stream = _pushes(SAMPLE.encode()[:cut])
+    whole = SAMPLE.encode()[:cut].decode(errors="ignore")
+    assert "".join(pieces) == whole
+    torn = len(whole.encode()) < cut
+    assert stream.flush() == ("\ufffd" if torn else "")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"a\xffb", ["a", "\ufffd", "b"]),
+        (b"\x80\x80", ["\ufffd", "\ufffd"]),
+        (b"\xc3A", ["", "\ufffdA"]),
+        (b"\xe2\x82A", ["", "", "\ufffdA"]),
+        (b"\xc0\xaf", ["\ufffd", "\ufffd"]),  # an overlong slash
+        (b"\xed\xa0\x80", ["", "", "\ufffd\ufffd\ufffd"]),  # a surrogate
+        (b"\xf0\x9f\xf0\x9f\x98\x80", ["", "", "\ufffd", "", "", "😀"]),
+    ],
+)
+def test_bytes_that_are_no_text_become_replacement_characters(
+    content: bytes, expected: list[str]
+) -> None:
+    assert _pushes(content)[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "expected", "matched"),
+    [
+        ("one\n\ntwo", ["\n\n"], "one", "\n\n"),
+        ("abcabd", ["abd"], "abc", "abd"),
+        ("aaab", ["aab"], "a", "aab"),
+        ("xabc", ["c", "abc"], "x", "abc"),  # both end here; the earlier beginning wins
+        ("xabcd", ["abcd", "b"], "xa", "b"),  # the one that is complete first wins
+        ("abab", ["abac"], "abab", None),
+        ("a€b", ["€"], "a", "€"),
+        ("stop", ["stop"], "", "stop"),
+    ],
+)
+def test_nothing_from_a_stop_string_on_is_sent(
+    text: str, stop: list[str], expected: str, matched: str | None
+) -> None:
+    pieces, stream = _pushes(text.encode(), stop)
+    assert stream.matched == matched
+    sent = "".join(pieces)
+    assert (sent if matched else sent + stream.flush()) == expected
+
+
+def test_only_what_may_become_a_stop_string_is_held_back() -> None:
+    pieces, _ = _pushes(b"a\n\nb\n# x", ["\n\n\n", "\n#!"])
+    assert pieces == ["a", "", "", "\n\nb", "", "", "\n# ", "x"]
+
+
+def test_what_was_held_back_is_sent_in_the_end() -> None:
+    pieces, stream = _pushes(b"a\n", ["\n\n"])
+    assert pieces == ["a", ""]
+    assert stream.flush() == "\n"
+    assert stream.flush() == ""
+    assert stream.matched is None
+
+
+Letters = st.sampled_from(["a", "b", "é", "€", "😀"])
+Content = st.lists(
+    st.one_of(Letters.map(str.encode), st.integers(0, 255).map(lambda byte: bytes([byte]))),
+    max_size=30,
+).map(b"".join)
+Stops = st.lists(st.text(Letters, min_size=1, max_size=4), max_size=4)
+
+
+@given(Content, Stops)
+@example(b"aab\xe2\x82ab", ["aab\ufffdab", "\ufffda"])
+def test_any_bytes_give_the_text_before_the_first_stop_string(
+    content: bytes, stops: list[str]
+) -> None:
+    pieces, stream = _pushes(content, stops)
+    sent = "".join(pieces) if stream.matched is not None else "".join(pieces) + stream.flush()
+    expected, matched = _whole(content.decode(errors="replace"), stops)
+    assert (sent, stream.matched) == (expected, matched)
+
+
+@given(st.text(Letters, max_size=30), Stops)
+def test_text_is_sent_as_soon_as_no_stop_string_can_begin_with_it(
+    text: str, stops: list[str]
+) -> None:
+    stream = TextStream(tuple(stops))
+    sent = ""
+    for end, character in enumerate(text, 1):
+        sent += "".join(stream.push(byte) for byte in character.encode())
+        if stream.matched is not None:
+            return
+        held = text[len(sent) : end]
+        assert text.startswith(sent)
+        assert not held or any(stop.startswith(held) for stop in stops)
+
+
+def _whole(text: str, stops: list[str]) -> tuple[str, str | None]:
+    """The stop string that is complete first; of those that end together, the longest."""
+    for end in range(len(text) + 1):
+        ending = [stop for stop in stops if stop and text[:end].endswith(stop)]
+        if ending:
+            longest = max(ending, key=len)
+            return text[: end - len(longest)], longest
+    return text, None
+
+
+@pytest.mark.parametrize(
+    ("stop", "pieces", "released"),
+    [
+        (["bc"], "abcd", ["a", "", "bc"]),
+        (["bc", "c"], "abc", ["a", "", "bc"]),
+        (["abc", "b"], "ab", ["", "ab"]),
+        (["é"], "aé", ["a", "", "é"]),
+    ],
+)
+def test_the_stop_string_can_be_included(stop: list[str], pieces: str, released: list[str]) -> None:
+    stream = TextStream(stop, include_stop=True)
+    assert [stream.push(byte) for byte in pieces.encode()[: len(released)]] == released
+    assert stream.matched is not None
+    assert stream.flush() == ""
+
+
+@pytest.mark.parametrize(
+    ("stop", "text", "free", "expected", "matched"),
+    [
+        (["ab"], "abab", 0, "", "ab"),
+        (["ab"], "abab", 1, "", "ab"),  # begins before it may stop, ends when it may
+        (["ab"], "abab", 2, "ab", "ab"),
+        (["ab"], "abab", 3, "ab", "ab"),
+        (["ab"], "abab", 4, "abab", None),
+        (["ab", "abc"], "abx", 2, "abx", None),  # held for the second when the first may count
+        (["ab", "abc"], "abc", 2, "", "abc"),
+        (["aa"], "aaa", 2, "a", "aa"),
+    ],
+)
+def test_what_is_complete_before_it_may_stop_is_text(
+    stop: list[str], text: str, free: int, expected: str, matched: str | None
+) -> None:
+    stream, sent = TextStream(stop), ""
+    for index, byte in enumerate(text.encode()):
+        sent += stream.push(byte, may_stop=index >= free)
+        if stream.matched is not None:
+            break
+    assert (sent + stream.flush(), stream.matched) == (expected, matched)

@@ -1,0 +1,250 @@
+"""What an engine generates: the right tokens, for everybody, and no further than asked."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from server.bundles.bundle import Bundle
+from server.engine.engine import Engine
+from server.engine.events import Finish, FinishReason, Request, Scored
+from server.engine.sampling.sampler import SamplingBatch, SamplingParameters, sample
+from server.runtime.onnx_session import Floats, Ints
+from tests.server.engines import LIMIT_S, Gate, Outcome, ask, change_logits, generate, script, until
+
+Start = Callable[..., Engine]
+Logits = Callable[[list[int]], npt.NDArray[np.float64]]
+
+
+def _requests(bundle: Bundle, count: int) -> list[Request]:
+    """Prompts and outputs of all lengths, around the borders of blocks above all."""
+    rng = np.random.default_rng(5)
+    vocabulary, made = bundle.manifest.vocabulary, []
+    for seed in range(count):
+        length = int(rng.choice([0, 1, 7, 8, 9, 16, 30]))
+        tokens = rng.integers(vocabulary, size=length)
+        start = vocabulary + rng.integers(1 + len(bundle.manifest.labels))
+        sampling = SamplingParameters(
+            temperature=float(rng.choice([0, 0.7, 1.0])),
+            top_k=int(rng.choice([0, 20])),
+            top_p=float(rng.choice([0.9, 1.0])),
+            seed=seed,
+        )
+        made.append(
+            Request(np.array([start, *tokens]), sampling, max_tokens=int(rng.integers(1, 34)))
+        )
+    return made
+
+
+async def test_tokens_are_those_of_the_model_and_the_seed(
+    bundle: Bundle, start: Start, exact_logits: Callable[[Bundle], Logits]
+) -> None:
+    """The whole path against its definition: the parallel model, then the sampler."""
+    engine, model = start(bundle), exact_logits(bundle)
+    for wanted in _requests(bundle, 16):
+        outcome = await generate(engine, wanted)
+        count, length = len(outcome.tokens), len(wanted.prompt)
+        assert count == wanted.max_tokens
+        logits = model([*wanted.prompt.tolist(), *outcome.tokens[:-1]])[-count:]
+        expected = sample(
+            logits.astype(np.float32),
+            SamplingBatch.of([wanted.sampling] * count),
+            np.arange(length - 1, length - 1 + count),
+        )
+        assert outcome.tokens == tuple(expected.tolist())
+
+
+async def test_a_stream_is_the_same_alone_and_in_a_crowd(bundle: Bundle, start: Start) -> None:
+    """Sixteen streams share four slots, join and leave in turns, and none is moved by another."""
+    engine, requests = start(bundle, slots=4), _requests(bundle, 16)
+    alone = [await generate(engine, wanted) for wanted in requests]
+    assert len({outcome.tokens for outcome in alone}) == len(requests)
+    order = random.Random(3)
+
+    async def late(wanted: Request) -> Outcome:
+        for _ in range(order.randrange(20)):
+            await asyncio.sleep(0)
+        return await generate(engine, wanted)
+
+    for _ in range(3):
+        shuffled = order.sample(range(16), 16)
+        crowd = await asyncio.gather(*[late(requests[index]) for index in shuffled])
+        for index, outcome in zip(shuffled, crowd, strict=True):
+            assert (outcome.tokens, outcome.text) == (alone[index].tokens, alone[index].text)
+
+
+async def test_the_batch_is_as_large_as_it_can_be(text: Bundle, start: Start) -> None:
+    engine = start(text, slots=3)
+    batches: list[int] = []
+
+    def count(logits: Floats, positions: Ints) -> Floats:
+        batches.append(len(positions))
+        return logits
+
+    change_logits(engine, count)
+    await asyncio.gather(*[generate(engine, ask(max_tokens=20)) for _ in range(7)])
+    assert max(batches) == 3
+    assert sum(batches) == 7 * 20
+    assert len(batches) < 70
+
+
+async def test_scores_are_the_surprise_of_the_model(
+    bundle: Bundle, start: Start, exact_logits: Callable[[Bundle], Logits]
+) -> None:
+    engine, model = start(bundle), exact_logits(bundle)
+    rng = np.random.default_rng(1)
+    for length in (1, 7, 8, 9, bundle.context):
+        tokens = [
+            bundle.manifest.vocabulary,
+            *rng.integers(bundle.manifest.vocabulary, size=length),
+        ]
+        outcome = await generate(engine, Request(np.array(tokens), score=True))
+        logits = model(tokens[:-1])
+        logits -= logits.max(axis=1, keepdims=True)
+        logs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        expected = -logs[np.arange(length), tokens[1:]] / np.log(2)
+        assert isinstance(outcome.ending, Scored)
+        assert outcome.ending.bits == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+async def test_scoring_needs_no_slot(text: Bundle, start: Start) -> None:
+    """It gets done while the only slot is taken, and disturbs nobody."""
+    engine = start(text, slots=1)
+    expected = await generate(engine, ask(max_tokens=90))
+    order: list[str] = []
+
+    async def noted(name: str, wanted: Request) -> Outcome:
+        outcome = await generate(engine, wanted)
+        order.append(name)
+        return outcome
+
+    long, _, scored = await asyncio.gather(
+        noted("long", ask(max_tokens=90)),
+        noted("scored", ask(b"some words to score", score=True)),
+        noted("scored", ask(b"more", score=True)),
+    )
+    assert order == ["scored", "scored", "long"]
+    assert long.tokens == expected.tokens
+    assert isinstance(scored.ending, Scored)
+
+
+async def test_two_event_loops_share_an_engine(text: Bundle, start: Start) -> None:
+    engine, requests = start(text, slots=4), _requests(text, 12)
+    expected = [(await generate(engine, wanted)).tokens for wanted in requests]
+    outcomes: dict[str, list[Outcome]] = {}
+
+    async def main(name: str) -> None:
+        for _ in range(3):
+            outcomes[name] = await asyncio.gather(*[generate(engine, w) for w in requests])
+
+    def run(name: str) -> None:
+        asyncio.run(main(name))
+
+    both = [asyncio.to_thread(run, name) for name in "ab"]
+    await asyncio.wait_for(asyncio.gather(*both), LIMIT_S)
+    assert [[outcome.tokens for outcome in outcomes[name]] for name in "ab"] == [expected] * 2
+
+
+async def test_a_loop_that_is_gone_leaves_nothing_behind(text: Bundle, start: Start) -> None:
+    """Its streams end with the first token that nobody can take, and not with their last."""
+    engine = start(text, slots=2)
+
+    async def forgetful() -> None:
+        for _ in range(3):
+            engine.submit(ask(max_tokens=90))
+
+    with Gate(engine) as gate:
+        await asyncio.to_thread(lambda: asyncio.run(forgetful()))
+        gate.let(3)
+        await until(lambda: engine._loop.ledger.held.streams == 0)
+        assert gate.passes <= 3
+    assert (await generate(engine, ask())).tokens
+
+
+# ---- when a stream ends
+
+
+def _finish(outcome: Outcome) -> Finish:
+    assert isinstance(outcome.ending, Finish), outcome.ending
+    return outcome.ending
+
+
+@pytest.mark.parametrize(
+    ("fields", "tokens", "sent", "reason", "stop", "generated"),
+    [
+        ({}, b"one two th", "one two th", FinishReason.MAX_TOKENS, None, 10),
+        ({"stop": ("two",)}, b"one two", "one ", FinishReason.STOP, "two", 7),
+        ({"stop": ("three", "o th")}, b"one two th", "one tw", FinishReason.STOP, "o th", 10),
+        ({"stop": ("two thirds",)}, b"one two th", "one two th", FinishReason.MAX_TOKENS, None, 10),
+        ({"stop_tokens": frozenset(b"wx")}, b"one t", "one t", FinishReason.STOP, None, 6),
+        ({"end_token": ord("w")}, b"one t", "one t", FinishReason.END, None, 6),
+        # What was held back for a stop string is sent when the stream ends otherwise.
+        (
+            {"stop_tokens": frozenset(b"w"), "stop": ("e tx",)},
+            b"one t",
+            "one t",
+            FinishReason.STOP,
+            None,
+            6,
+        ),
+        ({"end_token": ord("w"), "stop": ("e tx",)}, b"one t", "one t", FinishReason.END, None, 6),
+    ],
+)
+async def test_a_stream_ends_where_it_was_asked_to(
+    text: Bundle,
+    start: Start,
+    fields: dict[str, Any],
+    tokens: bytes,
+    sent: str,
+    reason: FinishReason,
+    stop: str | None,
+    generated: int,
+) -> None:
+    engine = start(text)
+    script(engine, b"one two three".ljust(text.context))
+    outcome = await generate(engine, ask(max_tokens=10, **fields))
+    assert (bytes(outcome.tokens), outcome.text) == (tokens, sent)
+    finish = _finish(outcome)
+    assert (finish.reason, finish.stop, finish.generated) == (reason, stop, generated)
+    pushed = generated  # the start token and all but the last
+    assert finish.state_bytes == sum(text.state_bytes(pushed).values())
+
+
+async def test_characters_arrive_whole(text: Bundle, start: Start) -> None:
+    engine = start(text)
+    script(engine, "aé€😀".encode().ljust(text.context))
+    for count, expected in [(1, "a"), (3, "aé"), (6, "aé€"), (8, "aé€\ufffd"), (10, "aé€😀")]:
+        outcome = await generate(engine, ask(max_tokens=count))
+        assert (len(outcome.tokens), outcome.text) == (count, expected)
+
+
+async def test_the_context_can_be_filled_to_the_last_token(bundle: Bundle, start: Start) -> None:
+    engine, vocabulary = start(bundle), bundle.manifest.vocabulary
+    for length in (0, 9, bundle.context - 1):
+        wanted = Request(
+            np.array([vocabulary, *[1] * length]),
+            max_tokens=bundle.context - length,
+            complete_at=bundle.context if bundle.is_image else None,
+        )
+        outcome = await generate(engine, wanted)
+        assert len(outcome.tokens) == bundle.context - length
+        whole = FinishReason.END if bundle.is_image else FinishReason.MAX_TOKENS
+        assert _finish(outcome).reason == whole
+        assert bool(outcome.text) != bundle.is_image
+
+
+async def test_an_image_that_is_cut_short_is_not_complete(image: Bundle, start: Start) -> None:
+    wanted = Request(np.array([17]), max_tokens=63, complete_at=64)
+    outcome = await generate(start(image), wanted)
+    assert _finish(outcome).reason == FinishReason.MAX_TOKENS
+
+
+async def test_times_are_told_in_their_order(text: Bundle, start: Start) -> None:
+    finish = _finish(await generate(start(text), ask(b"some prompt", max_tokens=30)))
+    assert 0 < finish.queue_s < finish.first_token_s < finish.total_s < LIMIT_S

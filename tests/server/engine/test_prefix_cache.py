@@ -1,0 +1,125 @@
+"""The tree of shared blocks against a plain list of what was kept, and its limit in bytes."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from server.engine.prefix_cache import PrefixCache
+from server.runtime.host_state import State
+from server.runtime.onnx_session import Ints
+
+SPAN = 3
+
+
+def tokens(text: str) -> Ints:
+    return np.array([ord(letter) for letter in text], np.int64)
+
+
+def left(text: str) -> State:
+    """What a block leaves: here, a sum over everything up to its end."""
+    return {"keys": np.full((2, 1, 5), sum(map(ord, text)), np.float32)}
+
+
+def keep(cache: PrefixCache, text: str) -> None:
+    """Insert every block of `text` that is not known, as prefill does."""
+    known = len(cache.match(tokens(text)))
+    for end in range((known + 1) * SPAN, len(text) + 1, SPAN):
+        cache.insert(tokens(text[end - SPAN : end]), left(text[:end]))
+
+
+def found(cache: PrefixCache, text: str) -> str:
+    """The beginning of `text` that is known; what was left has to be of these very blocks."""
+    states = cache.match(tokens(text))
+    for number, state in enumerate(states, start=1):
+        expected = left(text[: number * SPAN])
+        assert np.array_equal(state["keys"], expected["keys"])
+    return text[: len(states) * SPAN]
+
+
+def test_whole_blocks_from_the_beginning_are_found() -> None:
+    cache = PrefixCache(SPAN, 10**6)
+    keep(cache, "abcdefghi")
+    assert found(cache, "abcdefghi") == "abcdefghi"
+    assert found(cache, "abcdefghijk") == "abcdefghi"
+    assert found(cache, "abcdefgh") == "abcdef"
+    assert found(cache, "abcdeX") == "abc"
+    assert found(cache, "defghi") == ""
+    assert found(cache, "ab") == found(cache, "") == ""
+
+
+def test_prompts_that_part_ways_share_what_is_before() -> None:
+    cache = PrefixCache(SPAN, 10**6)
+    keep(cache, "abcdef")
+    keep(cache, "abcxyz")
+    keep(cache, "abcdef")
+    assert cache.nbytes == 3 * (SPAN * 8 + 2 * 5 * 4)
+    assert (found(cache, "abcdef"), found(cache, "abcxyz")) == ("abcdef", "abcxyz")
+
+
+def test_the_block_that_was_used_least_recently_goes_first_and_never_before_its_followers() -> None:
+    cache = PrefixCache(SPAN, 4 * (SPAN * 8 + 2 * 5 * 4))
+    keep(cache, "abcdefghi")
+    keep(cache, "xyz")
+    assert found(cache, "abcdefghi") == "abcdefghi"
+    keep(cache, "uvw")  # pushes out xyz
+    assert (found(cache, "xyz"), found(cache, "abcdefghi")) == ("", "abcdefghi")
+    keep(cache, "rst")  # uvw is older than abc…
+    keep(cache, "opq")  # and now the end of abc… goes, not its beginning
+    assert found(cache, "abcdefghi") == "abcdef"
+
+
+def test_a_block_whose_beginning_is_gone_is_not_kept() -> None:
+    size = SPAN * 8 + 2 * 5 * 4
+    cache = PrefixCache(SPAN, 2 * size)
+    keep(cache, "abcdefghijkl")  # ghi has no room, so jkl has nothing to stand behind
+    assert cache.nbytes == 2 * size
+    assert found(cache, "abcdefghijkl") == "abcdef"
+    keep(cache, "xyz")
+    assert (found(cache, "abcdef"), found(cache, "xyz")) == ("abc", "xyz")
+
+
+@pytest.mark.parametrize("known", ["", "abc", "abcdef"])
+def test_a_prompt_that_was_pushed_elsewhere_is_followed_if_it_is_known(known: str) -> None:
+    cache = PrefixCache(SPAN, 10**6)
+    keep(cache, known)
+    cache.follow(tokens("abcdefg"), 2)
+    cache.insert(tokens("ghi"), left("abcdefghi"))
+    assert found(cache, "abcdefghi") == ("abcdefghi" if known == "abcdef" else known)
+
+
+def test_a_block_costs_the_same_wherever_it_lies() -> None:
+    """Of a long prompt, the last insert looks at no more blocks than the first."""
+    cache = PrefixCache(SPAN, 10**6)
+    looked: list[int] = []
+    move = cache._by_use.move_to_end
+    cache._by_use.move_to_end = lambda node: (looked.append(1), move(node))[1]  # type: ignore[method-assign]
+    keep(cache, "abc" * 200)
+    assert looked == []
+    assert found(cache, "abc" * 200) == "abc" * 200
+    assert len(looked) == 2 * 200, "once for the prompt that ended, once for the one that begins"
+
+
+def test_nothing_is_kept_that_is_larger_than_the_limit() -> None:
+    cache = PrefixCache(SPAN, 10)
+    keep(cache, "abcdef")
+    assert (cache.nbytes, found(cache, "abcdef")) == (0, "")
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_course_of_events(seed: int) -> None:
+    chance = random.Random(seed)
+    size = SPAN * 8 + 2 * 5 * 4
+    cache, known = PrefixCache(SPAN, 6 * size), set[str]()
+    for _ in range(300):
+        text = "".join(chance.choice("ab") for _ in range(chance.randrange(13)))
+        beginning = found(cache, text)
+        assert all(beginning[:end] in known for end in range(SPAN, len(beginning) + 1, SPAN))
+        if chance.random() < 0.5:
+            keep(cache, text)
+            known |= {text[:end] for end in range(SPAN, len(text) + 1, SPAN)}
+            assert found(cache, text) == text[: len(text) // SPAN * SPAN]
+        assert cache.nbytes <= 6 * size
+        assert cache.nbytes == size * len(cache._by_use)

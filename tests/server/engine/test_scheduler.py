@@ -1,0 +1,382 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.engine.scheduler import Bench, Load, Plan, Waiting, next_credit, plan
+
+EMPTY = Load(
+    num_running=0,
+    num_free=4,
+    yielding=(),
+    returning=(),
+    waiting=(),
+    bench=None,
+    prefill_room=8,
+    prefill_credit_s=0.0,
+)
+FULL = {"num_free": 0, "num_running": 4}
+PROMPT, NO_PROMPT, SCORE = Waiting(20, True), Waiting(0, True), Waiting(20, False)
+
+
+def _plan(**changes: object) -> Plan:
+    return plan(replace(EMPTY, **changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("load", "expected"),
+    [
+        ({}, Plan()),
+        ({"waiting": (NO_PROMPT, NO_PROMPT)}, Plan(begin=2, decode=True)),
+        ({"waiting": (PROMPT,)}, Plan(seat=True)),
+        ({"waiting": (NO_PROMPT, PROMPT, NO_PROMPT)}, Plan(begin=1, seat=True, decode=True)),
+        ({"num_free": 1, "waiting": (NO_PROMPT, PROMPT)}, Plan(begin=1, decode=True)),
+        ({"num_free": 1, "waiting": (NO_PROMPT, SCORE)}, Plan(begin=1, seat=True, decode=True)),
+        # Full: nobody joins, but scoring needs no slot.
+        ({"num_free": 0, "num_running": 4, "waiting": (NO_PROMPT,)}, Plan(decode=True)),
+        ({"num_free": 0, "num_running": 4, "waiting": (PROMPT,)}, Plan(decode=True)),
+        ({"num_free": 0, "num_running": 4, "waiting": (SCORE,)}, Plan(seat=True, decode=True)),
+        # The bench: pushed up to its block's end, then joins and makes room for the next.
+        ({"bench": Bench(20, True)}, Plan(prefill=8)),
+        ({"bench": Bench(5, True)}, Plan(prefill=5)),
+        ({"bench": Bench(0, True)}, Plan(join=True, decode=True)),
+        (
+            {"bench": Bench(0, True), "waiting": (PROMPT,)},
+            Plan(join=True, seat=True, decode=True),
+        ),
+        (
+            {"bench": Bench(0, True), "num_free": 0, "num_running": 4},
+            Plan(decode=True),
+        ),
+        ({"bench": Bench(20, True), "waiting": (SCORE,)}, Plan(prefill=8)),
+        # One slot is spoken for by whoever is on the bench.
+        (
+            {"num_free": 1, "num_running": 3, "bench": Bench(9, True),
+             "waiting": (NO_PROMPT,)},
+            Plan(decode=True),
+        ),
+        (
+            {"num_free": 2, "num_running": 2, "bench": Bench(9, True),
+             "waiting": (NO_PROMPT, NO_PROMPT)},
+            Plan(begin=1, decode=True),
+        ),
+        (
+            {"num_free": 1, "num_running": 3, "bench": Bench(9, False),
+             "waiting": (NO_PROMPT,)},
+            Plan(begin=1, decode=True),
+        ),
+        # Those who come back go before those who are new.
+        (
+            {"num_free": 1, "num_running": 3, "returning": (0, 0), "bench": Bench(0, True),
+             "waiting": (NO_PROMPT,)},
+            Plan(restore=1, decode=True),
+        ),
+        # A higher priority takes the slot of a lower one, an equal one does not.
+        (
+            {**FULL, "yielding": (-1, 0), "waiting": (Waiting(0, True, 0), Waiting(0, True, 0))},
+            Plan(preempt=1, begin=1, decode=True),
+        ),
+        (
+            {**FULL, "yielding": (-1, 0), "waiting": (Waiting(0, True, 1), Waiting(0, True, 1))},
+            Plan(preempt=2, begin=2, decode=True),
+        ),
+        ({**FULL, "yielding": (0, 0), "waiting": (Waiting(0, True, 0),)}, Plan(decode=True)),
+        (
+            {**FULL, "yielding": (0,), "returning": (1, 0), "waiting": (Waiting(0, True, 1),)},
+            Plan(preempt=1, restore=1, decode=True),
+        ),
+        (
+            {**FULL, "yielding": (0,), "returning": (0,), "waiting": (Waiting(0, True, 1),)},
+            Plan(preempt=1, begin=1, decode=True),
+        ),
+        # One with a prompt pushes it first, and parks another only then.
+        ({**FULL, "yielding": (0,), "waiting": (Waiting(9, True, 1),)},
+         Plan(seat=True, decode=True)),
+        ({**FULL, "yielding": (0,), "bench": Bench(9, True, 1)}, Plan(decode=True)),
+        ({**FULL, "yielding": (0,), "bench": Bench(0, True, 1)},
+         Plan(preempt=1, join=True, decode=True)),
+        (
+            {**FULL, "yielding": (0, 1), "bench": Bench(0, True, 1),
+             "waiting": (Waiting(0, True, 2),)},
+            Plan(preempt=1, begin=1, decode=True),
+        ),
+        # What the bench claims is free for those of a higher priority only.
+        (
+            {"num_free": 1, "num_running": 3, "bench": Bench(9, True, 0),
+             "waiting": (Waiting(0, True, 1), Waiting(0, True, 1))},
+            Plan(begin=1, decode=True),
+        ),
+        (
+            {"num_free": 1, "num_running": 3, "bench": Bench(9, True, 1), "returning": (0,)},
+            Plan(decode=True),
+        ),
+        # While somebody decodes, prefill has to have credit.
+        (
+            {"num_free": 3, "num_running": 1, "bench": Bench(9, True)},
+            Plan(decode=True),
+        ),
+        (
+            {"num_free": 3, "num_running": 1, "bench": Bench(9, True),
+             "prefill_credit_s": 1e-9},
+            Plan(prefill=8, decode=True),
+        ),
+        ({"bench": Bench(9, True), "prefill_credit_s": -1.0}, Plan(prefill=8)),
+    ],
+)  # fmt: skip
+def test_plan(load: dict[str, object], expected: Plan) -> None:
+    assert _plan(**load) == expected
+
+
+def test_only_an_empty_plan_is_idle() -> None:
+    assert Plan().idle
+    busy = (Plan(restore=1), Plan(begin=1), Plan(seat=True), Plan(join=True))
+    assert not any(p.idle for p in (*busy, Plan(prefill=1), Plan(decode=True)))
+
+
+@dataclass
+class Job:
+    """A stream to be: its prompt, its tokens, and after how many it pauses for how many turns."""
+
+    number: int
+    arrives: int
+    priority: int
+    prompt: int
+    score: bool
+    tokens: int
+    pauses_at: int | None
+    away: int
+    begun: bool = False
+
+    @property
+    def place(self) -> tuple[int, int]:
+        return -self.priority, self.number
+
+    @property
+    def ready(self) -> bool:
+        """Whether it could join the batch at once."""
+        return self.begun or not self.prompt
+
+
+@dataclass
+class World:
+    """What the engine does with a plan, with numbers in place of a model."""
+
+    slots: int
+    span: int
+    coming: list[Job]
+    turn: int = 0
+    waiting: list[Job] = field(default_factory=list)
+    running: list[Job] = field(default_factory=list)
+    paused: list[Job] = field(default_factory=list)
+    bench: Job | None = None
+    pushed: int = 0
+    credit_s: float = 0.0
+    seated: list[Job] = field(default_factory=list)
+    preempted: int = 0
+
+    def returning(self) -> list[Job]:
+        return sorted((job for job in self.paused if job.away <= 0), key=lambda j: -j.priority)
+
+    def yielding(self) -> list[Job]:
+        return sorted(self.running, key=lambda job: job.place, reverse=True)
+
+    def load(self) -> Load:
+        arrived = [job for job in self.coming if job.arrives <= self.turn]
+        self.coming = [job for job in self.coming if job.arrives > self.turn]
+        self.waiting = sorted(self.waiting + arrived, key=lambda job: job.place)
+        self.turn += 1
+        bench = self.bench
+        return Load(
+            num_running=len(self.running),
+            num_free=self.slots - len(self.running),
+            yielding=tuple(job.priority for job in self.yielding()),
+            returning=tuple(job.priority for job in self.returning()),
+            waiting=tuple(
+                Waiting(0 if job.ready else job.prompt, not job.score, job.priority)
+                for job in self.waiting[: self.slots + 1]
+            ),
+            bench=bench and Bench(bench.prompt - self.pushed, not bench.score, bench.priority),
+            prefill_room=self.span - self.pushed % self.span,
+            prefill_credit_s=self.credit_s,
+        )
+
+    def execute(self, todo: Plan, decode_s: float, token_s: float) -> float:
+        """Does one turn and returns how long its prefill took."""
+        back, parked = self.returning()[: todo.restore], self.yielding()[: todo.preempt]
+        self.running = [job for job in self.running if job not in parked]
+        self.waiting = sorted(self.waiting + parked, key=lambda job: job.place)
+        self.paused = [job for job in self.paused if job not in back]
+        joined = list(back)
+        for _ in range(todo.begin):
+            job = self.waiting.pop(0)
+            assert job.ready and job not in parked
+            self._begin(job)
+            joined.append(job)
+        if todo.join:
+            assert self.bench is not None
+            assert self.pushed == self.bench.prompt
+            joined.append(self.bench)
+            self.bench = None
+        self.running += joined
+        # Everyone who gave way did so for somebody of a higher priority.
+        highest = sorted(joined, key=lambda job: -job.priority)
+        assert len(parked) <= len(joined)
+        assert all(p.priority < j.priority for p, j in zip(parked[::-1], highest, strict=False))
+        self.preempted += len(parked)
+        if todo.prefill:
+            assert self.bench is not None
+            assert self.pushed // self.span == (self.pushed + todo.prefill - 1) // self.span
+            self.pushed += todo.prefill
+            if self.bench.score and self.pushed == self.bench.prompt:
+                self.bench = None
+        if todo.seat and not self.waiting[0].ready:
+            assert self.bench is None
+            self.bench, self.pushed = self.waiting.pop(0), 0
+            self._begin(self.bench)
+        assert len(self.running) <= self.slots
+        if todo.decode:
+            assert self.running
+            for job in self.running:
+                job.tokens -= 1
+        self.paused += [job for job in self.running if job.tokens and job.tokens == job.pauses_at]
+        self.running = [job for job in self.running if job.tokens and job not in self.paused]
+        for job in self.paused:
+            job.away -= 1
+        prefill_s = todo.prefill * token_s
+        self.credit_s = next_credit(self.credit_s, 0.5, prefill_s, decode_s if todo.decode else 0.0)
+        return prefill_s
+
+    def _begin(self, job: Job) -> None:
+        if not job.begun:
+            self.seated.append(job)
+        job.begun = True
+
+
+@st.composite
+def jobs(draw: st.DrawFn, priorities: tuple[int, ...]) -> list[Job]:
+    made, arrives = [], 0
+    for number in range(draw(st.integers(1, 12))):
+        prompt = draw(st.sampled_from([0, 0, 1, 3, 7, 8, 9, 30]))
+        arrives += draw(st.sampled_from([0, 0, 0, 1, 5]))
+        job = Job(
+            number=number,
+            arrives=arrives,
+            priority=draw(st.sampled_from(priorities)),
+            prompt=prompt,
+            score=draw(st.booleans()) and prompt > 0,
+            tokens=draw(st.integers(1, 12)),
+            pauses_at=draw(st.none() | st.integers(1, 11)),
+            away=draw(st.integers(0, 9)),
+        )
+        made.append(job)
+    return made
+
+
+def _serve(world: World, token_s: float) -> None:
+    """Turns until everybody was served."""
+    for _ in range(5000):
+        load = world.load()
+        todo = plan(load)
+        if todo.idle:
+            # With nobody running there is no reason to wait for anybody but a reader.
+            assert not world.running
+            assert not world.waiting
+            assert world.bench is None
+            assert not load.returning
+            if not world.paused and not world.coming:
+                return
+        assert todo.restore + todo.begin + todo.join <= load.num_free + todo.preempt
+        world.execute(todo, decode_s=1.0, token_s=token_s)
+    raise AssertionError(f"not done after 5000 turns: {world}")
+
+
+@given(jobs((0,)), st.integers(1, 4), st.integers(1, 9), st.floats(0, 3))
+def test_everybody_is_served_in_order(
+    jobs: list[Job], slots: int, span: int, token_s: float
+) -> None:
+    world = World(slots, span, jobs)
+    _serve(world, token_s)
+    assert world.seated == jobs
+    assert not world.preempted
+
+
+@given(jobs((-1, 0, 0, 7)), st.integers(1, 4), st.integers(1, 9), st.floats(0, 3))
+def test_priorities_go_first_and_within_one_nothing_changes(
+    jobs: list[Job], slots: int, span: int, token_s: float
+) -> None:
+    world = World(slots, span, jobs)
+    _serve(world, token_s)
+    assert len(world.seated) == len(jobs)
+    for priority in (-1, 0, 7):
+        own = [job.number for job in world.seated if job.priority == priority]
+        assert own == sorted(own)
+    # No ping-pong: whoever takes a slot does so once, and once more after a pause; the lowest of
+    # three priorities can be displaced for it, and what was displaced may displace once more.
+    taking = sum(1 + (job.pauses_at is not None) for job in jobs if job.priority > -1)
+    assert world.preempted <= 2 * taking
+
+
+PRIORITIES = st.integers(-2, 2)
+
+
+@given(
+    st.integers(0, 4),
+    st.lists(PRIORITIES, max_size=4).map(sorted),
+    st.lists(PRIORITIES, max_size=3).map(lambda them: sorted(them, reverse=True)),
+    st.lists(PRIORITIES, max_size=6).map(lambda them: sorted(them, reverse=True)),
+    st.none() | st.builds(Bench, st.sampled_from([0, 5]), st.booleans(), PRIORITIES),
+)
+def test_nobody_ready_waits_behind_a_lower_priority(
+    free: int, running: list[int], returning: list[int], waiting: list[int], bench: Bench | None
+) -> None:
+    todo = _plan(
+        num_running=len(running),
+        num_free=free,
+        yielding=tuple(running),
+        returning=tuple(returning),
+        waiting=tuple(Waiting(0, True, priority) for priority in waiting),
+        bench=bench,
+    )
+    left = [*returning[todo.restore :], *waiting[todo.begin :]]
+    if bench is not None and bench.joins and not bench.left and not todo.join:
+        left.append(bench.priority)
+    joined = [*returning[: todo.restore], *waiting[: todo.begin]]
+    joined += [bench.priority] if bench is not None and todo.join else []
+    kept = running[todo.preempt :]
+    assert len(kept) + len(joined) <= len(running) + free
+    assert max(left, default=-9) <= min([*kept, *joined], default=9)
+    # Nobody is parked for a slot that is free, unless the bench has a claim to that.
+    claimed = bench is not None and bench.joins and not todo.join
+    assert not todo.preempt or len(joined) - todo.preempt >= free - claimed
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.75])
+def test_prefill_gets_its_share_of_the_time(share: float) -> None:
+    """Endless prompts beside endless streams; a chunk takes three times a decode step."""
+    credit_s = prefill_s = decode_s = 0.0
+    for _ in range(3000):
+        todo = _plan(num_running=3, num_free=1, bench=Bench(8, True), prefill_credit_s=credit_s)
+        assert todo.decode
+        spent = 0.03 if todo.prefill else 0.0
+        credit_s = next_credit(credit_s, share, spent, 0.01)
+        prefill_s += spent
+        decode_s += 0.01
+    assert prefill_s / (prefill_s + decode_s) == pytest.approx(share, rel=0.02)
+
+
+def test_credit_that_nobody_used_does_not_become_a_burst() -> None:
+    credit_s = 0.0
+    for _ in range(1000):
+        credit_s = next_credit(credit_s, 0.5, 0.0, 0.01)
+    assert 0 < credit_s <= 0.01
+
+
+def test_prefill_that_kept_nobody_waiting_is_not_held_against_it() -> None:
+    """After a long prompt on an empty engine, the next prompt must not wait as long again."""
+    credit_s = 0.0
+    for _ in range(100):
+        credit_s = next_credit(credit_s, 0.5, 1.0, 0.0)
+    assert next_credit(credit_s, 0.5, 0.0, 0.01) > 0

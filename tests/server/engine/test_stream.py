@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import asyncio
+from array import array
+
+import numpy as np
+import pytest
+
+from server.engine.events import Finish, FinishReason, Request
+from server.engine.kv_cache import Parked
+from server.engine.stream import Past, Stream, Terms
+from server.sessions.subscriber import Reader, Received
+
+KEPT = Terms("s", keep_s=60.0)
+
+
+async def _stream(
+    past: Past | None = None, received: Received | None = None, **fields: object
+) -> Stream:
+    request = Request(np.array([256, 7, 8]), **{"max_tokens": 50, **fields})  # type: ignore[arg-type]
+    reader = Reader(request, asyncio.get_running_loop(), received=received or Received())
+    return Stream(KEPT, request, reader, past or Past(array("B")))
+
+
+@pytest.mark.parametrize(
+    ("fields", "tokens", "reason", "text"),
+    [
+        ({}, b"abc", None, "abc"),
+        ({"max_tokens": 3}, b"abc", FinishReason.MAX_TOKENS, "abc"),
+        ({"end_token": 0}, b"ab\0", FinishReason.END, "ab"),
+        ({"stop_tokens": frozenset(b"cd")}, b"abc", FinishReason.STOP, "ab"),
+        ({"stop": ("bc",)}, b"abc", FinishReason.STOP, "a"),
+        # What happens with the last token that is allowed has other reasons, too.
+        ({"max_tokens": 3, "stop": ("bc",)}, b"abc", FinishReason.STOP, "a"),
+        ({"max_tokens": 3, "end_token": 99}, b"abc", FinishReason.END, "ab"),
+        ({"end_token": 99, "stop_tokens": frozenset(b"c")}, b"abc", FinishReason.STOP, "ab"),
+        (
+            {"end_token": 99, "stop_tokens": frozenset(b"c"), "include_stop": True},
+            b"abc",
+            FinishReason.STOP,
+            "ab",  # the end token is never sent
+        ),
+        (
+            {"stop_tokens": frozenset(b"c"), "include_stop": True},
+            b"abc",
+            FinishReason.STOP,
+            "abc",
+        ),
+        ({"end_token": 99, "include_stop": True}, b"abc", FinishReason.END, "ab"),
+        ({"stop": ("bc",), "include_stop": True}, b"abc", FinishReason.STOP, "abc"),
+        ({"stop": ("ab",), "min_tokens": 1}, b"ab", FinishReason.STOP, ""),
+        ({"stop": ("ab", "c"), "min_tokens": 2}, b"abc", FinishReason.STOP, "ab"),
+        ({"max_tokens": 3, "complete_at": 5}, b"abc", FinishReason.END, ""),
+        ({"max_tokens": 3, "complete_at": 6}, b"abc", FinishReason.MAX_TOKENS, ""),
+    ],
+)
+async def test_why_a_stream_ends(
+    fields: dict[str, object], tokens: bytes, reason: FinishReason | None, text: str
+) -> None:
+    stream = await _stream(**fields)
+    taken = [stream.accept_token(token, 5.0) for token in tokens]
+    assert [why for _, why in taken] == [*[None] * (len(tokens) - 1), reason]
+    assert "".join(piece for piece, _ in taken) == text
+    assert (stream.generated, stream.last_token) == (len(tokens), tokens[-1])
+
+
+async def test_the_first_step_pushes_the_last_token_of_the_prompt() -> None:
+    stream = await _stream()
+    assert stream.unpushed(0).tolist() == [256, 7]
+    assert stream.unpushed(1).tolist() == [7]
+    assert stream.unpushed(2).tolist() == []
+    assert stream.last_token == 8
+
+
+async def test_times_count_from_acceptance() -> None:
+    stream = await _stream()
+    at = stream.accepted_at
+    early = stream.finish(FinishReason.TIME_LIMIT, 0, at + 9)
+    assert (early.queue_s, early.first_token_s, early.total_s) == (9, 9, 9)
+    stream.started_at = at + 1
+    stream.accept_token(65, at + 3)
+    stream.accept_token(66, at + 4)
+    late = stream.finish(FinishReason.END, 77, at + 9)
+    assert (late.queue_s, late.first_token_s, late.total_s) == (1, 3, 9)
+    assert (late.generated, late.state_bytes, late.stop) == (2, 77, None)
+
+
+def _past(tokens: bytes, pushed: int, **fields: object) -> Past:
+    """Of a stream that generated `tokens`, and whose state has seen `pushed` tokens."""
+    return Past(array("B", tokens), Parked({}, pushed), **fields)  # type: ignore[arg-type]
+
+
+async def test_what_a_revived_stream_holds_follows_from_its_tokens() -> None:
+    lived = await _stream(stop=("de!",))
+    for token in "abcdé".encode()[:-1]:
+        lived.accept_token(token, 1.0)
+    revived = await _stream(_past(bytes(lived.history), pushed=2 + 5), stop=("de!",))
+    assert (
+        (revived.generated, revived.last_token) == (lived.generated, lived.last_token) == (5, 0xC3)
+    )
+    assert revived.history == lived.history
+    assert not revived.forced
+    for token in ("é".encode()[-1], *b"de!"):
+        assert revived.accept_token(token, 2.0) == lived.accept_token(token, 2.0)
+    assert revived.text.matched == "de!"
+
+
+@pytest.mark.parametrize("pushed", [0, 1, 2, 3, 4, 5])
+async def test_tokens_whose_state_is_lost_are_drawn_again_as_they_were(pushed: int) -> None:
+    parked = Parked({}, pushed) if pushed else None
+    stream = await _stream(Past(array("B", b"abc"), parked))
+    seen = max(0, pushed - 2)
+    assert bytes(stream.history) == b"abc"[:seen]
+    assert bytes(stream.forced) == b"abc"[seen:]
+    assert stream.last_token == (b"abc"[seen - 1] if seen else 8)
+    assert stream.to_prefill == max(0, 2 - pushed)
+
+
+@pytest.mark.parametrize(
+    ("received", "forced"),
+    [
+        (Received(tokens=6, last_ids=tuple(b"cdef")), b"cdef"),
+        (Received(tokens=6, last_ids=tuple(b"abcdef")), b"cdef"),
+        (Received(tokens=6, last_ids=tuple(b"ef")), b""),  # nobody knows what stands between
+        (Received(tokens=2, last_ids=tuple(b"ab")), b""),
+        (Received(tokens=5), b""),
+    ],
+)
+async def test_a_reader_knows_what_follows_a_snapshot(received: Received, forced: bytes) -> None:
+    stream = await _stream(_past(b"ab", pushed=4), received)
+    assert bytes(stream.forced) == forced
+
+
+async def test_lost_logprobs_of_the_prompt_are_made_again() -> None:
+    told = Received(prompt_logprobs=1)
+    stream = await _stream(_past(b"ab", pushed=4), told, prompt_logprobs=0)
+    assert stream.parked is None
+    assert stream.to_prefill == 2
+    assert bytes(stream.forced) == b"ab"
+    complete = await _stream(_past(b"ab", pushed=4), Received(prompt_logprobs=2), prompt_logprobs=0)
+    assert complete.parked is not None
+
+
+@pytest.mark.parametrize(
+    ("fields", "tokens", "reason", "stop", "text"),
+    [
+        ({}, "aé".encode()[:-1], FinishReason.MAX_TOKENS, None, "a\ufffd"),
+        ({}, "aé".encode()[:-1], FinishReason.PAUSED, None, "a"),
+        ({"stop": ("bc",)}, b"abc", FinishReason.STOP, "bc", "a"),
+        ({"stop": ("bc",), "include_stop": True}, b"abc", FinishReason.STOP, "bc", "abc"),
+        ({"stop": ("bcd",)}, b"abc", FinishReason.MAX_TOKENS, None, "abc"),
+        ({"stop": ("bcd",)}, b"abc", FinishReason.PAUSED, None, "a"),
+    ],
+)
+async def test_the_backlog_of_a_stream_that_ended_is_all_that_was_said(
+    fields: dict[str, object], tokens: bytes, reason: FinishReason, stop: str | None, text: str
+) -> None:
+    finish = Finish(reason, stop, len(tokens), 0, 0, 0, 0)
+    stream = await _stream(_past(tokens, 2 + len(tokens), finish=finish), **fields)
+    assert stream.ended
+    assert (bytes(stream.backlog.tokens), stream.backlog.text) == (tokens, text)

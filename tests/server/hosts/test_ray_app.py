@@ -1,0 +1,78 @@
+"""The parts of the Ray home that need no cluster; tests/e2e has the rest."""
+
+from __future__ import annotations
+
+import socket
+from types import SimpleNamespace
+from typing import Any
+
+import grpc
+import pytest
+
+from concertina.v1 import generation_service_pb2 as pb
+from concertina.v1 import model_service_pb2 as model_pb
+from server.hosts.ray_environment import GRPC_HOST
+from server.ops.ports import free_ports
+
+app: Any = pytest.importorskip("server.hosts.ray_app")
+
+
+def replica(**parts: object) -> Any:
+    """A replica that has only these parts."""
+    found = object.__new__(app.Replica)
+    vars(found).update(_engines={}, _watcher=None, _keeper=None, **parts)
+    return found
+
+
+class Refusing:
+    """A servicer that refuses every call, as ours does: it sets a status and returns nothing."""
+
+    async def refuse(self, request: object, context: Any) -> None:
+        context.set_code(grpc.StatusCode.NOT_FOUND)
+
+    Score = GetModel = refuse
+
+
+def test_a_dead_engine_makes_a_replica_unhealthy() -> None:
+    ours = replica()
+    ours._engines = {"a": SimpleNamespace(alive=True, close=lambda: None)}
+    ours.check_health()
+    ours._engines["b"] = SimpleNamespace(alive=False, close=lambda: None)
+    with pytest.raises(RuntimeError, match="the engine of b has died"):
+        ours.check_health()
+
+
+async def test_ray_gets_a_response_even_for_a_refused_call() -> None:
+    ours, codes = replica(_generation=Refusing(), _models=Refusing()), []
+    context: Any = SimpleNamespace(set_code=codes.append)
+    assert await ours.Score(pb.ScoreRequest(), context) == pb.ScoreResponse()
+    assert await ours.GetModel(model_pb.GetModelRequest(), context) == model_pb.GetModelResponse()
+    assert codes == [grpc.StatusCode.NOT_FOUND] * 2
+
+
+@pytest.fixture
+def add_address(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What opens the port of a gRPC server in Ray's processes, once we have had our say."""
+    from ray.serve._private import default_impl
+
+    monkeypatch.setattr(default_impl, "add_grpc_address", default_impl.add_grpc_address)
+    monkeypatch.setenv(GRPC_HOST, "127.0.0.1")
+    assert app.bind_grpc_to_host() == []
+    return default_impl.add_grpc_address
+
+
+def test_ray_opens_its_port_on_our_address(add_address: Any) -> None:
+    (port,) = free_ports(1)
+    opened: list[str] = []
+    add_address(SimpleNamespace(add_insecure_port=opened.append), f"[::]:{port}")
+    assert opened == [f"127.0.0.1:{port}"]
+
+
+def test_a_port_of_another_server_is_not_shared(add_address: Any) -> None:
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        # RuntimeError is what makes Ray Serve try the next port.
+        with pytest.raises(RuntimeError, match="is taken"):
+            add_address(None, f"[::]:{other.getsockname()[1]}")

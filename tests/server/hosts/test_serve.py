@@ -1,0 +1,43 @@
+"""What `serve` refuses before it starts anything."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+
+from server.config import ConfigError
+from server.errors import BundleError
+from server.hosts.serve import serve
+from server.ops.ports import PortTaken, free_ports
+
+
+def test_a_tampered_bundle_names_the_file(image_bundle: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(image_bundle, bundle)
+    content = bytearray((bundle / "fold.onnx").read_bytes())
+    content[len(content) // 2] ^= 1
+    (bundle / "fold.onnx").write_bytes(content)
+    with pytest.raises(BundleError, match=r"fold\.onnx"):
+        serve([image_bundle, bundle], local=True)
+
+
+@pytest.mark.parametrize(("option", "other"), [("port", "metrics_port"), ("metrics_port", "port")])
+def test_a_taken_port_names_the_option(option: str, other: str, image_bundle: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        ports = {option: taken.getsockname()[1], other: free_ports(1)[0]}
+        with pytest.raises(PortTaken, match=f"--{option.replace('_', '-')}"):
+            serve([image_bundle], local=True, **ports)
+
+
+def test_no_bundle_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="bundles holds no bundle"):
+        serve(local=True)
+
+
+def test_a_setting_out_of_range(image_bundle: Path) -> None:
+    with pytest.raises(ConfigError, match="slots is 0"):
+        serve([image_bundle], slots=0, local=True)

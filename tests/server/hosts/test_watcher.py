@@ -1,0 +1,398 @@
+"""Bundles that come, change and go while their server answers."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import shutil
+import threading
+import time
+import weakref
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from prometheus_client import REGISTRY
+
+from concertina.v1 import generation_service_pb2 as pb
+from concertina.v1 import generation_service_pb2_grpc as generation_grpc
+from concertina.v1 import model_service_pb2 as model_pb
+from concertina.v1 import model_service_pb2_grpc as model_grpc
+from server.bundles.bundle import load_bundle
+from server.config import EngineConfig, ServeConfig
+from server.engine.engine import Engine
+from server.hosts.local import make_server
+from server.hosts.watcher import Watcher
+from server.ops.ports import free_ports
+from server.snapshots.sealer import Sealer
+from server.snapshots.snapshots import Keeper
+from server.snapshots.store import Store
+from tests.server.bundle_folders import damage, put
+from tests.server.engines import LIMIT_S, Gate, until
+
+TEXT, IMAGE = "tiny-text", "tiny-image"
+CONFIG = EngineConfig(threads=1, slots=2, snapshot_interval=8)
+LOOKS_S = 0.3  # enough for many looks
+SEALER = Sealer([bytes(range(32))])
+
+
+@dataclass
+class Home:
+    """A server that watches a directory, and calls of it."""
+
+    directory: Path
+    watcher: Watcher
+    generation: Any
+    models: Any
+    health: Any
+
+    @property
+    def engines(self) -> dict[str, Engine]:
+        return self.watcher.engines
+
+    def stream(self, model: str, tokens: int = 20, **fields: Any) -> Any:
+        stopping = pb.StoppingCriteria(max_tokens=tokens, ignore_eos=True)
+        sampling = {"seed": 5}
+        request = pb.GenerateRequest(model=model, stopping=stopping, sampling=sampling, **fields)
+        return self.generation.Generate(request, timeout=LIMIT_S)
+
+    async def generate(self, model: str) -> list[pb.GenerateResponse]:
+        return [event async for event in self.stream(model)]
+
+    async def listed(self) -> dict[str, str]:
+        """Fingerprints of the models by name."""
+        response = await self.models.ListModels(model_pb.ListModelsRequest(), timeout=LIMIT_S)
+        return {model.manifest.name: model.manifest.fingerprint for model in response.models}
+
+    async def serves(self, **fingerprints: str) -> None:
+        """Waits until these models are listed, and no others."""
+        wanted = {name.replace("_", "-"): value for name, value in fingerprints.items()}
+        await until(lambda: _listed(self.engines) == wanted)
+        assert await self.listed() == wanted
+
+
+def _listed(engines: dict[str, Engine]) -> dict[str, str]:
+    return {name: engine.bundle.manifest.fingerprint for name, engine in engines.items()}
+
+
+Start = Callable[..., Awaitable[Home]]
+
+
+@pytest.fixture
+async def keeper(tmp_path: Path) -> AsyncIterator[Keeper]:
+    keeper = Keeper(Store(f"file://{tmp_path}/store"), SEALER, 60.0)
+    yield keeper
+    keeper.close(LIMIT_S)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    (tmp_path / "bundles").mkdir()
+    return tmp_path / "bundles"
+
+
+@pytest.fixture
+async def start(directory: Path, keeper: Keeper) -> AsyncIterator[Start]:
+    """Starts servers of the directory; in the end none of their threads may be left."""
+    homes: list[tuple[Watcher, grpc.aio.Server, grpc.aio.Channel]] = []
+    before = set(threading.enumerate())
+
+    async def start(drain_seconds: int = 60) -> Home:
+        (port,) = free_ports(1)
+        config = ServeConfig((), directory, port=port, drain_seconds=drain_seconds, engine=CONFIG)
+        watcher = Watcher(config, {}, keeper, period_s=0.02)
+        server = make_server(config, watcher.engines, keeper, watcher.leaving)
+        channel = grpc.aio.insecure_channel(config.address)
+        homes.append((watcher, server, channel))
+        watcher.start()
+        await server.start()
+        generation: Any = generation_grpc.GenerationServiceStub(channel)
+        models: Any = model_grpc.ModelServiceStub(channel)
+        health: Any = health_pb2_grpc.HealthStub(channel)
+        return Home(directory, watcher, generation, models, health)
+
+    yield start
+    for watcher, server, channel in homes:
+        await channel.close()
+        await watcher.stop()
+        watcher.close()
+        await server.stop(None)
+    left = [t.name for t in set(threading.enumerate()) - before if t.name.startswith("engine-")]
+    assert not left
+
+
+async def refused(call: Any) -> tuple[str, str]:
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await call.read()
+    return raised.value.code().name, str(raised.value.details())
+
+
+def tokens(events: list[pb.GenerateResponse]) -> list[int]:
+    return [token for event in events for token in event.tokens.ids]
+
+
+def names(events: list[pb.GenerateResponse]) -> list[str]:
+    """Kinds of events, without repetition."""
+    kinds = [str(event.WhichOneof("event")) for event in events]
+    return [kind for at, kind in enumerate(kinds) if kind not in kinds[:at]]
+
+
+async def rest(call: Any) -> list[pb.GenerateResponse]:
+    async with asyncio.timeout(LIMIT_S):
+        return [event async for event in call]
+
+
+def reserved(model: str) -> float:
+    labels = {"model_name": model}
+    return REGISTRY.get_sample_value("concertina_state_buffer_bytes", labels) or 0.0
+
+
+async def test_a_server_may_start_with_nothing(
+    start: Start, directory: Path, text_bundle: Path
+) -> None:
+    home = await start()
+    status = await home.health.Check(health_pb2.HealthCheckRequest(), timeout=LIMIT_S)
+    assert status.status == health_pb2.HealthCheckResponse.SERVING
+    assert await home.listed() == {}
+    for model in ("", TEXT):
+        assert (await refused(home.stream(model)))[0] == "NOT_FOUND"
+    fingerprint = put(text_bundle, directory / "a")
+    await home.serves(tiny_text=fingerprint)
+    assert names(await home.generate("")) == ["accepted", "tokens", "finished"]
+
+
+async def test_a_bundle_comes_while_a_stream_runs(
+    start: Start, directory: Path, text_bundle: Path, image_bundle: Path
+) -> None:
+    text = put(text_bundle, directory / "a")
+    home = await start()
+    alone = await home.generate(TEXT)
+    with Gate(home.engines[TEXT]) as gate:
+        running = home.stream(TEXT)
+        await gate.held("step")
+        gate.let(5)
+        image = put(image_bundle, directory / "b")
+        await home.serves(tiny_text=text, tiny_image=image)
+        assert names(await home.generate(IMAGE)) == ["accepted", "tokens", "finished"]
+        gate.let(float("inf"))
+        assert tokens(await rest(running)) == tokens(alone)
+
+
+async def test_a_bundle_that_goes_ends_its_streams_well(
+    start: Start, directory: Path, text_bundle: Path, image_bundle: Path
+) -> None:
+    put(text_bundle, directory / "a")
+    image = put(image_bundle, directory / "b")
+    home = await start()
+    alone = await home.generate(TEXT)
+    engine = home.engines[TEXT]
+    with Gate(engine) as gate:
+        running = home.stream(TEXT)
+        await gate.held("step")
+        shutil.rmtree(directory / "a")
+        await home.serves(tiny_image=image)
+        status, details = await refused(home.stream(TEXT))
+        assert status == "NOT_FOUND" and IMAGE in details
+        await asyncio.sleep(LOOKS_S)
+        assert engine.alive and reserved(TEXT)
+        gate.let(float("inf"))
+        assert tokens(await rest(running)) == tokens(alone)
+    await until(lambda: not home.watcher.leaving)
+    assert not engine.alive and not reserved(TEXT)
+    assert names(await home.generate(IMAGE)) == ["accepted", "tokens", "finished"]
+    gone = weakref.ref(engine._loop.runtime)
+    del engine, gate
+    await until(lambda: (gc.collect(), gone() is None)[1])
+
+
+async def test_those_who_do_not_end_in_time_are_told(
+    start: Start, directory: Path, text_bundle: Path, keeper: Keeper
+) -> None:
+    """What is kept and stored goes on wherever the same bundle is; what is not, ends."""
+    put(text_bundle, directory / "a")
+    home = await start(drain_seconds=0)
+    alone = tokens(await home.generate(TEXT))
+    engine = home.engines[TEXT]
+    with Gate(engine) as gate:
+        plain, kept = home.stream(TEXT), home.stream(TEXT, keep={"seconds": 60})
+        await gate.held("step")
+        await until(lambda: len(engine._loop.sessions) == 2)
+        gate.let(5)
+        await gate.held("step")
+        shutil.rmtree(directory / "a")
+        await home.serves()
+        await until(lambda: engine._loop._inbox)  # it is to hand over
+        gate.let(2)  # it publishes at the end of a turn
+        had = await rest(kept)
+        await until(lambda: engine._loop._closing)
+        gate.let(float("inf"))
+        told = await rest(plain)
+    assert names(told)[-1] == "error" and "taken down" in told[-1].error.message
+    assert names(had)[-1] == "handed_over"
+    await until(lambda: not home.watcher.leaving)
+    resume = pb.ResumeRequest(
+        stream_id=had[0].accepted.stream_id,
+        after_sequence=had[-1].sequence,
+        received=[pb.Received(tokens=len(tokens(had)))],
+    )
+    status, _ = await refused(home.generation.Resume(resume, timeout=LIMIT_S))
+    assert status == "NOT_FOUND"
+    fingerprint = put(text_bundle, directory / "again")
+    await home.serves(tiny_text=fingerprint)
+    more = await rest(home.generation.Resume(resume, timeout=LIMIT_S))
+    assert tokens(had) + tokens(more) == alone
+    assert names(more)[-1] == "finished"
+
+
+async def test_an_upgrade_ends_what_began_before_it_on_the_old_bundle(
+    start: Start, directory: Path, text_bundle: Path
+) -> None:
+    old = put(text_bundle, directory / "a")
+    home = await start(drain_seconds=3)
+    alone = tokens(await home.generate(TEXT))
+    before = home.engines[TEXT]
+    with Gate(before) as gate:
+        running = home.stream(TEXT, keep={"seconds": 60})
+        await gate.held("step")
+        new = put(text_bundle, directory / "a", version="2")
+        await home.serves(tiny_text=new)
+        assert reserved(TEXT) == 2 * before._loop.runtime.nbytes
+        assert (await home.generate(TEXT))[0].accepted.fingerprint == new
+        accepted = await running.read()
+        assert accepted.accepted.fingerprint == old
+        running.cancel()
+        stream_id = accepted.accepted.stream_id
+        gate.let(float("inf"))
+        resume = pb.ResumeRequest(stream_id=stream_id, after_sequence=1)
+        back = await rest(home.generation.Resume(resume, timeout=LIMIT_S))
+        assert tokens(back) == alone and names(back)[-1] == "finished"
+    await until(lambda: not home.watcher.leaving)
+    assert not before.alive and home.engines[TEXT].alive
+    assert reserved(TEXT) == home.engines[TEXT]._loop.runtime.nbytes
+    status, details = await refused(home.generation.Resume(resume, timeout=LIMIT_S))
+    assert status == "DATA_LOSS" and "another bundle" in details
+
+
+@pytest.mark.parametrize("version", ["", "2"])
+async def test_a_bundle_that_cannot_be_used_takes_nothing_down(
+    start: Start,
+    directory: Path,
+    text_bundle: Path,
+    image_bundle: Path,
+    version: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Damaged, or no graph; in place of one that was served, or new."""
+    text = put(text_bundle, directory / "a")
+    home = await start()
+    engine = home.engines[TEXT]
+    with caplog.at_level(logging.ERROR, logger="server"):
+        put(text_bundle, directory / "a", version, graph=b"not a graph")
+        put(image_bundle, directory / "b", version)
+        damage(directory / "b")
+        await until(lambda: len(caplog.records) >= 2)
+        await asyncio.sleep(LOOKS_S)
+    reasons = " ".join(record.getMessage() + (record.exc_text or "") for record in caplog.records)
+    assert len(caplog.records) == 2
+    assert "step.onnx has" in reasons and "step.onnx cannot be loaded" in reasons
+    assert home.engines == {TEXT: engine}
+    assert names(await home.generate(TEXT)) == ["accepted", "tokens", "finished"]
+    assert await home.listed() == {TEXT: text}
+    text = put(text_bundle, directory / "a", version="3")
+    image = put(image_bundle, directory / "b")
+    await home.serves(tiny_text=text, tiny_image=image)
+
+
+async def test_of_two_with_one_name_the_first_stays(
+    start: Start, directory: Path, text_bundle: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = put(text_bundle, directory / "b")
+    home = await start()
+    with caplog.at_level(logging.ERROR, logger="server"):
+        second = put(text_bundle, directory / "a", version="2")
+        await until(lambda: caplog.records)
+        await asyncio.sleep(LOOKS_S)
+    (record,) = caplog.records
+    assert f"{directory / 'a'} is named 'tiny-text', as is" in record.getMessage()
+    await home.serves(tiny_text=first)
+    shutil.rmtree(directory / "b")
+    await home.serves(tiny_text=second)
+
+
+async def test_a_folder_may_get_another_name(
+    start: Start, directory: Path, text_bundle: Path
+) -> None:
+    put(text_bundle, directory / "a")
+    home = await start()
+    engine = home.engines[TEXT]
+    (directory / "a").rename(directory / "b")
+    await asyncio.sleep(LOOKS_S)
+    assert home.engines == {TEXT: engine} and engine.alive and not home.watcher.leaving
+    shutil.rmtree(directory / "b")
+    await until(lambda: not home.engines)
+
+
+async def test_a_directory_that_cannot_be_read_changes_nothing(
+    start: Start, directory: Path, text_bundle: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = put(text_bundle, directory / "a")
+    home = await start()
+    with caplog.at_level(logging.ERROR, logger="server"):
+        directory.rename(directory.with_name("away"))
+        await until(lambda: caplog.records)
+        await asyncio.sleep(LOOKS_S)
+    (record,) = caplog.records
+    assert "cannot be read" in record.getMessage()
+    await home.serves(tiny_text=text)
+    directory.with_name("away").rename(directory)
+    shutil.rmtree(directory / "a")
+    await until(lambda: not home.engines)
+
+
+async def test_loading_does_not_hold_up_the_loop(
+    start: Start, directory: Path, text_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_s, gaps, last = 0.5, list[float](), time.monotonic()
+
+    def slowly(folder: Path) -> Any:
+        time.sleep(load_s)
+        return load_bundle(folder)
+
+    def open_slowly(*arguments: Any) -> Engine:
+        time.sleep(load_s)
+        return Engine(*arguments)
+
+    home = await start()
+    monkeypatch.setattr("server.bundles.scanner.load_bundle", slowly)
+    monkeypatch.setattr("server.hosts.watcher.Engine", open_slowly)
+    put(text_bundle, directory / "a")
+    async with asyncio.timeout(LIMIT_S):
+        while not home.engines:
+            await asyncio.sleep(0.001)
+            gaps.append(time.monotonic() - last)
+            last += gaps[-1]
+    assert max(gaps[1:]) < load_s / 2
+
+
+async def test_whoever_stops_meanwhile_leaves_no_engine(
+    start: Start, directory: Path, text_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fixture sees to it that no thread is left."""
+    opening = threading.Event()
+
+    def open_slowly(*arguments: Any) -> Engine:
+        opening.set()
+        time.sleep(0.3)
+        return Engine(*arguments)
+
+    home = await start()
+    monkeypatch.setattr("server.hosts.watcher.Engine", open_slowly)
+    put(text_bundle, directory / "a")
+    await until(opening.is_set)
+    await home.watcher.stop()
+    assert list(home.engines) == [TEXT]

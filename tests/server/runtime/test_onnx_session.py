@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from server.bundles.bundle import Bundle
+from server.engine.kv_cache import Cache, Parked
+from server.errors import BundleError
+from server.runtime.host_state import Extent
+from server.runtime.onnx_session import Runtime
+
+Logits = Callable[[list[int]], npt.NDArray[np.float64]]
+SLOTS, TOLERANCE = 4, 1e-4
+
+
+@pytest.fixture
+def runtime(bundle: Bundle) -> Runtime:
+    """Its dead entries are not even numbers: one that is read spoils everything it touches."""
+    runtime = Runtime(bundle, SLOTS + 1, threads=1)
+    for tensor in bundle.manifest.state:
+        if len(tensor.shape) == 3:
+            runtime._rows.buffers[tensor.name].fill(np.nan)
+    return runtime
+
+
+def _tokens(bundle: Bundle, rng: np.random.Generator, length: int) -> list[int]:
+    vocabulary = bundle.manifest.vocabulary
+    start = vocabulary + int(rng.integers(1 + len(bundle.manifest.labels)))
+    return [start, *rng.integers(vocabulary, size=length - 1).tolist()]
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 8])
+def test_prefill_in_chunks_gives_the_logits_of_the_model(
+    bundle: Bundle, runtime: Runtime, exact_logits: Callable[[Bundle], Logits], chunk: int
+) -> None:
+    tokens = _tokens(bundle, np.random.default_rng(chunk), bundle.context)
+    cache = Cache(bundle, runtime, SLOTS)
+    cache.seat()
+    got: list[npt.NDArray[np.float32]] = []
+    while len(got) < len(tokens):
+        part = tokens[len(got) :][: min(chunk, cache.block_room)]
+        got += [row.copy() for row in cache.prefill(np.array(part), logits=True)]
+    assert np.abs(np.array(got) - exact_logits(bundle)(tokens)).max() < TOLERANCE
+
+
+def test_prefill_gives_no_logits_unless_they_are_asked_for(runtime: Runtime) -> None:
+    assert runtime.prefill(0, np.array([1, 2]), 0, 0).shape[0] == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_streams_that_come_and_go_get_the_logits_of_the_model(
+    bundle: Bundle, runtime: Runtime, exact_logits: Callable[[Bundle], Logits], seed: int
+) -> None:
+    """Twelve streams pass through four slots: prefilled or not, parked, restored, and moved."""
+    rng = np.random.default_rng(seed)
+    model = exact_logits(bundle)
+    cache = Cache(bundle, runtime, SLOTS)
+    prompts = [_tokens(bundle, rng, int(rng.integers(9, bundle.context + 1))) for _ in range(12)]
+    expected = [model(tokens) for tokens in prompts]
+    coming, rows, away = list(range(12)), list[int](), list[tuple[Parked, int]]()
+
+    def leave(row: int) -> None:
+        moved = cache.leave(row)
+        last = rows.pop()
+        assert (moved is None) == (row == len(rows))
+        if moved is not None:
+            rows[row] = last
+
+    while coming or rows or away:
+        if away and cache.num_free and rng.random() < 0.3:
+            parked, stream = away.pop(int(rng.integers(len(away))))
+            cache.restore(parked)
+            rows.append(stream)
+        if coming and cache.num_free and rng.random() < 0.5:
+            stream = coming.pop()
+            if rng.random() < 0.3:
+                cache.begin()
+            else:
+                cache.seat()
+                ahead = int(rng.integers(1, len(prompts[stream])))
+                while cache.bench_pushed < ahead:
+                    at = cache.bench_pushed
+                    end = min(ahead, at + min(cache.block_room, int(rng.integers(1, 9))))
+                    cache.prefill(np.array(prompts[stream][at:end]))
+                cache.join()
+            rows.append(stream)
+        if not rows:
+            continue
+        if rng.random() < 0.15:
+            row = int(rng.integers(len(rows)))
+            away.append((cache.park(row), rows[row]))
+            leave(row)
+            continue
+        seen = cache.pushed.tolist()
+        logits = cache.step(np.array([prompts[s][n] for s, n in zip(rows, seen, strict=True)]))
+        for row, (stream, n) in enumerate(zip(rows, seen, strict=True)):
+            assert np.abs(logits[row] - expected[stream][n]).max() < TOLERANCE, (stream, n)
+        ended = {row for row, s in enumerate(rows) if cache.pushed[row] == len(prompts[s])}
+        cache.fold(ended)
+        for row in sorted(ended, reverse=True):
+            leave(row)
+
+
+def test_state_read_and_written_is_the_same_state(bundle: Bundle, runtime: Runtime) -> None:
+    runtime.reset(0)
+    runtime.prefill(0, np.arange(5), 0, 0)
+    far = Extent(entries=5, tokens=5)
+    state = runtime.read(0, far)
+    runtime.write(3, far, state)
+    again = runtime.read(3, far)
+    assert all(np.array_equal(state[name], again[name]) for name in state)
+    runtime.prefill(0, np.arange(2), 5, 5)
+    assert all(np.array_equal(state[name], again[name]) for name in state), "a copy, not a view"
+    kept = sum(values.nbytes for values in state.values())
+    assert kept == sum(bundle.state_bytes(5).values())
+
+
+def test_buffers_are_as_large_as_promised(bundle: Bundle) -> None:
+    assert Runtime(bundle, 3, threads=1).nbytes == 3 * bundle.max_state_bytes
+
+
+@pytest.mark.parametrize("name", ["step.onnx", "fold.onnx"])
+def test_a_graph_that_is_none_is_refused_by_name(text: Bundle, tmp_path: Path, name: str) -> None:
+    for path in text.folder.iterdir():
+        content = b"no graph" if path.name == name else path.read_bytes()
+        (tmp_path / path.name).write_bytes(content)
+    with pytest.raises(BundleError, match=name):
+        Runtime(replace(text, folder=tmp_path), 1)
