@@ -10,15 +10,16 @@ import numpy.typing as npt
 from PIL import Image
 
 from concertina.v1 import generation_service_pb2 as pb
+from server.arrays import Ints
 from server.bundles.bundle import Bundle
 from server.errors import InvalidRequest
-from server.runtime.onnx_session import Ints
+from server.request import Prompt, prompt_of
 
 _MAX_PNG_BYTES = 1 << 20
 
 
-def prompt_tokens(bundle: Bundle, prompt: pb.Prompt, *, room: int) -> Ints:
-    """The start token, then the prompt's tokens.
+def prompt_tokens(bundle: Bundle, prompt: pb.Prompt, *, room: int) -> Prompt:
+    """The prompt's tokens, behind the start token of its label.
 
     `room` is the number of tokens that must be left to generate. Raises InvalidRequest naming the
     field, the value and the limit.
@@ -45,7 +46,7 @@ def prompt_tokens(bundle: Bundle, prompt: pb.Prompt, *, room: int) -> Ints:
             f"prompt has {len(ids)} tokens, the limit is {limit}: "
             f"{bundle.name} has a context of {bundle.context} tokens{kept}"
         )
-    return np.concatenate(([_start_token(bundle, prompt)], ids))
+    return prompt_of(_start_token(bundle, prompt), ids, bundle.typecode)
 
 
 def _start_token(bundle: Bundle, prompt: pb.Prompt) -> int:

@@ -15,16 +15,13 @@ import os
 import re
 import secrets
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from server.auth.file_stamp import stamp
 from server.errors import KeysError, Unauthenticated
-
-if TYPE_CHECKING:
-    from server.api.context import Context
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _PREFIX: Final = "concertina-"  # by which scanners find secrets that lie where they should not
@@ -111,12 +108,12 @@ class Callers:
         self._stamp = None if path is None else stamp(path)
         self._keys = () if path is None else read_keys(path)
 
-    def of(self, context: Context) -> Caller:
-        """Who made the call. Raises Unauthenticated."""
+    def of(self, metadata: Iterable[tuple[str, str | bytes]]) -> Caller:
+        """Who made the call that carried this `metadata`. Raises Unauthenticated."""
         if self._path is None:
             return ANYONE
         self._refresh(self._path)
-        given = [value for key, value in context.invocation_metadata() if key == _HEADER]
+        given = [value for key, value in metadata if key == _HEADER]
         if len(given) != 1 or not str(given[0]).lower().startswith(_SCHEME):
             raise Unauthenticated(
                 "this server wants one API key: metadata `authorization: Bearer KEY`"

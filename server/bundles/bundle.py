@@ -55,6 +55,11 @@ class Bundle:
         """How `array.array` keeps tokens of this bundle, in as few bytes as they need."""
         return next(c for c in "BHI" if self.manifest.vocabulary <= 1 << 8 * array(c).itemsize)
 
+    def label_of(self, start_token: int) -> str | None:
+        """The label that a start token stands for; None for the one without."""
+        index = start_token - self.manifest.vocabulary - 1
+        return self.manifest.labels[index] if index >= 0 else None
+
     @property
     def step_path(self) -> Path:
         """The graph that pushes and attends."""

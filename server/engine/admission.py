@@ -14,9 +14,9 @@ from operator import add
 from concertina.bundle import resources
 from concertina.v1 import bundle_pb2 as pb
 from server.config import EngineConfig
-from server.engine.events import Request
 from server.engine.stream import Stream
 from server.errors import InvalidRequest, Overloaded, RequestError
+from server.request import Request
 
 _SHORTEST_WAIT_S, _LONGEST_WAIT_S = 0.1, 30.0
 _UNKNOWN_INTERVAL_S = 1.0
@@ -108,7 +108,7 @@ def weigh(manifest: pb.Manifest, requests: Sequence[Request]) -> tuple[Weight, .
     return tuple(
         Weight(
             streams=1,
-            queue_tokens=0 if r is not first and r.prompt is first.prompt else len(r.prompt) - 1,
+            queue_tokens=0 if r is not first and r.prompt is first.prompt else len(r.prompt),
             state_bytes=resources.peak_state_bytes(manifest, r.last_position),
         )
         for r in requests
@@ -164,6 +164,11 @@ class Ledger:
     def full(self, now: float) -> Refusal | None:
         """Why not one stream more is taken on, whatever it may ask for."""
         return self._refusal(Weight(streams=1), now)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it holds nothing."""
+        return not self._weights and self.held == Weight()
 
     def began(self, stream: Stream) -> None:
         """Work on the stream begins: its prompt is in the queue no longer."""

@@ -28,7 +28,7 @@ from ray.serve.grpc_util import RayServegRPCContext
 from concertina.v1 import generation_service_pb2 as pb
 from concertina.v1 import model_service_pb2 as model_pb
 from concertina.v1 import session_service_pb2 as session_pb
-from server.api.health import HealthServicer, is_serving, wait_until_serving
+from server.api.health import is_serving, wait_until_serving
 from server.config import ServeConfig
 from server.hosts.haproxy import wait_for_replicas
 from server.hosts.ray_environment import (
@@ -74,32 +74,27 @@ class Replica:
 
     def __init__(self, config: ServeConfig) -> None:
         # Proxies import this module too, and have no use for an engine.
-        from server.api.generation import GenerationServicer, ModelServicer, open_engines
-        from server.api.sessions import SessionServicer
-        from server.auth.api_keys import Callers
+        from server.api.servicers import make_servicers
         from server.hosts.watcher import Watcher
-        from server.sessions.registry import Sessions
-        from server.snapshots.snapshots import open_keeper
+        from server.sessions.served_model import serve_bundles
+        from server.snapshots.writer import open_writer
 
         log_to_stderr()
-        self._watcher: Watcher | None = None  # what `__del__` finds if the next lines fail
-        self._keeper = open_keeper(config.snapshots, config.snapshot_ttl)
-        self._engines = open_engines(config.bundles, config.engine, self._keeper)
-        self._watcher = Watcher(config, self._engines, self._keeper)
-        self._watcher.start()
-        callers = Callers(config.keys)
-        sessions = Sessions(self._engines, self._keeper, self._watcher.leaving)
-        self._generation = GenerationServicer(sessions, callers)
-        self._sessions = SessionServicer(sessions, callers)
+        self.watcher: Watcher | None = None  # what `__del__` finds if the next lines fail
+        self.snapshots = open_writer(config.snapshots, config.snapshot_ttl)
+        self.served = serve_bundles(config.bundles, config.engine, self.snapshots)
+        self.watcher = Watcher(config, self.served, self.snapshots)
+        self.watcher.start()
+        services = make_servicers(config.keys, self.served, self.snapshots, self.watcher.leaving)
+        self.generation, self.sessions = services.generation, services.sessions
+        self.models, self.health = services.models, services.health
         before_shutdown(self._hand_over)
-        self._models = ModelServicer(self._engines, callers)
-        self._health = HealthServicer(self._engines)
 
     async def Generate(
         self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext
     ) -> AsyncIterator[pb.GenerateResponse]:
         """GenerationService.Generate."""
-        async for response in self._generation.Generate(request, grpc_context):
+        async for response in self.generation.Generate(request, grpc_context):
             yield response
         _tell_status(grpc_context)
 
@@ -107,7 +102,7 @@ class Replica:
         self, request: pb.ResumeRequest, grpc_context: RayServegRPCContext
     ) -> AsyncIterator[pb.GenerateResponse]:
         """GenerationService.Resume."""
-        async for response in self._generation.Resume(request, grpc_context):
+        async for response in self.generation.Resume(request, grpc_context):
             yield response
         _tell_status(grpc_context)
 
@@ -115,19 +110,19 @@ class Replica:
         self, request: pb.ScoreRequest, grpc_context: RayServegRPCContext
     ) -> pb.ScoreResponse:
         """GenerationService.Score."""
-        return await self._generation.Score(request, grpc_context) or pb.ScoreResponse()
+        return await self.generation.Score(request, grpc_context) or pb.ScoreResponse()
 
     async def Pause(
         self, request: session_pb.PauseRequest, grpc_context: RayServegRPCContext
     ) -> session_pb.PauseResponse:
         """SessionService.Pause."""
-        return await self._sessions.Pause(request, grpc_context) or session_pb.PauseResponse()
+        return await self.sessions.Pause(request, grpc_context) or session_pb.PauseResponse()
 
     async def Continue(
         self, request: session_pb.ContinueRequest, grpc_context: RayServegRPCContext
     ) -> AsyncIterator[pb.GenerateResponse]:
         """SessionService.Continue."""
-        async for response in self._sessions.Continue(request, grpc_context):
+        async for response in self.sessions.Continue(request, grpc_context):
             yield response
         _tell_status(grpc_context)
 
@@ -135,13 +130,13 @@ class Replica:
         self, request: session_pb.ForkRequest, grpc_context: RayServegRPCContext
     ) -> session_pb.ForkResponse:
         """SessionService.Fork."""
-        return await self._sessions.Fork(request, grpc_context) or session_pb.ForkResponse()
+        return await self.sessions.Fork(request, grpc_context) or session_pb.ForkResponse()
 
     async def Export(
         self, request: session_pb.ExportRequest, grpc_context: RayServegRPCContext
     ) -> AsyncIterator[session_pb.ExportResponse]:
         """SessionService.Export."""
-        async for response in self._sessions.Export(request, grpc_context):
+        async for response in self.sessions.Export(request, grpc_context):
             yield response
         _tell_status(grpc_context)
 
@@ -151,64 +146,64 @@ class Replica:
         grpc_context: RayServegRPCContext,
     ) -> session_pb.ImportResponse:
         """SessionService.Import."""
-        return await self._sessions.Import(requests, grpc_context) or session_pb.ImportResponse()
+        return await self.sessions.Import(requests, grpc_context) or session_pb.ImportResponse()
 
     async def Delete(
         self, request: session_pb.DeleteRequest, grpc_context: RayServegRPCContext
     ) -> session_pb.DeleteResponse:
         """SessionService.Delete."""
-        return await self._sessions.Delete(request, grpc_context) or session_pb.DeleteResponse()
+        return await self.sessions.Delete(request, grpc_context) or session_pb.DeleteResponse()
 
     async def ListSessions(
         self, request: session_pb.ListSessionsRequest, grpc_context: RayServegRPCContext
     ) -> session_pb.ListSessionsResponse:
         """SessionService.ListSessions."""
-        listed = await self._sessions.ListSessions(request, grpc_context)
+        listed = await self.sessions.ListSessions(request, grpc_context)
         return listed or session_pb.ListSessionsResponse()
 
     async def ListModels(
         self, request: model_pb.ListModelsRequest, grpc_context: RayServegRPCContext
     ) -> model_pb.ListModelsResponse:
         """ModelService.ListModels."""
-        listed = await self._models.ListModels(request, grpc_context)
+        listed = await self.models.ListModels(request, grpc_context)
         return listed or model_pb.ListModelsResponse()
 
     async def GetModel(
         self, request: model_pb.GetModelRequest, grpc_context: RayServegRPCContext
     ) -> model_pb.GetModelResponse:
         """ModelService.GetModel."""
-        return await self._models.GetModel(request, grpc_context) or model_pb.GetModelResponse()
+        return await self.models.GetModel(request, grpc_context) or model_pb.GetModelResponse()
 
     async def Check(
         self, request: health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext
     ) -> health_pb2.HealthCheckResponse:
         """grpc.health.v1.Health.Check."""
-        return await self._health.Check(request, grpc_context)
+        return await self.health.Check(request, grpc_context)
 
     async def Watch(
         self, request: health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext
     ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
         """grpc.health.v1.Health.Watch."""
-        async for response in self._health.Watch(request, grpc_context):
+        async for response in self.health.Watch(request, grpc_context):
             yield response
 
     def check_health(self) -> None:
         """Raise when an engine has died, so that Ray Serve replaces this replica."""
-        if dead := [name for name, engine in list(self._engines.items()) if not engine.alive]:
+        if dead := [name for name, model in list(self.served.items()) if not model.alive]:
             raise RuntimeError(f"the engine of {', '.join(dead)} has died")
 
     async def _hand_over(self) -> None:
         from server.sessions.registry import hand_over
 
-        if self._watcher is not None:
-            await self._watcher.stop()
-            await hand_over(self._watcher.running, self._keeper)
+        if self.watcher is not None:
+            await self.watcher.stop()
+            await hand_over(self.watcher.running, self.snapshots)
 
     def __del__(self) -> None:
-        if self._watcher is not None:
-            self._watcher.close()
-        if self._keeper is not None:
-            self._keeper.close(_FLUSH_SECONDS)
+        if self.watcher is not None:
+            self.watcher.close()
+        if self.snapshots is not None:
+            self.snapshots.close(_FLUSH_SECONDS)
 
 
 def _tell_status(context: RayServegRPCContext) -> None:

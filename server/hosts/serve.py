@@ -25,7 +25,7 @@ from server.config import ConfigError, EngineConfig, Provider, ServeConfig, TlsC
 from server.hosts.ray_environment import HAPROXY_PROGRAM, switches
 from server.ops.ports import free_ports, require_free
 from server.ops.signals import interrupt_on_stop_signals
-from server.snapshots.snapshots import open_store
+from server.snapshots.writer import open_store
 
 BUNDLES: Final = Path("bundles")
 _PROMPT: Final = "def "

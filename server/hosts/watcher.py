@@ -12,9 +12,9 @@ from pathlib import Path
 from server.bundles.bundle import Bundle
 from server.bundles.scanner import Survey
 from server.config import ServeConfig
-from server.engine.engine import Engine
 from server.sessions.registry import hand_over
-from server.snapshots.snapshots import Keeper
+from server.sessions.served_model import ServedModel
+from server.snapshots.writer import SnapshotWriter
 
 _log = logging.getLogger(__name__)
 _POLL_S = 0.1
@@ -28,13 +28,13 @@ class _Change:
     """
 
     homes: Mapping[str, Path]
-    opened: Mapping[str, Engine] = field(default_factory=dict)
+    opened: Mapping[str, ServedModel] = field(default_factory=dict)
 
 
 class Watcher:
     """Opens an engine for every whole bundle in `config.watch`, and closes it when the bundle goes.
 
-    Nobody else changes `engines`, nor `leaving`: the engines that are sent nothing new and finish
+    Nobody else changes `models`, nor `leaving`: the engines that are sent nothing new and finish
     what they began. Both change between two steps of the event loop; what takes time runs on
     another thread. A bundle that cannot be used takes nothing down: what was served before stays.
     Without a directory to watch, everything stays as it is.
@@ -43,16 +43,16 @@ class Watcher:
     def __init__(
         self,
         config: ServeConfig,
-        engines: dict[str, Engine],
-        keeper: Keeper | None,
+        models: dict[str, ServedModel],
+        snapshots: SnapshotWriter | None,
         period_s: float = 1.0,
     ) -> None:
-        self.engines = engines
-        self.leaving: set[Engine] = set()
+        self.models = models
+        self.leaving: set[ServedModel] = set()
         self._directory = config.watch
         self._config = config.engine
         self._drain_s = config.drain_seconds
-        self._keeper = keeper
+        self._snapshots = snapshots
         self._period_s = period_s
         self._homes: Mapping[str, Path] = {}
         self._unusable: dict[Path, Bundle] = {}  # that no engine could be opened for
@@ -87,9 +87,9 @@ class Watcher:
             engine.close()
 
     @property
-    def running(self) -> list[Engine]:
+    def running(self) -> list[ServedModel]:
         """Every engine that has not been closed."""
-        return [*self.engines.values(), *self.leaving]
+        return [*self.models.values(), *self.leaving]
 
     async def _watch(self, survey: Survey) -> None:
         while not await self._has_stopped():
@@ -133,16 +133,16 @@ class Watcher:
                 _log.error("not taken: %s is named %r, as is %s", folder, name, first.folder)
         return wanted
 
-    def _opened(self, wanted: Mapping[str, Bundle]) -> dict[str, Engine]:
-        opened: dict[str, Engine] = {}
+    def _opened(self, wanted: Mapping[str, Bundle]) -> dict[str, ServedModel]:
+        opened: dict[str, ServedModel] = {}
         for name, bundle in wanted.items():
-            running = self.engines.get(name)
+            running = self.models.get(name)
             if running is not None and _is_same(running.bundle, bundle):
                 continue
             if self._stopping.is_set() or self._unusable.get(bundle.folder) is bundle:
                 continue
             try:
-                opened[name] = Engine(bundle, self._config, self._keeper)
+                opened[name] = ServedModel(bundle, self._config, self._snapshots)
             except Exception:
                 _log.exception("not taken: %s cannot be loaded", bundle.folder)
                 self._unusable[bundle.folder] = bundle
@@ -154,26 +154,26 @@ class Watcher:
         self._homes = change.homes
         for name, engine in change.opened.items():
             _log.info("serving %s of %s", _title(engine.bundle), engine.bundle.folder)
-            if name in self.engines:
-                self._dismiss(self.engines[name])
-            self.engines[name] = engine
-        for name in self.engines.keys() - change.homes.keys():
-            self._dismiss(self.engines.pop(name))
+            if name in self.models:
+                self._dismiss(self.models[name])
+            self.models[name] = engine
+        for name in self.models.keys() - change.homes.keys():
+            self._dismiss(self.models.pop(name))
 
-    def _dismiss(self, engine: Engine) -> None:
+    def _dismiss(self, engine: ServedModel) -> None:
         _log.info("%s leaves; its streams have %g s to end", _title(engine.bundle), self._drain_s)
         self.leaving.add(engine)
         drain = asyncio.create_task(self._drain(engine))
         self._drains.add(drain)
         drain.add_done_callback(self._drains.discard)
 
-    async def _drain(self, engine: Engine) -> None:
+    async def _drain(self, engine: ServedModel) -> None:
         """Close an engine once it holds no session, or has had its time."""
         with suppress(TimeoutError):
             async with asyncio.timeout(self._drain_s):
                 while engine.holds_sessions:
                     await asyncio.sleep(_POLL_S)
-        await hand_over([engine], self._keeper)
+        await hand_over([engine], self._snapshots)
         await asyncio.to_thread(engine.close)
         self.leaving.discard(engine)
         _log.info("%s is gone", _title(engine.bundle))

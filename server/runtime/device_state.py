@@ -16,7 +16,8 @@ import onnxruntime as ort
 
 from concertina.bundle.resources import ELEMENT_TYPES
 from concertina.v1 import bundle_pb2 as pb
-from server.runtime.host_state import NEXT, NOTHING, Extent, State
+from server.arrays import State
+from server.runtime.host_state import EMPTY, NEXT, StateLength
 
 _PART = "part."
 
@@ -60,10 +61,10 @@ class DeviceRows:
         self,
         session: ort.InferenceSession,
         rows: Sequence[int],
-        begins: Sequence[Extent],
-        ends: Sequence[Extent],
+        begins: Sequence[StateLength],
+        ends: Sequence[StateLength],
     ) -> None:
-        """Run the fold graph on what `rows` hold between two extents."""
+        """Run the fold graph on what `rows` hold between two lengths."""
         parts = self._take(rows, begins, ends)
         io = session.io_binding()
         for value in session.get_inputs():
@@ -71,7 +72,8 @@ class DeviceRows:
         parts |= self._run(session, io, NEXT)
         # A stack has one entry for the part now, a history as many rows as before.
         folded = [
-            Extent(begin.entries + 1, end.tokens) for begin, end in zip(begins, ends, strict=True)
+            StateLength(begin.entries + 1, end.tokens)
+            for begin, end in zip(begins, ends, strict=True)
         ]
         self._put(rows, begins, folded, parts)
 
@@ -82,14 +84,14 @@ class DeviceRows:
             for t in self._tensors.values()
             if t.kind == pb.STATE_KIND_RECURRENT
         }
-        self.write(row, NOTHING, initial)
+        self.write(row, EMPTY, initial)
 
-    def move(self, source: int, target: int, extent: Extent) -> None:
+    def move(self, source: int, target: int, length: StateLength) -> None:
         """See HostRows."""
-        parts = self._take([source], [NOTHING], [extent])
-        self._put([target], [NOTHING], [extent], parts)
+        parts = self._take([source], [EMPTY], [length])
+        self._put([target], [EMPTY], [length], parts)
 
-    def read(self, row: int, end: Extent, begin: Extent) -> State:
+    def read(self, row: int, end: StateLength, begin: StateLength) -> State:
         """See HostRows. Copies to the host."""
         state: State = {}
         for name, part in self._take([row], [begin], [end]).items():
@@ -101,21 +103,27 @@ class DeviceRows:
             state[name] = values.copy()
         return state
 
-    def write(self, row: int, end: Extent, state: State) -> None:
+    def write(self, row: int, end: StateLength, state: State) -> None:
         """See HostRows. Copies from the host; what `state` does not name is put back as it was."""
-        parts = self._take([row], [NOTHING], [end])
+        parts = self._take([row], [EMPTY], [end])
         for name, values in state.items():
             if values.size:
                 element = ELEMENT_TYPES[self._tensors[name].data_type]
                 parts[name] = np.ascontiguousarray(values[None], element)
-        self._put([row], [NOTHING], [end], parts)
+        self._put([row], [EMPTY], [end], parts)
 
-    def _take(self, rows: Sequence[int], begins: Sequence[Extent], ends: Sequence[Extent]) -> Parts:
+    def _take(
+        self, rows: Sequence[int], begins: Sequence[StateLength], ends: Sequence[StateLength]
+    ) -> Parts:
         io = self._bind(self._take_session, rows, begins, ends)
         return self._run(self._take_session, io, _PART)
 
     def _put(
-        self, rows: Sequence[int], begins: Sequence[Extent], ends: Sequence[Extent], parts: Parts
+        self,
+        rows: Sequence[int],
+        begins: Sequence[StateLength],
+        ends: Sequence[StateLength],
+        parts: Parts,
     ) -> None:
         io = self._bind(self._put_session, rows, begins, ends)
         for name, part in parts.items():
@@ -131,8 +139,8 @@ class DeviceRows:
         self,
         session: ort.InferenceSession,
         rows: Sequence[int],
-        begins: Sequence[Extent],
-        ends: Sequence[Extent],
+        begins: Sequence[StateLength],
+        ends: Sequence[StateLength],
     ) -> ort.IOBinding:
         places = list(zip(begins, ends, strict=True))
         index = {

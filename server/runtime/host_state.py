@@ -15,18 +15,15 @@ import numpy.typing as npt
 
 from concertina.bundle.resources import ELEMENT_TYPES
 from concertina.v1 import bundle_pb2 as pb
-
-Ints = npt.NDArray[np.int64]
-State = dict[str, npt.NDArray[np.generic]]
-"""The state of one stream, stacks and histories cut to what is valid."""
+from server.arrays import Ints, State
 
 NEXT = "next."
 """What the graphs put before the name of a state tensor that they give back."""
 
 
 @dataclass(frozen=True)
-class Extent:
-    """How far the state of a stream reaches."""
+class StateLength:
+    """How long the state of a stream is."""
 
     entries: int
     """Valid entries of every stack."""
@@ -34,12 +31,12 @@ class Extent:
     """Rows of every history."""
 
 
-NOTHING = Extent(0, 0)
+EMPTY = StateLength(0, 0)
 
-_FOLDED_BYTES = 8 << 20
-"""Of what is folded at once: about what the caches hold."""
-_KEPT_BYTES = 4 * _FOLDED_BYTES
-"""Of memory for what folds that is kept for the next time: a carry may take half of a history."""
+FOLDED_BYTES = 8 << 20
+"""Most bytes that are folded at once: about what the processor's caches hold."""
+KEPT_BYTES = 4 * FOLDED_BYTES
+"""Most bytes of memory for folding that are kept for the next fold."""
 
 
 class HostRows:
@@ -71,20 +68,24 @@ class HostRows:
         return self.buffers[name][row:].ctypes.data
 
     def fold(
-        self, session: Any, rows: Sequence[int], begins: Sequence[Extent], ends: Sequence[Extent]
+        self,
+        session: Any,
+        rows: Sequence[int],
+        begins: Sequence[StateLength],
+        ends: Sequence[StateLength],
     ) -> None:
-        """Run the fold graph of an onnxruntime `session` on what `rows` hold between extents."""
+        """Run the fold graph of an onnxruntime `session` on what `rows` hold between lengths."""
         layouts = set(self._layouts.values())
         numbers = {layout: _numbers(*layout, rows, begins, ends) for layout in layouts}
         size = sum(
             numbers[self._layouts[value.name]][0].size * self._lines[value.name][0].nbytes
             for value in session.get_inputs()
         )
-        together = max(1, _FOLDED_BYTES // size)
+        together = max(1, FOLDED_BYTES // size)
         for first in range(0, len(rows), together):
             some = {layout: n[first : first + together] for layout, n in numbers.items()}
             self._fold(session, {name: some[layout] for name, layout in self._layouts.items()})
-        if size > _KEPT_BYTES:
+        if size > KEPT_BYTES:
             self._taken.clear()
 
     def _fold(self, session: Any, numbers: dict[str, Ints]) -> None:
@@ -100,7 +101,7 @@ class HostRows:
     def _take(self, name: str, numbers: Ints) -> npt.NDArray[np.generic]:
         """The lines of those `numbers[B, heads, entries]`, as the graphs take them.
 
-        In memory that stays: what was given back to the system is slow to get again.
+        In memory that is kept: what was given back to the system is slow to get again.
         """
         lines, taken = self._lines[name], self._taken.get(name)
         if taken is None or len(taken) < numbers.size:
@@ -121,25 +122,25 @@ class HostRows:
             if tensor.kind == pb.STATE_KIND_RECURRENT:
                 self.buffers[tensor.name][row] = tensor.initial
 
-    def move(self, source: int, target: int, extent: Extent) -> None:
-        """Copy a stream's state, which reaches as far as `extent`, to another row."""
+    def move(self, source: int, target: int, length: StateLength) -> None:
+        """Copy a stream's state, which is as long as `length`, to another row."""
         for tensor in self._tensors.values():
-            part = self._part(tensor, target, NOTHING, extent)
-            part[...] = self._part(tensor, source, NOTHING, extent)
+            part = self._part(tensor, target, EMPTY, length)
+            part[...] = self._part(tensor, source, EMPTY, length)
 
-    def read(self, row: int, end: Extent, begin: Extent) -> State:
-        """A copy of a stream's state between two extents; recurrent tensors whole."""
+    def read(self, row: int, end: StateLength, begin: StateLength) -> State:
+        """A copy of a stream's state between two lengths; recurrent tensors whole."""
         return {t.name: self._part(t, row, begin, end).copy() for t in self._tensors.values()}
 
-    def write(self, row: int, end: Extent, state: State) -> None:
-        """Put those tensors of a state that reaches as far as `end` into `row`."""
+    def write(self, row: int, end: StateLength, state: State) -> None:
+        """Put those tensors of a state that is as long as `end` into `row`."""
         for name, values in state.items():
-            self._part(self._tensors[name], row, NOTHING, end)[...] = values
+            self._part(self._tensors[name], row, EMPTY, end)[...] = values
 
     def _part(
-        self, tensor: pb.StateTensor, row: int, begin: Extent, end: Extent
+        self, tensor: pb.StateTensor, row: int, begin: StateLength, end: StateLength
     ) -> npt.NDArray[np.generic]:
-        """A view of what a row holds between two extents; of a recurrent tensor, all."""
+        """A view of what a row holds between two lengths; of a recurrent tensor, all."""
         buffer: npt.NDArray[np.generic] = self.buffers[tensor.name][row]
         if tensor.kind == pb.STATE_KIND_STACK:
             return buffer[:, begin.entries : end.entries]
@@ -173,10 +174,10 @@ def _numbers(
     stacks: int,
     length: int,
     rows: Sequence[int],
-    begins: Sequence[Extent],
-    ends: Sequence[Extent],
+    begins: Sequence[StateLength],
+    ends: Sequence[StateLength],
 ) -> Ints:
-    """Lines of what `rows` hold between extents, `[B, stacks, lines]`."""
+    """Lines of what `rows` hold between lengths, `[B, stacks, lines]`."""
     match kind:
         case pb.STATE_KIND_STACK:
             first, count = [b.entries for b in begins], ends[0].entries - begins[0].entries

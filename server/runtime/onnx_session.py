@@ -1,4 +1,4 @@
-"""The only door to onnxruntime, with `device.py`: sessions, and the passes over bound state.
+"""Sessions of onnxruntime, and the passes over state that is bound to them.
 
 Shapes: `B` streams, `T` tokens.
 """
@@ -14,14 +14,12 @@ import onnxruntime as ort
 
 from concertina.bundle.resources import ELEMENT_TYPES
 from concertina.v1 import bundle_pb2 as pb
+from server.arrays import Floats, Ints, State
 from server.bundles.bundle import Bundle
 from server.config import ConfigError, Provider
 from server.errors import BundleError
 from server.runtime.device_state import DeviceRows
-from server.runtime.host_state import NEXT, NOTHING, Extent, HostRows, State
-
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float32]
+from server.runtime.host_state import EMPTY, NEXT, HostRows, StateLength
 
 _LOGITS = "logits"
 
@@ -60,18 +58,18 @@ class Runtime:
         self._tensors = list(bundle.manifest.state)
         self._step_session = _load(bundle.step_path, threads, provider)
         self._fold_session = _load(bundle.fold_path, 1, provider) if bundle.span else None
-        self._rows: HostRows | DeviceRows
+        self.rows: HostRows | DeviceRows
         if provider == "cpu":
-            self._rows = HostRows(self._tensors, rows)
+            self.rows = HostRows(self._tensors, rows)
         else:
             moves = (_load(path, 1, provider) for path in (bundle.take_path, bundle.put_path))
-            self._rows = DeviceRows(self._tensors, rows, _DEVICES[provider], *moves)
+            self.rows = DeviceRows(self._tensors, rows, _DEVICES[provider], *moves)
         self._steps: dict[tuple[int, int], _Binding] = {}
 
     @property
     def nbytes(self) -> int:
         """Bytes of all state buffers."""
-        return self._rows.nbytes
+        return self.rows.nbytes
 
     def step(self, tokens: Ints, positions: Ints, lengths: Ints) -> Floats:
         """One token for each of the first B rows: `[B]`, `[B]`, `[B]` to logits `[B, vocabulary]`.
@@ -104,28 +102,30 @@ class Runtime:
             np.arange(time if logits else 0),
         )
 
-    def fold(self, rows: Sequence[int], begins: Sequence[Extent], ends: Sequence[Extent]) -> None:
-        """Fold what each of `rows` holds between two extents; all take parts of the same size."""
-        self._rows.fold(self._fold_session, rows, begins, ends)
+    def fold(
+        self, rows: Sequence[int], begins: Sequence[StateLength], ends: Sequence[StateLength]
+    ) -> None:
+        """Fold what each of `rows` holds between two lengths; all take parts of the same size."""
+        self.rows.fold(self._fold_session, rows, begins, ends)
 
     def reset(self, row: int) -> None:
         """Give `row` the state of a stream that has not begun. What may not be read may stay."""
-        self._rows.reset(row)
+        self.rows.reset(row)
 
-    def move(self, source: int, target: int, extent: Extent) -> None:
-        """Copy a stream's state, which reaches as far as `extent`, to another row."""
-        self._rows.move(source, target, extent)
+    def move(self, source: int, target: int, length: StateLength) -> None:
+        """Copy a stream's state, which is as long as `length`, to another row."""
+        self.rows.move(source, target, length)
 
-    def read(self, row: int, end: Extent, begin: Extent = NOTHING) -> State:
-        """A copy of a stream's state, which reaches as far as `end`, from `begin` on."""
-        return self._rows.read(row, end, begin)
+    def read(self, row: int, end: StateLength, begin: StateLength = EMPTY) -> State:
+        """A copy of a stream's state, which is as long as `end`, from `begin` on."""
+        return self.rows.read(row, end, begin)
 
-    def write(self, row: int, end: Extent, state: State) -> None:
-        """Put those tensors of a state that reaches as far as `end` into `row`."""
-        self._rows.write(row, end, state)
+    def write(self, row: int, end: StateLength, state: State) -> None:
+        """Put those tensors of a state that is as long as `end` into `row`."""
+        self.rows.write(row, end, state)
 
     def _bind(self, first: int, batch: int) -> _Binding:
-        return _Binding(self._step_session, self._tensors, self._rows, first, batch)
+        return _Binding(self._step_session, self._tensors, self.rows, first, batch)
 
 
 class _Binding:

@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 
 from concertina.client import AsyncClient, resuming
-from server.api.generation import open_engines
 from server.config import EngineConfig
-from server.engine.engine import Engine
+from server.sessions.served_model import ServedModel, serve_bundles
 from server.snapshots.sealer import Sealer
-from server.snapshots.snapshots import Keeper
 from server.snapshots.store import Store
+from server.snapshots.writer import SnapshotWriter
 from tests.concertina.faults import (
     FAULTS,
     Content,
@@ -48,7 +47,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def slow_down(engine: Engine) -> None:
+def slow_down(engine: ServedModel) -> None:
     """Makes an engine take its time, so that there is something left to break."""
 
     def take_time(logits: Any, positions: Any) -> Any:
@@ -59,9 +58,9 @@ def slow_down(engine: Engine) -> None:
 
 
 @pytest.fixture(scope="module")
-def engines(text_bundle: Path, image_bundle: Path) -> Iterator[dict[str, Engine]]:
+def engines(text_bundle: Path, image_bundle: Path) -> Iterator[dict[str, ServedModel]]:
     """An engine for each of the bundles."""
-    opened = open_engines([text_bundle, image_bundle], EngineConfig(threads=1))
+    opened = serve_bundles([text_bundle, image_bundle], EngineConfig(threads=1))
 
     for engine in opened.values():
         slow_down(engine)
@@ -72,7 +71,7 @@ def engines(text_bundle: Path, image_bundle: Path) -> Iterator[dict[str, Engine]
 
 @pytest.fixture
 async def server(
-    engines: dict[str, Engine], monkeypatch: pytest.MonkeyPatch
+    engines: dict[str, ServedModel], monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Faults]:
     """Its engines hold nothing in the end: what was kept is deleted."""
     monkeypatch.setattr(resuming, "_FIRST_WAIT_S", 0.002)
@@ -139,8 +138,8 @@ async def test_another_replica_goes_on(
 ) -> None:
     """The first one dies under the stream, at the same address the second answers."""
     config = EngineConfig(threads=1, snapshot_interval=8)
-    keepers = [Keeper(Store(f"file://{tmp_path}"), SEALER, 60.0) for _ in range(2)]
-    first, second = (open_engines([text_bundle], config, keeper) for keeper in keepers)
+    keepers = [SnapshotWriter(Store(f"file://{tmp_path}"), SEALER, 60.0) for _ in range(2)]
+    first, second = (serve_bundles([text_bundle], config, keeper) for keeper in keepers)
     slow_down(first[TEXT])
     try:
         async with (

@@ -27,12 +27,11 @@ from concertina.client import (
     SnapshotRefused,
     Tokens,
 )
-from server.api.generation import open_engines
 from server.config import EngineConfig
-from server.engine.engine import Engine
+from server.sessions.served_model import ServedModel, serve_bundles
 from server.snapshots.sealer import Sealer
-from server.snapshots.snapshots import Keeper
 from server.snapshots.store import Store
+from server.snapshots.writer import SnapshotWriter
 from tests.concertina.faults import LIMIT_S, serving
 from tests.server.engines import is_empty, until
 
@@ -41,18 +40,18 @@ TEXT: dict[str, Any] = {"prompt": "An abacus", "seed": 3, "max_tokens": 20}
 
 
 @pytest.fixture(scope="module")
-def engines(text_bundle: Path) -> Iterator[dict[str, Engine]]:
+def engines(text_bundle: Path) -> Iterator[dict[str, ServedModel]]:
     """One engine of a text model."""
-    opened = open_engines([text_bundle], EngineConfig(threads=1))
+    opened = serve_bundles([text_bundle], EngineConfig(threads=1))
     yield opened
     for engine in opened.values():
         engine.close()
 
 
 @pytest.fixture
-async def address(engines: dict[str, Engine], tmp_path: Path) -> AsyncIterator[str]:
+async def address(engines: dict[str, ServedModel], tmp_path: Path) -> AsyncIterator[str]:
     """A server that holds nothing in the end."""
-    keeper = Keeper(Store(f"memory:/{tmp_path}"), SEALER, 60.0)
+    keeper = SnapshotWriter(Store(f"memory:/{tmp_path}"), SEALER, 60.0)
     async with serving(engines, keeper) as server:
         yield server.address
         await until(lambda: all(is_empty(engine) for engine in engines.values()), 10)

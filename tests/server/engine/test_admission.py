@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from array import array
 from collections.abc import Iterator
 
 import numpy as np
@@ -15,10 +14,10 @@ from concertina.bundle.resources import peak_state_bytes
 from concertina.v1 import bundle_pb2 as pb
 from server.config import EngineConfig
 from server.engine.admission import Ledger, Pace, Refusal, Weight, check, limits, weigh
-from server.engine.events import Request
-from server.engine.stream import Past, Stream, Terms
+from server.engine.stream import Stream
 from server.errors import InvalidRequest, Overloaded
-from server.sessions.subscriber import Reader
+from server.request import Lease, Request, prompt_of
+from server.sessions.subscriber import Deliveries, Subscriber
 from tests.server.engines import ask
 
 MANIFEST = pb.Manifest(name="m", fold=pb.FoldSchedule(span=4))
@@ -45,8 +44,8 @@ def test_a_stream_weighs_its_prompt_and_the_most_state_on_its_way() -> None:
 
 
 def test_outputs_of_one_prompt_queue_it_once() -> None:
-    prompt = np.arange(6)
-    outputs = weigh(MANIFEST, [Request(prompt), Request(prompt), Request(np.arange(4))])
+    prompt, other = (prompt_of(256, range(size), "B") for size in (5, 3))
+    outputs = weigh(MANIFEST, [Request(prompt), Request(prompt), Request(other)])
     assert [weight.queue_tokens for weight in outputs] == [5, 0, 3]
 
 
@@ -119,11 +118,11 @@ def test_the_books_are_exact_whatever_happens(
     for now in range(data.draw(st.integers(1, 30))):
         act = data.draw(st.sampled_from(["submit", "submit", "begin", "end"]))
         if act == "submit":
-            prompt = np.zeros(data.draw(st.integers(1, 30)), np.int64)
+            prompt = prompt_of(256, [0] * data.draw(st.integers(0, 29)), "B")
             tokens, outputs = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 3))
             wanted = Request(prompt, max_tokens=tokens)
             streams = [
-                Stream(Terms(""), wanted, Reader(wanted, loop), Past(array("B")))
+                Stream(Lease("", (wanted,)), wanted, Subscriber(wanted, loop, Deliveries()), "B")
                 for _ in range(outputs)
             ]
             before = ledger.held
@@ -146,7 +145,7 @@ def test_the_books_are_exact_whatever_happens(
         assert (
             0
             <= ledger.held.queue_tokens
-            <= min(60, sum(len(stream.request.prompt) - 1 for stream in queued))
+            <= min(60, sum(len(stream.request.prompt) for stream in queued))
         )
         assert ledger.held.state_bytes == sum(
             peak_state_bytes(MANIFEST, stream.request.last_position) for stream in open_now

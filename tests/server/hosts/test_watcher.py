@@ -23,15 +23,16 @@ from concertina.v1 import generation_service_pb2 as pb
 from concertina.v1 import generation_service_pb2_grpc as generation_grpc
 from concertina.v1 import model_service_pb2 as model_pb
 from concertina.v1 import model_service_pb2_grpc as model_grpc
+from server.api.servicers import make_servicers
 from server.bundles.bundle import load_bundle
 from server.config import EngineConfig, ServeConfig
-from server.engine.engine import Engine
 from server.hosts.local import make_server
 from server.hosts.watcher import Watcher
 from server.ops.ports import free_ports
+from server.sessions.served_model import ServedModel
 from server.snapshots.sealer import Sealer
-from server.snapshots.snapshots import Keeper
 from server.snapshots.store import Store
+from server.snapshots.writer import SnapshotWriter
 from tests.server.bundle_folders import damage, put
 from tests.server.engines import LIMIT_S, Gate, until
 
@@ -52,8 +53,8 @@ class Home:
     health: Any
 
     @property
-    def engines(self) -> dict[str, Engine]:
-        return self.watcher.engines
+    def engines(self) -> dict[str, ServedModel]:
+        return self.watcher.models
 
     def stream(self, model: str, tokens: int = 20, **fields: Any) -> Any:
         stopping = pb.StoppingCriteria(max_tokens=tokens, ignore_eos=True)
@@ -76,16 +77,16 @@ class Home:
         assert await self.listed() == wanted
 
 
-def _listed(engines: dict[str, Engine]) -> dict[str, str]:
-    return {name: engine.bundle.manifest.fingerprint for name, engine in engines.items()}
+def _listed(engines: dict[str, ServedModel]) -> dict[str, str]:
+    return {name: model.bundle.manifest.fingerprint for name, model in engines.items()}
 
 
 Start = Callable[..., Awaitable[Home]]
 
 
 @pytest.fixture
-async def keeper(tmp_path: Path) -> AsyncIterator[Keeper]:
-    keeper = Keeper(Store(f"file://{tmp_path}/store"), SEALER, 60.0)
+async def keeper(tmp_path: Path) -> AsyncIterator[SnapshotWriter]:
+    keeper = SnapshotWriter(Store(f"file://{tmp_path}/store"), SEALER, 60.0)
     yield keeper
     keeper.close(LIMIT_S)
 
@@ -97,7 +98,7 @@ def directory(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-async def start(directory: Path, keeper: Keeper) -> AsyncIterator[Start]:
+async def start(directory: Path, keeper: SnapshotWriter) -> AsyncIterator[Start]:
     """Starts servers of the directory; in the end none of their threads may be left."""
     homes: list[tuple[Watcher, grpc.aio.Server, grpc.aio.Channel]] = []
     before = set(threading.enumerate())
@@ -106,7 +107,7 @@ async def start(directory: Path, keeper: Keeper) -> AsyncIterator[Start]:
         (port,) = free_ports(1)
         config = ServeConfig((), directory, port=port, drain_seconds=drain_seconds, engine=CONFIG)
         watcher = Watcher(config, {}, keeper, period_s=0.02)
-        server = make_server(config, watcher.engines, keeper, watcher.leaving)
+        server = make_server(config, make_servicers(None, watcher.models, keeper, watcher.leaving))
         channel = grpc.aio.insecure_channel(config.address)
         homes.append((watcher, server, channel))
         watcher.start()
@@ -190,8 +191,8 @@ async def test_a_bundle_that_goes_ends_its_streams_well(
     image = put(image_bundle, directory / "b")
     home = await start()
     alone = await home.generate(TEXT)
-    engine = home.engines[TEXT]
-    with Gate(engine) as gate:
+    model = home.engines[TEXT]
+    with Gate(model) as gate:
         running = home.stream(TEXT)
         await gate.held("step")
         shutil.rmtree(directory / "a")
@@ -199,37 +200,37 @@ async def test_a_bundle_that_goes_ends_its_streams_well(
         status, details = await refused(home.stream(TEXT))
         assert status == "NOT_FOUND" and IMAGE in details
         await asyncio.sleep(LOOKS_S)
-        assert engine.alive and reserved(TEXT)
+        assert model.alive and reserved(TEXT)
         gate.let(float("inf"))
         assert tokens(await rest(running)) == tokens(alone)
     await until(lambda: not home.watcher.leaving)
-    assert not engine.alive and not reserved(TEXT)
+    assert not model.alive and not reserved(TEXT)
     assert names(await home.generate(IMAGE)) == ["accepted", "tokens", "finished"]
-    gone = weakref.ref(engine._loop.runtime)
-    del engine, gate
+    gone = weakref.ref(model.engine.runtime)
+    del model, gate
     await until(lambda: (gc.collect(), gone() is None)[1])
 
 
 async def test_those_who_do_not_end_in_time_are_told(
-    start: Start, directory: Path, text_bundle: Path, keeper: Keeper
+    start: Start, directory: Path, text_bundle: Path, keeper: SnapshotWriter
 ) -> None:
     """What is kept and stored goes on wherever the same bundle is; what is not, ends."""
     put(text_bundle, directory / "a")
     home = await start(drain_seconds=0)
     alone = tokens(await home.generate(TEXT))
-    engine = home.engines[TEXT]
-    with Gate(engine) as gate:
+    model = home.engines[TEXT]
+    with Gate(model) as gate:
         plain, kept = home.stream(TEXT), home.stream(TEXT, keep={"seconds": 60})
         await gate.held("step")
-        await until(lambda: len(engine._loop.sessions) == 2)
+        await until(lambda: len(model.table) == 2)
         gate.let(5)
         await gate.held("step")
         shutil.rmtree(directory / "a")
         await home.serves()
-        await until(lambda: engine._loop._inbox)  # it is to hand over
+        await until(lambda: model.engine.num_actions)  # it is to hand over
         gate.let(2)  # it publishes at the end of a turn
         had = await rest(kept)
-        await until(lambda: engine._loop._closing)
+        await until(lambda: model.engine.closing)
         gate.let(float("inf"))
         told = await rest(plain)
     assert names(told)[-1] == "error" and "taken down" in told[-1].error.message
@@ -261,7 +262,7 @@ async def test_an_upgrade_ends_what_began_before_it_on_the_old_bundle(
         await gate.held("step")
         new = put(text_bundle, directory / "a", version="2")
         await home.serves(tiny_text=new)
-        assert reserved(TEXT) == 2 * before._loop.runtime.nbytes
+        assert reserved(TEXT) == 2 * before.engine.runtime.nbytes
         assert (await home.generate(TEXT))[0].accepted.fingerprint == new
         accepted = await running.read()
         assert accepted.accepted.fingerprint == old
@@ -273,7 +274,7 @@ async def test_an_upgrade_ends_what_began_before_it_on_the_old_bundle(
         assert tokens(back) == alone and names(back)[-1] == "finished"
     await until(lambda: not home.watcher.leaving)
     assert not before.alive and home.engines[TEXT].alive
-    assert reserved(TEXT) == home.engines[TEXT]._loop.runtime.nbytes
+    assert reserved(TEXT) == home.engines[TEXT].engine.runtime.nbytes
     status, details = await refused(home.generation.Resume(resume, timeout=LIMIT_S))
     assert status == "DATA_LOSS" and "another bundle" in details
 
@@ -290,7 +291,7 @@ async def test_a_bundle_that_cannot_be_used_takes_nothing_down(
     """Damaged, or no graph; in place of one that was served, or new."""
     text = put(text_bundle, directory / "a")
     home = await start()
-    engine = home.engines[TEXT]
+    model = home.engines[TEXT]
     with caplog.at_level(logging.ERROR, logger="server"):
         put(text_bundle, directory / "a", version, graph=b"not a graph")
         put(image_bundle, directory / "b", version)
@@ -300,7 +301,7 @@ async def test_a_bundle_that_cannot_be_used_takes_nothing_down(
     reasons = " ".join(record.getMessage() + (record.exc_text or "") for record in caplog.records)
     assert len(caplog.records) == 2
     assert "step.onnx has" in reasons and "step.onnx cannot be loaded" in reasons
-    assert home.engines == {TEXT: engine}
+    assert home.engines == {TEXT: model}
     assert names(await home.generate(TEXT)) == ["accepted", "tokens", "finished"]
     assert await home.listed() == {TEXT: text}
     text = put(text_bundle, directory / "a", version="3")
@@ -329,10 +330,10 @@ async def test_a_folder_may_get_another_name(
 ) -> None:
     put(text_bundle, directory / "a")
     home = await start()
-    engine = home.engines[TEXT]
+    model = home.engines[TEXT]
     (directory / "a").rename(directory / "b")
     await asyncio.sleep(LOOKS_S)
-    assert home.engines == {TEXT: engine} and engine.alive and not home.watcher.leaving
+    assert home.engines == {TEXT: model} and model.alive and not home.watcher.leaving
     shutil.rmtree(directory / "b")
     await until(lambda: not home.engines)
 
@@ -363,13 +364,13 @@ async def test_loading_does_not_hold_up_the_loop(
         time.sleep(load_s)
         return load_bundle(folder)
 
-    def open_slowly(*arguments: Any) -> Engine:
+    def open_slowly(*arguments: Any) -> ServedModel:
         time.sleep(load_s)
-        return Engine(*arguments)
+        return ServedModel(*arguments)
 
     home = await start()
     monkeypatch.setattr("server.bundles.scanner.load_bundle", slowly)
-    monkeypatch.setattr("server.hosts.watcher.Engine", open_slowly)
+    monkeypatch.setattr("server.hosts.watcher.ServedModel", open_slowly)
     put(text_bundle, directory / "a")
     async with asyncio.timeout(LIMIT_S):
         while not home.engines:
@@ -385,13 +386,13 @@ async def test_whoever_stops_meanwhile_leaves_no_engine(
     """The fixture sees to it that no thread is left."""
     opening = threading.Event()
 
-    def open_slowly(*arguments: Any) -> Engine:
+    def open_slowly(*arguments: Any) -> ServedModel:
         opening.set()
         time.sleep(0.3)
-        return Engine(*arguments)
+        return ServedModel(*arguments)
 
     home = await start()
-    monkeypatch.setattr("server.hosts.watcher.Engine", open_slowly)
+    monkeypatch.setattr("server.hosts.watcher.ServedModel", open_slowly)
     put(text_bundle, directory / "a")
     await until(opening.is_set)
     await home.watcher.stop()

@@ -8,13 +8,22 @@ from prometheus_client import REGISTRY
 
 from concertina.bundle.resources import KIND_NAMES
 from server.bundles.bundle import Bundle
-from server.engine.engine import Engine
-from server.engine.events import Finish
+from server.checkpoint import Finish
 from server.errors import Overloaded
 from server.ops import metrics
-from tests.server.engines import Gate, ask, change_logits, generate, read, script, together, until
+from tests.server.engines import (
+    DrivenModel,
+    Gate,
+    ask,
+    change_logits,
+    generate,
+    read,
+    script,
+    together,
+    until,
+)
 
-Start = Callable[..., Engine]
+Start = Callable[..., DrivenModel]
 
 
 def _value(name: str, **labels: str) -> float:
@@ -47,8 +56,8 @@ def _grown(before: dict[str, float]) -> dict[str, float]:
 
 async def test_what_a_stream_counts(text: Bundle, start: Start) -> None:
     """A prompt of 11 and 10 tokens more: 21 are pushed, 11 of them in two chunks, 2 blocks fold."""
-    engine, before = start(text), _counts()
-    await generate(engine, ask(b"some prompt", max_tokens=10))
+    model, before = start(text), _counts()
+    await generate(model, ask(b"some prompt", max_tokens=10))
     await until(lambda: _value("streams_running") == 0)
     assert _grown(before) == {
         "prompt": 11,
@@ -66,50 +75,50 @@ async def test_what_a_stream_counts(text: Bundle, start: Start) -> None:
 
 
 async def test_a_step_counts_once_and_its_tokens_all(text: Bundle, start: Start) -> None:
-    engine, before = start(text), _counts()
-    with together(engine):
-        streams = [engine.submit(ask(max_tokens=5)) for _ in range(3)]
+    model, before = start(text), _counts()
+    with together(model):
+        streams = [model.submit(ask(max_tokens=5)) for _ in range(3)]
     for stream in streams:
-        await read(engine, stream)
+        await read(model, stream)
     grown = _grown(before)
     assert [grown[name] for name in ("steps", "rows", "generated", "gaps")] == [5, 15, 15, 4]
 
 
 async def test_an_idle_engine_is_no_slow_step(text: Bundle, start: Start) -> None:
-    engine, before = start(text), _counts()
+    model, before = start(text), _counts()
     for _ in range(2):
-        await generate(engine, ask(max_tokens=5))
-        await until(lambda: engine._loop.passes._last_step_at is None, limit_s=10)
+        await generate(model, ask(max_tokens=5))
+        await until(lambda: model.engine.decoding.is_resting, limit_s=10)
     assert _grown(before)["gaps"] == 2 * 4
 
 
 async def test_what_a_score_counts(text: Bundle, start: Start) -> None:
-    engine, before = start(text), _counts()
-    await generate(engine, ask(b"x" * 16, score=True))
+    model, before = start(text), _counts()
+    await generate(model, ask(b"x" * 16, score=True))
     assert _grown(before) == {
         "prompt": 16, "folds": 2, "queued": 1, "ended": 1, "chunks": 2, "scored": 1
     }  # fmt: skip
 
 
 async def test_why_streams_ended(text: Bundle, start: Start) -> None:
-    engine, before = start(text, slots=1, queue_limit=1, stream_buffer=20), _counts()
-    script(engine, b"one two".ljust(text.context))
+    model, before = start(text, slots=1, queue_limit=1, stream_buffer=20), _counts()
+    script(model, b"one two".ljust(text.context))
     for fields in ({"stop": ("two",)}, {"stop_tokens": frozenset(b"w")}, {"end_token": ord("w")}):
-        await generate(engine, ask(max_tokens=9, **fields))
-    await generate(engine, ask(max_tokens=90, time_limit_s=1e-6))
-    stalled = engine.submit(ask(max_tokens=90))
+        await generate(model, ask(max_tokens=9, **fields))
+    await generate(model, ask(max_tokens=90, time_limit_s=1e-6))
+    stalled = model.submit(ask(max_tokens=90))
     await until(lambda: stalled.paused)
-    engine.cancel(stalled)
+    model.cancel(stalled)
     await until(lambda: stalled.ended)
-    change_logits(engine, lambda logits, _: logits * np.nan)
-    await generate(engine, ask())
-    with Gate(engine) as gate:
-        streams = [engine.submit(ask()) for _ in range(2)]
+    change_logits(model, lambda logits, _: logits * np.nan)
+    await generate(model, ask())
+    with Gate(model) as gate:
+        streams = [model.submit(ask()) for _ in range(2)]
         with pytest.raises(Overloaded):
-            engine.submit(ask())
+            model.submit(ask())
         gate.let(float("inf"))
         for stream in streams:
-            await read(engine, stream)
+            await read(model, stream)
     grown = _grown(before)
     reasons = ("stop", "end", "time_limit", "cancelled", "error", "refused", "ended")
     assert [grown[why] for why in reasons] == [2, 1, 1, 1, 3, 1, 8]
@@ -126,11 +135,11 @@ async def test_what_an_engine_holds(
             **{kind: _value("state_bytes", kind=kind) for kind in KIND_NAMES.values()},
         }
 
-    engine = start(text, slots=2, stream_buffer=10)
+    model = start(text, slots=2, stream_buffer=10)
     assert _value("state_buffer_bytes") == 3 * text.max_state_bytes
-    with Gate(engine) as gate:
-        with together(engine):
-            streams = [engine.submit(ask(max_tokens=n)) for n in (12, 30, 30)]
+    with Gate(model) as gate:
+        with together(model):
+            streams = [model.submit(ask(max_tokens=n)) for n in (12, 30, 30)]
         await gate.held("step")
         await gate.let_one("step")
         await gate.let_one("step")
@@ -146,7 +155,7 @@ async def test_what_an_engine_holds(
         await gate.let_one("step")
         assert held() == {"running": 1, "waiting": 0, "paused": 2} | text.state_bytes(1)
     for stream in streams:
-        await read(engine, stream)
+        await read(model, stream)
     await until(lambda: not any(held().values()))
     assert (REGISTRY.get_sample_value("concertina_process_resident_memory_bytes") or 0) > 1e7
 
