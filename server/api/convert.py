@@ -33,7 +33,7 @@ def accepted_message(bundle: Bundle, lease: Lease, durable: bool) -> pb.Accepted
         durable=durable,
         stream_id=lease.stream_id,
         model=bundle.name,
-        fingerprint=bundle.manifest.fingerprint,
+        fingerprint=bundle.fingerprint,
         sampling=_sampling_message(request),
         stopping=_stopping_message(bundle, request),
         prompt_tokens=len(request.prompt),

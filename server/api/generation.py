@@ -89,7 +89,7 @@ class GenerationServicer(generation_grpc.GenerationServiceServicer):
                         bits_per_token=float(np.mean(event.bits)),
                         bits=event.bits,
                         model=model.bundle.name,
-                        fingerprint=model.bundle.manifest.fingerprint,
+                        fingerprint=model.bundle.fingerprint,
                     )
         finally:
             model.cancel(session)

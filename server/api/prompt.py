@@ -50,7 +50,7 @@ def prompt_tokens(bundle: Bundle, prompt: pb.Prompt, *, room: int) -> Prompt:
 
 
 def _start_token(bundle: Bundle, prompt: pb.Prompt) -> int:
-    start: int = bundle.manifest.vocabulary
+    start: int = bundle.vocabulary
     if not prompt.HasField("label"):
         return start
     labels = list(bundle.manifest.labels)
@@ -81,7 +81,7 @@ def _from_ids(bundle: Bundle, ids: object) -> Ints:
             "prompt.tokens.ids is empty: it must hold at least 1 id; "
             "leave prompt out to start from nothing"
         )
-    vocabulary = bundle.manifest.vocabulary
+    vocabulary = bundle.vocabulary
     wrong = np.flatnonzero(tokens >= vocabulary)
     if len(wrong):
         raise InvalidRequest(

@@ -48,7 +48,7 @@ def generate_request(
     if request.HasField("prompt"):
         prompt = prompt_tokens(bundle, request.prompt, room=1)
     else:
-        prompt = prompt_of(bundle.manifest.vocabulary, [], bundle.typecode)
+        prompt = prompt_of(bundle.vocabulary, [], bundle.typecode)
     _check_keep(request)
     stopping, manifest, options = request.stopping, bundle.manifest, request.output
     left = bundle.context - len(prompt)
@@ -182,7 +182,7 @@ def _processors(bundle: Bundle, request: pb.GenerateRequest) -> LogitsProcessors
         presence_penalty=presence,
     )
     forbidden = {*processors.withheld} | {w[0] for w in processors.bad_words if len(w) == 1}
-    if not set(processors.allowed or range(bundle.manifest.vocabulary)) - forbidden:
+    if not set(processors.allowed or range(bundle.vocabulary)) - forbidden:
         raise InvalidRequest(
             f"sampling.allowed_token_ids has {len(processors.allowed)} ids, and "
             "sampling.bad_words or stopping.min_tokens forbid them all: at least 1 token must be "
@@ -193,10 +193,10 @@ def _processors(bundle: Bundle, request: pb.GenerateRequest) -> LogitsProcessors
 
 def _bias(bundle: Bundle, sampling: pb.SamplingParameters) -> tuple[tuple[int, float], ...]:
     for token, bias in sampling.logit_bias.items():
-        if token >= bundle.manifest.vocabulary:
+        if token >= bundle.vocabulary:
             raise InvalidRequest(
                 f"sampling.logit_bias has id {token}; "
-                f"ids of {bundle.name} must be below {bundle.manifest.vocabulary}"
+                f"ids of {bundle.name} must be below {bundle.vocabulary}"
             )
         if not -_MAX_BIAS <= bias <= _MAX_BIAS:
             raise InvalidRequest(
@@ -235,10 +235,10 @@ def _check_strings(field: str, strings: Sequence[str], most: int, longest: int) 
 def _ids(bundle: Bundle, field: str, ids: Sequence[int]) -> tuple[int, ...]:
     """The ids without repetition, in order."""
     for index, token in enumerate(ids):
-        if token >= bundle.manifest.vocabulary:
+        if token >= bundle.vocabulary:
             raise InvalidRequest(
                 f"{field}[{index}] is {token}; "
-                f"ids of {bundle.name} must be below {bundle.manifest.vocabulary}"
+                f"ids of {bundle.name} must be below {bundle.vocabulary}"
             )
     return tuple(sorted(set(ids)))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from array import array
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +14,7 @@ from concertina.bundle import resources
 from concertina.bundle.manifest import ManifestError, read_manifest
 from concertina.bundle.resources import ELEMENT_BYTES, KIND_NAMES, Count
 from concertina.v1 import bundle_pb2 as pb
+from server.bundles.state import StateKind, StateTensor, state_tensors
 from server.errors import BundleError
 
 
@@ -29,6 +29,16 @@ class Bundle:
     def name(self) -> str:
         """Name by which requests choose it."""
         return self.manifest.name
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the very files of the bundle."""
+        return self.manifest.fingerprint
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens; ids are below it."""
+        return self.manifest.vocabulary
 
     @property
     def context(self) -> int:
@@ -91,16 +101,19 @@ class Bundle:
         return resources.entries(self.manifest, pushed)
 
     @cached_property
+    def state(self) -> tuple[StateTensor, ...]:
+        """What a stream keeps."""
+        return state_tensors(self.manifest)
+
+    @cached_property
     def stacks(self) -> frozenset[str]:
         """Names of the state tensors that are stacks."""
-        kinds = ((tensor.name, tensor.kind) for tensor in self.manifest.state)
-        return frozenset(name for name, kind in kinds if kind == pb.STATE_KIND_STACK)
+        return frozenset(t.name for t in self.state if t.kind is StateKind.STACK)
 
     @cached_property
     def recurrent(self) -> frozenset[str]:
         """Names of the state tensors that every step replaces."""
-        kinds = ((tensor.name, tensor.kind) for tensor in self.manifest.state)
-        return frozenset(name for name, kind in kinds if kind == pb.STATE_KIND_RECURRENT)
+        return frozenset(t.name for t in self.state if t.kind is StateKind.RECURRENT)
 
     def fold_size(self, pushed: int) -> tuple[int, int]:
         """Entries of every stack and rows of every history that the fold due now takes."""
@@ -131,7 +144,11 @@ class Bundle:
     @property
     def max_state_bytes(self) -> int:
         """Bytes reserved for each slot."""
-        return sum(math.prod(t.shape) * ELEMENT_BYTES[t.data_type] for t in self.manifest.state)
+        return sum(tensor.nbytes for tensor in self.state)
+
+    def peak_state_bytes(self, pushed: int) -> int:
+        """The most bytes of state that a stream needs on its way to `pushed` tokens."""
+        return resources.peak_state_bytes(self.manifest, pushed)
 
 
 def load_bundle(folder: Path) -> Bundle:

@@ -54,7 +54,7 @@ class Engine:
         self.placement = Placement(self.cache, config.stream_buffer)
         self.metrics = EngineMetrics(bundle.name)
         self.metrics.buffer_bytes(self.runtime.nbytes)
-        self.ledger = Ledger(bundle.manifest, limits(config, psutil.virtual_memory().total))
+        self.ledger = Ledger(bundle, limits(config, psutil.virtual_memory().total))
         self.decoding = Decoding(config, bundle, self.cache, self.placement, self.metrics)
         self._lock = threading.Lock()
         self.streams = StreamLifecycle(

@@ -66,7 +66,7 @@ class StreamLifecycle:
         self._metrics.started(stream.started_at - stream.accepted_at)
         request = stream.request
         if request.sampling.processors is not None:
-            vocabulary = self._bundle.manifest.vocabulary
+            vocabulary = self._bundle.vocabulary
             processors = request.sampling.processors
             stream.penalties = PenaltyState.of(processors, request.prompt, vocabulary)
             stream.penalties.recall(np.array(stream.history, np.int64))

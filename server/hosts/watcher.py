@@ -180,8 +180,8 @@ class Watcher:
 
 
 def _is_same(one: Bundle, other: Bundle) -> bool:
-    return bool(one.manifest.fingerprint == other.manifest.fingerprint)
+    return bool(one.fingerprint == other.fingerprint)
 
 
 def _title(bundle: Bundle) -> str:
-    return f"{bundle.name} {bundle.manifest.fingerprint[:16]}"
+    return f"{bundle.name} {bundle.fingerprint[:16]}"

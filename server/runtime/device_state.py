@@ -14,9 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from concertina.bundle.resources import ELEMENT_TYPES
-from concertina.v1 import bundle_pb2 as pb
 from server.arrays import State
+from server.bundles.state import StateKind, StateTensor
 from server.runtime.host_state import EMPTY, NEXT, StateLength
 
 _PART = "part."
@@ -30,7 +29,7 @@ class DeviceRows:
 
     def __init__(
         self,
-        tensors: Iterable[pb.StateTensor],
+        tensors: Iterable[StateTensor],
         rows: int,
         device: str,
         take: ort.InferenceSession,
@@ -42,7 +41,7 @@ class DeviceRows:
         # Zeros, since a kernel may multiply a dead entry by 0, and fresh memory may hold NaN.
         self._buffers = {
             t.name: ort.OrtValue.ortvalue_from_numpy(
-                np.zeros((rows, *t.shape), ELEMENT_TYPES[t.data_type]), device, 0
+                np.zeros((rows, *t.shape), t.element), device, 0
             )
             for t in self._tensors.values()
         }
@@ -80,9 +79,9 @@ class DeviceRows:
     def reset(self, row: int) -> None:
         """See HostRows."""
         initial: State = {
-            t.name: np.full(t.shape, t.initial, ELEMENT_TYPES[t.data_type])
+            t.name: np.full(t.shape, t.initial, t.element)
             for t in self._tensors.values()
-            if t.kind == pb.STATE_KIND_RECURRENT
+            if t.kind == StateKind.RECURRENT
         }
         self.write(row, EMPTY, initial)
 
@@ -96,9 +95,9 @@ class DeviceRows:
         state: State = {}
         for name, part in self._take([row], [begin], [end]).items():
             values, kind = part.numpy()[0], self._tensors[name].kind
-            if kind == pb.STATE_KIND_STACK:
+            if kind == StateKind.STACK:
                 values = values[:, : end.entries - begin.entries]
-            elif kind == pb.STATE_KIND_HISTORY:
+            elif kind == StateKind.HISTORY:
                 values = values[: end.tokens - begin.tokens]
             state[name] = values.copy()
         return state
@@ -108,7 +107,7 @@ class DeviceRows:
         parts = self._take([row], [EMPTY], [end])
         for name, values in state.items():
             if values.size:
-                element = ELEMENT_TYPES[self._tensors[name].data_type]
+                element = self._tensors[name].element
                 parts[name] = np.ascontiguousarray(values[None], element)
         self._put([row], [EMPTY], [end], parts)
 

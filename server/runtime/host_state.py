@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from concertina.bundle.resources import ELEMENT_TYPES
-from concertina.v1 import bundle_pb2 as pb
 from server.arrays import Ints, State
+from server.bundles.state import StateKind, StateTensor
 
 NEXT = "next."
 """What the graphs put before the name of a state tensor that they give back."""
@@ -44,11 +43,10 @@ class HostRows:
 
     device = "cpu"
 
-    def __init__(self, tensors: Iterable[pb.StateTensor], rows: int) -> None:
+    def __init__(self, tensors: Iterable[StateTensor], rows: int) -> None:
         self._tensors = {tensor.name: tensor for tensor in tensors}
         self.buffers: State = {
-            t.name: np.full((rows, *t.shape), t.initial, ELEMENT_TYPES[t.data_type])
-            for t in self._tensors.values()
+            t.name: np.full((rows, *t.shape), t.initial, t.element) for t in self._tensors.values()
         }
         self._layouts = {name: _layout(tensor) for name, tensor in self._tensors.items()}
         # In lines that are never cut: an entry of one head, a row of a history, all that is fixed.
@@ -94,7 +92,7 @@ class HostRows:
         for output, values in zip(session.get_outputs(), folded, strict=True):
             name = output.name.removeprefix(NEXT)
             at = numbers[name]
-            if self._tensors[name].kind == pb.STATE_KIND_STACK:
+            if self._tensors[name].kind == StateKind.STACK:
                 at = at[:, :, :1]  # the one entry that stands for the part
             self._lines[name][at] = values.reshape(*at.shape, -1)
 
@@ -110,16 +108,16 @@ class HostRows:
         lines.take(numbers.ravel(), axis=0, out=taken, mode="clip")  # others take a detour
         tensor, (batch, _, count) = self._tensors[name], numbers.shape
         shape = list(tensor.shape)
-        if tensor.kind == pb.STATE_KIND_STACK:
+        if tensor.kind == StateKind.STACK:
             shape[1] = count
-        elif tensor.kind == pb.STATE_KIND_HISTORY:
+        elif tensor.kind == StateKind.HISTORY:
             shape[0] = count
         return taken.reshape(batch, *shape)
 
     def reset(self, row: int) -> None:
         """Give `row` the state of a stream that has not begun. What may not be read may stay."""
         for tensor in self._tensors.values():
-            if tensor.kind == pb.STATE_KIND_RECURRENT:
+            if tensor.kind == StateKind.RECURRENT:
                 self.buffers[tensor.name][row] = tensor.initial
 
     def move(self, source: int, target: int, length: StateLength) -> None:
@@ -138,39 +136,39 @@ class HostRows:
             self._part(self._tensors[name], row, EMPTY, end)[...] = values
 
     def _part(
-        self, tensor: pb.StateTensor, row: int, begin: StateLength, end: StateLength
+        self, tensor: StateTensor, row: int, begin: StateLength, end: StateLength
     ) -> npt.NDArray[np.generic]:
         """A view of what a row holds between two lengths; of a recurrent tensor, all."""
         buffer: npt.NDArray[np.generic] = self.buffers[tensor.name][row]
-        if tensor.kind == pb.STATE_KIND_STACK:
+        if tensor.kind == StateKind.STACK:
             return buffer[:, begin.entries : end.entries]
-        if tensor.kind == pb.STATE_KIND_HISTORY:
+        if tensor.kind == StateKind.HISTORY:
             return buffer[begin.tokens : end.tokens]
         return buffer
 
 
-_Layout = tuple[int, int, int]
+_Layout = tuple[StateKind, int, int]
 """Kind of a tensor; of a row of it: how many stacks, and how many lines each."""
 
 
-def _line(tensor: pb.StateTensor) -> int:
+def _line(tensor: StateTensor) -> int:
     """Elements of one line."""
     _, stacks, length = _layout(tensor)
     return math.prod(tensor.shape) // (stacks * length)
 
 
-def _layout(tensor: pb.StateTensor) -> _Layout:
+def _layout(tensor: StateTensor) -> _Layout:
     match tensor.kind:
-        case pb.STATE_KIND_STACK:
+        case StateKind.STACK:
             return tensor.kind, tensor.shape[0], tensor.shape[1]
-        case pb.STATE_KIND_HISTORY:
+        case StateKind.HISTORY:
             return tensor.kind, 1, tensor.shape[0]
         case _:
             return tensor.kind, 1, 1
 
 
 def _numbers(
-    kind: int,
+    kind: StateKind,
     stacks: int,
     length: int,
     rows: Sequence[int],
@@ -179,9 +177,9 @@ def _numbers(
 ) -> Ints:
     """Lines of what `rows` hold between lengths, `[B, stacks, lines]`."""
     match kind:
-        case pb.STATE_KIND_STACK:
+        case StateKind.STACK:
             first, count = [b.entries for b in begins], ends[0].entries - begins[0].entries
-        case pb.STATE_KIND_HISTORY:
+        case StateKind.HISTORY:
             first, count = [b.tokens for b in begins], ends[0].tokens - begins[0].tokens
         case _:
             first, count = [0] * len(rows), 1

@@ -12,10 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from concertina.bundle.resources import ELEMENT_TYPES
-from concertina.v1 import bundle_pb2 as pb
 from server.arrays import Floats, Ints, State
 from server.bundles.bundle import Bundle
+from server.bundles.state import StateTensor
 from server.config import ConfigError, Provider
 from server.errors import BundleError
 from server.runtime.device_state import DeviceRows
@@ -55,7 +54,7 @@ class Runtime:
                 f"{bundle.folder} keeps its state in float32, and the provider {provider} takes "
                 "float16: export the checkpoint again with --state float16"
             )
-        self._tensors = list(bundle.manifest.state)
+        self._tensors = bundle.state
         self._step_session = _load(bundle.step_path, threads, provider)
         self._fold_session = _load(bundle.fold_path, 1, provider) if bundle.span else None
         self.rows: HostRows | DeviceRows
@@ -138,7 +137,7 @@ class _Binding:
     def __init__(
         self,
         session: ort.InferenceSession,
-        tensors: Sequence[pb.StateTensor],
+        tensors: Sequence[StateTensor],
         rows: HostRows | DeviceRows,
         first: int,
         batch: int,
@@ -152,7 +151,7 @@ class _Binding:
         self._logits: Floats | None = None
         self._bound: dict[str, npt.NDArray[np.generic]] = {}
         for tensor in tensors:
-            element, shape = ELEMENT_TYPES[tensor.data_type], [batch, *tensor.shape]
+            element, shape = tensor.element, [batch, *tensor.shape]
             place = (rows.device, 0, element, shape, rows.address(tensor.name, first))
             if tensor.name in self._taken:
                 self._io.bind_input(tensor.name, *place)

@@ -111,7 +111,7 @@ def _padded(cursors: Sequence[ResumeCursor], outputs: int) -> list[ResumeCursor]
 
 def _require_tokens(model: ServedModel, cursors: Sequence[ResumeCursor]) -> None:
     """That the tokens a reader knows, which are pushed again, are tokens of the model."""
-    vocabulary = model.bundle.manifest.vocabulary
+    vocabulary = model.bundle.vocabulary
     highest = max((max(cursor.last_ids, default=0) for cursor in cursors), default=0)
     if highest >= vocabulary:
         raise InvalidRequest(

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from concertina.bundle.resources import ELEMENT_BYTES
-from concertina.v1 import bundle_pb2
 from concertina.v1 import snapshot_pb2 as pb
 from server.bundles.bundle import Bundle
+from server.bundles.state import StateKind
 from server.checkpoint import Checkpoint, Finish, FinishReason, SavedState, TokenLogprobs
 from server.errors import SnapshotRefused
 from server.request import Lease, Request
@@ -46,7 +45,7 @@ def header_of(bundle: Bundle, lease: Lease, ttl_s: float) -> pb.SnapshotHeader:
         stream_id=lease.stream_id,
         owner=lease.owner,
         model=bundle.name,
-        fingerprint=bundle.manifest.fingerprint,
+        fingerprint=bundle.fingerprint,
         accepted=_timestamp(lease.accepted_at),
         expires=_timestamp(time.time() + ttl_s),
         keep_seconds=lease.keep_s,
@@ -99,10 +98,10 @@ def restored(bundle: Bundle, snapshot: Snapshot) -> tuple[Lease, tuple[Checkpoin
     Raises SnapshotRefused where the snapshot does not fit the bundle, or contradicts itself.
     """
     header = snapshot.header
-    if header.fingerprint != bundle.manifest.fingerprint:
+    if header.fingerprint != bundle.fingerprint:
         raise SnapshotRefused(
             f"the snapshot is of another bundle of {header.model!r}: its fingerprint is "
-            f"{header.fingerprint[:16]}, the one served has {bundle.manifest.fingerprint[:16]}"
+            f"{header.fingerprint[:16]}, the one served has {bundle.fingerprint[:16]}"
         )
     if not 0 < header.keep_seconds <= _LONGEST_KEEP_S:
         raise SnapshotRefused("the snapshot is of a stream that was not to be kept")
@@ -123,7 +122,7 @@ def _checkpoint(bundle: Bundle, request: Request, stored: pb.OutputSnapshot) -> 
         raise SnapshotRefused("the snapshot's tokens are torn")
     generated = array(bundle.typecode)
     generated.extend(np.frombuffer(stored.generated, f"<u{width}").tolist())
-    if any(token >= bundle.manifest.vocabulary for token in set(generated)):
+    if any(token >= bundle.vocabulary for token in set(generated)):
         raise SnapshotRefused("the snapshot has a token beyond the model's vocabulary")
     count, reported = len(generated), len(stored.logprobs)
     if max(count, stored.base_tokens) > request.max_tokens or reported not in (0, count):
@@ -183,13 +182,13 @@ def _seconds(field: str, value: float) -> float:
 
 def _saved_state(bundle: Bundle, stored: pb.OutputSnapshot) -> SavedState:
     pushed, state = stored.pushed, {}
-    for tensor in bundle.manifest.state:
+    for tensor in bundle.state:
         shape = list(tensor.shape)
-        if tensor.kind == bundle_pb2.STATE_KIND_STACK:
+        if tensor.kind is StateKind.STACK:
             shape[1] = int(bundle.entries(pushed))
-        elif tensor.kind == bundle_pb2.STATE_KIND_HISTORY:
+        elif tensor.kind is StateKind.HISTORY:
             shape[0] = pushed
-        content, width = stored.state[tensor.name], ELEMENT_BYTES[tensor.data_type]
+        content, width = stored.state[tensor.name], np.dtype(tensor.element).itemsize
         if len(content) != math.prod(shape) * width:
             raise SnapshotRefused(f"the snapshot's state {tensor.name} has the wrong size")
         values = np.frombuffer(content, f"<f{width}")

@@ -134,7 +134,7 @@ def _sampling(stored: pb.StoredSampling) -> SamplingParameters:
 
 def _misfit(bundle: Bundle, request: Request) -> str:
     """What of a request the bundle cannot serve; empty if it can serve all of it."""
-    manifest, prompt, sampling = bundle.manifest, request.prompt, request.sampling
+    prompt, sampling = request.prompt, request.sampling
     processors = sampling.processors or LogitsProcessors()
     words = processors.bad_words
     ids = {*request.stop_tokens, *processors.allowed, *processors.withheld}
@@ -147,8 +147,8 @@ def _misfit(bundle: Bundle, request: Request) -> str:
         1.0 if request.time_limit_s is None else request.time_limit_s,
     )
     checks = {
-        "a start token": 0 <= prompt.start - manifest.vocabulary <= len(manifest.labels),
-        "token ids": max(ids) < manifest.vocabulary,
+        "a start token": 0 <= prompt.start - bundle.vocabulary <= len(bundle.manifest.labels),
+        "token ids": max(ids) < bundle.vocabulary,
         "a length": 1 <= request.max_tokens <= bundle.context - len(prompt),
         "min_tokens": max(request.min_tokens, processors.min_tokens) <= request.max_tokens,
         "complete_at": request.complete_at == (bundle.context if bundle.is_image else None),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from concertina.bundle.resources import peak_state_bytes
 from concertina.v1 import bundle_pb2 as pb
+from server.bundles.bundle import Bundle
 from server.config import EngineConfig
 from server.engine.admission import Ledger, Pace, Refusal, Weight, check, limits, weigh
 from server.engine.stream import Stream
@@ -25,6 +27,7 @@ MANIFEST.state.add(
     name="k", kind=pb.STATE_KIND_STACK, shape=[2, 9, 4], data_type=pb.DATA_TYPE_FLOAT32
 )
 ENTRY = 2 * 4 * 4
+BUNDLE = Bundle(Path("nowhere"), MANIFEST)
 LIMITS = Weight(streams=3, queue_tokens=100, state_bytes=1000)
 
 
@@ -37,15 +40,15 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
 
 def test_a_stream_weighs_its_prompt_and_the_most_state_on_its_way() -> None:
     # A prompt of 5 and 5 more: the largest stack is that before the fold at 8.
-    (weight,) = weigh(MANIFEST, [ask(b"12345", max_tokens=5)])
+    (weight,) = weigh(BUNDLE, [ask(b"12345", max_tokens=5)])
     assert weight == Weight(1, 5, (1 + 4) * ENTRY)
-    (scored,) = weigh(MANIFEST, [ask(b"12345", max_tokens=90, score=True)])
+    (scored,) = weigh(BUNDLE, [ask(b"12345", max_tokens=90, score=True)])
     assert scored == Weight(1, 5, 4 * ENTRY)
 
 
 def test_outputs_of_one_prompt_queue_it_once() -> None:
     prompt, other = (prompt_of(256, range(size), "B") for size in (5, 3))
-    outputs = weigh(MANIFEST, [Request(prompt), Request(prompt), Request(other)])
+    outputs = weigh(BUNDLE, [Request(prompt), Request(prompt), Request(other)])
     assert [weight.queue_tokens for weight in outputs] == [5, 0, 3]
 
 
@@ -113,7 +116,7 @@ def test_the_books_are_exact_whatever_happens(
     loop: asyncio.AbstractEventLoop, data: st.DataObject
 ) -> None:
     """Any mix of requests, begun or not, ended in any order: the sums are those of who is open."""
-    ledger = Ledger(MANIFEST, Weight(8, 60, 4000))
+    ledger = Ledger(BUNDLE, Weight(8, 60, 4000))
     queued, begun = list[Stream](), list[Stream]()
     for now in range(data.draw(st.integers(1, 30))):
         act = data.draw(st.sampled_from(["submit", "submit", "begin", "end"]))
