@@ -33,14 +33,14 @@ test: $(VENV)/.dev $(HELM) ## run the tests; MARKERS=slow, PYTEST_ARGS='-k fold'
 	$(BIN)/python -m pytest $(if $(MARKERS),-m '$(MARKERS)') $(PYTEST_ARGS)
 
 mutants: $(VENV)/.dev ## plant known bugs into copies and require that the tests catch each
-	$(BIN)/python tools/mutate.py
+	$(BIN)/python -m tests.mutants.runner
 
 chaos: $(VENV)/.dev ## kill servers under running streams; every stream has to be as without (minutes)
-	$(BIN)/python tools/chaos.py bundles/python-4k --json build/chaos.json
-	$(BIN)/python tools/chaos.py bundles/python-4k --ray --json build/chaos-ray.json
+	$(BIN)/python -m loadtest.scenarios.chaos bundles/python-4k --json build/chaos.json
+	$(BIN)/python -m loadtest.scenarios.chaos bundles/python-4k --ray --json build/chaos-ray.json
 
 soak: $(VENV)/.dev ## an hour of mixed callers; memory must not grow; SOAK_SECONDS=60 for less
-	SOAK_SECONDS=$(SOAK_SECONDS) $(BIN)/python tools/soak.py bundles/python-4k \
+	SOAK_SECONDS=$(SOAK_SECONDS) $(BIN)/python -m loadtest.scenarios.soak bundles/python-4k \
 	  --json build/soak.json --plot build/soak.png
 
 lint: $(VENV)/.dev $(HELM) ## every check that runs nothing: style, types, arrows, protos, image, chart

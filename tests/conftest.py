@@ -39,7 +39,7 @@ def image_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the next two are exported to; tools/mutate.py keeps them from run to run."""
+    """Where the next two are exported to; tests/mutants keeps them from run to run."""
     return Path(os.environ.get("TINY_BUNDLES") or tmp_path_factory.mktemp("bundles"))
 
 

@@ -16,7 +16,7 @@ def share_one_heap() -> None:
     """Have threads that begin from now on share the heap of the first. glibc only; else nothing.
 
     By default each has one of its own. States of a megabyte come and go on all of them, and what
-    they leave in one is of no use to the others, so memory grows for hours (tools/soak.py).
+    they leave in one is of no use to the others, so memory grows for hours (`make soak`).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None and ARENAS not in os.environ:

@@ -10,7 +10,7 @@ import pytest
 
 from tools import audit
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 def test_only_exact_pins_pass() -> None:

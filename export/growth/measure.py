@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from model.patterns import PATTERNS
-from tools.growth_plots import draw_state, draw_training
-from tools.growth_streams import Sample, measure_streams
-from tools.growth_training import Peak, measure_training
+from export.growth.plots import draw_state, draw_training
+from export.growth.streams import Sample, measure_streams
+from export.growth.training import Peak, measure_training
 
 QUADRATIC = 1.9
 """Patterns whose training memory grows with an exponent of this or more hold an L x L matrix."""

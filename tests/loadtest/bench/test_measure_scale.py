@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from loadtest.bench.plan import Shape
-from tools import measure_scale
-from tools.measure_scale import NOISE_BYTES, Crowd, LongStream, main, measure_crowd, measure_stream
+from loadtest.bench import measure_scale
+from loadtest.bench.measure_scale import NOISE_BYTES, Crowd, LongStream, main, measure_crowd, measure_stream
 
 _STREAM = LongStream(10, (5_000_000, 5_100_000, 6_000_000), (9.0, 1.0, 1.0), (2.0, 1.0, 1.2), 10**6)
 _CROWD = Crowd(400, 65_536, 64, 16_000_000, 7 << 30, 100.0)

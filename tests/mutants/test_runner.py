@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tools import mutate
-from tools.mutate import MUTANTS, ROOT, Mutant, plant, survey
+from tests.mutants import runner as mutate
+from tests.mutants.runner import MUTANTS, ROOT, Mutant, plant, survey
 
 SOUND = """
 def twice(x: int) -> int:
