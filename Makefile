@@ -33,7 +33,7 @@ test: $(VENV)/.dev $(HELM) ## run the tests; MARKERS=slow, PYTEST_ARGS='-k fold'
 	$(BIN)/python -m pytest $(if $(MARKERS),-m '$(MARKERS)') $(PYTEST_ARGS)
 
 mutants: $(VENV)/.dev ## plant known bugs into copies and require that the tests catch each
-	$(BIN)/python -m tests.mutants.runner
+	$(BIN)/python -m tests.mutants
 
 chaos: $(VENV)/.dev ## kill servers under running streams; every stream has to be as without (minutes)
 	$(BIN)/python -m loadtest.scenarios.chaos bundles/python-4k --json build/chaos.json

@@ -1,57 +1,45 @@
-"""Kill servers under running streams, and require every stream to be what it would have been.
+"""Servers are killed under running streams, and every stream has to be as if nothing happened.
 
-    python tools/chaos.py bundles/python-4k --kills 20 --json build/chaos.json
-
-Two servers share a store of snapshots. As soon as both answer, one is killed at a random moment,
-every fifth time both; the clients go on by themselves. Every stream is compared, token for token,
-with its twin, which ran before anything was killed. Exit code 1 when one differs or is lost.
+The clients resume by themselves. Every stream is compared, token for token, with its twin, which
+ran before the first kill.
 """
 
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
-import os
 import random
-import secrets
-import signal
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any
 
-import psutil
 import typer
 
 from concertina.client import AsyncClient, ConcertinaError, Tokens
-from server.api.health import is_serving
-from server.ops.ports import free_ports
-from server.snapshots.sealer import KEY_VARIABLE
+from loadtest.scenarios.clusters import Cluster, Processes, Ray
+from loadtest.servers import START_LIMIT_S
 
-_START_LIMIT_S = 120.0
 _STREAM_LIMIT_S = 600.0
 _LONG_PROMPTS = (16, 200, 1_200, 1_900)
-_PROBES = 3  # prompts of prompt and tokens that are sent after each kill, to compare with
+_PROBES = 3  # after each kill, so many prompts of all known tokens are sent, to compare with
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a stream is asked for, so that it is the same every time."""
+    """What a stream is asked for; the same every time it runs."""
 
     prompt: list[int]
     parameters: dict[str, Any]
 
     @staticmethod
     def of(index: int, tokens: int) -> Wanted:
-        """Prompts of several lengths; every third stream greedy, some with penalties."""
+        """Prompts of several lengths; every third stream is greedy, every fourth has penalties."""
         rng = random.Random(index)
         prompt = list(rng.randbytes(_LONG_PROMPTS[index % len(_LONG_PROMPTS)]))
         parameters: dict[str, Any] = {"max_tokens": tokens, "ignore_eos": True, "seed": index}
@@ -64,7 +52,13 @@ class Wanted:
 
 @dataclass
 class Result:
-    """What the clients saw."""
+    """What the clients see, counted while it happens.
+
+    wrong: streams that differ from their twins, or are lost.
+    next_token_s, after_both_s: from a kill to a resumed stream's next event, when one server is
+        killed, and when both are.
+    prefill_s: the time to the next token of a new request with all known tokens as its prompt.
+    """
 
     kills: int = 0
     killed_at_once: int = 0
@@ -79,37 +73,47 @@ class Result:
     prefill_s: list[float] = field(default_factory=list)
 
     def report(self) -> dict[str, Any]:
-        """As JSON takes it; times as median and 99th percentile."""
+        """For JSON; times as median and 99th percentile."""
         counts = ("kills", "killed_at_once", "streams", "resumed", "begun_again", "wrong")
-        said = {name: getattr(self, name) for name in counts}
+        report = {name: getattr(self, name) for name in counts}
         for name in ("next_token_s", "after_both_s", "prefill_s"):
             times = sorted(getattr(self, name))
             if times:
                 p99 = times[min(len(times) - 1, int(0.99 * len(times)))]
-                said[name] = {
+                report[name] = {
                     "samples": len(times),
                     "p50": round(statistics.median(times), 3),
                     "p99": round(p99, 3),
                 }
-        return said
+        return report
 
 
-def main(
-    bundle: Annotated[Path, typer.Argument(help="Bundle to serve.")],
-    kills: Annotated[int, typer.Option(help="How often a server is killed.")] = 20,
-    streams: Annotated[int, typer.Option(help="Streams that are kept running.")] = 32,
-    tokens: Annotated[int, typer.Option(help="Tokens of each stream.")] = 2_000,
+def chaos(
+    bundle: Annotated[Path, typer.Argument(exists=True, help="Bundle to serve.")],
+    kills: Annotated[int, typer.Option(min=1, help="How often a server is killed.")] = 20,
+    streams: Annotated[int, typer.Option(min=1, help="Streams that run at once.")] = 32,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each stream.")] = 2_000,
     ray: Annotated[bool, typer.Option(help="Two replicas on Ray Serve behind HAProxy.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the moments to kill at.")] = 1,
-    report: Annotated[Path | None, typer.Option("--json", help="Write the report there.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the moments of the kills.")] = 1,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the report as JSON.")
+    ] = None,
 ) -> None:
-    """Print what became of the streams."""
+    """Kill servers under running streams, and compare every stream with an undisturbed one.
+
+    Two servers share a store of snapshots. As soon as both answer, one is killed at a random
+    moment, every fifth time both. Exit code 1 when a stream differs or is lost.
+
+    Examples:
+    python -m loadtest.scenarios.chaos bundles/python-4k --kills 2
+    python -m loadtest.scenarios.chaos bundles/python-4k --ray --json build/chaos-ray.json
+    """
     result = run(bundle, kills, streams, tokens, ray=ray, seed=seed)
-    said = {"home": "ray" if ray else "two processes", "tokens": tokens, **result.report()}
-    print(json.dumps(said, indent=1))
-    if report is not None:
-        report.parent.mkdir(parents=True, exist_ok=True)
-        report.write_text(json.dumps(said, indent=1) + "\n")
+    report = {"home": "ray" if ray else "two processes", "tokens": tokens, **result.report()}
+    print(json.dumps(report, indent=1))
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(report, indent=1) + "\n")
     if result.wrong:
         raise typer.Exit(1)
 
@@ -121,116 +125,6 @@ def run(bundle: Path, kills: int, streams: int, tokens: int, *, ray: bool, seed:
         with cluster.running():
             wanted = [Wanted.of(index, tokens) for index in range(streams)]
             return asyncio.run(_storm(cluster, wanted, kills, random.Random(seed)))
-
-
-class Processes:
-    """Two servers without Ray, each in a process and at a port of its own."""
-
-    def __init__(self, bundle: Path, store: Path) -> None:
-        self._ports = free_ports(4)
-        self._command = _command(bundle, store, "--local")
-        self._environment = _environment()
-        self._servers: list[psutil.Popen] = []
-
-    @property
-    def addresses(self) -> list[str]:
-        """Either may be tried first; gRPC tries the other when that one is not there."""
-        one, two = (f"127.0.0.1:{port}" for port in self._ports[:2])
-        return [f"ipv4:{one},{two}", f"ipv4:{two},{one}"]
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Both of them."""
-        try:
-            self._servers = [self._start(index) for index in range(2)]
-            yield
-        finally:
-            for server in self._servers:
-                server.kill()
-                server.wait(10)
-
-    def _start(self, index: int) -> psutil.Popen:
-        ports = ("--port", self._ports[index], "--metrics-port", self._ports[index + 2])
-        return _popen([*self._command, *map(str, ports)], self._environment)
-
-    def is_healthy(self) -> bool:
-        """Whether both answer."""
-        return all(is_serving(f"127.0.0.1:{port}") for port in self._ports[:2])
-
-    def kill(self, rng: random.Random, both: bool) -> None:
-        """End one of them, or both, and have others begin in their place."""
-        for index in (0, 1) if both else [rng.randrange(2)]:
-            self._servers[index].send_signal(signal.SIGKILL)
-            self._servers[index].wait(10)
-            self._servers[index] = self._start(index)
-
-
-class Ray:
-    """Two replicas on Ray Serve, behind HAProxy; Ray begins others in their place."""
-
-    def __init__(self, bundle: Path, store: Path) -> None:
-        self._ports = free_ports(2)
-        port, metrics_port = map(str, self._ports)
-        self._command = [*_command(bundle, store, "--replicas", "2"), "--port", port]
-        self._command += ["--metrics-port", metrics_port]
-        self._server: psutil.Popen | None = None
-
-    @property
-    def addresses(self) -> list[str]:
-        """That of HAProxy."""
-        return [f"127.0.0.1:{self._ports[0]}"]
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """The whole of it."""
-        self._server = _popen(self._command, _environment())
-        try:
-            yield
-        finally:
-            family = [self._server, *self._server.children(recursive=True)]
-            self._server.terminate()
-            _, alive = psutil.wait_procs(family, timeout=60)
-            for process in alive:
-                process.kill()
-
-    def _replicas(self) -> list[psutil.Process]:
-        assert self._server is not None
-        found = []
-        for process in self._server.children(recursive=True):
-            try:
-                if "ServeReplica" in " ".join(process.cmdline()):
-                    found.append(process)
-            except psutil.Error:  # it ended meanwhile
-                continue
-        return found
-
-    def is_healthy(self) -> bool:
-        """Whether there are two, and the port answers."""
-        return len(self._replicas()) == 2 and is_serving(self.addresses[0])
-
-    def kill(self, rng: random.Random, both: bool) -> None:
-        """End one of them, or both."""
-        replicas = self._replicas()
-        for process in replicas if both else [rng.choice(replicas)]:
-            process.send_signal(signal.SIGKILL)
-
-
-Cluster = Processes | Ray
-
-
-def _command(bundle: Path, store: Path, *options: str) -> list[str]:
-    served = [sys.executable, "-m", "concertina.cli.main", "serve", str(bundle), "--threads", "1"]
-    snapshots = ["--snapshots", f"file://{store}", "--snapshot-interval", "128"]
-    return [*served, *snapshots, "--slots", "64", "--drain-seconds", "1", *options]
-
-
-def _environment() -> dict[str, str]:
-    return os.environ | {KEY_VARIABLE: base64.b64encode(secrets.token_bytes(32)).decode()}
-
-
-def _popen(command: list[str], environment: dict[str, str]) -> psutil.Popen:
-    quiet = subprocess.DEVNULL
-    return psutil.Popen(command, env=environment, stdout=quiet, stderr=quiet)
 
 
 async def _storm(cluster: Cluster, wanted: list[Wanted], kills: int, rng: random.Random) -> Result:
@@ -271,7 +165,7 @@ async def _storm(cluster: Cluster, wanted: list[Wanted], kills: int, rng: random
 
 
 async def _healthy(cluster: Cluster) -> None:
-    async with asyncio.timeout(_START_LIMIT_S):
+    async with asyncio.timeout(START_LIMIT_S):
         while not await asyncio.to_thread(cluster.is_healthy):
             await asyncio.sleep(0.1)
 
@@ -287,7 +181,7 @@ async def _clients(cluster: Cluster) -> AsyncIterator[list[AsyncClient]]:
 
 
 async def _read(client: AsyncClient, wanted: Wanted, result: Result) -> tuple[list[int], str]:
-    """A stream to its end: ids and text. Each event has to follow from those before it."""
+    """Read a stream to its end: ids and text. Events have to be without gap or repetition."""
     async with asyncio.timeout(_STREAM_LIMIT_S):
         while True:
             try:
@@ -298,14 +192,14 @@ async def _read(client: AsyncClient, wanted: Wanted, result: Result) -> tuple[li
 
 
 class _NotBegunError(Exception):
-    """No server took the stream."""
+    """The stream ended before its first token."""
 
 
 async def _read_once(client: AsyncClient, wanted: Wanted, result: Result) -> tuple[list[int], str]:
     ids, text, resumed = list[int](), "", 0
     probe: asyncio.Task[None] | None = None
     try:
-        stream = client.generate(wanted.prompt, resume_for=_START_LIMIT_S, **wanted.parameters)
+        stream = client.generate(wanted.prompt, resume_for=START_LIMIT_S, **wanted.parameters)
         async for event in stream:
             if isinstance(event, Tokens):
                 if event.first_position != len(wanted.prompt) + len(ids):
@@ -332,7 +226,7 @@ async def _read_once(client: AsyncClient, wanted: Wanted, result: Result) -> tup
 
 
 async def _prefill(client: AsyncClient, known: list[int], result: Result) -> None:
-    """How long it takes to get the next token from all that is known, as a new request."""
+    """Time the next token after all known ones, as a new request."""
     began = time.monotonic()
     try:
         async for event in client.generate(
@@ -341,8 +235,8 @@ async def _prefill(client: AsyncClient, known: list[int], result: Result) -> Non
             if isinstance(event, Tokens):
                 result.prefill_s.append(time.monotonic() - began)
     except ConcertinaError:
-        return  # that server was killed, too
+        return  # its server was killed, too
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    typer.run(chaos)

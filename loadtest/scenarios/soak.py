@@ -1,75 +1,76 @@
-"""Serve a mix of callers for an hour, and require that memory does not grow.
+"""A server has a mix of callers for an hour, and its memory must not grow.
 
-    python tools/soak.py bundles/python-4k --json build/soak.json --plot build/soak.png
-
-A real server with a store of snapshots; streams that end, are cancelled, are cut and resumed, are
-paused, continued and deleted. Its memory is sampled; what it has after a warm-up of a quarter of
-the time is fitted by Theil and Sen (the median of the slopes between all pairs of samples). It
-grows if the fit rises by more than `--allowed` MiB over that time, and the lower end of the
-slope's 95% interval, by Kendall's tau, is above 0. Exit code 1 then.
+Streams end, are cancelled, are cut and resumed, are paused, continued and deleted. The server's
+memory is sampled, and what follows a warm-up is fitted (`trend`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
-import os
 import random
-import secrets
-import subprocess
-import sys
 import tempfile
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import grpc
 import numpy as np
-import numpy.typing as npt
-import psutil
 import typer
 
 from concertina.client import AsyncClient, ConcertinaError, Tokens
 from concertina.v1 import generation_service_pb2 as pb
-from server.api.health import wait_until_serving
-from server.ops.ports import free_ports
-from server.snapshots.sealer import KEY_VARIABLE
+from concertina.v1.generation_service_pb2_grpc import GenerationServiceStub
+from loadtest.scenarios.trend import grows, theil_sen
+from loadtest.servers import Server, new_snapshot_key, serving
 
 _CALLERS = 8
-_WARM_UP = 0.25
+_WARM_UP = 0.25  # of the time
 _SAMPLE_S = 0.5
-_MOST_SAMPLES = 2_000  # the fit looks at every pair
-_START_LIMIT_S = 120.0
-_Z95 = 1.96
+
+Kind = Callable[[AsyncClient, random.Random], Awaitable[None]]
+"""One call of a caller, or a few that belong together."""
 
 
-@dataclass(frozen=True)
-class Slope:
-    """KiB a minute: the fit, and its 95% interval."""
-
-    fitted: float
-    low: float
-    high: float
-
-
-def main(
-    bundle: Annotated[Path, typer.Argument(help="Bundle to serve.")],
-    seconds: Annotated[int, typer.Option(envvar="SOAK_SECONDS", help="How long.")] = 3600,
+def soak(
+    bundle: Annotated[Path, typer.Argument(exists=True, help="Bundle to serve.")],
+    seconds: Annotated[
+        int, typer.Option(min=1, envvar="SOAK_SECONDS", help="How long it takes.")
+    ] = 3600,
     allowed: Annotated[
-        float, typer.Option(help="MiB that memory may grow by behind the warm-up.")
+        float, typer.Option(min=0, help="MiB that memory may grow by after the warm-up.")
     ] = 4.0,
-    report: Annotated[Path | None, typer.Option("--json", help="Write the report there.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw memory over time there, as PNG.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the report as JSON.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw memory over time, as PNG.")
+    ] = None,
 ) -> None:
-    """Print the slope of memory over time."""
+    """Serve a mix of callers, and require that the server's memory does not grow.
+
+    The first quarter of the time is a warm-up. The rest is fitted by Theil and Sen (the median of
+    the slopes between all pairs of samples). Memory grows if the fit rises by more than --allowed
+    over that time, and the lower end of the slope's 95% interval, by Kendall's tau, is above 0:
+    exit code 1.
+
+    Examples:
+    python -m loadtest.scenarios.soak bundles/python-4k --seconds 300
+    python -m loadtest.scenarios.soak bundles/python-4k --json soak.json --plot soak.png
+    """
     with tempfile.TemporaryDirectory(prefix="soak-") as store:
-        samples, calls = asyncio.run(_soak(bundle, Path(store), seconds))
+        options = ["--local", "--slots", str(_CALLERS // 2), "--threads", "1"]
+        options += ["--snapshots", f"file://{store}", "--snapshot-interval", "64"]
+        options += ["--snapshot-ttl", "60", "--prefix-cache-bytes", "1000000"]
+        with serving(bundle, *options, environment=new_snapshot_key()) as server:
+            samples, calls = asyncio.run(_soak(server, seconds))
     times, memory = np.array(samples).T
     warm = times >= _WARM_UP * seconds
     slope, minutes = theil_sen(times[warm] / 60, memory[warm] / 1024), np.ptp(times[warm]) / 60
-    said = {
+    report = {
         "seconds": seconds,
         "calls": calls,
         "samples": int(warm.sum()),
@@ -80,83 +81,49 @@ def main(
         "allowed": allowed,
         "grows": grows(slope, float(minutes), allowed),
     }
-    print(json.dumps(said, indent=1))
-    for path in (report, plot):
+    print(json.dumps(report, indent=1))
+    for path in (json_file, plot):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-    if report is not None:
-        report.write_text(json.dumps(said, indent=1) + "\n")
+    if json_file is not None:
+        json_file.write_text(json.dumps(report, indent=1) + "\n")
     if plot is not None:
-        _draw(plot, times / 60, memory / 2**20)
-    if said["grows"]:
+        from loadtest.bench.plots import plot_memory  # draws with an extra that serving lacks
+
+        plot_memory(plot, times / 60, memory / 2**20)
+    if report["grows"]:
         raise typer.Exit(1)
 
 
-def grows(slope: Slope, minutes: float, allowed: float) -> bool:
-    """Whether memory grows: by more MiB than are allowed, and beyond what chance explains."""
-    return slope.fitted * minutes > 1024 * allowed and slope.low > 0
+async def _soak(server: Server, seconds: int) -> tuple[list[tuple[float, float]], dict[str, int]]:
+    """Samples of the server's memory, (seconds, bytes), and the number of calls of each kind."""
+    began, samples, calls = time.monotonic(), list[tuple[float, float]](), dict[str, int]()
+    ends = began + seconds
+    channel = grpc.aio.insecure_channel(server.address)
+    async with AsyncClient(server.address) as client, channel:
+        kinds: dict[str, Kind] = {
+            "read": _read,
+            "cancel": _cancel,
+            "resume": partial(_resume, GenerationServiceStub(channel)),
+            "session": _session,
+        }
+        callers = [_call(client, kinds, n, ends, calls) for n in range(_CALLERS)]
+        mix = [asyncio.create_task(caller) for caller in callers]
+        while (now := time.monotonic()) < ends and not any(task.done() for task in mix):
+            samples.append((now - began, float(server.process.memory_info().rss)))
+            await asyncio.sleep(_SAMPLE_S)
+        await asyncio.gather(*mix)
+    return samples, calls
 
 
-def theil_sen(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> Slope:
-    """The median slope between all pairs of points, and its 95% interval (Sen 1968)."""
-    step = -(-len(x) // _MOST_SAMPLES)
-    x, y = x[::step], y[::step]
-    later, earlier = np.tril_indices(len(x), -1)
-    slopes = np.sort((y[later] - y[earlier]) / (x[later] - x[earlier]))
-    n = len(x)
-    _, ties = np.unique(y, return_counts=True)
-    spread = n * (n - 1) * (2 * n + 5) - int((ties * (ties - 1) * (2 * ties + 5)).sum())
-    margin = _Z95 * (spread / 18) ** 0.5
-    low = int(max(0, round((len(slopes) - margin) / 2)))
-    high = int(min(len(slopes) - 1, round((len(slopes) + margin) / 2)))
-    return Slope(float(np.median(slopes)), float(slopes[low]), float(slopes[high]))
-
-
-async def _soak(
-    bundle: Path, store: Path, seconds: int
-) -> tuple[list[tuple[float, float]], dict[str, int]]:
-    """(seconds, bytes) of the server, and how many calls of each kind it had."""
-    port, metrics_port = free_ports(2)
-    command = [sys.executable, "-m", "concertina.cli.main", "serve", str(bundle), "--local"]
-    command += ["--port", str(port), "--metrics-port", str(metrics_port)]
-    command += ["--snapshots", f"file://{store}", "--snapshot-interval", "64"]
-    command += [
-        "--snapshot-ttl",
-        "60",
-        "--prefix-cache-bytes",
-        "1000000",
-        "--slots",
-        str(_CALLERS // 2),
-        "--threads",
-        "1",
-    ]
-    quiet = subprocess.DEVNULL
-    key = {KEY_VARIABLE: base64.b64encode(secrets.token_bytes(32)).decode()}
-    server = psutil.Popen(command, env=os.environ | key, stdout=quiet, stderr=quiet)
-    try:
-        address = f"127.0.0.1:{port}"
-        await asyncio.to_thread(wait_until_serving, address, _START_LIMIT_S)
-        began, samples, calls = time.monotonic(), list[tuple[float, float]](), dict[str, int]()
-        async with AsyncClient(address) as client:
-            ends = began + seconds
-            mix = [asyncio.create_task(_caller(client, n, ends, calls)) for n in range(_CALLERS)]
-            while (now := time.monotonic()) < ends and not any(task.done() for task in mix):
-                samples.append((now - began, float(server.memory_info().rss)))
-                await asyncio.sleep(_SAMPLE_S)
-            await asyncio.gather(*mix)
-        return samples, calls
-    finally:
-        server.terminate()
-        server.wait(60)
-
-
-async def _caller(client: AsyncClient, seed: int, ends: float, calls: dict[str, int]) -> None:
-    """One caller, who does this and that until the end."""
+async def _call(
+    client: AsyncClient, kinds: dict[str, Kind], seed: int, ends: float, calls: dict[str, int]
+) -> None:
+    """Make calls of random kinds, one after the other, until the end."""
     rng = random.Random(seed)
-    deeds = {"read": _read, "cancel": _cancel, "resume": _resume, "session": _session}
     while time.monotonic() < ends:
-        name = rng.choice([*deeds])
-        await deeds[name](client, rng)
+        name = rng.choice([*kinds])
+        await kinds[name](client, rng)
         calls[name] = calls.get(name, 0) + 1
 
 
@@ -178,9 +145,12 @@ async def _cancel(client: AsyncClient, rng: random.Random) -> None:
     await stream.close()
 
 
-async def _resume(client: AsyncClient, rng: random.Random) -> None:
-    """Cut after its first tokens, and read on by name from there."""
-    stub, wanted = client._connection.generation, _wanted(rng)
+async def _resume(stub: GenerationServiceStub, client: AsyncClient, rng: random.Random) -> None:
+    """Cut a stream now and then after its first tokens, and resume it from there.
+
+    The client would resume by itself, so this speaks the protocol.
+    """
+    wanted = _wanted(rng)
     request = pb.GenerateRequest(
         prompt={"tokens": {"ids": wanted["prompt"]}},
         stopping={"max_tokens": wanted["max_tokens"], "ignore_eos": True},
@@ -202,15 +172,14 @@ async def _resume(client: AsyncClient, rng: random.Random) -> None:
                 break
         call.cancel()
         if not cut:
-            raise RuntimeError("a stream ended without its end")
-        had = {"tokens": tokens, "characters": characters}
-        call = stub.Resume(
-            pb.ResumeRequest(stream_id=name, after_sequence=sequence, received=[had]), timeout=300
-        )
+            raise RuntimeError("a stream stops before its last event")
+        received = [{"tokens": tokens, "characters": characters}]
+        rest = pb.ResumeRequest(stream_id=name, after_sequence=sequence, received=received)
+        call = stub.Resume(rest, timeout=300)
 
 
 async def _session(client: AsyncClient, rng: random.Random) -> None:
-    """Pause after some tokens, fork or not, go on, delete; some are just left to be forgotten."""
+    """Pause after some tokens, perhaps fork, continue, delete; some are left to expire."""
     stream, name = client.generate(**_wanted(rng), keep=10), ""
     async for event in stream:
         name = name or getattr(event, "stream_id", "")
@@ -227,17 +196,5 @@ async def _session(client: AsyncClient, rng: random.Random) -> None:
         await client.sessions.delete(name)
 
 
-def _draw(path: Path, minutes: npt.NDArray[np.float64], mib: npt.NDArray[np.float64]) -> None:
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 2.5), layout="constrained")
-    axes.plot(minutes, mib, linewidth=0.8)
-    axes.set(xlabel="minutes", ylabel="resident memory, MiB", ylim=(0, None))
-    figure.savefig(path, dpi=110)
-
-
 if __name__ == "__main__":
-    typer.run(main)
+    typer.run(soak)

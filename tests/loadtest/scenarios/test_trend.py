@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from loadtest.scenarios.soak import Slope, grows, theil_sen
+from loadtest.scenarios.trend import Slope, grows, theil_sen
 
 MINUTES = np.linspace(0, 60, 400)
 
