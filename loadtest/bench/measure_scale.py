@@ -1,19 +1,15 @@
-"""Two promises about scale, from what the process really holds and how long steps really take.
+"""Two promises about scale, by what the process really holds and how long steps really take.
 
-    python tools/measure_scale.py stream
-    python tools/measure_scale.py crowd
+One stream of a million tokens: after its first tokens the process grows by no more than the
+stream's state, and its last tokens take hardly longer than its first.
+Many streams: hundreds decode at once, each of them deep in a long context, within a limit of
+resident memory. Their positions are real, the content of their state is made up.
 
-`stream`: one stream of a million tokens. After its first tokens the process grows by no more than
-the stream's state, and its last tokens take hardly longer than its first.
-`crowd`: hundreds of streams decode at once, each of them deep in a long context, within a limit of
-resident memory. Where they stand is real, the content of their state is made up.
-
-Both run the real engine on random weights. Exit code 1 when a promise is broken.
+Both run the real engine on random weights.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import resource
@@ -24,23 +20,22 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import psutil
+import typer
 
+from concertina.bundle.manifest import read_manifest
+from concertina.bundle.resources import state_bytes
 from loadtest.bench.adapters.adapter import Setting
-from loadtest.bench.adapters.ours import open_session, prepare
+from loadtest.bench.adapters.ours import generate, open_engine, open_session, prepare, random_prompt
 from loadtest.bench.plan import ROOM, Shape
-from server.bundles.bundle import Bundle, load_bundle
-from server.config import EngineConfig
-from server.engine.engine import Engine
-from server.engine.events import Delta, Request
-from server.engine.sampling.sampler import SamplingParameters
 
 MAX_SLOWDOWN = 1.5
 """Of a token at the end over one at the beginning."""
 NOISE_BYTES = 2 << 20
-"""What the allocator and the interpreter may hold more, whatever the stream's length."""
+"""What the allocator and the interpreter may take besides, whatever the stream's length."""
 MAX_RESIDENT = 8 << 30
 
 _SMALL = Shape(layers=2, width=128, heads=2, mlp=512)
@@ -49,7 +44,7 @@ _BENCH = Shape()
 
 @dataclass(frozen=True)
 class LongStream:
-    """One stream, looked at every `window` tokens."""
+    """One stream, sampled every `window` tokens."""
 
     window: int
     resident: tuple[int, ...]
@@ -70,7 +65,7 @@ class LongStream:
     def slowdown(self) -> float:
         """Median processor time of the last windows over that of the first, a twentieth each.
 
-        The very first window, in which everything is touched for the first time, is left out.
+        The first window, in which everything is touched for the first time, is left out.
         """
         few = max(1, len(self.cpu_seconds) // 20)
         return float(np.median(self.cpu_seconds[-few:]) / np.median(self.cpu_seconds[1 : 1 + few]))
@@ -92,7 +87,7 @@ class LongStream:
 
 
 @dataclass(frozen=True)
-class Crowd:
+class ManyStreams:
     """Many streams at once."""
 
     streams: int
@@ -118,46 +113,36 @@ class Crowd:
 def measure_stream(tokens: int, window: int, span: int, shape: Shape = _SMALL) -> LongStream:
     """Decode one stream of `tokens` tokens, a multiple of `window`."""
     with tempfile.TemporaryDirectory() as directory:
-        setting = Setting(shape, "", Path(directory) / "bundle", tokens, 1, span, 1, room=span)
-        _prepare(setting)
-        bundle = load_bundle(setting.folder)
-        engine = Engine(bundle, EngineConfig(slots=1, threads=setting.threads))
-    try:
-        return asyncio.run(_watch(engine, bundle, tokens, window))
-    finally:
-        engine.close()
+        folder = Path(directory) / "bundle"
+        _prepare(Setting(shape, "", folder, tokens, 1, span, 1, room=span))
+        return asyncio.run(_watch(folder, tokens, window))
 
 
-async def _watch(engine: Engine, bundle: Bundle, tokens: int, window: int) -> LongStream:
+async def _watch(folder: Path, tokens: int, window: int) -> LongStream:
     process, seen = psutil.Process(), 0
     resident: list[int] = []
     seconds: list[float] = []
     cpu_seconds: list[float] = []
-    request = Request(
-        np.array([bundle.manifest.vocabulary]), SamplingParameters(seed=0), max_tokens=tokens
-    )
-    began, cpu_began = time.perf_counter(), time.process_time()
-    async for event in engine.events(engine.submit(request)):
-        if isinstance(event, Exception):
-            raise event
-        seen += len(event.tokens) if isinstance(event, Delta) else 0
-        while seen >= window * (len(resident) + 1):
-            now, cpu_now = time.perf_counter(), time.process_time()
-            resident.append(process.memory_info().rss)
-            seconds.append(now - began)
-            cpu_seconds.append(cpu_now - cpu_began)
-            began, cpu_began = now, cpu_now
-            print(f"{seen:,} tokens", file=sys.stderr)
+    with open_engine(folder, slots=1, threads=1) as engine:
+        began, cpu_began = time.perf_counter(), time.process_time()
+        async for ids in generate(engine, random_prompt(engine, 0), tokens=tokens):
+            seen += len(ids)
+            while seen >= window * (len(resident) + 1):
+                now, cpu_now = time.perf_counter(), time.process_time()
+                resident.append(process.memory_info().rss)
+                seconds.append(now - began)
+                cpu_seconds.append(cpu_now - cpu_began)
+                began, cpu_began = now, cpu_now
+                print(f"{seen:,} tokens", file=sys.stderr)
     assert seen == tokens, f"{seen} tokens came, {tokens} were asked for"
-    sizes = (sum(bundle.state_bytes(pushed).values()) for pushed in (window, tokens))
-    first, last = sizes
-    grown = max(0, last - first)
+    manifest = read_manifest(folder)
+    grown = max(0, state_bytes(manifest, tokens) - state_bytes(manifest, window))
     return LongStream(window, tuple(resident), tuple(seconds), tuple(cpu_seconds), grown)
 
 
-def measure_crowd(
+def measure_many(
     streams: int, context: int, span: int, steps: int, threads: int, shape: Shape = _BENCH
-) -> Crowd:
+) -> ManyStreams:
     """Decode `steps` tokens of each of `streams` streams that end within `context` tokens."""
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory) / "bundle"
@@ -170,55 +155,75 @@ def measure_crowd(
         session.close()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     rate = window.tokens / window.seconds
-    return Crowd(streams, context, steps, session.cache_bytes, peak, rate)
+    return ManyStreams(streams, context, steps, session.cache_bytes, peak, rate)
 
 
 def _prepare(setting: Setting) -> None:
-    """In a process of its own: what torch takes is not the engine's."""
+    """Make the bundle in another process: what torch takes is not the engine's."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         pool.submit(prepare, setting).result(timeout=300)
 
 
-def main() -> int:
-    """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--json", type=Path, help="file that the figures go to")
-    commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("stream", help="one long stream").add_argument
-    add("--tokens", type=int, default=1_000_000)
-    add("--window", type=int, default=10_000, help="tokens between two looks")
-    add("--span", type=int, default=1024)
-    add = commands.add_parser("crowd", help="many streams at once").add_argument
-    add("--streams", type=int, default=400)
-    add("--context", type=int, default=65_536)
-    add("--span", type=int, default=256)
-    add("--steps", type=int, default=64)
-    add("--threads", type=int, default=2)
-    options = parser.parse_args()
-    found: LongStream | Crowd
-    if options.command == "stream":
-        found = measure_stream(options.tokens, options.window, options.span)
-        print(
-            f"{options.tokens:,} tokens: after the first {found.window:,} the process grew by "
-            f"{found.growth:,} bytes, its state by {found.predicted:,}; a token took "
-            f"{np.median(found.cpu_seconds) / found.window * 1e3:.2f} ms of processor time, and "
-            f"{found.slowdown:.2f} times as long at the end as at the beginning"
-        )
-    else:
-        found = measure_crowd(
-            options.streams, options.context, options.span, options.steps, options.threads
-        )
-        print(
-            f"{found.streams} streams at {found.context:,} tokens, {found.state_bytes:,} bytes of "
-            f"state each: {found.peak_resident / 2**30:.2f} GiB resident at most, "
-            f"{found.tokens_per_second:.1f} tokens/s"
-        )
-    if options.json:
-        options.json.write_text(json.dumps(asdict(found), indent=1) + "\n")
-    wrong = found.complaints()
-    print(*wrong, sep="\n", file=sys.stderr)
-    return 1 if wrong else 0
+app = typer.Typer(add_completion=False)
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON.")
+]
+
+
+@app.command()
+def stream(
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the stream.")] = 1_000_000,
+    window: Annotated[int, typer.Option(min=1, help="Tokens between two samples.")] = 10_000,
+    span: Annotated[int, typer.Option(min=2, help="Tokens of a block.")] = 1024,
+    json_file: JsonFile = None,
+) -> None:
+    """Decode one long stream. Exit code 1 when it takes more memory or time than promised.
+
+    Examples:
+    python -m loadtest.bench.measure_scale stream
+    python -m loadtest.bench.measure_scale stream --tokens 40000 --window 2000 --span 64
+    """
+    found = measure_stream(tokens, window, span)
+    print(
+        f"{tokens:,} tokens: after the first {found.window:,} the process grew by "
+        f"{found.growth:,} bytes, its state by {found.predicted:,}; a token took "
+        f"{np.median(found.cpu_seconds) / found.window * 1e3:.2f} ms of processor time, and "
+        f"{found.slowdown:.2f} times as long at the end as at the beginning"
+    )
+    _conclude(found, json_file)
+
+
+@app.command()
+def many(
+    streams: Annotated[int, typer.Option(min=1, help="Streams that decode at once.")] = 400,
+    context: Annotated[int, typer.Option(min=ROOM + 1, help="Tokens of each.")] = 65_536,
+    span: Annotated[int, typer.Option(min=2, help="Tokens of a block.")] = 256,
+    steps: Annotated[int, typer.Option(min=1, help="Tokens that each decodes.")] = 64,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of a step.")] = 2,
+    json_file: JsonFile = None,
+) -> None:
+    """Decode many streams deep in their context. Exit code 1 when they take too much memory.
+
+    Examples:
+    python -m loadtest.bench.measure_scale many
+    python -m loadtest.bench.measure_scale many --streams 8 --context 4096 --span 64
+    """
+    found = measure_many(streams, context, span, steps, threads)
+    print(
+        f"{found.streams} streams at {found.context:,} tokens, {found.state_bytes:,} bytes of "
+        f"state each: {found.peak_resident / 2**30:.2f} GiB resident at most, "
+        f"{found.tokens_per_second:.1f} tokens/s"
+    )
+    _conclude(found, json_file)
+
+
+def _conclude(found: LongStream | ManyStreams, json_file: Path | None) -> None:
+    if json_file is not None:
+        json_file.write_text(json.dumps(asdict(found), indent=1) + "\n")
+    if complaints := found.complaints():
+        print(*complaints, sep="\n", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    app()

@@ -1,17 +1,15 @@
-"""How near a step comes to what the machine can do, as told in docs/performance.md.
-
-    python tools/measure_step.py --json step.json
+"""How near a step comes to what the machine can do.
 
 Three figures of the bench's model (25M random weights, `fixed`, 256 tokens of context):
 
 - overhead: the share of a step of 32 streams that the engine spends outside `session.run`;
-- bandwidth: the time of a step of one stream, over that of reading as many bytes as its weights and
-  its live state from memory;
-- sgemm: the rate of a step of 32 streams, over that of large matrix products.
+- bandwidth: the time of a step of one stream, over the time of reading as many bytes as its weights
+  and its live state from memory;
+- sgemm: the rate of a step of 32 streams, over the rate of large matrix products.
 
 Engine and machine are measured in turns, in short windows, with the same threads. A figure is the
 median over the rounds, each with the rates of its own round; beside it is the figure of the fastest
-windows, which others on the machine spoil least.
+windows, which other work on the machine disturbs least. docs/performance.md shows them.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -33,10 +31,11 @@ import onnxruntime as ort
 import torch
 import typer
 
+from concertina.bundle.manifest import read_manifest
+from concertina.bundle.resources import entries, state_bytes
 from loadtest.bench.adapters import ours
 from loadtest.bench.adapters.adapter import Session, Setting
 from loadtest.bench.plan import ROOM, Shape
-from server.bundles.bundle import load_bundle
 
 _CONTEXT, _SPAN, _STREAMS = 256, 16, 32
 _TARGETS = {"overhead": "<= 0.05", "bandwidth": "<= 1.5", "sgemm": ">= 0.6"}
@@ -46,57 +45,55 @@ _SIDE = 2048  # of the matrices whose product is timed
 
 @dataclass(frozen=True)
 class Round:
-    """What one round saw: seconds of a step, bytes/s, operations/s."""
+    """What one round measures: seconds of a step, bytes/s, operations/s."""
 
     one_s: float
     many_s: float
     outside_s: float
-    """Of a step of many, what was not spent in `session.run`."""
+    """Of a step of many: the time outside `session.run`."""
     bytes_per_s: float
     flops: float
 
 
-def main(
-    threads: Annotated[int, typer.Option(help="Threads of a step, and of what it is held to.")] = 2,
-    rounds: Annotated[int, typer.Option(help="Rounds; a round takes a few seconds.")] = 15,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write every round.")] = None,
+def measure_step(
+    threads: Annotated[
+        int, typer.Option(min=1, help="Threads of a step, and of what it is compared with.")
+    ] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds; a round takes a few seconds.")] = 15,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write every round as JSON.")
+    ] = None,
 ) -> None:
-    """Print overhead, bandwidth and sgemm, and what they were made of."""
+    """Print overhead, bandwidth and sgemm of a step, and what they are made of.
+
+    Examples:
+    python -m loadtest.bench.measure_step --json step.json
+    python -m loadtest.bench.measure_step --threads 1 --rounds 3
+    """
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     torch.set_num_threads(threads)
     shape = Shape()
     with tempfile.TemporaryDirectory() as root, _run_clock() as clock:
         setting = Setting(shape, "", Path(root) / "b", _CONTEXT, 1, _SPAN, threads, ROOM)
         ours.prepare(setting)
-        bundle = load_bundle(setting.folder)
+        manifest = read_manifest(setting.folder)
         one = ours.open_session(setting)
-        many = ours.open_session(
-            Setting(shape, "", setting.folder, _CONTEXT, _STREAMS, _SPAN, threads, ROOM)
-        )
+        many = ours.open_session(replace(setting, streams=_STREAMS))
         read, multiply = _reader(threads), _multiplier()
-        seen = [_round(one, many, clock, read, multiply) for _ in range(rounds + 1)][1:]
+        rows = [_round(one, many, clock, read, multiply) for _ in range(rounds + 1)][1:]
         one.close()
         many.close()
-        read_bytes = 4 * bundle.manifest.parameters + sum(bundle.state_bytes(_CONTEXT).values())
-        entries = bundle.entries(_CONTEXT) + _SPAN // 2
-    flops = _STREAMS * _step_flops(shape, entries)
-    figures = {
-        "overhead": [r.outside_s / r.many_s for r in seen],
-        "bandwidth": [r.one_s * r.bytes_per_s / read_bytes for r in seen],
-        "sgemm": [flops / r.many_s / r.flops for r in seen],
-    }
+    read_bytes = 4 * manifest.parameters + state_bytes(manifest, _CONTEXT)
+    flops = _STREAMS * _step_flops(shape, entries(manifest, _CONTEXT) + _SPAN // 2)
     best = Round(
-        min(r.one_s for r in seen),
-        min(r.many_s for r in seen),
-        min(r.outside_s for r in seen),
-        max(r.bytes_per_s for r in seen),
-        max(r.flops for r in seen),
+        min(r.one_s for r in rows),
+        min(r.many_s for r in rows),
+        min(r.outside_s for r in rows),
+        max(r.bytes_per_s for r in rows),
+        max(r.flops for r in rows),
     )
-    fastest = {
-        "overhead": best.outside_s / best.many_s,
-        "bandwidth": best.one_s * best.bytes_per_s / read_bytes,
-        "sgemm": flops / best.many_s / best.flops,
-    }
+    figures = {name: [_figures(r, read_bytes, flops)[name] for r in rows] for name in _TARGETS}
+    fastest = _figures(best, read_bytes, flops)
     print("| figure | median | fastest windows | target |\n|---|---|---|---|")
     for name, values in figures.items():
         median = statistics.median(values)
@@ -106,16 +103,24 @@ def main(
         f"{_STREAMS}, {best.outside_s * 1e3:.2f} ms of them outside, "
         f"{best.bytes_per_s / 1e9:.1f} GB/s, {best.flops / 1e9:.0f} GFLOP/s"
     )
-    if json_path is not None:
-        said = {
+    if json_file is not None:
+        report = {
             "figures": figures,
             "fastest": fastest,
-            "rounds": [vars(r) for r in seen],
+            "rounds": [asdict(r) for r in rows],
             "step_bytes": read_bytes,
             "step_flops": flops,
             "threads": threads,
         }
-        json_path.write_text(json.dumps(said, indent=1))
+        json_file.write_text(json.dumps(report, indent=1))
+
+
+def _figures(seen: Round, read_bytes: int, flops: int) -> dict[str, float]:
+    return {
+        "overhead": seen.outside_s / seen.many_s,
+        "bandwidth": seen.one_s * seen.bytes_per_s / read_bytes,
+        "sgemm": flops / seen.many_s / seen.flops,
+    }
 
 
 def _round(
@@ -174,7 +179,7 @@ def _multiplier() -> Callable[[], float]:
 
 @contextmanager
 def _run_clock() -> Iterator[list[float]]:
-    """Sums the seconds that sessions run, of whatever thread, in the list's one element."""
+    """Sum the seconds that sessions run, on any thread, in the list's one element."""
     clock = [0.0]
     names = ("run", "run_with_iobinding")
     kept = {name: getattr(ort.InferenceSession, name) for name in names}
@@ -199,4 +204,4 @@ def _run_clock() -> Iterator[list[float]]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    typer.run(measure_step)

@@ -65,7 +65,7 @@ class Contestant:
     name: str
     title: str
     adapter: str
-    """Module below `loadtest.bench.adapters`."""
+    """One of `loadtest.bench.worker.ADAPTERS`."""
     variant: str = ""
     """For the adapter."""
     packages: tuple[str, ...] = ()

@@ -13,11 +13,10 @@ import os
 import resource
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import cast
 
 from loadtest.bench.adapters.adapter import Adapter, Session, Setting
 from loadtest.bench.plan import Shape
@@ -97,7 +96,7 @@ def perform(job: Job) -> Outcome:
     try:
         if job.task == "prepare" and setting.folder.exists():
             return Outcome(OK)
-        adapter = cast(Adapter, import_module(f"loadtest.bench.adapters.{job.adapter}"))
+        adapter = ADAPTERS[job.adapter]()
         if job.task == "prepare":
             _prepare(adapter, setting)
             return Outcome(OK)
@@ -112,6 +111,39 @@ def perform(job: Job) -> Outcome:
             session.close()
     except Exception as error:
         return Outcome(OUT_OF_MEMORY if _is_memory(error) else FAILED, _explain(error))
+
+
+def _ours() -> Adapter:
+    from loadtest.bench.adapters import ours
+
+    return ours
+
+
+def _genai() -> Adapter:
+    from loadtest.bench.adapters import genai
+
+    return genai
+
+
+def _hugging_face() -> Adapter:
+    from loadtest.bench.adapters import hugging_face
+
+    return hugging_face
+
+
+def _llama() -> Adapter:
+    from loadtest.bench.adapters import llama
+
+    return llama
+
+
+# Each is imported by its own jobs alone: the others need packages that may be missing.
+ADAPTERS: dict[str, Callable[[], Adapter]] = {
+    "ours": _ours,
+    "genai": _genai,
+    "hugging_face": _hugging_face,
+    "llama": _llama,
+}
 
 
 def _prepare(adapter: Adapter, setting: Setting) -> None:

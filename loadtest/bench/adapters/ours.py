@@ -1,11 +1,19 @@
-"""Concertina's own engine, or its steps alone, on a bundle with random weights."""
+"""Concertina's own engine, or its steps alone, in this process.
+
+The only module of the load tester that knows the server: what else measures the engine does it with
+the functions of this one.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from concertina.v1 import bundle_pb2 as pb
 from loadtest.bench.adapters.adapter import Session, Setting, Window
@@ -39,13 +47,47 @@ def open_session(setting: Setting) -> Session:
 
 def first_token_s(setting: Setting) -> float:
     """See Adapter."""
-    engine = Engine(load_bundle(setting.folder), EngineConfig(slots=1, threads=setting.threads))
+    with open_engine(setting.folder, slots=1, threads=setting.threads) as engine:
+        asyncio.run(_generate(engine, setting.span or 64))
+        arrivals = asyncio.run(_generate(engine, setting.context))
+    return arrivals[0][0]
+
+
+@contextmanager
+def open_engine(
+    folder: Path, *, slots: int, threads: int, draft_tokens: int = 0
+) -> Iterator[Engine]:
+    """The engine on the bundle in `folder`; threads: 0 for every core."""
+    config = EngineConfig(slots=slots, threads=threads, draft_tokens=draft_tokens)
+    engine = Engine(load_bundle(folder), config)
     try:
-        asyncio.run(_generate(engine, _request(engine.bundle, prompt=setting.span or 64)))
-        arrivals = asyncio.run(_generate(engine, _request(engine.bundle, prompt=setting.context)))
+        yield engine
     finally:
         engine.close()
-    return arrivals[0][0]
+
+
+def generate(
+    engine: Engine,
+    prompt: npt.NDArray[np.int64],
+    *,
+    tokens: int,
+    seed: int = 0,
+    temperature: float = 1.0,
+) -> AsyncIterator[tuple[int, ...]]:
+    """Submit a request for `tokens` tokens after `prompt[T]`; their ids, as they arrive."""
+    start = [engine.bundle.manifest.vocabulary]
+    request = Request(
+        prompt=np.concatenate((start, prompt)),
+        sampling=SamplingParameters(temperature=temperature, seed=seed),
+        max_tokens=tokens,
+    )
+    return _ids(engine, engine.submit(request))
+
+
+def random_prompt(engine: Engine, tokens: int, seed: int = 0) -> npt.NDArray[np.int64]:
+    """Ids of `tokens` tokens of the engine's vocabulary."""
+    vocabulary = engine.bundle.manifest.vocabulary
+    return np.random.default_rng(seed).integers(vocabulary, size=tokens)
 
 
 class _Streams:
@@ -67,17 +109,15 @@ class _Streams:
 
     async def _decode(self, steps: int) -> Window:
         epoch = time.perf_counter()
+        nothing = random_prompt(self._engine, 0)
         reads = [
-            _read(self._engine, self._engine.submit(request), epoch)
-            for request in (
-                _request(self._engine.bundle, tokens=steps + 1, seed=seed)
-                for seed in range(self._streams)
-            )
+            _arrivals(generate(self._engine, nothing, tokens=steps + 1, seed=seed), epoch)
+            for seed in range(self._streams)
         ]
         streams = await asyncio.gather(*reads)
         began = max(arrivals[0][0] for arrivals in streams)
         ended = min(arrivals[-1][0] for arrivals in streams)
-        if began >= ended:  # so few steps that the reader got them all at one look
+        if began >= ended:  # so few steps that the reader gets them all at once
             began, ended = 0.0, max(arrivals[-1][0] for arrivals in streams)
         tokens = sum(n for arrivals in streams for at, n in arrivals if began < at <= ended)
         return Window(tokens, ended - began)
@@ -120,9 +160,9 @@ class _Steps:
 
 
 def _begin_at(cache: Cache, bundle: Bundle, context: int) -> None:
-    """Make streams begin where a prompt of `context` tokens would have left them.
+    """Make streams begin where a prompt of `context` tokens would leave them.
 
-    Its place, length and folds are those of a real one; only the content of its state is made up.
+    Position, length and folds are those of a real one; only the content of the state is made up.
     """
     state: State = {}
     for tensor in bundle.manifest.state:
@@ -135,27 +175,21 @@ def _begin_at(cache: Cache, bundle: Bundle, context: int) -> None:
     cache.begin = lambda: cache.restore(parked)  # type: ignore[method-assign]
 
 
-def _request(bundle: Bundle, *, prompt: int = 0, tokens: int = 1, seed: int = 0) -> Request:
-    vocabulary = bundle.manifest.vocabulary
-    ids = np.random.default_rng(seed).integers(vocabulary, size=prompt)
-    return Request(
-        prompt=np.concatenate(([vocabulary], ids)),
-        sampling=SamplingParameters(seed=seed),
-        max_tokens=tokens,
-    )
-
-
-async def _generate(engine: Engine, request: Request) -> list[tuple[float, int]]:
+async def _generate(engine: Engine, prompt: int) -> list[tuple[float, int]]:
     epoch = time.perf_counter()
-    return await _read(engine, engine.submit(request), epoch)
+    return await _arrivals(generate(engine, random_prompt(engine, prompt), tokens=1), epoch)
 
 
-async def _read(engine: Engine, stream: Stream, epoch: float) -> list[tuple[float, int]]:
-    """When tokens of a stream arrived, in seconds since `epoch`, and how many each time."""
-    arrivals = []
+async def _arrivals(
+    stream: AsyncIterator[tuple[int, ...]], epoch: float
+) -> list[tuple[float, int]]:
+    """When tokens of a stream arrive, in seconds since `epoch`, and how many each time."""
+    return [(time.perf_counter() - epoch, len(ids)) async for ids in stream]
+
+
+async def _ids(engine: Engine, stream: Stream) -> AsyncIterator[tuple[int, ...]]:
     async for event in engine.events(stream):
         if isinstance(event, Delta) and event.tokens:
-            arrivals.append((time.perf_counter() - epoch, len(event.tokens)))
+            yield event.tokens
         elif isinstance(event, Exception):
             raise event
-    return arrivals

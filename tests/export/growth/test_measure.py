@@ -9,13 +9,13 @@ from xml.etree import ElementTree
 import pytest
 from torch import Tensor
 
+from export.growth import measure as measure_growth
+from export.growth.measure import complaints, exponents, fit_streams, main
+from export.growth.streams import Sample, measure_streams
+from export.growth.training import Peak, measure_training
 from model.attention import future, softmax
 from model.patterns import PATTERNS
 from model.patterns.full import Full
-from export.growth import measure as measure_growth
-from export.growth.streams import Sample, measure_streams
-from export.growth.training import Peak, measure_training
-from export.growth.measure import complaints, exponents, fit_streams, main
 
 _ENTRY_BYTES = 3 * 2 * 8 * 4
 """Query, key and value of 2 heads of 8 float32."""
