@@ -1,10 +1,9 @@
-"""How training memory and the state of a stream grow with length, from bytes really allocated.
-
-    python tools/measure_growth.py
+"""How training memory and the state of a stream grow with length, by bytes that are allocated.
 
 Training is one forward and backward of one attention layer, with many heads: the memory of few over
-a short sequence drowns in noise. Streams go through the server's cache, and what `park` copies is
-weighed. Exit code 1 when a pattern materialises L x L, or a state is not what the manifest says.
+a short sequence drowns in noise. Streams go through a bundle's graphs, and a copy of their live
+state is weighed. Exit code 1 when a pattern materialises L x L, or a state is not as large as the
+manifest says.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from model.patterns import PATTERNS
 from export.growth.plots import draw_state, draw_training
 from export.growth.streams import Sample, measure_streams
 from export.growth.training import Peak, measure_training
+from model.patterns import PATTERNS
 
 QUADRATIC = 1.9
 """Patterns whose training memory grows with an exponent of this or more hold an L x L matrix."""
@@ -63,7 +62,7 @@ def fit_streams(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def complaints(slopes: Mapping[str, float], samples: Iterable[Sample]) -> list[str]:
-    """What is not as it has to be."""
+    """What is not as it has to be, one sentence each."""
     return [
         f"{name}: training memory grows with L^{slope:.2f}, and L^{QUADRATIC} is the limit: "
         "look for an L x L matrix in its forward"
@@ -109,7 +108,7 @@ def report(peaks: Sequence[Peak], samples: Sequence[Sample]) -> str:
 
 
 def write_figures(path: Path, peaks: Sequence[Peak], samples: Sequence[Sample]) -> None:
-    """All that was measured and what follows from it, as JSON."""
+    """Write what was measured, and what follows from it, as JSON."""
     figures = {
         "training": [asdict(peak) for peak in peaks],
         "training_exponents": exponents(peaks),
@@ -121,7 +120,7 @@ def write_figures(path: Path, peaks: Sequence[Peak], samples: Sequence[Sample]) 
 
 
 def draw(folder: Path, peaks: Sequence[Peak], samples: Sequence[Sample]) -> None:
-    """Both pictures, as SVG."""
+    """Draw both pictures, as SVG."""
     curves: dict[str, list[tuple[int, int]]] = {}
     for peak in peaks:
         curves.setdefault(peak.pattern, []).append((peak.length, peak.bytes))
@@ -139,7 +138,11 @@ def draw(folder: Path, peaks: Sequence[Peak], samples: Sequence[Sample]) -> None
 
 def main() -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m export.growth.measure",
+        description=(__doc__ or "").partition("\n")[0],
+        epilog="example: python -m export.growth.measure --lengths 1024 4096 --contexts 1024 4096",
+    )
     add = parser.add_argument
     add("--json", type=Path, default=Path("build/growth.json"), help="where the figures go")
     add("--images", type=Path, default=Path("docs/images"), help="folder of both pictures")

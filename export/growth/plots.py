@@ -1,4 +1,4 @@
-"""The pictures of growth, drawn from what measure_growth.py measured."""
+"""The pictures of growth."""
 
 from __future__ import annotations
 

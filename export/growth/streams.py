@@ -1,4 +1,4 @@
-"""Bytes of one stream at chosen positions: what the server's cache parks, and what it should."""
+"""Bytes of one stream at chosen positions: what its live state takes, and what it should take."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
-from concertina.bundle.manifest import write_manifest
+from concertina.bundle.manifest import read_manifest, write_manifest
 from concertina.bundle.resources import state_bytes
+from concertina.v1 import bundle_pb2 as pb
 from export.bundle import describe
 from export.graphs import export_fold, export_step
+from export.streaming import Graphs, Stream
 from model.config import Attention, ModelConfig
 from model.data import DatasetInfo
 from model.decoder import Decoder
 from model.train import Checkpoint, TrainConfig
-from server.bundles.bundle import load_bundle
-from server.engine.kv_cache import Cache
-from server.runtime.onnx_session import Runtime
 
 FULL_LIMIT = 4**8
 """Full attention is streamed up to here; beyond, time would grow with the square."""
@@ -32,7 +32,7 @@ _NOISE = DatasetInfo("text", 7, "noise", "CC0-1.0")
 
 @dataclass(frozen=True)
 class Sample:
-    """A stream after `pushed` tokens: bytes that it holds, if measured, and ought to hold."""
+    """A stream after `pushed` tokens: bytes that it holds, if measured, and should hold."""
 
     attention: str
     context: int
@@ -67,7 +67,7 @@ def _positions(context: int) -> list[int]:
 def _stream(
     attention: Attention, context: int, span: int, positions: Iterable[int], limit: int = 1 << 62
 ) -> Iterator[Sample]:
-    """Push one stream through a cache and weigh what `park` gives at `positions` up to `limit`."""
+    """Push one stream through its graphs and weigh its state at `positions` up to `limit`."""
     config = ModelConfig(
         _NOISE.vocabulary,
         context=min(context, limit),
@@ -79,23 +79,33 @@ def _stream(
         attention=attention,
         positions="sinusoid",
     )
-    with tempfile.TemporaryDirectory() as folder:
-        bundle = load_bundle(_export(config, Path(folder)))
-        cache = Cache(bundle, Runtime(bundle, rows=2, threads=1), slots=1)
-    tokens = np.random.default_rng(0).integers(config.vocabulary, size=_CHUNK)
-    cache.seat()
+    with tempfile.TemporaryDirectory() as name:
+        folder = _export(config, Path(name))
+        manifest = read_manifest(folder)
+        graphs = Graphs(folder, manifest)
+    stream = graphs.start(batch=1)
+    tokens = np.random.default_rng(0).integers(config.vocabulary, size=(1, _CHUNK))
     for position in positions:
-        expected, allocated = state_bytes(bundle.manifest, position), None
+        allocated = None
         if position <= limit:
-            while room := min(position - cache.bench_pushed, cache.block_room, _CHUNK):
-                cache.prefill(tokens[:room])
-            row = cache.join()
-            state = cache.park(row).state
-            assert all(values.flags.owndata for values in state.values())
-            allocated = sum(values.nbytes for values in state.values())
-            cache.leave(row)
-        yield Sample(attention, context, position, allocated, expected)
+            while missing := position - (pushed := int(stream.positions[0])):
+                room = graphs.span - pushed % graphs.span if graphs.span else _CHUNK
+                graphs.step(stream, tokens[:, : min(missing, room)])
+            allocated = sum(part.nbytes for part in _live(graphs, stream))
+        yield Sample(attention, context, position, allocated, state_bytes(manifest, position))
     print(f"{attention}, context {context}: streamed", file=sys.stderr)
+
+
+def _live(graphs: Graphs, stream: Stream) -> Iterator[npt.NDArray[np.generic]]:
+    """A copy of what has to be kept of the stream to continue it elsewhere."""
+    entries, rows = int(stream.lengths[0]), int(stream.positions[0])
+    for tensor in graphs.tensors:
+        live = stream.state[tensor.name][0]
+        if tensor.kind == pb.STATE_KIND_STACK:
+            live = live[:, :entries]
+        elif tensor.kind == pb.STATE_KIND_HISTORY:
+            live = live[:rows]
+        yield live.copy()
 
 
 def _export(config: ModelConfig, folder: Path) -> Path:

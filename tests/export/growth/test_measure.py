@@ -1,4 +1,4 @@
-"""Growth is what the design promises, and what is not gets noticed."""
+"""Growth is what the design promises, and what breaks a promise is reported."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 from torch import Tensor
 
-from export.growth import measure as measure_growth
+from export.growth import measure
 from export.growth.measure import complaints, exponents, fit_streams, main
 from export.growth.streams import Sample, measure_streams
 from export.growth.training import Peak, measure_training
@@ -30,7 +30,7 @@ class Materialised(Full):
 
 
 @pytest.mark.slow
-def test_fixed_needs_less_than_the_square_and_what_does_not_is_flagged() -> None:
+def test_fixed_grows_slower_than_the_square_and_what_does_not_is_reported() -> None:
     fixed = measure_training({"fixed": PATTERNS["fixed"]}, [1024, 4096], heads=8)
     planted = measure_training({"full": Materialised}, [512, 2048], heads=8)
     assert min(peak.bytes for peak in fixed + planted) > 5e6, "too little to tell from noise"
@@ -73,29 +73,29 @@ def _samples(excess: int) -> list[Sample]:
 
 
 @pytest.mark.parametrize(
-    ("exponent", "excess", "said"),
+    ("exponent", "excess", "complains"),
     [
         (1.5, 0, ""),
         (1.95, 0, "fixed: training memory grows with L^1.95"),
         (1.5, 4, "logsparse-hierarchical, context 4096: 1540 bytes after 255 tokens"),
     ],
 )
-def test_the_exit_code_tells_whether_all_is_well(
+def test_the_exit_code_says_whether_the_promises_hold(
     exponent: float,
     excess: int,
-    said: str,
+    complains: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(measure_growth, "measure_training", lambda *_: _peaks(exponent))
-    monkeypatch.setattr(measure_growth, "measure_streams", lambda *_: _samples(excess))
+    monkeypatch.setattr(measure, "measure_training", lambda *_: _peaks(exponent))
+    monkeypatch.setattr(measure, "measure_streams", lambda *_: _samples(excess))
     figures, images = tmp_path / "new" / "growth.json", tmp_path / "images"
-    argv = ["measure_growth.py", "--json", str(figures), "--images", str(images)]
+    argv = ["measure.py", "--json", str(figures), "--images", str(images)]
     monkeypatch.setattr("sys.argv", argv)
-    assert main() == (1 if said else 0)
+    assert main() == (1 if complains else 0)
     table, complaint = capsys.readouterr()
-    assert said in complaint and bool(complaint.strip()) == bool(said)
+    assert complains in complaint and bool(complaint.strip()) == bool(complains)
     assert f"| {exponent:.2f}{' **L x L**' if exponent > 1.9 else ''} |" in table
     assert "| 1,023 | 8,192 B | 130,944 B | 1,920 B |" in table
     read = json.loads(figures.read_text())
