@@ -1,4 +1,4 @@
-"""What a run says: records in, numbers out."""
+"""The report of a run: records in, numbers out."""
 
 from __future__ import annotations
 
@@ -7,20 +7,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from hdrh.histogram import HdrHistogram
+import numpy as np
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from loadtest.client import REFUSED, Record
 
-_SIGNIFICANT_DIGITS = 3
 _LISTED_VIOLATIONS = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Percentiles:
-    """Of `count` times, in seconds: percentiles to three significant digits, the exact maximum."""
+    """Of `count` times, in seconds. A percentile is one of the times."""
 
     count: int
     p50: float
@@ -87,17 +86,11 @@ class Report:
 
 def percentiles(times_ns: Iterable[float]) -> Percentiles | None:
     """Percentiles in seconds of times in nanoseconds; None for no times."""
-    values = [round(time) for time in times_ns]
-    if not values:
+    values = np.rint([*times_ns])
+    if not len(values):
         return None
-    largest = max(values)
-    histogram = HdrHistogram(1, max(largest, 2), _SIGNIFICANT_DIGITS)
-    for value in values:
-        histogram.record_value(value)
-    at = histogram.get_percentile_to_value_dict([50, 90, 99])
-    # A histogram answers with the upper edge of a bucket, which may lie above the largest value.
-    p50, p90, p99 = (min(at[rank], largest) / 1e9 for rank in (50, 90, 99))
-    return Percentiles(len(values), p50, p90, p99, largest / 1e9)
+    p50, p90, p99 = np.percentile(values, [50, 90, 99], method="inverted_cdf").tolist()
+    return Percentiles(len(values), p50 / 1e9, p90 / 1e9, p99 / 1e9, float(values.max()) / 1e9)
 
 
 def summarise(
