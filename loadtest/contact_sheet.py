@@ -1,8 +1,4 @@
-"""A sheet of unselected samples of an image model: seeds 0, 1, 2, …, labels in turn.
-
-concertina serve bundles/emoji-32 &
-python tools/contact_sheet.py docs/images/emoji-32.png
-"""
+"""A sheet of unselected samples of an image model: seeds 0, 1, 2, …, labels in turn."""
 
 from __future__ import annotations
 
@@ -17,16 +13,21 @@ from PIL import Image
 from concertina.client import DEFAULT_ADDRESS, AsyncClient, Tokens
 
 
-def main(
+def contact_sheet(
     out: Annotated[Path, typer.Argument(help="PNG to write.")],
-    count: Annotated[int, typer.Option(help="Samples.")] = 64,
-    columns: Annotated[int, typer.Option(help="Samples per row.")] = 16,
-    scale: Annotated[int, typer.Option(help="Pixels of the PNG per pixel painted.")] = 2,
+    count: Annotated[int, typer.Option(min=1, help="Samples.")] = 64,
+    columns: Annotated[int, typer.Option(min=1, help="Samples per row.")] = 16,
+    scale: Annotated[int, typer.Option(min=1, help="Pixels of the PNG per pixel painted.")] = 2,
     temperature: Annotated[float, typer.Option(help="Temperature.")] = 1.0,
     model: Annotated[str, typer.Option(help="Model; not needed when there is one.")] = "",
     address: Annotated[str, typer.Option(help="Server.")] = DEFAULT_ADDRESS,
 ) -> None:
-    """Paint COUNT images at once and lay them out in a grid."""
+    """Paint images on a server, all at once, and lay them out in a grid.
+
+    Examples:
+    python -m loadtest.contact_sheet docs/images/emoji-32.png
+    python -m loadtest.contact_sheet sheet.png --count 16 --columns 4 --model emoji-32
+    """
     images = asyncio.run(_paint(address, model, count, temperature))
     height, width, _ = images[0].shape
     rows = -(-count // columns)
@@ -55,4 +56,4 @@ async def _paint(address: str, name: str, count: int, temperature: float) -> lis
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    typer.run(contact_sheet)

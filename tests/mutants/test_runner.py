@@ -1,4 +1,4 @@
-"""The bugs still fit the source, and what goes unseen is reported as such."""
+"""The bugs still fit the source, and a bug that no test notices is reported."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutants import runner as mutate
-from tests.mutants.runner import MUTANTS, ROOT, Mutant, plant, survey
+from tests.mutants import runner
+from tests.mutants.mutant import Mutant
+from tests.mutants.runner import ROOT, plant, survey
+from tests.mutants.table import MUTANTS
 
 SOUND = """
 def twice(x: int) -> int:
@@ -30,7 +32,7 @@ BROKEN = replace(WRONG, name="does not import", old="def twice", new="1 / 0\ndef
 def project(tmp_path: Path) -> Path:
     """A project of one function and one test, with every folder that is copied."""
     root = tmp_path / "project"
-    for name in mutate.SOURCES:
+    for name in runner.SOURCES:
         if not Path(name).suffix:
             (root / name).mkdir(parents=True)
     shutil.copy(ROOT / "pyproject.toml", root)
@@ -70,12 +72,12 @@ def test_caught_and_unseen_bugs_are_told_apart(
 ) -> None:
     assert survey(project, [WRONG], jobs=1)
     assert not survey(project, [WRONG, HARMLESS, BROKEN], jobs=3)
-    said = capsys.readouterr().out
-    assert said.count("caught  adds one") == 2
-    assert "tests/test_arithmetic.py::test_twice" in said
-    assert "UNSEEN  the same" in said
-    assert "UNSEEN  does not import" in said  # tests that never ran notice nothing
-    assert "1 of 3 bugs caught" in said
+    output = capsys.readouterr().out
+    assert output.count("caught  adds one") == 2
+    assert "tests/test_arithmetic.py::test_twice" in output
+    assert "UNSEEN  the same" in output
+    assert "UNSEEN  does not import" in output  # tests that never ran notice nothing
+    assert "1 of 3 bugs caught" in output
     assert (project / "model" / "arithmetic.py").read_text() == SOUND
 
 
@@ -84,12 +86,12 @@ def test_tests_that_fail_without_a_bug_prove_nothing(
 ) -> None:
     (project / "tests" / "test_arithmetic.py").write_text(TEST.replace("6", "7"))
     assert not survey(project, [WRONG], jobs=1)
-    said = capsys.readouterr().out
-    assert "The tests have to pass without a bug: FAILED tests/test_arithmetic.py" in said
+    output = capsys.readouterr().out
+    assert "The tests have to pass without a bug: FAILED tests/test_arithmetic.py" in output
 
 
 def test_a_run_without_end_is_cut(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mutate, "TIME_LIMIT_S", 0.01)
-    outcome = mutate.run_tests(project, [WRONG.test])
+    monkeypatch.setattr(runner, "TIME_LIMIT_S", 0.01)
+    outcome = runner.run_tests(project, [WRONG.test])
     assert not outcome.caught
     assert outcome.code is None
