@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-# Okabe and Ito's colours, which colour-blind readers tell apart; markers say the same again.
+# Okabe and Ito's colours, which colour-blind readers can distinguish; markers repeat it.
 _GREY = "#777777"
 _FAMILIES = {
     "full": ("#000000", "s"),
@@ -57,7 +57,7 @@ def draw_state(
     computed: Mapping[str, Curve],
     scattered: Mapping[str, Curve],
 ) -> None:
-    """State over position: measured on a line, computed beyond it (dashed), measured off it."""
+    """State over position: a line of what is measured, dashed where computed; dots off the line."""
     figure, axes = _begin("tokens in the stream", "state of the stream")
     labels = []
     for name, curve in measured.items():

@@ -62,7 +62,7 @@ def _probe(name: Attention, make: Make, length: int, heads: int) -> int:
         peak: int = receiver.recv()
         return peak
     except EOFError:
-        raise RuntimeError(f"{what} died, for want of memory perhaps: take fewer heads") from None
+        raise RuntimeError(f"{what} died, perhaps for lack of memory: take fewer heads") from None
     finally:
         process.kill()
         process.join(_LIMIT_S)
@@ -70,14 +70,14 @@ def _probe(name: Attention, make: Make, length: int, heads: int) -> int:
 
 def _measure_peak(sender: Connection, name: Attention, make: Make, length: int, heads: int) -> None:
     torch.set_num_threads(1)
-    # What is freed goes back at once (M_MMAP_THRESHOLD): glibc would keep some, and hide its reuse.
+    # What is freed goes back at once (M_MMAP_THRESHOLD): glibc would keep and reuse some, unseen.
     ctypes.CDLL(None).mallopt(-3, 1 << 16)
     _run_layer(name, make, _WARM_UP, heads)
     sender.send(_run_layer(name, make, length, heads))
 
 
 def _run_layer(name: Attention, make: Make, length: int, heads: int) -> int:
-    """Growth of the peak in bytes; inputs are there before, their gradients are not."""
+    """Growth of the peak in bytes; it includes gradients of the inputs, not the inputs."""
     width = heads * _HEAD_DIM
     config = ModelConfig(
         7, context=length, width=width, heads=heads, span=math.isqrt(length), attention=name

@@ -60,7 +60,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a measurement gave. Everything but `outcome` is empty when it was not `ok`."""
+    """The result of a measurement. Everything but `outcome` is empty when that is not `ok`."""
 
     outcome: str
     detail: str = ""
@@ -79,7 +79,7 @@ class Outcome:
 
 
 def perform(job: Job) -> Outcome:
-    """Measure. Running out of memory is an outcome, and so is an engine that is not there."""
+    """Measure. Running out of memory is an outcome, and so is an engine that is not installed."""
     missing = [name for name in job.packages if find_spec(name) is None]
     if missing:
         return Outcome(NOT_INSTALLED, ", ".join(missing))
@@ -156,7 +156,7 @@ def _prepare(adapter: Adapter, setting: Setting) -> None:
 
 
 def _limit(job: Job) -> None:
-    """The same cores for everybody, and so much memory that the machine stays usable."""
+    """The same cores for every engine, and so much memory that the machine stays usable."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: job.threads])
     resource.setrlimit(resource.RLIMIT_DATA, (job.memory_bytes, resource.RLIM_INFINITY))
 
@@ -187,7 +187,7 @@ def main() -> None:
     job = Job.parse(sys.argv[1])
     os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(job.threads)))
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    with contextlib.redirect_stdout(sys.stderr):  # libraries chatter
+    with contextlib.redirect_stdout(sys.stderr):  # libraries print
         outcome = perform(job)
     print(json.dumps(asdict(outcome)), flush=True)
     os._exit(0)  # some engines crash while the interpreter takes them down
