@@ -49,14 +49,14 @@ MUTANTS = (
         _STREAMS,
         (
             "a move leaves the query maximum behind",
-            "part[...] = self._part(tensor, source, NOTHING, extent)",
-            "part[...] = part if part.ndim == 2 else self._part(tensor, source, NOTHING, extent)",
+            "part[...] = self._part(tensor, source, EMPTY, length)",
+            "part[...] = part if part.ndim == 2 else self._part(tensor, source, EMPTY, length)",
         ),
         (
             "query maximum not reset between blocks (server)",
             "            at = numbers[name]\n",
             "            at = numbers[name]\n"
-            "            if self._tensors[name].kind == pb.STATE_KIND_RECURRENT:\n"
+            "            if self._tensors[name].kind == StateKind.RECURRENT:\n"
             "                continue\n",
         ),
         ("a parked state is no copy", ".copy() for t", " for t"),
@@ -69,7 +69,7 @@ MUTANTS = (
             "a row's summaries not written into its history",
             "            at = numbers[name]\n",
             "            at = numbers[name]\n"
-            "            if self._tensors[name].kind == pb.STATE_KIND_HISTORY:\n"
+            "            if self._tensors[name].kind == StateKind.HISTORY:\n"
             "                continue\n",
         ),
     ),
@@ -86,7 +86,7 @@ MUTANTS = (
                 f"two folds at once share the first {what}",
                 "values.reshape(*at.shape, -1)",
                 "(values[:1].repeat(len(at), axis=0) if self._tensors[name].kind == "
-                f"pb.STATE_KIND_{kind} else values).reshape(*at.shape, -1)",
+                f"StateKind.{kind} else values).reshape(*at.shape, -1)",
             )
             for what, kind in (("summary", "STACK"), ("history", "HISTORY"))
         ),
@@ -101,7 +101,7 @@ MUTANTS = (
         _STREAMS,
         (
             "positions begin anew after prefill",
-            "self._append(self.bench_pushed)",
+            "self._append(self.prefill_pushed)",
             "self._append(0)",
         ),
         (
@@ -117,21 +117,21 @@ MUTANTS = (
         ),
         (
             "a move leaves the newest entry behind",
-            "row, self._extent(self.bench_pushed)",
-            "row, self._extent(self.bench_pushed - 1)",
+            "self._prefill_row, row, self._length(self.prefill_pushed)",
+            "self._prefill_row, row, self._length(self.prefill_pushed - 1)",
         ),
         (
             "a history's newest row forgotten",
-            "return Extent(self._bundle.entries(pushed), pushed)",
-            "return Extent(self._bundle.entries(pushed), pushed - 1)",
+            "return StateLength(self._bundle.entries(pushed), pushed)",
+            "return StateLength(self._bundle.entries(pushed), pushed - 1)",
         ),
     ),
     *bugs(
         "server/engine/kv_cache.py",
         _BATCHES,
         (
-            "the bench keeps the last stream's query maximum",
-            "self._runtime.reset(self._bench)",
+            "the prefill slot keeps the last stream's query maximum",
+            "self._runtime.reset(self._prefill_row)",
             "pass",
         ),
         ("a row keeps the last stream's query maximum", "self._runtime.reset(row)", "pass"),
@@ -142,30 +142,30 @@ MUTANTS = (
         ),
         (
             "the last row not moved when one leaves",
-            "self._runtime.move(last, row, self._extent(int(self._pushed[last])))",
+            "self._runtime.move(last, row, self._length(int(self._pushed[last])))",
             "pass",
         ),
     ),
     *bugs(
-        "server/snapshots/snapshots.py",
+        "server/snapshots/codec.py",
         _RESTORE,
         (
             "recurrent state lost in a snapshot",
             "state[tensor.name] = values.reshape(shape)",
-            "state[tensor.name] = values.reshape(shape) * (tensor.kind != 2)",
+            "state[tensor.name] = values.reshape(shape) * (tensor.kind.value != 2)",
         ),
         (
             "a snapshot one token ahead of its state",
-            "told.pushed = past.parked.pushed",
-            "told.pushed = past.parked.pushed + (past.parked.pushed == 3)",
+            "stored.pushed = checkpoint.saved.pushed",
+            "stored.pushed = checkpoint.saved.pushed + (checkpoint.saved.pushed == 3)",
         ),
     ),
     *bugs(
-        "server/engine/loop.py",
+        "server/engine/lifecycle.py",
         _RESTORE,
         (
             "penalties forget what was drawn before a snapshot",
-            "stream.memory.recall(np.array(stream.history, np.int64))",
+            "stream.penalties.recall(np.array(stream.history, np.int64))",
             "pass",
         ),
     ),
@@ -178,9 +178,9 @@ MUTANTS = (
     ),
     Mutant(
         "a revived stream forgets what was drawn since its snapshot",
-        "server/engine/stream.py",
-        "        known = past.generated[seen:].tolist()",
-        "        known = past.generated[seen + 1 :].tolist()",
+        "server/engine/restore.py",
+        "    known = checkpoint.generated[seen:].tolist()",
+        "    known = checkpoint.generated[seen + 1 :].tolist()",
         "tests/server/engine/test_stream.py",
     ),
     Mutant(
@@ -200,15 +200,15 @@ MUTANTS = (
     Mutant(
         "a block folds again after a wrong draft",
         "server/engine/decoding.py",
-        "        if int(self._cache.pushed[0]) > first and (ending is None or stream.is_kept):",
-        "        if ending is None or stream.is_kept:",
+        "        if int(self._cache.pushed[0]) > first and (ending is None or saves):",
+        "        if ending is None or saves:",
         "tests/server/engine/test_prompt_lookup.py",
     ),
     Mutant(
         "a stream that was handed over is taken back",
-        "server/engine/loop.py",
-        "            self._check_open(self._handing_over)\n            if opened:",
-        "            self._check_open()\n            if opened:",
+        "server/engine/engine.py",
+        "            self._require_open(takes_on=True)\n            if streams:",
+        "            self._require_open()\n            if streams:",
         "tests/server/sessions/test_registry.py",
     ),
 )
