@@ -25,9 +25,8 @@ from server.auth.tls import server_credentials
 from server.config import ServeConfig
 from server.hosts.watcher import Watcher
 from server.ops.exporter import exporting
-from server.ops.heap import share_one_heap
 from server.ops.logs import log_to_stderr
-from server.ops.signals import STOP_SIGNALS
+from server.ops.process import STOP_SIGNALS, share_one_heap
 from server.sessions.registry import Sessions, hand_over
 from server.snapshots.snapshots import Keeper, open_keeper
 

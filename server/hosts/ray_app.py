@@ -42,9 +42,13 @@ from server.hosts.ray_environment import (
 )
 from server.ops.exporter import exporting
 from server.ops.logs import log_to_stderr
-from server.ops.orphans import adopt_orphans, end_children
 from server.ops.ports import free_ports, require_free
-from server.ops.signals import ignore_stop_signals, interrupt_on_stop_signals
+from server.ops.process import (
+    adopt_orphans,
+    end_children,
+    ignore_stop_signals,
+    interrupt_on_stop_signals,
+)
 
 APPLICATION: Final = "concertina"
 SERVICER_FUNCTIONS: Final = (

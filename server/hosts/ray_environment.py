@@ -18,8 +18,8 @@ from typing import Final
 
 from server.config import ConfigError, ServeConfig, TlsConfig
 from server.hosts.edge import haproxy_program, write_edge
-from server.ops.heap import ARENAS
 from server.ops.ports import free_ports
+from server.ops.process import ARENAS
 
 LONGEST_STREAM_SECONDS: Final = 24 * 3600
 STREAMS_PER_CONNECTION: Final = 10_000

@@ -24,7 +24,7 @@ from server.bundles.bundle import load_bundle
 from server.config import ConfigError, EngineConfig, Provider, ServeConfig, TlsConfig
 from server.hosts.ray_environment import HAPROXY_PROGRAM, switches
 from server.ops.ports import free_ports, require_free
-from server.ops.signals import interrupt_on_stop_signals
+from server.ops.process import interrupt_on_stop_signals
 from server.snapshots.snapshots import open_store
 
 BUNDLES: Final = Path("bundles")
