@@ -19,7 +19,7 @@ from typing import Final
 from server.config import ConfigError, ServeConfig, TlsConfig
 from server.hosts.haproxy import haproxy_program, write_edge
 from server.ops.ports import free_ports
-from server.ops.process import ARENAS
+from server.ops.process import MALLOC_ARENAS
 
 LONGEST_STREAM_SECONDS: Final = 24 * 3600
 STREAMS_PER_CONNECTION: Final = 10_000
@@ -58,7 +58,7 @@ def switches(config: ServeConfig, directory: Path) -> dict[str, str]:
         "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
         "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
         "RAY_SERVE_LOG_TO_STDERR": "0",
-        ARENAS: "1",
+        MALLOC_ARENAS: "1",
         "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(config.max_message_bytes),
         "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(config.max_message_bytes),
         "RAY_SERVE_HAPROXY_H2_FE_MAX_CONCURRENT_STREAMS": str(STREAMS_PER_CONNECTION),

@@ -1,4 +1,4 @@
-"""The process of a server: its signals, its child processes, its heap."""
+"""Settings of a process: signals, child processes, memory allocation."""
 
 from __future__ import annotations
 
@@ -13,35 +13,36 @@ import psutil
 
 STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
-ARENAS: Final = "MALLOC_ARENA_MAX"
-"""glibc's variable for how many heaps a process may have."""
+MALLOC_ARENAS: Final = "MALLOC_ARENA_MAX"
+"""Environment variable of glibc: how many heaps (arenas) a process may have."""
 
 _PR_SET_CHILD_SUBREAPER = 36
 _M_ARENA_MAX = -8
 
 
 def interrupt_on_stop_signals() -> None:
-    """Raise KeyboardInterrupt for each: also for the SIGINT of a process that a shell put in the
-    background, and for the SIGTERM of a container's runtime.
+    """Raise KeyboardInterrupt on SIGINT and SIGTERM.
+
+    A shell makes background processes ignore SIGINT, and container runtimes stop with SIGTERM.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.default_int_handler)
 
 
 def ignore_stop_signals() -> None:
-    """Let nothing disturb what is going on."""
+    """Ignore SIGINT and SIGTERM from now on."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def adopt_orphans() -> None:
-    """Become the parent of descendants whose own parent ends. Linux only; elsewhere nothing."""
+    """Become the parent of descendants whose parent exits. On Linux only; elsewhere do nothing."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def end_children(patience_s: float) -> None:
-    """Wait until all descendants have ended, and kill those that are left after `patience_s`."""
+    """Wait up to `patience_s` seconds for all descendants to exit, then kill the others."""
     deadline = time.monotonic() + patience_s
     while processes := psutil.Process().children(recursive=True):
         _, alive = psutil.wait_procs(processes, timeout=max(1.0, deadline - time.monotonic()))
@@ -50,11 +51,12 @@ def end_children(patience_s: float) -> None:
 
 
 def share_one_heap() -> None:
-    """Have threads that begin from now on share the heap of the first. glibc only; else nothing.
+    """Make new threads share the heap of the main thread. With glibc only; elsewhere do nothing.
 
-    By default each has one of its own. States of a megabyte come and go on all of them, and what
-    they leave in one is of no use to the others, so memory grows for hours (tools/soak.py).
+    By default each thread has its own heap. All threads allocate and free states of about a
+    megabyte, and memory freed in one heap is not reused by the others, so memory grows for hours,
+    as the soak test shows.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None and ARENAS not in os.environ:
+    if mallopt is not None and MALLOC_ARENAS not in os.environ:
         mallopt(_M_ARENA_MAX, 1)

@@ -8,7 +8,7 @@ import sys
 import psutil
 import pytest
 
-# A child starts a grandchild that ignores SIGTERM, and ends; both are told to `end_children`.
+# A child starts a grandchild that ignores SIGTERM, and exits; `end_children` has to end both.
 SCRIPT = """
 import subprocess, sys
 from server.ops.process import adopt_orphans, end_children
@@ -60,13 +60,13 @@ libc.fflush(out)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
 @pytest.mark.parametrize(
-    ("share", "asked", "heaps"),
+    ("share", "limit", "heaps"),
     [("", None, 5), ("share_one_heap()", None, 1), ("share_one_heap()", "3", 3)],
 )
-def test_threads_share_one_heap(share: str, asked: str | None, heaps: int) -> None:
+def test_threads_share_one_heap(share: str, limit: str | None, heaps: int) -> None:
     environment = {name: os.environ[name] for name in os.environ if name != "MALLOC_ARENA_MAX"}
-    if asked is not None:
-        environment["MALLOC_ARENA_MAX"] = asked
+    if limit is not None:
+        environment["MALLOC_ARENA_MAX"] = limit
     command = [sys.executable, "-c", COUNT.format(share=share)]
-    told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert told.stdout.count("<heap nr=") == heaps
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.count("<heap nr=") == heaps
