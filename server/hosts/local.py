@@ -1,4 +1,4 @@
-"""The same servicers in this process, on plain grpc.aio: no Ray, up in a second or two."""
+"""Runs the services in this process on plain grpc.aio, without Ray. Starts in a second or two."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ try:
 except ImportError:
     from asyncio import new_event_loop  # type: ignore[assignment]
 
-_FAREWELL_SECONDS: Final = 2.0
+_CLOSE_SECONDS: Final = 2.0
 
 _log = logging.getLogger(__name__)
 
 
 def serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
-    """Serve until SIGINT or SIGTERM; `announce` is told the data path once calls are answered.
+    """Serve until SIGINT or SIGTERM. Calls `announce` with the data path when the server is ready.
 
-    Running streams may end for `drain_seconds`; a second signal ends them at once. Raises
-    `server.errors.BundleError` for a bundle that cannot be served.
+    After the signal, running streams have `drain_seconds` to end; a second signal ends them at
+    once. Raises `server.errors.BundleError` for a bundle that cannot be served.
     """
     log_to_stderr()
     share_one_heap()
@@ -59,16 +59,16 @@ def make_server(
     config: ServeConfig,
     engines: Mapping[str, Engine],
     keeper: Keeper | None = None,
-    leaving: Collection[Engine] = (),
+    draining: Collection[Engine] = (),
 ) -> grpc.aio.Server:
-    """A server of `engines` that listens as `config` says, once it is started.
+    """A server for `engines`, not yet started, that listens where `config` says.
 
-    What began on engines that are `leaving` is found there.
+    draining: engines that get no new streams, but still hold sessions that calls may ask for.
 
-    Raises `server.errors.KeysError` or `server.config.ConfigError` when keys or certificates cannot
-    be used.
+    Raises `server.errors.KeysError` or `server.config.ConfigError` if the keys or certificates
+    cannot be used.
     """
-    callers, sessions = Callers(config.keys), Sessions(engines, keeper, leaving)
+    callers, sessions = Callers(config.keys), Sessions(engines, keeper, draining)
     server = grpc.aio.server(
         options=[
             ("grpc.max_receive_message_length", config.max_message_bytes),
@@ -103,11 +103,11 @@ async def _serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
     engines = open_engines(config.bundles, config.engine, keeper)
     with ExitStack() as opened:
         if keeper is not None:
-            opened.callback(keeper.close, _FAREWELL_SECONDS)
+            opened.callback(keeper.close, _CLOSE_SECONDS)
         watcher = Watcher(config, engines, keeper)
         opened.callback(watcher.close)
         watcher.start()
-        server = make_server(config, engines, keeper, watcher.leaving)
+        server = make_server(config, engines, keeper, watcher.draining)
         try:
             with exporting(config.host, config.metrics_port, lambda: all_alive(engines)):
                 await server.start()
@@ -116,18 +116,18 @@ async def _serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
                 _log.info("stopping; running streams have %d s to end", config.drain_seconds)
                 await watcher.stop()
                 await hand_over(watcher.running, keeper)
-                done = asyncio.create_task(server.stop(config.drain_seconds + _FAREWELL_SECONDS))
-                hurry = asyncio.create_task(stopping_now.wait())
+                done = asyncio.create_task(server.stop(config.drain_seconds + _CLOSE_SECONDS))
+                second_signal = asyncio.create_task(stopping_now.wait())
                 await asyncio.wait(
-                    (done, hurry),
+                    (done, second_signal),
                     timeout=config.drain_seconds,
                     return_when=asyncio.FIRST_COMPLETED,
                 )
-                hurry.cancel()
+                second_signal.cancel()
         finally:
             opened.close()
-            # The streams that were cut have an error event to send.
-            await server.stop(_FAREWELL_SECONDS)
+            # The streams that were cut off still send an error event.
+            await server.stop(_CLOSE_SECONDS)
 
 
 def _signals() -> tuple[asyncio.Event, asyncio.Event]:
