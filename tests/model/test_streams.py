@@ -218,5 +218,5 @@ def test_what_was_not_written_is_never_read(attention: Attention) -> None:
 
 
 def test_a_pattern_that_cannot_decode_says_so() -> None:
-    with pytest.raises(ValueError, match="fixed-bidirectional reads tokens that are not written"):
+    with pytest.raises(ValueError, match="fixed-bidirectional attends to later tokens"):
         Case("fixed-bidirectional").make(LENGTH).state()
