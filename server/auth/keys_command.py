@@ -32,7 +32,7 @@ def add(
     name: Annotated[str, typer.Argument(help="Name of the key, used in logs and to remove it.")],
     model: Annotated[
         list[str] | None,
-        typer.Option("--model", "-m", help="A model that the key may use. [default: all models]"),
+        typer.Option("--model", "-m", help="A model that the key may use; default: all models."),
     ] = None,
     streams: Annotated[
         int | None,
