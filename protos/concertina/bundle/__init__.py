@@ -1,1 +1,1 @@
-"""Bundles, as the export writes and the server reads them: manifest, and cost of a stream."""
+"""The bundle as export writes and the server reads it: manifest, and what a stream costs."""
