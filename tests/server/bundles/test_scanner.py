@@ -13,7 +13,7 @@ from tests.server.bundle_folders import damage, put
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The folders whose bundles were read, every time that one was."""
+    """The folders of the bundles that were read, once for each read."""
     read: list[Path] = []
     load = server.bundles.scanner.load_bundle
     monkeypatch.setattr(
@@ -22,7 +22,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return read
 
 
-def test_what_is_there_at_the_start_counts_at_once(image_bundle: Path, tmp_path: Path) -> None:
+def test_the_first_scan_accepts_what_it_finds(image_bundle: Path, tmp_path: Path) -> None:
     put(image_bundle, tmp_path / "one")
     (tmp_path / "notes.txt").write_text("no folder")
     (tmp_path / "empty").mkdir()
@@ -47,7 +47,7 @@ def test_nothing_is_read_twice(image_bundle: Path, tmp_path: Path, reads: list[P
 def test_a_copy_under_way_is_not_read(
     image_bundle: Path, tmp_path: Path, reads: list[Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The manifest comes first, and every look finds more of the graph."""
+    """The manifest comes first, and every scan finds more of the graph."""
     scanner = BundleScanner(tmp_path)
     scanner.scan()
     (tmp_path / "one").mkdir()
@@ -62,7 +62,7 @@ def test_a_copy_under_way_is_not_read(
     assert not caplog.records
 
 
-def test_a_damaged_bundle_is_told_of_once_and_read_again_when_it_changes(
+def test_a_damaged_bundle_is_logged_once_and_read_again_after_a_change(
     image_bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     put(image_bundle, tmp_path / "one")
@@ -75,12 +75,12 @@ def test_a_damaged_bundle_is_told_of_once_and_read_again_when_it_changes(
     put(image_bundle, tmp_path / "one")
     assert not scanner.scan()
     assert list(scanner.scan()) == [tmp_path / "one"]
-    damage(tmp_path / "one")  # the last one that was whole is still the one
+    damage(tmp_path / "one")  # the last valid bundle stays
     assert [list(scanner.scan()) for _ in range(3)] == [[tmp_path / "one"]] * 3
     assert len(caplog.records) == 2
 
 
-def test_a_folder_that_gets_another_name_is_never_gone(image_bundle: Path, tmp_path: Path) -> None:
+def test_a_renamed_folder_never_disappears(image_bundle: Path, tmp_path: Path) -> None:
     put(image_bundle, tmp_path / "one")
     scanner = BundleScanner(tmp_path)
     scanner.scan()
@@ -99,7 +99,7 @@ def test_without_its_manifest_a_bundle_is_gone(image_bundle: Path, tmp_path: Pat
     assert [bool(scanner.scan()) for _ in range(3)] == [True, False, False]
 
 
-def test_a_directory_that_cannot_be_read_says_so(tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     scanner = BundleScanner(tmp_path / "nowhere")
     with pytest.raises(OSError, match="nowhere"):
         scanner.scan()
