@@ -173,8 +173,8 @@ async def _resume(stub: GenerationServiceStub, client: AsyncClient, rng: random.
         call.cancel()
         if not cut:
             raise RuntimeError("a stream stops before its last event")
-        received = [{"tokens": tokens, "characters": characters}]
-        rest = pb.ResumeRequest(stream_id=name, after_sequence=sequence, received=received)
+        cursors = [{"tokens": tokens, "characters": characters}]
+        rest = pb.ResumeRequest(stream_id=name, after_sequence=sequence, cursors=cursors)
         call = stub.Resume(rest, timeout=300)
 
 

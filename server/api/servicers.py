@@ -31,14 +31,14 @@ def make_servicers(
     keys: Path | None,
     models: Mapping[str, ServedModel],
     snapshots: SnapshotWriter | None = None,
-    leaving: Collection[ServedModel] = (),
+    draining: Collection[ServedModel] = (),
 ) -> Servicers:
     """The services over `models`, for callers with one of the `keys` in a file, or for everyone.
 
-    Streams that began on models that are `leaving` are found there. Raises KeysError.
+    Streams that began on models that are `draining` are found there. Raises KeysError.
     """
     callers = Callers(keys)
-    registry = SessionRegistry(models, snapshots, leaving)
+    registry = SessionRegistry(models, snapshots, draining)
     opener = SessionOpener(registry)
     return Servicers(
         GenerationServicer(registry, opener, callers),

@@ -90,24 +90,24 @@ def resume_request(request: pb.ResumeRequest) -> tuple[ResumeCursor, ...]:
     """Where the reader is in each output, by index. Raises InvalidRequest with field and limit."""
     _check_counts("", request, ("after_sequence",))
     cursors: dict[int, ResumeCursor] = {}
-    for told in request.received:
-        _check_counts("received.", told, ("tokens", "characters", "prompt_logprobs"))
-        if told.output >= _MAX_OUTPUTS or told.output in cursors:
+    for given in request.cursors:
+        _check_counts("cursors.", given, ("tokens", "characters", "prompt_logprobs"))
+        if given.output >= _MAX_OUTPUTS or given.output in cursors:
             raise InvalidRequest(
-                f"received names output {told.output}; each may be named once, up to "
+                f"cursors names output {given.output}; each may be named once, up to "
                 f"{_MAX_OUTPUTS - 1}"
             )
-        if len(told.last_ids) > min(_MAX_LAST_IDS, told.tokens):
+        if len(given.last_ids) > min(_MAX_LAST_IDS, given.tokens):
             raise InvalidRequest(
-                f"received.last_ids has {len(told.last_ids)} ids; it may have "
-                f"{min(_MAX_LAST_IDS, told.tokens)}"
+                f"cursors.last_ids has {len(given.last_ids)} ids; it may have "
+                f"{min(_MAX_LAST_IDS, given.tokens)}"
             )
-        cursors[told.output] = ResumeCursor(
-            told.tokens,
-            told.characters,
-            told.prompt_logprobs,
-            told.ended,
-            tuple(told.last_ids),
+        cursors[given.output] = ResumeCursor(
+            given.tokens,
+            given.characters,
+            given.prompt_logprobs,
+            given.ended,
+            tuple(given.last_ids),
         )
     return tuple(cursors.get(output, BEGINNING) for output in range(max(cursors, default=-1) + 1))
 

@@ -1,4 +1,4 @@
-"""The same servicers in this process, on plain grpc.aio: no Ray, up in a second or two."""
+"""Runs the services in this process on plain grpc.aio, without Ray. Starts in a second or two."""
 
 from __future__ import annotations
 
@@ -23,9 +23,8 @@ from server.auth.tls import server_credentials
 from server.config import ServeConfig
 from server.hosts.watcher import Watcher
 from server.ops.exporter import exporting
-from server.ops.heap import share_one_heap
 from server.ops.logs import log_to_stderr
-from server.ops.signals import STOP_SIGNALS
+from server.ops.process import STOP_SIGNALS, share_one_heap
 from server.sessions.registry import hand_over
 from server.sessions.served_model import serve_bundles
 from server.snapshots.writer import open_writer
@@ -35,16 +34,16 @@ try:
 except ImportError:
     from asyncio import new_event_loop  # type: ignore[assignment]
 
-_FAREWELL_SECONDS: Final = 2.0
+_CLOSE_SECONDS: Final = 2.0
 
 _log = logging.getLogger(__name__)
 
 
 def serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
-    """Serve until SIGINT or SIGTERM; `announce` is told the data path once calls are answered.
+    """Serve until SIGINT or SIGTERM. Calls `announce` with the data path when the server is ready.
 
-    Running streams may end for `drain_seconds`; a second signal ends them at once. Raises
-    `server.errors.BundleError` for a bundle that cannot be served.
+    After the signal, running streams have `drain_seconds` to end; a second signal ends them at
+    once. Raises `server.errors.BundleError` for a bundle that cannot be served.
     """
     log_to_stderr()
     share_one_heap()
@@ -53,9 +52,9 @@ def serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
 
 
 def make_server(config: ServeConfig, servicers: Servicers) -> grpc.aio.Server:
-    """A server of the services that listens as `config` says, once it is started.
+    """A server of the services, not yet started, that listens where `config` says.
 
-    Raises ConfigError when certificates cannot be used.
+    Raises ConfigError if the certificates cannot be used.
     """
     server = grpc.aio.server(
         options=[
@@ -87,11 +86,11 @@ async def _serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
     models = serve_bundles(config.bundles, config.engine, snapshots)
     with ExitStack() as opened:
         if snapshots is not None:
-            opened.callback(snapshots.close, _FAREWELL_SECONDS)
+            opened.callback(snapshots.close, _CLOSE_SECONDS)
         watcher = Watcher(config, models, snapshots)
         opened.callback(watcher.close)
         watcher.start()
-        servicers = make_servicers(config.keys, models, snapshots, watcher.leaving)
+        servicers = make_servicers(config.keys, models, snapshots, watcher.draining)
         server = make_server(config, servicers)
         try:
             with exporting(config.host, config.metrics_port, lambda: all_alive(models)):
@@ -101,18 +100,18 @@ async def _serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
                 _log.info("stopping; running streams have %d s to end", config.drain_seconds)
                 await watcher.stop()
                 await hand_over(watcher.running, snapshots)
-                done = asyncio.create_task(server.stop(config.drain_seconds + _FAREWELL_SECONDS))
-                hurry = asyncio.create_task(stopping_now.wait())
+                done = asyncio.create_task(server.stop(config.drain_seconds + _CLOSE_SECONDS))
+                second_signal = asyncio.create_task(stopping_now.wait())
                 await asyncio.wait(
-                    (done, hurry),
+                    (done, second_signal),
                     timeout=config.drain_seconds,
                     return_when=asyncio.FIRST_COMPLETED,
                 )
-                hurry.cancel()
+                second_signal.cancel()
         finally:
             opened.close()
-            # The streams that were cut have an error event to send.
-            await server.stop(_FAREWELL_SECONDS)
+            # The streams that were cut off still send an error event.
+            await server.stop(_CLOSE_SECONDS)
 
 
 def _signals() -> tuple[asyncio.Event, asyncio.Event]:

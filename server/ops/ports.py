@@ -8,11 +8,11 @@ from contextlib import ExitStack
 
 
 class PortTaken(OSError):
-    """Somebody else listens there."""
+    """Another process listens on the port."""
 
 
 def free_ports(count: int) -> list[int]:
-    """Distinct ports on which nobody listens."""
+    """Distinct ports that no process listens on."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
@@ -21,13 +21,13 @@ def free_ports(count: int) -> list[int]:
 
 
 def require_free(host: str, port: int, remedy: str) -> None:
-    """Raise `PortTaken`, which ends with `remedy`, when somebody listens on the port already.
+    """Raise `PortTaken`, with `remedy` in its message, if a process listens on the port.
 
-    gRPC would not notice: its servers share a port by default, and each gets some of the calls.
+    gRPC does not detect this: its servers share a port by default, and each gets some of the calls.
     """
     family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     with socket.socket(family, kind) as probe:
-        # Connections of a server that has just stopped do not count.
+        # Ignore closing connections of a server that has just stopped.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(address)

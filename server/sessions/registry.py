@@ -36,23 +36,23 @@ class Attachment:
 class SessionRegistry:
     """Finds, lists and deletes the sessions of a process.
 
-    What is new is for `models`; those that are `leaving` finish what they began. Both may change.
+    New streams go to `models`; those that are `draining` finish what they began. Both change.
     """
 
     def __init__(
         self,
         models: Mapping[str, ServedModel],
         snapshots: SnapshotWriter | None = None,
-        leaving: Collection[ServedModel] = (),
+        draining: Collection[ServedModel] = (),
     ) -> None:
         self.models = models
         self.snapshots = snapshots
-        self._leaving = leaving
+        self._draining = draining
 
     @property
     def holders(self) -> list[ServedModel]:
         """All models that may hold sessions."""
-        return [*self.models.values(), *self._leaving]
+        return [*self.models.values(), *self._draining]
 
     def running(self, owner: str) -> int:
         """Streams of an owner that wait or run in this process."""

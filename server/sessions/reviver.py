@@ -104,7 +104,7 @@ def _padded(cursors: Sequence[ResumeCursor], outputs: int) -> list[ResumeCursor]
     """A cursor for every output. Raises InvalidRequest where there are too many."""
     if len(cursors) > outputs:
         raise InvalidRequest(
-            f"received names output {len(cursors) - 1}, the stream has outputs 0 to {outputs - 1}"
+            f"cursors names output {len(cursors) - 1}, the stream has outputs 0 to {outputs - 1}"
         )
     return [*cursors, *[BEGINNING] * (outputs - len(cursors))]
 
@@ -115,6 +115,6 @@ def _require_tokens(model: ServedModel, cursors: Sequence[ResumeCursor]) -> None
     highest = max((max(cursor.last_ids, default=0) for cursor in cursors), default=0)
     if highest >= vocabulary:
         raise InvalidRequest(
-            f"received.last_ids has {highest}; ids of {model.bundle.name} must be below "
+            f"cursors.last_ids has {highest}; ids of {model.bundle.name} must be below "
             f"{vocabulary}"
         )

@@ -43,7 +43,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "demo": Command("server.hosts.serve", "demo", "Serve the bundled models and watch them write."),
+    "demo": Command("server.hosts.demo", "demo", "Serve the bundled models and watch them write."),
     "serve": Command("server.hosts.serve", "serve", "Serve bundles over gRPC."),
     "keys": Command("server.auth.keys_command", "keys", "Say who may call a server."),
     "models": Command("concertina.cli.command", "models", "List what a server serves."),

@@ -218,7 +218,7 @@ async def test_a_key_has_a_quota_of_streams(serve: Serve, connect: Any, keys: An
         events = reader.stream(IMAGE)
         first = await events.read()
         assert (first.error.code, first.error.retryable) == ("RESOURCE_EXHAUSTED", True)
-        assert "3 streams are running" in first.error.message
+        assert "3 streams run or wait" in first.error.message
         assert await events.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
         assert (await refusal(reader.score(IMAGE)))[0] == "RESOURCE_EXHAUSTED"
         assert await connect(served, other).generate(IMAGE, outputs=4) == IMAGE

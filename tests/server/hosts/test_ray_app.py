@@ -1,4 +1,4 @@
-"""The parts of the Ray home that need no cluster; tests/e2e has the rest."""
+"""The parts of the Ray host that need no cluster; tests/e2e has the rest."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ from tests.server.engines import LIMIT_S, Gate, until
 
 TEXT, IMAGE = "tiny-text", "tiny-image"
 CONFIG = EngineConfig(threads=1, slots=2, snapshot_interval=8)
-LOOKS_S = 0.3  # enough for many looks
+SCANS_S = 0.3  # enough for many scans
 SEALER = Sealer([bytes(range(32))])
 
 
@@ -107,7 +107,8 @@ async def start(directory: Path, keeper: SnapshotWriter) -> AsyncIterator[Start]
         (port,) = free_ports(1)
         config = ServeConfig((), directory, port=port, drain_seconds=drain_seconds, engine=CONFIG)
         watcher = Watcher(config, {}, keeper, period_s=0.02)
-        server = make_server(config, make_servicers(None, watcher.models, keeper, watcher.leaving))
+        servicers = make_servicers(None, watcher.models, keeper, watcher.draining)
+        server = make_server(config, servicers)
         channel = grpc.aio.insecure_channel(config.address)
         homes.append((watcher, server, channel))
         watcher.start()
@@ -199,11 +200,11 @@ async def test_a_bundle_that_goes_ends_its_streams_well(
         await home.serves(tiny_image=image)
         status, details = await refused(home.stream(TEXT))
         assert status == "NOT_FOUND" and IMAGE in details
-        await asyncio.sleep(LOOKS_S)
+        await asyncio.sleep(SCANS_S)
         assert model.alive and reserved(TEXT)
         gate.let(float("inf"))
         assert tokens(await rest(running)) == tokens(alone)
-    await until(lambda: not home.watcher.leaving)
+    await until(lambda: not home.watcher.draining)
     assert not model.alive and not reserved(TEXT)
     assert names(await home.generate(IMAGE)) == ["accepted", "tokens", "finished"]
     gone = weakref.ref(model.engine.runtime)
@@ -235,11 +236,11 @@ async def test_those_who_do_not_end_in_time_are_told(
         told = await rest(plain)
     assert names(told)[-1] == "error" and "taken down" in told[-1].error.message
     assert names(had)[-1] == "handed_over"
-    await until(lambda: not home.watcher.leaving)
+    await until(lambda: not home.watcher.draining)
     resume = pb.ResumeRequest(
         stream_id=had[0].accepted.stream_id,
         after_sequence=had[-1].sequence,
-        received=[pb.Received(tokens=len(tokens(had)))],
+        cursors=[pb.ResumeCursor(tokens=len(tokens(had)))],
     )
     status, _ = await refused(home.generation.Resume(resume, timeout=LIMIT_S))
     assert status == "NOT_FOUND"
@@ -272,7 +273,7 @@ async def test_an_upgrade_ends_what_began_before_it_on_the_old_bundle(
         resume = pb.ResumeRequest(stream_id=stream_id, after_sequence=1)
         back = await rest(home.generation.Resume(resume, timeout=LIMIT_S))
         assert tokens(back) == alone and names(back)[-1] == "finished"
-    await until(lambda: not home.watcher.leaving)
+    await until(lambda: not home.watcher.draining)
     assert not before.alive and home.engines[TEXT].alive
     assert reserved(TEXT) == home.engines[TEXT].engine.runtime.nbytes
     status, details = await refused(home.generation.Resume(resume, timeout=LIMIT_S))
@@ -297,7 +298,7 @@ async def test_a_bundle_that_cannot_be_used_takes_nothing_down(
         put(image_bundle, directory / "b", version)
         damage(directory / "b")
         await until(lambda: len(caplog.records) >= 2)
-        await asyncio.sleep(LOOKS_S)
+        await asyncio.sleep(SCANS_S)
     reasons = " ".join(record.getMessage() + (record.exc_text or "") for record in caplog.records)
     assert len(caplog.records) == 2
     assert "step.onnx has" in reasons and "step.onnx cannot be loaded" in reasons
@@ -317,9 +318,9 @@ async def test_of_two_with_one_name_the_first_stays(
     with caplog.at_level(logging.ERROR, logger="server"):
         second = put(text_bundle, directory / "a", version="2")
         await until(lambda: caplog.records)
-        await asyncio.sleep(LOOKS_S)
+        await asyncio.sleep(SCANS_S)
     (record,) = caplog.records
-    assert f"{directory / 'a'} is named 'tiny-text', as is" in record.getMessage()
+    assert f"{directory / 'a'} has the name 'tiny-text' of" in record.getMessage()
     await home.serves(tiny_text=first)
     shutil.rmtree(directory / "b")
     await home.serves(tiny_text=second)
@@ -332,8 +333,8 @@ async def test_a_folder_may_get_another_name(
     home = await start()
     model = home.engines[TEXT]
     (directory / "a").rename(directory / "b")
-    await asyncio.sleep(LOOKS_S)
-    assert home.engines == {TEXT: model} and model.alive and not home.watcher.leaving
+    await asyncio.sleep(SCANS_S)
+    assert home.engines == {TEXT: model} and model.alive and not home.watcher.draining
     shutil.rmtree(directory / "b")
     await until(lambda: not home.engines)
 
@@ -346,9 +347,9 @@ async def test_a_directory_that_cannot_be_read_changes_nothing(
     with caplog.at_level(logging.ERROR, logger="server"):
         directory.rename(directory.with_name("away"))
         await until(lambda: caplog.records)
-        await asyncio.sleep(LOOKS_S)
+        await asyncio.sleep(SCANS_S)
     (record,) = caplog.records
-    assert "cannot be read" in record.getMessage()
+    assert f"cannot read {directory}" in record.getMessage()
     await home.serves(tiny_text=text)
     directory.with_name("away").rename(directory)
     shutil.rmtree(directory / "a")

@@ -45,7 +45,7 @@ def _counts() -> dict[str, float]:
         "steps": _value("step_seconds_count", phase="decode"),
         "chunks": _value("step_seconds_count", phase="prefill"),
         "rows": _value("step_batch_size_sum"),
-        "refused": _value("streams_rejected_total", reason="queue_full"),
+        "refused": _value("requests_refused_total", reason="queue_full"),
         **{why: _value("streams_finished_total", finished_reason=why) for why in finished},
     }
 
