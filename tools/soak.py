@@ -205,7 +205,7 @@ async def _resume(client: AsyncClient, rng: random.Random) -> None:
             raise RuntimeError("a stream ended without its end")
         had = {"tokens": tokens, "characters": characters}
         call = stub.Resume(
-            pb.ResumeRequest(stream_id=name, after_sequence=sequence, received=[had]), timeout=300
+            pb.ResumeRequest(stream_id=name, after_sequence=sequence, cursors=[had]), timeout=300
         )
 
 

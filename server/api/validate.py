@@ -87,16 +87,16 @@ def resume_request(request: pb.ResumeRequest) -> tuple[Received, ...]:
     """What was received of each output, by index. Raises InvalidRequest naming field and limit."""
     _check_counts("", request, ("after_sequence",))
     received: dict[int, Received] = {}
-    for told in request.received:
-        _check_counts("received.", told, ("tokens", "characters", "prompt_logprobs"))
+    for told in request.cursors:
+        _check_counts("cursors.", told, ("tokens", "characters", "prompt_logprobs"))
         if told.output >= _MAX_OUTPUTS or told.output in received:
             raise InvalidRequest(
-                f"received names output {told.output}; each may be named once, up to "
+                f"cursors names output {told.output}; each may be named once, up to "
                 f"{_MAX_OUTPUTS - 1}"
             )
         if len(told.last_ids) > min(_MAX_LAST_IDS, told.tokens):
             raise InvalidRequest(
-                f"received.last_ids has {len(told.last_ids)} ids; it may have "
+                f"cursors.last_ids has {len(told.last_ids)} ids; it may have "
                 f"{min(_MAX_LAST_IDS, told.tokens)}"
             )
         received[told.output] = Received(

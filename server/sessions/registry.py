@@ -299,7 +299,7 @@ def padded(received: Sequence[Received], outputs: int) -> list[Received]:
     """What was received of every output. Raises InvalidRequest where there are too many."""
     if len(received) > outputs:
         raise InvalidRequest(
-            f"received names output {len(received) - 1}, the stream has outputs 0 to {outputs - 1}"
+            f"cursors names output {len(received) - 1}, the stream has outputs 0 to {outputs - 1}"
         )
     return [*received, *[NOTHING] * (outputs - len(received))]
 
@@ -315,7 +315,7 @@ def _check_ids(engine: Engine, received: Sequence[Received]) -> None:
     highest = max((max(had.last_ids, default=0) for had in received), default=0)
     if highest >= vocabulary:
         raise InvalidRequest(
-            f"received.last_ids has {highest}; ids of {engine.bundle.name} must be below "
+            f"cursors.last_ids has {highest}; ids of {engine.bundle.name} must be below "
             f"{vocabulary}"
         )
 

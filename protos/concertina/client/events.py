@@ -221,10 +221,10 @@ class EventReader:
         """Whether an output ended because somebody paused the stream."""
         return any(output.reason is FinishReason.PAUSED for output in self._outputs)
 
-    def received(self) -> list[pb.Received]:
-        """What has come of every output, as `Resume` is told it."""
+    def cursors(self) -> list[pb.ResumeCursor]:
+        """What has arrived of every output, as `Resume` takes it."""
         return [
-            pb.Received(
+            pb.ResumeCursor(
                 output=index,
                 tokens=output.tokens,
                 characters=output.characters,

@@ -121,7 +121,7 @@ class Resumption:
         request = pb.ResumeRequest(
             stream_id=self._reader.stream_id,
             after_sequence=self._reader.sequence,
-            received=self._reader.received(),
+            cursors=self._reader.cursors(),
         )
         return request, remaining
 

@@ -76,16 +76,16 @@ def test_what_was_received_is_told(fake: Fake, collect: Collect) -> None:
     assert fake.requests[1] == pb.ResumeRequest(
         stream_id="s1",
         after_sequence=5,
-        received=[
-            pb.Received(output=0, prompt_logprobs=2),
-            pb.Received(
+        cursors=[
+            pb.ResumeCursor(output=0, prompt_logprobs=2),
+            pb.ResumeCursor(
                 output=1,
                 tokens=2400,
                 characters=1200,
                 prompt_logprobs=2,
                 last_ids=long.encode()[-1024:],
             ),
-            pb.Received(
+            pb.ResumeCursor(
                 output=2, tokens=2, characters=2, prompt_logprobs=2, ended=True, last_ids=b"ab"
             ),
         ],

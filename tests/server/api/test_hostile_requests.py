@@ -170,7 +170,7 @@ async def test_bytes_are_answered_or_refused(form: str, text: Bundle, tmp_path: 
     seeds = [
         _kept(text.name).SerializeToString(),
         pb.ResumeRequest(
-            stream_id="a", received=[{"tokens": 3, "last_ids": [1, 2]}]
+            stream_id="a", cursors=[{"tokens": 3, "last_ids": [1, 2]}]
         ).SerializeToString(),
         pb.ScoreRequest(prompt={"text": "abc"}).SerializeToString(),
     ]

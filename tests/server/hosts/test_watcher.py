@@ -238,7 +238,7 @@ async def test_those_who_do_not_end_in_time_are_told(
     resume = pb.ResumeRequest(
         stream_id=had[0].accepted.stream_id,
         after_sequence=had[-1].sequence,
-        received=[pb.Received(tokens=len(tokens(had)))],
+        cursors=[pb.ResumeCursor(tokens=len(tokens(had)))],
     )
     status, _ = await refused(home.generation.Resume(resume, timeout=LIMIT_S))
     assert status == "NOT_FOUND"

@@ -41,7 +41,7 @@ class Had:
 
     stream_id: str = ""
     sequence: int = 0
-    outputs: dict[int, pb.Received] = field(default_factory=dict)
+    outputs: dict[int, pb.ResumeCursor] = field(default_factory=dict)
     texts: dict[int, str] = field(default_factory=dict)
     ids: dict[int, list[int]] = field(default_factory=dict)
     logprobs: dict[int, list[float]] = field(default_factory=dict)
@@ -375,8 +375,8 @@ async def test_a_snapshot_of_another_bundle_is_refused(cluster: Cluster, text: B
     ("told", "reason"),
     [
         ({"after_sequence": 2**64 - 1}, "after_sequence"),
-        ({"received": [{"tokens": 2**64 - 1}]}, "received.tokens"),
-        ({"received": [{"characters": 2**64 - 1}]}, "received.characters"),
+        ({"cursors": [{"tokens": 2**64 - 1}]}, "cursors.tokens"),
+        ({"cursors": [{"characters": 2**64 - 1}]}, "cursors.characters"),
     ],
 )
 def test_what_cannot_have_been_received_is_refused(told: dict[str, Any], reason: str) -> None:
