@@ -46,14 +46,14 @@ COMMANDS = {
     "demo": Command("server.hosts.serve", "demo", "Serve the bundled models and watch them write."),
     "serve": Command("server.hosts.serve", "serve", "Serve bundles over gRPC."),
     "keys": Command("server.auth.keys_command", "keys", "Say who may call a server."),
-    "models": Command("concertina.cli.command", "models", "List what a server serves."),
-    "generate": Command("concertina.cli.command", "generate", "Write text as it is generated."),
-    "paint": Command("concertina.cli.command", "paint", "Paint an image as it is generated."),
+    "models": Command("concertina.cli.generate", "models", "List what a server serves."),
+    "generate": Command("concertina.cli.generate", "generate", "Write text as it is generated."),
+    "paint": Command("concertina.cli.generate", "paint", "Paint an image as it is generated."),
     "score": Command(
-        "concertina.cli.command", "score", "Measure how well a model predicts a file."
+        "concertina.cli.generate", "score", "Measure how well a model predicts a file."
     ),
     "sessions": Command(
-        "concertina.cli.sessions_command", "sessions", "Pause, continue, copy and move streams."
+        "concertina.cli.sessions", "sessions", "Pause, continue, copy and move streams."
     ),
     "loadtest": Command("loadtest.command", "loadtest", "Drive a server hard and report."),
     "bench": Command("loadtest.bench.command", "bench", "Compare with other engines."),

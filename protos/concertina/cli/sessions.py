@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from concertina.cli.command import connected
-from concertina.cli.following import Follower, own_line, write_outputs
+from concertina.cli.generate import connected
+from concertina.cli.printing import Follower, own_line, write_outputs
 from concertina.cli.options import (
     Address,
     Ca,

@@ -19,7 +19,7 @@ from rich.filesize import decimal
 from rich.live import Live
 from rich.table import Table
 
-from concertina.cli.following import Follower, event_json, own_line, write_outputs
+from concertina.cli.printing import Follower, event_json, own_line, write_outputs
 from concertina.cli.options import (
     Address,
     AllowedTokenIds,
@@ -61,7 +61,7 @@ from concertina.cli.options import (
     png_file,
     readable_file,
 )
-from concertina.cli.painting import Canvas, Easel, in_palette, read_rows
+from concertina.cli.canvas import Canvas, Easel, in_palette, read_rows
 from concertina.client import (
     DEFAULT_ADDRESS,
     Client,
