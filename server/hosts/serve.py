@@ -16,7 +16,8 @@ import psutil
 import typer
 from rich.console import Console
 
-from concertina.cli.generate import generate, paint
+from concertina.cli.generate import generate
+from concertina.cli.paint import paint
 from concertina.client import Client
 from server.auth.api_keys import read_keys
 from server.auth.tls import require_usable

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from functools import cache
-from pathlib import Path
 from time import perf_counter
 
 from PIL import Image
@@ -15,8 +14,6 @@ from rich.measure import Measurement
 from rich.panel import Panel
 from rich.segment import Segment
 from rich.style import Style
-
-from concertina.client.errors import InvalidRequest
 
 _FRAME = 6  # lines and columns that the border and the shell's prompt take
 
@@ -114,46 +111,3 @@ def _cell(top: bytes, bottom: bytes) -> tuple[str, Style | None]:
 
 def _colour(pixel: bytes) -> Color:
     return Color.from_rgb(*pixel[:3])
-
-
-def read_rows(path: Path, width: int, height: int) -> Image.Image:
-    """The rows of an image file down to the last that is not wholly transparent, `width` wide.
-
-    An image of a multiple of this width, as `concertina paint` writes it, is reduced.
-    Raises InvalidRequest if there is no image, it does not fit, or it has no such row.
-    """
-    try:
-        image = Image.open(path).convert("RGBA")
-    except OSError as error:
-        raise InvalidRequest(f"{path} cannot be read as an image: {error}") from None
-    scale, rest = divmod(image.width, width)
-    if rest or image.height > scale * height:
-        raise InvalidRequest(
-            f"{path} is {image.width}x{image.height} pixels; the model takes images {width} wide "
-            f"and at most {height} high, or a multiple of both"
-        )
-    image = image.resize((width, max(1, image.height // scale)), Image.Resampling.NEAREST)
-    shown = image.getchannel("A").getbbox()
-    if shown is None:
-        raise InvalidRequest(f"{path} is wholly transparent: at least one row must show")
-    return image.crop((0, 0, width, shown[3]))
-
-
-def in_palette(image: Image.Image, palette: bytes) -> bytes:
-    """The colours of `image`, three bytes per pixel, as the server sees them.
-
-    Transparency on white, each colour replaced by the nearest of `palette`.
-    """
-    colours = [palette[start : start + 3] for start in range(0, len(palette), 3)]
-
-    @cache
-    def nearest(pixel: bytes) -> bytes:
-        red, green, blue = pixel
-        return min(
-            colours,
-            key=lambda c: (c[0] - red) ** 2 + (c[1] - green) ** 2 + (c[2] - blue) ** 2,
-        )
-
-    white = Image.new("RGBA", image.size, "white")
-    rgb = Image.alpha_composite(white, image).convert("RGB").tobytes()
-    return b"".join(nearest(rgb[start : start + 3]) for start in range(0, len(rgb), 3))

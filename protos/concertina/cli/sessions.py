@@ -17,8 +17,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from concertina.cli.generate import connected
-from concertina.cli.printing import Follower, own_line, write_outputs
+from concertina.cli.connection import connected
 from concertina.cli.options import (
     Address,
     Ca,
@@ -39,6 +38,7 @@ from concertina.cli.options import (
     access,
     readable_file,
 )
+from concertina.cli.printing import Follower, own_line, write_outputs
 from concertina.client import DEFAULT_ADDRESS, Session
 
 Name: TypeAlias = Annotated[str, typer.Argument(metavar="ID", help="Name of the stream.")]

@@ -1,0 +1,43 @@
+"""Prompts from files: text, and the rows of an image."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from concertina.client.errors import InvalidRequest
+from concertina.codecs.pixels import open_rgba, shown_rows
+
+
+def read_text(path: Path) -> str:
+    source = "standard input" if path == Path("-") else str(path)
+    data = sys.stdin.buffer.read() if path == Path("-") else path.read_bytes()
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"{source} is not UTF-8 text: see byte {error.start}") from None
+
+
+def read_rows(path: Path, width: int, height: int) -> Image.Image:
+    """The rows of an image file down to the last that is not wholly transparent, `width` wide.
+
+    An image of a multiple of this width, as `concertina paint` writes it, is reduced.
+    Raises InvalidRequest if there is no image, it does not fit, or it has no such row.
+    """
+    try:
+        image = open_rgba(path)
+    except OSError as error:
+        raise InvalidRequest(f"{path} cannot be read as an image: {error}") from None
+    scale, rest = divmod(image.width, width)
+    if rest or image.height > scale * height:
+        raise InvalidRequest(
+            f"{path} is {image.width}x{image.height} pixels; the model takes images {width} wide "
+            f"and at most {height} high, or a multiple of both"
+        )
+    image = image.resize((width, max(1, image.height // scale)), Image.Resampling.NEAREST)
+    rows = shown_rows(image)
+    if rows is None:
+        raise InvalidRequest(f"{path} is wholly transparent: at least one row must show")
+    return rows
