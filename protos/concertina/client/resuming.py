@@ -24,7 +24,8 @@ from concertina.client.errors import (
     session_error,
     status_error,
 )
-from concertina.client.events import Event, EventReader, seconds
+from concertina.client.event_reader import EventReader, seconds
+from concertina.client.events import Event
 from concertina.client.requests import GenerateParameters, generate_request
 from concertina.v1 import generation_service_pb2 as pb
 from concertina.v1 import session_service_pb2 as session_pb
