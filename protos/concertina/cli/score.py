@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -26,10 +26,8 @@ from concertina.cli.options import (
     readable_file,
 )
 from concertina.client import DEFAULT_ADDRESS
+from concertina.client.requests import PromptLike
 from concertina.codecs.pixels import is_image
-
-if TYPE_CHECKING:
-    from concertina.client.requests import PromptLike
 
 
 def score(

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Self, Unpack
+from typing import Self, Unpack
 
 import grpc
 
 from concertina.client.channel import Access, Tls
 from concertina.client.connection import AsyncConnection, Connection
 from concertina.client.models import Model, Score, model_from, score_from
-from concertina.client.requests import GenerateParameters, score_request
+from concertina.client.requests import GenerateParameters, PromptLike, score_request
 from concertina.client.resuming import begin
 from concertina.client.sessions import AsyncSessions, Sessions
 from concertina.client.streams import AsyncStream, Stream
 from concertina.v1 import model_service_pb2
-
-if TYPE_CHECKING:
-    from concertina.client.requests import PromptLike
-
 
 DEFAULT_ADDRESS = "127.0.0.1:9000"
 

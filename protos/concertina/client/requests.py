@@ -6,7 +6,7 @@ import io
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeAlias, TypedDict, TypeVar
+from typing import IO, Protocol, TypeAlias, TypedDict, TypeVar
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
@@ -15,11 +15,15 @@ from concertina.client.errors import InvalidRequest
 from concertina.v1 import generation_service_pb2 as pb
 from concertina.v1 import session_service_pb2 as session_pb
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
-    PromptLike: TypeAlias = str | bytes | Sequence[int] | Image
-    """Text; a PNG, or three bytes per pixel in raster order; token ids; or a Pillow image."""
+class PillowImage(Protocol):
+    """A `PIL.Image.Image`, as far as a prompt needs it; so the client does without Pillow."""
+
+    def save(self, fp: IO[bytes], format: str | None = ...) -> None: ...
+
+
+PromptLike: TypeAlias = str | bytes | Sequence[int] | PillowImage
+"""Text; a PNG, or three bytes per pixel in raster order; token ids; or a Pillow image."""
 
 _Message = TypeVar("_Message", bound=Message)
 _KEY_BYTES = 16

@@ -18,8 +18,8 @@ from concertina.client.resuming import DEFAULT_KEEP_S, Resumption
 from concertina.client.streams import AsyncStream, Stream
 from concertina.v1 import session_service_pb2 as pb
 
-_PART_BYTES = 1024 * 1024
-_PAGE = 1000
+PART_BYTES = 1024 * 1024
+PAGE_SIZE = 1000
 
 
 class SessionPhase(StrEnum):
@@ -109,7 +109,7 @@ class Sessions:
 
     def list(self, *, timeout: float | None = None) -> tuple[Session, ...]:
         """The caller's sessions, by name: those of the replica that answers and of the store."""
-        request, found = pb.ListSessionsRequest(page_size=_PAGE), []
+        request, found = pb.ListSessionsRequest(page_size=PAGE_SIZE), []
         while True:
             page = self._answer(self._stub.ListSessions, request, timeout)
             found += [_session(session) for session in page.sessions]
@@ -177,7 +177,7 @@ class AsyncSessions:
 
     async def list(self, *, timeout: float | None = None) -> tuple[Session, ...]:
         """The caller's sessions, by name: those of the replica that answers and of the store."""
-        request, found = pb.ListSessionsRequest(page_size=_PAGE), []
+        request, found = pb.ListSessionsRequest(page_size=PAGE_SIZE), []
         while True:
             page = await self._answer(self._stub.ListSessions, request, timeout)
             found += [_session(session) for session in page.sessions]
@@ -217,9 +217,9 @@ class _Snapshot:
 
 def _parts(snapshot: bytes) -> Iterator[pb.ImportRequest]:
     digest = hashlib.sha256(snapshot).digest()
-    for at in range(0, len(snapshot) or 1, _PART_BYTES):
-        last = at + _PART_BYTES >= len(snapshot)
-        part = snapshot[at : at + _PART_BYTES]
+    for at in range(0, len(snapshot) or 1, PART_BYTES):
+        last = at + PART_BYTES >= len(snapshot)
+        part = snapshot[at : at + PART_BYTES]
         yield pb.ImportRequest(part=part, sha256=digest if last else b"")
 
 

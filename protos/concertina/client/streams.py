@@ -9,7 +9,6 @@ from contextlib import suppress
 from typing import Any, Self
 
 import grpc
-from tenacity import AsyncRetrying, Retrying
 
 from concertina.client.connection import AsyncConnection, Connection
 from concertina.client.events import Event
@@ -29,7 +28,7 @@ class Stream:
         self._resumption = resumption
         self._cancelled = threading.Event()
         self._leaving = threading.Lock()
-        self._call: Any = connection.stream(*resumption.next_call())
+        self._call: Any = connection.stream(*resumption.first_call())
 
     @property
     def resumed(self) -> int:
@@ -51,20 +50,13 @@ class Stream:
         return event
 
     def _next(self) -> Event | None:
-        try:
-            return self._read()
-        except CallBroken as broken:
-            first = broken
-        try:
-            for attempt in Retrying(**self._resumption.policy(), sleep=self._sleep):
-                with attempt:
-                    if attempt.retry_state.attempt_number == 1:
-                        raise first
-                    self._call_again()
-                    return self._read()
-        except CallBroken as broken:
-            raise self._resumption.given_up(broken) from None
-        raise AssertionError("tenacity ends with a result or an error")
+        while True:
+            try:
+                return self._read()
+            except CallBroken as broken:
+                wait_s = self._resumption.wait_s(broken)
+            self._cancelled.wait(wait_s)
+            self._call_again()
 
     def _read(self) -> Event | None:
         """The next event of the call; None when the stream is over, or was cancelled."""
@@ -86,17 +78,14 @@ class Stream:
         if self._cancelled.is_set():  # it may have been the old call that `cancel` cancelled
             self._call.cancel()
 
-    def _sleep(self, seconds: float) -> None:
-        self._cancelled.wait(seconds)
-
     def cancel(self) -> None:
         """Stops the stream; may be called from any thread, and more than once."""
         with self._leaving:
-            farewell = None if self._cancelled.is_set() else self._resumption.farewell()
+            release = None if self._cancelled.is_set() else self._resumption.release()
             self._cancelled.set()
         self._call.cancel()
-        if farewell is not None:
-            self._connection.leave(farewell)
+        if release is not None:
+            self._connection.release(release)
 
     close = cancel
 
@@ -114,7 +103,7 @@ class AsyncStream:
         self._connection = connection
         self._resumption = resumption
         self._cancelled = asyncio.Event()
-        self._call: Any = connection.stream(*resumption.next_call())
+        self._call: Any = connection.stream(*resumption.first_call())
 
     @property
     def resumed(self) -> int:
@@ -136,20 +125,15 @@ class AsyncStream:
         return event
 
     async def _next(self) -> Event | None:
-        try:
-            return await self._read()
-        except CallBroken as broken:
-            first = broken
-        try:
-            async for attempt in AsyncRetrying(**self._resumption.policy(), sleep=self._sleep):
-                with attempt:
-                    if attempt.retry_state.attempt_number == 1:
-                        raise first
-                    self._call_again()
-                    return await self._read()
-        except CallBroken as broken:
-            raise self._resumption.given_up(broken) from None
-        raise AssertionError("tenacity ends with a result or an error")
+        while True:
+            try:
+                return await self._read()
+            except CallBroken as broken:
+                wait_s = self._resumption.wait_s(broken)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    await self._cancelled.wait()
+            self._call_again()
 
     async def _read(self) -> Event | None:
         """The next event of the call; None when the stream is over, or was cancelled."""
@@ -176,18 +160,13 @@ class AsyncStream:
         self._call.cancel()
         self._call = self._connection.stream(*self._resumption.next_call())
 
-    async def _sleep(self, seconds: float) -> None:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._cancelled.wait()
-
     def cancel(self) -> None:
         """Stops the stream; may be called more than once."""
-        farewell = None if self._cancelled.is_set() else self._resumption.farewell()
+        release = None if self._cancelled.is_set() else self._resumption.release()
         self._cancelled.set()
         self._call.cancel()
-        if farewell is not None:
-            self._connection.leave(farewell)
+        if release is not None:
+            self._connection.release(release)
 
     async def close(self) -> None:
         """Cancels a stream that still runs."""

@@ -113,7 +113,7 @@ def test_without_keep_nothing_is_tried_again(fake: Fake, collect: Collect) -> No
     with pytest.raises(StreamCut):
         collect(fake.address, keep=0)
     assert len(fake.requests) == 2
-    assert not fake.farewells
+    assert not fake.releases
 
 
 def test_a_server_that_does_not_keep_is_not_asked_to_resume(fake: Fake, collect: Collect) -> None:
@@ -219,7 +219,7 @@ def test_another_reader_keeps_the_stream(fake: Fake, collect: Collect) -> None:
     with pytest.raises(StreamCut, match="another reader"):
         collect(fake.address)
     assert len(fake.requests) == 2
-    assert not fake.farewells
+    assert not fake.releases
 
 
 def test_a_failed_step_stays_a_failure(fake: Fake, collect: Collect) -> None:
@@ -227,7 +227,7 @@ def test_a_failed_step_stays_a_failure(fake: Fake, collect: Collect) -> None:
     with pytest.raises(GenerationFailed, match="it broke"):
         collect(fake.address)
     assert len(fake.requests) == 1
-    assert fake.farewells == [DELETED]
+    assert fake.releases == [DELETED]
 
 
 def test_a_durable_stream_leaves_a_server_that_stops(fake: Fake, collect: Collect) -> None:
@@ -259,24 +259,24 @@ def test_the_timeout_is_for_all_tries_together(
 
 
 @pytest.mark.parametrize(
-    ("parameters", "farewells"),
+    ("parameters", "releases"),
     [({}, [DELETED]), ({"keep": 30}, []), ({"keep": 0}, [])],
     ids=["default", "kept", "not kept"],
 )
 def test_what_ended_is_forgotten_unless_it_was_to_be_kept(
-    fake: Fake, collect: Collect, parameters: Any, farewells: Any
+    fake: Fake, collect: Collect, parameters: Any, releases: Any
 ) -> None:
     keep = parameters.get("keep", 60)
     fake.script = [fake.accepted(keep=keep), fake.finished(2)]
     collect(fake.address, **parameters)
-    assert fake.farewells == farewells
+    assert fake.releases == releases
 
 
 def test_what_was_paused_is_kept(fake: Fake, collect: Collect) -> None:
     fake.script = [fake.accepted(keep=60), fake.finished(2, pb.FINISH_REASON_PAUSED)]
     (_, end) = collect(fake.address)
     assert isinstance(end, Finished) and end.reason == "paused"
-    assert not fake.farewells
+    assert not fake.releases
 
 
 @pytest.mark.parametrize("keep", [None, 30])
@@ -287,7 +287,7 @@ def test_what_is_left_early_is_forgotten(fake: Fake, keep: float | None) -> None
             next(stream)
         stream.cancel()
         assert fake.cancelled.wait(WAIT)
-    assert fake.farewells == [DELETED]
+    assert fake.releases == [DELETED]
 
 
 async def test_what_is_left_early_is_forgotten_by_asyncio(fake: Fake) -> None:
@@ -296,7 +296,7 @@ async def test_what_is_left_early_is_forgotten_by_asyncio(fake: Fake) -> None:
         async with client.generate() as stream:
             await anext(aiter(stream))
         stream.cancel()
-    assert fake.farewells == [DELETED]
+    assert fake.releases == [DELETED]
 
 
 def test_cancel_wakes_a_stream_that_waits_to_try_again(fake: Fake) -> None:
@@ -310,7 +310,7 @@ def test_cancel_wakes_a_stream_that_waits_to_try_again(fake: Fake) -> None:
         started = time.monotonic()
         list(stream)
         assert time.monotonic() - started < 10
-    assert fake.farewells == [DELETED]
+    assert fake.releases == [DELETED]
 
 
 async def test_cancel_wakes_an_asyncio_stream_too(fake: Fake) -> None:
@@ -321,7 +321,7 @@ async def test_cancel_wakes_an_asyncio_stream_too(fake: Fake) -> None:
         stream = client.generate()
         asyncio.get_running_loop().call_later(0.5, stream.cancel)
         _ = [event async for event in stream]
-    assert fake.farewells == [DELETED]
+    assert fake.releases == [DELETED]
 
 
 async def test_a_task_that_was_cancelled_can_read_on(fake: Fake) -> None:
@@ -357,7 +357,7 @@ def test_a_continued_session_is_paused_when_it_is_left(fake: Fake) -> None:
         stopping=pb.StoppingCriteria(max_tokens=5),
         sampling=pb.SamplingParameters(seed=2),
     )
-    assert fake.farewells == [session_pb.PauseRequest(stream_id="s1")]
+    assert fake.releases == [session_pb.PauseRequest(stream_id="s1")]
 
 
 def test_a_session_that_may_not_have_gone_on_is_not_asked_twice(fake: Fake) -> None:

@@ -75,7 +75,7 @@ async def server(
     engines: dict[str, Engine], monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Faults]:
     """Its engines hold nothing in the end: what was kept is deleted."""
-    monkeypatch.setattr(resuming, "_FIRST_WAIT_S", 0.002)
+    monkeypatch.setattr(resuming, "FIRST_WAIT_S", 0.002)
     async with serving(engines) as server:
         yield server
         await until(lambda: all(is_empty(engine) for engine in engines.values()), 10)

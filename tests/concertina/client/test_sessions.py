@@ -196,8 +196,8 @@ async def test_copies_and_exports_go_on_alike(client: Any) -> None:
 async def test_long_lists_and_long_snapshots_come_in_parts(
     client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("concertina.client.sessions._PAGE", 2)
-    monkeypatch.setattr("concertina.client.sessions._PART_BYTES", 1000)
+    monkeypatch.setattr("concertina.client.sessions.PAGE_SIZE", 2)
+    monkeypatch.setattr("concertina.client.sessions.PART_BYTES", 1000)
     monkeypatch.setattr("server.api.sessions._PART_BYTES", 1000)
     name = name_of(await client.generate(**TEXT, keep=60))
     copies = await client.fork(name, 4)
