@@ -27,7 +27,7 @@ class Stream:
         self._connection = connection
         self._resumption = resumption
         self._cancelled = threading.Event()
-        self._leaving = threading.Lock()
+        self._cancelling = threading.Lock()
         self._call: Any = connection.stream(*resumption.first_call())
 
     @property
@@ -80,12 +80,12 @@ class Stream:
 
     def cancel(self) -> None:
         """Stops the stream; may be called from any thread, and more than once."""
-        with self._leaving:
+        with self._cancelling:  # who reads on returns after the release has begun
             release = None if self._cancelled.is_set() else self._resumption.release()
             self._cancelled.set()
-        self._call.cancel()
-        if release is not None:
-            self._connection.release(release)
+            self._call.cancel()
+            if release is not None:
+                self._connection.release(release)
 
     close = cancel
 
