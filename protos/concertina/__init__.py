@@ -1,3 +1,3 @@
-"""Concertina as callers see it: the contracts, a client, the command line, and what they share."""
+"""The side of Concertina that callers use: contracts, client, command line, and shared code."""
 
 __version__ = "0.1.0"

@@ -23,10 +23,21 @@ from server.auth.api_keys import Callers
 from server.engine.engine import Engine
 from server.sessions.registry import Sessions
 from server.snapshots.snapshots import Keeper
+from tests.server.engines import change_logits
 
 LIMIT_S = 60.0
 STATUSES = ("UNAVAILABLE", "INTERNAL", "UNKNOWN", "CANCELLED")
 FAULTS = (*STATUSES, "EOF", "HANDED_OVER")
+
+
+def slow_down(engine: Engine) -> None:
+    """Makes an engine take its time, so that there is something left to break."""
+
+    def take_time(logits: Any, positions: Any) -> Any:
+        time.sleep(0.002)
+        return logits
+
+    change_logits(engine, take_time)
 
 
 class Faulty(generation_grpc.GenerationServiceServicer):

@@ -1,4 +1,4 @@
-"""The script `concertina`, which is `python -m concertina.cli` too."""
+"""The script `concertina`; `python -m concertina.cli` is the same."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    """Runs the command line; says what to install where the packages it needs are missing."""
+    """Runs the command line, or says what to install if its packages are missing."""
     try:
         from concertina.cli.main import main as run
     except ModuleNotFoundError as missing:

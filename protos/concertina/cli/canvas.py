@@ -1,4 +1,4 @@
-"""An image while it is painted: pixels in raster order, seen as half-blocks, kept as PNG."""
+"""An image while it is painted: pixels in raster order, shown as half-blocks, saved as PNG."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from rich.panel import Panel
 from rich.segment import Segment
 from rich.style import Style
 
-_FRAME = 6  # lines and columns that the border and the shell's prompt take
+_FRAME = 6  # lines and columns that the border and the shell's prompt use
 
 
 class Canvas:
-    """A picture of `width` x `height` pixels that fills up. Rich shows it two rows a line.
+    """A picture of `width` x `height` pixels that fills up. Rich shows two rows of it per line.
 
     zoom: columns of the terminal per pixel.
     """
@@ -37,7 +37,7 @@ class Canvas:
         return self.width * self.height
 
     def paint(self, position: int, rgb: bytes) -> None:
-        """Sets the pixels from `position` on, in raster order, to colours of three bytes each.
+        """Sets the pixels from `position` on, in raster order; `rgb` has three bytes for each.
 
         Raises ValueError if they do not fit.
         """
@@ -50,7 +50,7 @@ class Canvas:
         self.painted += end - position
 
     def image(self, scale: int = 1) -> Image.Image:
-        """The picture `scale` times as large; what is not painted yet is transparent."""
+        """The picture, `scale` times as large; pixels not painted yet are transparent."""
         image = Image.frombytes("RGBA", (self.width, self.height), bytes(self._rgba))
         return image.resize((scale * self.width, scale * self.height), Image.Resampling.NEAREST)
 
@@ -79,7 +79,7 @@ class Easel:
         self._started = perf_counter()
 
     def fit(self, console: Console) -> None:
-        """Chooses the largest zoom with which the frame fits into the terminal."""
+        """Sets the largest zoom at which the frame fits into the terminal."""
         columns = (console.width - _FRAME) // self._canvas.width
         lines = 2 * (console.height - _FRAME) // self._canvas.height
         self._canvas.zoom = max(1, min(columns, lines))
@@ -98,7 +98,7 @@ class Easel:
 
 @cache
 def _cell(top: bytes, bottom: bytes) -> tuple[str, Style | None]:
-    """Character and style that show two pixels, `[red, green, blue, alpha]`, one over the other."""
+    """Character and style that show two pixels, `[red, green, blue, alpha]`, above each other."""
     match bool(top[3]), bool(bottom[3]):
         case True, True:
             return "▀", Style(color=_colour(top), bgcolor=_colour(bottom))

@@ -1,4 +1,4 @@
-"""A client for the time of a command, and the model that the command is about."""
+"""Connects a command to a server, and chooses the model it works with."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LOOKUP_TIMEOUT_S = 30.0
 
 @contextmanager
 def connected(address: str, access: Access, json_output: bool) -> Iterator[Client]:
-    """A client; what it raises is told as JSON, if JSON is asked for."""
+    """A client whose errors are printed as JSON if JSON is asked for."""
     try:
         with Client(address, key=access.key, tls=access.tls) as client:
             yield client
@@ -46,7 +46,7 @@ def connected(address: str, access: Access, json_output: bool) -> Iterator[Clien
 
 
 def choose_model(client: Client, name: str, modality: str) -> Model:
-    """The model of this name; without a name, the only one that writes this modality."""
+    """The model with this name; without a name, the only one of this modality."""
     if name:
         model = client.model(name, timeout=LOOKUP_TIMEOUT_S)
         if model.modality != modality:

@@ -1,4 +1,4 @@
-"""The command `generate`: text on standard output as it is generated."""
+"""The command `generate`: writes text to standard output as it is generated."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ from concertina.cli.options import (
     access,
     logit_biases,
 )
-from concertina.cli.printing import Follower, own_line, write_outputs
+from concertina.cli.printing import EventPrinter, own_line, write_outputs
 from concertina.client import DEFAULT_ADDRESS
 
 
@@ -100,9 +100,9 @@ def generate(
 ) -> None:
     """Write text to standard output as it is generated.
 
-    Of several outputs, the first is written as it comes, the others when all are complete.
+    With several outputs, the first is written as it arrives, the others when all are complete.
 
-    Log-probabilities are shown with --json. A stream that is lost goes on when the server is back.
+    Log-probabilities are shown with --json. A stream whose server is lost goes on when it is back.
 
     Examples:
     concertina generate "def fibonacci(n):"
@@ -148,11 +148,11 @@ def generate(
             timeout=timeout,
             keep=keep,
         )
-        follower = Follower(json_output)
+        printer = EventPrinter(json_output)
         with stream, nullcontext() if json_output else own_line():
-            tokens = follower.tokens(stream)
+            tokens = printer.tokens(stream)
             if json_output:
-                deque(tokens, maxlen=0)  # they are printed as they pass
+                deque(tokens, maxlen=0)  # reading them prints them
             else:
                 write_outputs(tokens, outputs or 1)
-    follower.summarise()
+    printer.summarise()

@@ -1,4 +1,4 @@
-"""A group of commands, each imported only when it is used, and its errors in one line each."""
+"""A group of commands that are imported only when they are used; each error is one line."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ _HELP_NAMES = {"help_option_names": ["-h", "--help"]}
 
 
 class Command(NamedTuple):
-    """A line of the table of commands.
+    """A row of the table of commands.
 
     load: imports the command and returns it: a typer-annotated function, or a `typer.Typer`.
 
-    A function's docstring is its help page; what follows the line `Examples:` (or `Example:`),
-    one command a line, is shown below the options. The commands of a `typer.Typer` do the same.
+    A function's docstring is its help page. The lines after `Examples:` (or `Example:`), one
+    command each, are shown below the options. The commands of a `typer.Typer` work the same way.
     """
 
     summary: str
@@ -85,7 +85,7 @@ def print_error(message: str) -> None:
 
 
 def explain(error: Exception) -> str:
-    """The message of an error; one that is not ours also names its class."""
+    """The message of an error; an error that is not ours names its class too."""
     if isinstance(error, OSError) or type(error).__module__.split(".")[0] in _OURS:
         return str(error)
     return f"{type(error).__name__}: {error} (set CONCERTINA_TRACEBACK=1 to see where)"
@@ -110,7 +110,7 @@ class _LazyCommand(TyperCommand):
         super().__init__(name=name, help=command.summary)
         self._command = command
 
-    # Both running a command and its --help start here, on the real command; listing it does not.
+    # Running a command and showing its --help both start here; listing it does not.
     def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> Any:
         assert self.name is not None
         return _load(self.name, self._command).make_context(info_name, args, *rest, **extra)
@@ -146,7 +146,7 @@ def _guarded(name: str, function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _help(function: Callable[..., None] | None) -> tuple[str, str | None]:
-    """The help page of a function, and what stands below its options."""
+    """The help page of a function, and the examples to show below its options."""
     text, *examples = re.split("\n\nExamples?:\n", inspect.getdoc(function) or "", maxsplit=1)
     return text, _epilog(examples[0]) if examples else None
 

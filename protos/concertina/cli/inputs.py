@@ -12,6 +12,7 @@ from concertina.codecs.pixels import open_rgba, shown_rows
 
 
 def read_text(path: Path) -> str:
+    """The text of a file; `-` is standard input. Raises InvalidRequest if it is not UTF-8."""
     source = "standard input" if path == Path("-") else str(path)
     data = sys.stdin.buffer.read() if path == Path("-") else path.read_bytes()
     try:
@@ -21,10 +22,10 @@ def read_text(path: Path) -> str:
 
 
 def read_rows(path: Path, width: int, height: int) -> Image.Image:
-    """The rows of an image file down to the last that is not wholly transparent, `width` wide.
+    """The rows of an image file down to the last that is not fully transparent, `width` wide.
 
-    An image of a multiple of this width, as `concertina paint` writes it, is reduced.
-    Raises InvalidRequest if there is no image, it does not fit, or it has no such row.
+    An image that is a multiple of this width, as `concertina paint` writes it, is scaled down.
+    Raises InvalidRequest for a file that is no image, does not fit, or is fully transparent.
     """
     try:
         image = open_rgba(path)

@@ -1,7 +1,7 @@
 """The table of the commands of `concertina`: what each one does, and where it lives.
 
-A command is imported only when it is used. This is the only module of `concertina` that may know
-the server's folders; most of them are not installed beside a client.
+A command is imported only when it is used. This is the only module of `concertina` that imports
+from `server`, `model`, `export` and `loadtest`, which are not installed with the client alone.
 """
 
 from __future__ import annotations

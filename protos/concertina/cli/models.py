@@ -1,4 +1,4 @@
-"""The command `models`: what a server serves."""
+"""The command `models`: lists what a server serves."""
 
 from __future__ import annotations
 

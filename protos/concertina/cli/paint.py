@@ -1,4 +1,4 @@
-"""The command `paint`: an image in the terminal as it is generated."""
+"""The command `paint`: paints an image in the terminal as it is generated."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from concertina.cli.options import (
     access,
     png_file,
 )
-from concertina.cli.printing import Follower
+from concertina.cli.printing import EventPrinter
 from concertina.client import DEFAULT_ADDRESS
 from concertina.codecs.pixels import in_palette, on_white
 
@@ -75,7 +75,7 @@ def paint(
 ) -> None:
     """Paint an image in the terminal as it is generated.
 
-    If standard output is no terminal, the finished picture is printed, unless --out keeps it.
+    If standard output is not a terminal, the finished picture is printed, unless --out saves it.
 
     Examples:
     concertina paint --label "Food & Drink" --seed 7
@@ -107,13 +107,13 @@ def paint(
         easel = Easel(canvas, " · ".join(filter(None, (chosen.name, label))))
         easel.fit(console)
         view = Live(easel, console=console, refresh_per_second=_FRAMES_PER_SECOND)
-        follower = Follower(json_output)
+        printer = EventPrinter(json_output)
         with stream, view if live else nullcontext():
-            for tokens in follower.tokens(stream):
+            for tokens in printer.tokens(stream):
                 canvas.paint(tokens.first_position, tokens.rgb)
     if out is not None:
         canvas.image(scale).save(out, format="PNG")
     elif not live and not json_output:
         canvas.zoom = 1
         Console(force_terminal=True, color_system="truecolor").print(canvas, end="")
-    follower.summarise()
+    printer.summarise()

@@ -1,4 +1,4 @@
-"""The command `score`: how well a model predicts a file."""
+"""The command `score`: measures how well a model predicts a file."""
 
 from __future__ import annotations
 

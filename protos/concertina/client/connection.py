@@ -25,7 +25,7 @@ _RELEASE_THREADS: Final = 4
 
 
 class Stubs:
-    """The services of a server. address: named in errors."""
+    """The services of a server. address: is named in errors."""
 
     def __init__(self, address: str, access: Access, channel: Channel) -> None:
         self.address = address
@@ -54,7 +54,7 @@ class Stubs:
 
 
 class Connection(Stubs):
-    """For blocking code; may be shared between threads."""
+    """A connection for blocking code. Threads may share it."""
 
     def __init__(self, address: str, access: Access) -> None:
         self._channel = access.channel(address)
@@ -63,7 +63,7 @@ class Connection(Stubs):
         self._releases: set[Future[Any]] = set()
 
     def release(self, request: Release) -> None:
-        """Releases a stream in the background. If the call fails, nobody hears of it."""
+        """Releases a stream in the background; a call that fails is ignored."""
         release = self._background.submit(self.release_call, request)
         self._releases.add(release)
         release.add_done_callback(self._releases.discard)
@@ -76,7 +76,7 @@ class Connection(Stubs):
 
 
 class AsyncConnection(Stubs):
-    """For asyncio code."""
+    """A connection for asyncio code."""
 
     def __init__(self, address: str, access: Access) -> None:
         self._channel = access.async_channel(address)
@@ -84,7 +84,7 @@ class AsyncConnection(Stubs):
         self._releases: set[asyncio.Task[None]] = set()
 
     def release(self, request: Release) -> None:
-        """Releases a stream in the background. If the call fails, nobody hears of it."""
+        """Releases a stream in the background; a call that fails is ignored."""
         release = asyncio.get_running_loop().create_task(self._release(request))
         self._releases.add(release)
         release.add_done_callback(self._releases.discard)

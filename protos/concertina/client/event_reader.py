@@ -1,4 +1,4 @@
-"""Reads the messages of a stream into events, and holds them to the contract of a stream."""
+"""Turns the messages of a stream into events, and checks that they keep its contract."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _REASONS = {
 }
 
 
-_LAST_IDS = 1024  # of each output, told when a stream is resumed; the contract allows 4096
+_LAST_IDS = 1024  # sent per output to resume a stream; the contract allows 4096
 
 
 def seconds(duration: Duration) -> float:
@@ -51,7 +51,7 @@ def seconds(duration: Duration) -> float:
 
 @dataclass(slots=True)
 class _Output:
-    """What has come of one output. first_position: where its tokens begin, None if not known."""
+    """What has arrived of one output. first_position: of its first token; None if not known."""
 
     first_position: int | None
     tokens: int = 0
@@ -61,15 +61,15 @@ class _Output:
 
 
 class EventReader:
-    """Turns the messages of one stream into events and holds the stream to its contract.
+    """Turns the messages of one stream into events, and checks them against the contract.
 
-    The messages may come by several calls.
+    The messages may arrive over several calls.
 
-    address: where they come from, named in errors.
-    continues: whether tokens that the stream had before it was paused lie before the first.
-    accepted: the stream's first event, once it came.
-    sequence: number of the last event, 0 for none.
-    is_complete: whether the last terminal event came.
+    address: of the server, named in errors.
+    continues: whether the stream had tokens before it was paused.
+    accepted: the stream's first event, once it has arrived.
+    sequence: number of the last event; 0 for none.
+    is_complete: whether every output has ended.
     """
 
     def __init__(self, address: str, continues: bool = False) -> None:
@@ -88,7 +88,7 @@ class EventReader:
 
     @property
     def was_paused(self) -> bool:
-        """Whether an output ended because somebody paused the stream."""
+        """Whether an output ended because the stream was paused."""
         return any(output.reason is FinishReason.PAUSED for output in self._outputs)
 
     def cursors(self) -> list[pb.ResumeCursor]:
@@ -106,7 +106,7 @@ class EventReader:
         ]
 
     def read(self, message: pb.GenerateResponse) -> Event | None:
-        """The event in `message`; None where the stream goes on in another call.
+        """The event in `message`; None if the stream goes on in another call.
 
         Raises ContractViolation for a gap, a repetition, or an event out of place, and
         GenerationFailed (or the class of its code, if nothing was accepted) for an error event.
@@ -117,7 +117,7 @@ class EventReader:
         if message.sequence != self.sequence + 1:
             raise self._violation(
                 f"event {message.sequence} follows event {self.sequence}, "
-                f"{self.sequence + 1} was due"
+                f"{self.sequence + 1} was expected"
             )
         if (kind == "accepted") != (self.sequence == 0) and kind != "error":
             raise self._violation(f"event {message.sequence} is `{kind}`")
@@ -125,7 +125,8 @@ class EventReader:
         output = message.output
         if kind in ("tokens", "finished") and output >= len(self._outputs):
             raise self._violation(
-                f"event {message.sequence} is of output {output}, {len(self._outputs)} were due"
+                f"event {message.sequence} is of output {output}, "
+                f"{len(self._outputs)} were expected"
             )
         ended = output < len(self._outputs) and self._outputs[output].reason is not None
         if ended and kind != "handed_over":
@@ -147,14 +148,16 @@ class EventReader:
                 raise self._failure(message.error)
             case "handed_over":
                 return None
-        raise self._violation(f"event {message.sequence} is of no kind this client knows")
+        raise self._violation(
+            f"event {message.sequence} is of a kind that this client does not know"
+        )
 
     def end(self, code: grpc.StatusCode, details: str) -> ConcertinaError | None:
-        """What is wrong with a call that ends here, with this status; None if the stream is over.
+        """The error of a call that ends with this status; None if the stream is over.
 
-        A status after the terminal event says nothing. StreamCut if the terminal event is missing,
-        DeadlineExceeded if the caller's timeout is why, and the class of the status if nothing was
-        accepted.
+        A status after the terminal event means nothing. StreamCut if the terminal event is missing,
+        DeadlineExceeded if the caller's timeout has passed, and the class of the status if the
+        stream was not accepted.
         """
         if self.is_complete:
             return None
@@ -212,24 +215,24 @@ class EventReader:
         )
         return self.accepted
 
-    def _prompt_logprobs(self, told: pb.PromptLogprobs) -> PromptLogprobs:
-        self._check_position(told.first_position, self._prompt_position)
-        self._prompt_position += len(told.logprobs)
-        return PromptLogprobs(self.sequence, told.first_position, _logprobs(told.logprobs))
+    def _prompt_logprobs(self, message: pb.PromptLogprobs) -> PromptLogprobs:
+        self._check_position(message.first_position, self._prompt_position)
+        self._prompt_position += len(message.logprobs)
+        return PromptLogprobs(self.sequence, message.first_position, _logprobs(message.logprobs))
 
     def _tokens(self, tokens: pb.Tokens, output: int) -> Tokens:
-        came = self._outputs[output]
-        if came.first_position is None:
-            came.first_position = tokens.first_position
-        self._check_position(tokens.first_position, came.first_position + came.tokens)
+        arrived = self._outputs[output]
+        if arrived.first_position is None:
+            arrived.first_position = tokens.first_position
+        self._check_position(tokens.first_position, arrived.first_position + arrived.tokens)
         if tokens.rgb and len(tokens.rgb) != 3 * len(tokens.ids):
             raise self._violation(
                 f"event {self.sequence} has {len(tokens.rgb)} bytes of colour "
                 f"for {len(tokens.ids)} tokens"
             )
-        came.tokens += len(tokens.ids)
-        came.characters += len(tokens.text)
-        came.last_ids.extend(tokens.ids)
+        arrived.tokens += len(tokens.ids)
+        arrived.characters += len(tokens.text)
+        arrived.last_ids.extend(tokens.ids)
         return Tokens(
             self.sequence,
             tokens.first_position,
@@ -240,10 +243,10 @@ class EventReader:
             _logprobs(tokens.logprobs),
         )
 
-    def _check_position(self, position: int, due: int) -> None:
-        if position != due:
+    def _check_position(self, position: int, expected: int) -> None:
+        if position != expected:
             raise self._violation(
-                f"event {self.sequence} starts at position {position}, {due} was due"
+                f"event {self.sequence} starts at position {position}, {expected} was expected"
             )
 
     def _failure(self, error: pb.Error) -> Exception:
@@ -279,12 +282,12 @@ def _finished(sequence: int, finished: pb.Finished, output: int) -> Finished:
     )
 
 
-def _logprobs(told: Iterable[pb.TokenLogprobs]) -> tuple[TokenLogprobs, ...]:
+def _logprobs(messages: Iterable[pb.TokenLogprobs]) -> tuple[TokenLogprobs, ...]:
     return tuple(
-        TokenLogprobs(one.logprob, tuple(one.top_ids), tuple(one.top_logprobs)) for one in told
+        TokenLogprobs(one.logprob, tuple(one.top_ids), tuple(one.top_logprobs)) for one in messages
     )
 
 
 def _shortest(value: float) -> float:
-    # A float32 of the wire as the decimal that was meant: 0.8, not 0.800000011920929.
+    # A float32 as the shortest decimal that it stands for: 0.8, not 0.800000011920929.
     return float(f"{value:.7g}")

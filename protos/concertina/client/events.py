@@ -15,12 +15,12 @@ class FinishReason(StrEnum):
     MAX_TOKENS = "max_tokens"
     TIME_LIMIT = "time_limit"
     PAUSED = "paused"  # `sessions.pause` stopped it; `sessions.continue_` goes on
-    UNKNOWN = "unknown"  # a reason that only a newer client knows
+    UNKNOWN = "unknown"  # a reason that only newer clients know
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the tokens of a stream are drawn, every default filled in."""
+    """How the tokens of a stream are drawn, with all defaults filled in."""
 
     temperature: float
     top_k: int
@@ -38,7 +38,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Stopping:
-    """When a stream ends, every default filled in; `time_limit` in seconds, None for never."""
+    """When a stream ends, with all defaults filled in. `time_limit`: seconds, None for no limit."""
 
     max_tokens: int
     min_tokens: int
@@ -51,7 +51,7 @@ class Stopping:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What is sent, every default filled in; None for log-probabilities that are not."""
+    """What is sent, with all defaults filled in. None: no log-probabilities."""
 
     n: int
     logprobs: int | None
@@ -61,10 +61,10 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """The request was admitted; always the first event.
+    """The server has accepted the request; always the first event.
 
-    keep: seconds that the stream is kept without a reader, 0 if it is not.
-    durable: whether it survives the replica that serves it.
+    keep: seconds that the stream is kept without a reader; 0 if it is not kept.
+    durable: whether it survives the loss of the replica that serves it.
     """
 
     sequence: int
@@ -81,13 +81,13 @@ class Accepted:
 
     @property
     def seed(self) -> int:
-        """Seed in force; the same seed, prompt and bundle give the same stream."""
+        """The seed in use; the same seed, prompt and bundle give the same stream."""
         return self.sampling.seed
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Natural logarithms of how probable the model held a token and those it held likeliest."""
+    """Natural logarithms of the probabilities of a token, and of the likeliest tokens there."""
 
     logprob: float
     top_ids: tuple[int, ...]
@@ -96,7 +96,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class PromptLogprobs:
-    """Log-probabilities of more tokens of the prompt, from `first_position` on."""
+    """Log-probabilities of further tokens of the prompt, from `first_position` on."""
 
     sequence: int
     first_position: int
@@ -105,12 +105,12 @@ class PromptLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """More tokens, a delta. `first_position` counts from the prompt's first token, which is 0.
+    """Further tokens. `first_position` counts from the prompt's first token, which is 0.
 
     text: whole characters that the tokens complete, for text models.
     rgb: three bytes per token, for image models.
     output: which of the `n` outputs they belong to.
-    logprobs: one for each token, if they were asked for.
+    logprobs: one for each token, if they are requested.
     """
 
     sequence: int
@@ -124,7 +124,7 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Counts, times in seconds since acceptance, and bytes of one stream."""
+    """Counts, times in seconds since the stream was accepted, and bytes of one stream."""
 
     prompt_tokens: int
     generated_tokens: int
@@ -136,7 +136,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """An output is complete; always its last event. `stop` is the stop string that was met."""
+    """An output is complete; always its last event. stop: the stop string that ended it."""
 
     sequence: int
     reason: FinishReason

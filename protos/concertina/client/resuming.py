@@ -1,6 +1,6 @@
 """How a stream goes on when a call breaks: what to ask next, how long to wait, when to give up.
 
-Nothing here does I/O: the blocking and the asyncio stream make the calls that are asked for here.
+Nothing here does I/O: the blocking and the asyncio stream make the calls that this plans.
 """
 
 from __future__ import annotations

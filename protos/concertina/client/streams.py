@@ -1,4 +1,4 @@
-"""Streams of events, for blocking and for asyncio code, which go on when their calls break."""
+"""Streams of events, for blocking and for asyncio code, that resume when their calls break."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from concertina.v1 import generation_service_pb2 as pb
 
 
 class Stream:
-    """The events of one stream, checked against the contract while they are read.
+    """The events of one stream, checked against the contract as they are read.
 
-    A context manager: leaving it cancels a stream that still runs, and the server forgets it. After
-    `cancel` the iteration ends without an error.
+    A context manager: its end cancels a stream that still runs, and the server forgets the stream.
+    After `cancel` the iteration ends without an error.
     """
 
     def __init__(self, connection: Connection, resumption: Resumption) -> None:
@@ -59,7 +59,7 @@ class Stream:
             self._call_again()
 
     def _read(self) -> Event | None:
-        """The next event of the call; None when the stream is over, or was cancelled."""
+        """The next event of the call; None if the stream is over or cancelled."""
         message, code, details = None, grpc.StatusCode.OK, ""
         try:
             message = None if self._cancelled.is_set() else next(self._call, None)
@@ -75,12 +75,12 @@ class Stream:
     def _call_again(self) -> None:
         self._call.cancel()
         self._call = self._connection.stream(*self._resumption.next_call())
-        if self._cancelled.is_set():  # it may have been the old call that `cancel` cancelled
+        if self._cancelled.is_set():  # `cancel` may have cancelled the old call
             self._call.cancel()
 
     def cancel(self) -> None:
-        """Stops the stream; may be called from any thread, and more than once."""
-        with self._cancelling:  # who reads on returns after the release has begun
+        """Stops the stream. Any thread may call it, and more than once."""
+        with self._cancelling:  # the reading thread returns after the release has begun
             release = None if self._cancelled.is_set() else self._resumption.release()
             self._cancelled.set()
             self._call.cancel()
@@ -97,7 +97,7 @@ class Stream:
 
 
 class AsyncStream:
-    """The events of one stream, as Stream gives them, for `async for` and `async with`."""
+    """The events of one stream, for `async for` and `async with`: what Stream does."""
 
     def __init__(self, connection: AsyncConnection, resumption: Resumption) -> None:
         self._connection = connection
@@ -136,15 +136,15 @@ class AsyncStream:
             self._call_again()
 
     async def _read(self) -> Event | None:
-        """The next event of the call; None when the stream is over, or was cancelled."""
+        """The next event of the call; None if the stream is over or cancelled."""
         message, code, details = None, grpc.StatusCode.OK, ""
         try:
             message = None if self._cancelled.is_set() else await self._call.read()
         except grpc.aio.AioRpcError as error:
             code, details = error.code(), error.details() or ""
         except asyncio.CancelledError:
-            # grpc.aio reports our own cancel in the same way as the cancellation of this task, and
-            # cancels the call with the task, which may come back to read on.
+            # grpc.aio reports our own cancel like a cancellation of this task, and it cancels the
+            # call with the task; but the task may read again later.
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise
@@ -161,7 +161,7 @@ class AsyncStream:
         self._call = self._connection.stream(*self._resumption.next_call())
 
     def cancel(self) -> None:
-        """Stops the stream; may be called more than once."""
+        """Stops the stream. May be called more than once."""
         release = None if self._cancelled.is_set() else self._resumption.release()
         self._cancelled.set()
         self._call.cancel()

@@ -1,4 +1,4 @@
-"""What turns data into tokens and back, for whoever prepares, serves or sends it.
+"""Turns data into tokens and back, the same way in data preparation, server and command line.
 
 Needs the extra `codecs` (NumPy and Pillow).
 """

@@ -12,9 +12,9 @@ from PIL import Image, UnidentifiedImageError
 
 
 def open_png(data: bytes) -> Image.Image:
-    """The PNG in `data`, of which only the header is read: its size costs nothing to look at.
+    """The PNG in `data`. Only its header is read, so its size can be checked before it is decoded.
 
-    Raises any exception for what is no PNG, and for one that claims to be huge.
+    Raises an exception of any class if it is not a PNG, or claims to be huge.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)

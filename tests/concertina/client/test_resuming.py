@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from pathlib import Path
@@ -27,9 +26,10 @@ from tests.concertina.faults import (
     read_async,
     read_blocking,
     serving,
+    slow_down,
     wire,
 )
-from tests.server.engines import change_logits, is_empty, until
+from tests.server.engines import is_empty, until
 
 SEALER = Sealer([bytes(range(32))])
 TEXT, IMAGE = "tiny-text", "tiny-image"
@@ -46,16 +46,6 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "image": {"model": IMAGE, "seed": 6},
 }
-
-
-def slow_down(engine: Engine) -> None:
-    """Makes an engine take its time, so that there is something left to break."""
-
-    def take_time(logits: Any, positions: Any) -> Any:
-        time.sleep(0.002)
-        return logits
-
-    change_logits(engine, take_time)
 
 
 @pytest.fixture(scope="module")

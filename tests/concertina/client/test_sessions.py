@@ -33,7 +33,7 @@ from server.engine.engine import Engine
 from server.snapshots.sealer import Sealer
 from server.snapshots.snapshots import Keeper
 from server.snapshots.store import Store
-from tests.concertina.faults import LIMIT_S, serving
+from tests.concertina.faults import LIMIT_S, serving, slow_down
 from tests.server.engines import is_empty, until
 
 SEALER = Sealer([bytes(range(32))])
@@ -42,8 +42,10 @@ TEXT: dict[str, Any] = {"prompt": "An abacus", "seed": 3, "max_tokens": 20}
 
 @pytest.fixture(scope="module")
 def engines(text_bundle: Path) -> Iterator[dict[str, Engine]]:
-    """One engine of a text model."""
+    """One engine of a text model, slow enough to be paused before it ends."""
     opened = open_engines([text_bundle], EngineConfig(threads=1))
+    for engine in opened.values():
+        slow_down(engine)
     yield opened
     for engine in opened.values():
         engine.close()
