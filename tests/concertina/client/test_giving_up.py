@@ -27,6 +27,7 @@ from concertina.client import (
     StreamCut,
     Tokens,
 )
+from concertina.client.resuming import CallBroken, begin
 from concertina.v1 import generation_service_pb2 as pb
 from concertina.v1 import session_service_pb2 as session_pb
 from tests.concertina.conftest import WAIT, Fake, Status
@@ -365,3 +366,21 @@ def test_a_session_that_may_not_have_gone_on_is_not_asked_twice(fake: Fake) -> N
     with Client(fake.address) as client, pytest.raises(ConcertinaError, match="gone"):
         list(client.sessions.continue_("s1"))
     assert len(fake.requests) == 1
+
+
+def test_waits_are_random_and_grow_to_a_limit() -> None:
+    resumption = begin("server", "a", {}, timeout=None, keep=60, resume_for=float("inf"))
+    broken = CallBroken(ConcertinaError("gone"))
+    waits = [resumption.wait_s(broken) for _ in range(2000)]
+    assert 0 <= waits[0] <= 0.1
+    assert max(waits[:4]) <= 0.8
+    assert 4.5 < max(waits) <= 5
+    assert len(set(waits)) == len(waits)
+    asked = CallBroken(ConcertinaError("full", retry_after=30.0))
+    assert 30 <= resumption.wait_s(asked) <= 35
+
+
+def test_no_wait_goes_past_the_timeout() -> None:
+    resumption = begin("server", "a", {}, timeout=10, keep=60, resume_for=None)
+    asked = CallBroken(ConcertinaError("full", retry_after=30.0))
+    assert 9 < resumption.wait_s(asked) <= 10
