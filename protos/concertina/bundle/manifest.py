@@ -1,4 +1,4 @@
-"""The manifest of a bundle on disk: export writes it, the server reads and verifies it."""
+"""The manifest of a bundle on disk: the export writes it, the server reads and verifies it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def read_manifest(folder: Path) -> pb.Manifest:
     except OSError as error:
         raise ManifestError(f"{path} cannot be read: {error.strerror}") from None
     except (json_format.ParseError, UnicodeDecodeError, SystemError) as error:
-        # protobuf raises SystemError for half a surrogate pair in a name.
+        # protobuf raises SystemError for half a surrogate pair in place of a name.
         raise ManifestError(f"{path} cannot be read: {error}") from None
     if manifest.format != FORMAT:
         raise ManifestError(
@@ -59,7 +59,7 @@ def read_manifest(folder: Path) -> pb.Manifest:
 
 
 def fingerprint(manifest: pb.Manifest) -> str:
-    """SHA-256, in hex, of the canonical JSON of `manifest` without its fingerprint."""
+    """SHA-256, in hex, of `manifest` without its fingerprint, in canonical JSON."""
     fields = json_format.MessageToDict(manifest, preserving_proto_field_name=True)
     fields.pop("fingerprint", None)
     canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"))
