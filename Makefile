@@ -92,14 +92,14 @@ $(BIN)/python:
 	  { echo '$(PYTHON) has no venv module: install python3-venv, or its like.' >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.server: pyproject.toml constraints.txt | $(BIN)/python
-	@echo 'Installing the server into $(VENV): a minute or two, once.'
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[$(EXTRA)]'
+$(VENV)/.server: pyproject.toml protos/pyproject.toml constraints.txt | $(BIN)/python
+	@echo 'Installing client and server into $(VENV): a minute or two, once.'
+	$(PIP) install --quiet --constraint constraints.txt --editable ./protos --editable '.[$(EXTRA)]'
 	touch $@
 
-$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
-	@echo 'Installing server, training and tools into $(VENV): a few minutes, once.'
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[$(EXTRA),train,dev]'
+$(VENV)/.dev: pyproject.toml protos/pyproject.toml constraints.txt | $(BIN)/python
+	@echo 'Installing client, server, training and tools into $(VENV): a few minutes, once.'
+	$(PIP) install --quiet --constraint constraints.txt --editable ./protos --editable '.[$(EXTRA),train,dev]'
 	touch $@ $(VENV)/.server
 
 build/bin/helm: tools/fetch_helm.py tools/helm.txt | $(BIN)/python

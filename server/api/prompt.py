@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import io
-import warnings
-
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
+from concertina.codecs.pixels import nearest, on_white, open_png, shown_rows
 from concertina.v1 import generation_service_pb2 as pb
 from server.arrays import Ints
 from server.bundles.bundle import Bundle
@@ -98,10 +95,7 @@ def _from_image(bundle: Bundle, image: pb.ImageRows) -> Ints:
     if form is None:
         raise InvalidRequest("prompt.image is empty: give png or rgb")
     pixels = _from_png(bundle, image.png) if form == "png" else _from_rgb(bundle, image.rgb)
-    palette = np.frombuffer(bundle.manifest.image.palette, np.uint8).reshape(-1, 3).astype(np.int64)
-    distance = ((pixels[:, None].astype(np.int64) - palette) ** 2).sum(axis=2)
-    nearest: Ints = distance.argmin(axis=1)
-    return nearest
+    return nearest(pixels, bundle.manifest.image.palette)
 
 
 def _from_png(bundle: Bundle, png: bytes) -> npt.NDArray[np.uint8]:
@@ -110,9 +104,7 @@ def _from_png(bundle: Bundle, png: bytes) -> npt.NDArray[np.uint8]:
     if len(png) > _MAX_PNG_BYTES:
         raise InvalidRequest(f"{field} has {len(png)} bytes, the limit is {_MAX_PNG_BYTES}")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            opened = Image.open(io.BytesIO(png), formats=["PNG"])
+        opened = open_png(png)
         size = opened.size
         if size[0] == form.width and size[1] <= form.height:
             rgba = opened.convert("RGBA")
@@ -123,13 +115,10 @@ def _from_png(bundle: Bundle, png: bytes) -> npt.NDArray[np.uint8]:
             f"{field} is {size[0]}x{size[1]} pixels; {bundle.name} takes images {form.width} wide "
             f"and at most {form.height} high"
         )
-    shown = np.flatnonzero(np.asarray(rgba)[:, :, 3].any(axis=1))
-    rows = int(shown[-1]) + 1 if len(shown) else 0
-    if not rows:
+    rows = shown_rows(rgba)
+    if rows is None:
         raise InvalidRequest(f"{field} is wholly transparent: at least 1 row must show")
-    white = Image.new("RGBA", size, "white")
-    white.alpha_composite(rgba)
-    return np.asarray(white)[:rows, :, :3].reshape(-1, 3)
+    return on_white(rows)
 
 
 def _from_rgb(bundle: Bundle, rgb: bytes) -> npt.NDArray[np.uint8]:

@@ -15,7 +15,8 @@ import psutil
 import typer
 from rich.console import Console
 
-from concertina.cli.command import generate, paint
+from concertina.cli.generate import generate
+from concertina.cli.paint import paint
 from concertina.client import Client
 from server.hosts.serve import BUNDLES, find_bundles
 from server.ops.ports import free_ports

@@ -115,6 +115,5 @@ def _require_tokens(model: ServedModel, cursors: Sequence[ResumeCursor]) -> None
     highest = max((max(cursor.last_ids, default=0) for cursor in cursors), default=0)
     if highest >= vocabulary:
         raise InvalidRequest(
-            f"cursors.last_ids has {highest}; ids of {model.bundle.name} must be below "
-            f"{vocabulary}"
+            f"cursors.last_ids has {highest}; ids of {model.bundle.name} must be below {vocabulary}"
         )

@@ -21,10 +21,21 @@ from server.api.generation import GenerationServicer
 from server.api.servicers import make_servicers
 from server.sessions.served_model import ServedModel
 from server.snapshots.writer import SnapshotWriter
+from tests.server.engines import change_logits
 
 LIMIT_S = 60.0
 STATUSES = ("UNAVAILABLE", "INTERNAL", "UNKNOWN", "CANCELLED")
 FAULTS = (*STATUSES, "EOF", "HANDED_OVER")
+
+
+def slow_down(engine: ServedModel) -> None:
+    """Makes an engine take its time, so that there is something left to break."""
+
+    def take_time(logits: Any, positions: Any) -> Any:
+        time.sleep(0.002)
+        return logits
+
+    change_logits(engine, take_time)
 
 
 class Faulty(generation_grpc.GenerationServiceServicer):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from pathlib import Path
@@ -26,9 +25,10 @@ from tests.concertina.faults import (
     read_async,
     read_blocking,
     serving,
+    slow_down,
     wire,
 )
-from tests.server.engines import change_logits, is_empty, until
+from tests.server.engines import is_empty, until
 
 SEALER = Sealer([bytes(range(32))])
 TEXT, IMAGE = "tiny-text", "tiny-image"
@@ -45,16 +45,6 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "image": {"model": IMAGE, "seed": 6},
 }
-
-
-def slow_down(engine: ServedModel) -> None:
-    """Makes an engine take its time, so that there is something left to break."""
-
-    def take_time(logits: Any, positions: Any) -> Any:
-        time.sleep(0.002)
-        return logits
-
-    change_logits(engine, take_time)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +64,7 @@ async def server(
     engines: dict[str, ServedModel], monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Faults]:
     """Its engines hold nothing in the end: what was kept is deleted."""
-    monkeypatch.setattr(resuming, "_FIRST_WAIT_S", 0.002)
+    monkeypatch.setattr(resuming, "FIRST_WAIT_S", 0.002)
     async with serving(engines) as server:
         yield server
         await until(lambda: all(is_empty(engine) for engine in engines.values()), 10)

@@ -1,4 +1,4 @@
-"""What the command line shows of a stream: its text, its events as JSON, and a line at the end."""
+"""Prints a stream: its text, or its events as JSON, and a summary at the end."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from rich.console import Console
 from concertina.client import Accepted, Event, Finished, Tokens
 
 _HEADING = "--- output {} ---\n"
-# Escape sequences that a model writes must not command the terminal.
+# A model's output must not control the terminal: escape sequences are made visible.
 _CONTROL_PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"} | {
     code: 0xFFFD for code in range(0x7F, 0xA0)
 }
 
 
-class Follower:
-    """Passes the tokens of a stream on, and tells of its events: as JSON, or in one line."""
+class EventPrinter:
+    """Passes the tokens of a stream on, prints its events as JSON, or sums them up in one line."""
 
     def __init__(self, json_output: bool) -> None:
         self._json_output = json_output
@@ -29,7 +29,7 @@ class Follower:
         self._finished: list[Finished] = []
 
     def tokens(self, stream: Iterable[Event]) -> Iterator[Tokens]:
-        """The token events; every event is printed first, if JSON is asked for."""
+        """The token events. With JSON, each event of any kind is printed as it arrives."""
         for event in stream:
             if self._json_output:
                 name = re.sub("(?<=[a-z])(?=[A-Z])", "_", type(event).__name__).lower()
@@ -43,7 +43,7 @@ class Follower:
                     self._finished.append(event)
 
     def summarise(self) -> None:
-        """One line on standard error, if somebody sits there."""
+        """Prints one line on standard error, if that is a terminal."""
         if self._json_output or not sys.stderr.isatty():
             return
         assert self._accepted is not None and self._finished
@@ -63,7 +63,7 @@ class Follower:
 
 @contextmanager
 def own_line() -> Iterator[None]:
-    """Ends the line that a stream, even a broken one, leaves open in the terminal."""
+    """Ends the last line in a terminal, also when the stream breaks."""
     try:
         yield
     finally:
@@ -72,7 +72,7 @@ def own_line() -> Iterator[None]:
 
 
 def write_outputs(tokens: Iterable[Tokens], outputs: int) -> None:
-    """Writes the first output as it comes, then the others; of several, each under a heading."""
+    """Writes the first output as it arrives, then the others; several get a heading each."""
     held = {output: "" for output in range(1, outputs)}
     if held:
         _write(_HEADING.format(0))
@@ -91,5 +91,5 @@ def _write(text: str) -> None:
 
 
 def event_json(value: object) -> str:
-    """One line of JSON; bytes become hexadecimal."""
+    """One line of JSON, with bytes in hexadecimal."""
     return json.dumps(value, default=bytes.hex)

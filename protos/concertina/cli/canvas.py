@@ -1,10 +1,9 @@
-"""An image while it is painted: pixels in raster order, seen as half-blocks, kept as PNG."""
+"""An image while it is painted: pixels in raster order, shown as half-blocks, saved as PNG."""
 
 from __future__ import annotations
 
 import itertools
 from functools import cache
-from pathlib import Path
 from time import perf_counter
 
 from PIL import Image
@@ -16,13 +15,11 @@ from rich.panel import Panel
 from rich.segment import Segment
 from rich.style import Style
 
-from concertina.client.errors import InvalidRequest
-
-_FRAME = 6  # lines and columns that the border and the shell's prompt take
+_FRAME = 6  # lines and columns that the border and the shell's prompt use
 
 
 class Canvas:
-    """A picture of `width` x `height` pixels that fills up. Rich shows it two rows a line.
+    """A picture of `width` x `height` pixels that fills up. Rich shows two rows of it per line.
 
     zoom: columns of the terminal per pixel.
     """
@@ -40,7 +37,7 @@ class Canvas:
         return self.width * self.height
 
     def paint(self, position: int, rgb: bytes) -> None:
-        """Sets the pixels from `position` on, in raster order, to colours of three bytes each.
+        """Sets the pixels from `position` on, in raster order; `rgb` has three bytes for each.
 
         Raises ValueError if they do not fit.
         """
@@ -53,7 +50,7 @@ class Canvas:
         self.painted += end - position
 
     def image(self, scale: int = 1) -> Image.Image:
-        """The picture `scale` times as large; what is not painted yet is transparent."""
+        """The picture, `scale` times as large; pixels not painted yet are transparent."""
         image = Image.frombytes("RGBA", (self.width, self.height), bytes(self._rgba))
         return image.resize((scale * self.width, scale * self.height), Image.Resampling.NEAREST)
 
@@ -82,7 +79,7 @@ class Easel:
         self._started = perf_counter()
 
     def fit(self, console: Console) -> None:
-        """Chooses the largest zoom with which the frame fits into the terminal."""
+        """Sets the largest zoom at which the frame fits into the terminal."""
         columns = (console.width - _FRAME) // self._canvas.width
         lines = 2 * (console.height - _FRAME) // self._canvas.height
         self._canvas.zoom = max(1, min(columns, lines))
@@ -101,7 +98,7 @@ class Easel:
 
 @cache
 def _cell(top: bytes, bottom: bytes) -> tuple[str, Style | None]:
-    """Character and style that show two pixels, `[red, green, blue, alpha]`, one over the other."""
+    """Character and style that show two pixels, `[red, green, blue, alpha]`, above each other."""
     match bool(top[3]), bool(bottom[3]):
         case True, True:
             return "▀", Style(color=_colour(top), bgcolor=_colour(bottom))
@@ -114,46 +111,3 @@ def _cell(top: bytes, bottom: bytes) -> tuple[str, Style | None]:
 
 def _colour(pixel: bytes) -> Color:
     return Color.from_rgb(*pixel[:3])
-
-
-def read_rows(path: Path, width: int, height: int) -> Image.Image:
-    """The rows of an image file down to the last that is not wholly transparent, `width` wide.
-
-    An image of a multiple of this width, as `concertina paint` writes it, is reduced.
-    Raises InvalidRequest if there is no image, it does not fit, or it has no such row.
-    """
-    try:
-        image = Image.open(path).convert("RGBA")
-    except OSError as error:
-        raise InvalidRequest(f"{path} cannot be read as an image: {error}") from None
-    scale, rest = divmod(image.width, width)
-    if rest or image.height > scale * height:
-        raise InvalidRequest(
-            f"{path} is {image.width}x{image.height} pixels; the model takes images {width} wide "
-            f"and at most {height} high, or a multiple of both"
-        )
-    image = image.resize((width, max(1, image.height // scale)), Image.Resampling.NEAREST)
-    shown = image.getchannel("A").getbbox()
-    if shown is None:
-        raise InvalidRequest(f"{path} is wholly transparent: at least one row must show")
-    return image.crop((0, 0, width, shown[3]))
-
-
-def in_palette(image: Image.Image, palette: bytes) -> bytes:
-    """The colours of `image`, three bytes per pixel, as the server sees them.
-
-    Transparency on white, each colour replaced by the nearest of `palette`.
-    """
-    colours = [palette[start : start + 3] for start in range(0, len(palette), 3)]
-
-    @cache
-    def nearest(pixel: bytes) -> bytes:
-        red, green, blue = pixel
-        return min(
-            colours,
-            key=lambda c: (c[0] - red) ** 2 + (c[1] - green) ** 2 + (c[2] - blue) ** 2,
-        )
-
-    white = Image.new("RGBA", image.size, "white")
-    rgb = Image.alpha_composite(white, image).convert("RGB").tobytes()
-    return b"".join(nearest(rgb[start : start + 3]) for start in range(0, len(rgb), 3))

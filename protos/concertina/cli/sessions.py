@@ -17,8 +17,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from concertina.cli.command import connected
-from concertina.cli.following import Follower, own_line, write_outputs
+from concertina.cli.connection import connected
 from concertina.cli.options import (
     Address,
     Ca,
@@ -39,13 +38,14 @@ from concertina.cli.options import (
     access,
     readable_file,
 )
+from concertina.cli.printing import EventPrinter, own_line, write_outputs
 from concertina.client import DEFAULT_ADDRESS, Session
 
 Name: TypeAlias = Annotated[str, typer.Argument(metavar="ID", help="Name of the stream.")]
 _TIMEOUT_S = 60.0
 
 sessions = typer.Typer(
-    help="Pause streams that were kept, go on with them, copy them, carry them away.\n\n"
+    help="Pause kept streams, continue them, copy them, and move them to other servers.\n\n"
     "`concertina generate --keep SECONDS` keeps one.",
     no_args_is_help=True,
     add_completion=False,
@@ -64,7 +64,7 @@ def list_sessions(
     cert_key: CertKey = None,
     json_output: Json = False,
 ) -> None:
-    """List your sessions: those that the replica which answers holds, and those in the store.
+    """List your sessions: those in the replica that answers, and those in the store.
 
     Examples:
     concertina sessions list
@@ -77,7 +77,7 @@ def list_sessions(
             print(_json(session))
         return
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
-    table.add_column("stream", no_wrap=True, min_width=32)  # a name is of use only if it is whole
+    table.add_column("stream", no_wrap=True, min_width=32)  # a name that is cut is of no use
     for heading in ("model", "phase"):
         table.add_column(heading, overflow="fold")
     for heading in ("tokens", "state", "kept for"):
@@ -105,7 +105,7 @@ def pause(
     cert_key: CertKey = None,
     json_output: Json = False,
 ) -> None:
-    """Stop a stream where it is, and keep its state. Whoever reads it sees it end as paused.
+    """Stop a stream where it is and keep its state. Its reader sees it end with `paused`.
 
     Example:
     concertina sessions pause 3aT0wXzKq9mJ2b7c
@@ -118,9 +118,7 @@ def pause(
 @sessions.command("continue")
 def continue_(
     name: Name,
-    prompt: Annotated[
-        str | None, typer.Argument(help="Text to go on behind, after what was generated.")
-    ] = None,
+    prompt: Annotated[str | None, typer.Argument(help="Text to append before going on.")] = None,
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     top_k: TopK = None,
@@ -138,9 +136,9 @@ def continue_(
     cert_key: CertKey = None,
     json_output: Json = False,
 ) -> None:
-    """Go on with what is paused or finished, and write the text as it is generated.
+    """Continue a paused or finished stream, and write the text as it is generated.
 
-    What is not given is as it was. If the command is interrupted, the stream is paused again.
+    Options that are not given keep their values. An interrupt pauses the stream again.
 
     Examples:
     concertina sessions continue 3aT0wXzKq9mJ2b7c
@@ -160,14 +158,14 @@ def continue_(
             time_limit=time_limit,
             timeout=timeout,
         )
-        follower = Follower(json_output)
+        printer = EventPrinter(json_output)
         with stream, nullcontext() if json_output else own_line():
-            tokens = follower.tokens(stream)
+            tokens = printer.tokens(stream)
             if json_output:
-                deque(tokens, maxlen=0)  # they are printed as they pass
+                deque(tokens, maxlen=0)  # reading them prints them
             else:
                 write_outputs(tokens, 1)
-    follower.summarise()
+    printer.summarise()
 
 
 @sessions.command()
@@ -182,7 +180,7 @@ def fork(
     cert_key: CertKey = None,
     json_output: Json = False,
 ) -> None:
-    """Make paused copies of a session, each with a seed of its own. Prints their names.
+    """Make paused copies of a session, each with its own seed. Prints their names.
 
     Examples:
     concertina sessions fork 3aT0wXzKq9mJ2b7c --n 4
@@ -237,7 +235,7 @@ def import_(
     cert_key: CertKey = None,
     json_output: Json = False,
 ) -> None:
-    """Make a session of a snapshot. Prints its name.
+    """Make a session from a snapshot. Prints its name.
 
     Examples:
     concertina sessions import story.snapshot
@@ -260,7 +258,7 @@ def delete(
     cert_key: CertKey = None,
     json_output: Json = False,
 ) -> None:
-    """End streams, if they run, and forget their sessions. What is not there is no error.
+    """End streams that run, and forget their sessions. An unknown name is no error.
 
     Examples:
     concertina sessions delete 3aT0wXzKq9mJ2b7c
