@@ -9,7 +9,7 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from concertina.bundle.resources import KIND_NAMES
 
-_GAUGE_INTERVAL_S = 0.25
+GAUGE_INTERVAL_S = 0.25
 _MEMORY_INTERVAL_S = 1.0
 
 _TTFT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
@@ -126,7 +126,7 @@ class EngineMetrics:
 
     def are_due(self, now: float) -> bool:
         """Whether it is time to update the gauges again; a busy engine skips most steps."""
-        return now - self._held_at >= _GAUGE_INTERVAL_S
+        return now - self._held_at >= GAUGE_INTERVAL_S
 
     def holding(self, running: int, waiting: int, paused: int, state: dict[str, int]) -> None:
         """Set the gauges: numbers of streams, and bytes of `state` by kind."""

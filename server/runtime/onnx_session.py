@@ -30,12 +30,12 @@ _THREADING = {
     "session.force_spinning_stop": "1",
 }
 
-_PROVIDERS: dict[Provider, list[str]] = {
+PROVIDERS: dict[Provider, list[str]] = {
     "cpu": ["CPUExecutionProvider"],
     # The CPU computes the few shapes that the graphs ask for.
     "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
 }
-_DEVICES: dict[Provider, str] = {"cpu": "cpu", "cuda": "cuda"}
+DEVICES: dict[Provider, str] = {"cpu": "cpu", "cuda": "cuda"}
 
 
 class Runtime:
@@ -62,7 +62,7 @@ class Runtime:
             self.rows = HostRows(self._tensors, rows)
         else:
             moves = (_load(path, 1, provider) for path in (bundle.take_path, bundle.put_path))
-            self.rows = DeviceRows(self._tensors, rows, _DEVICES[provider], *moves)
+            self.rows = DeviceRows(self._tensors, rows, DEVICES[provider], *moves)
         self._steps: dict[tuple[int, int], _Binding] = {}
 
     @property
@@ -179,7 +179,7 @@ class _Binding:
 
 
 def _require(provider: Provider) -> None:
-    wanted, installed = _PROVIDERS[provider][0], ort.get_available_providers()
+    wanted, installed = PROVIDERS[provider][0], ort.get_available_providers()
     if wanted not in installed:
         raise ConfigError(
             f"provider is {provider}, which needs {wanted}; the onnxruntime that is installed has "
@@ -195,7 +195,7 @@ def _load(path: Path, threads: int, provider: Provider) -> ort.InferenceSession:
     options.log_severity_level = 3
     for entry, value in _THREADING.items():
         options.add_session_config_entry(entry, value)
-    wanted = _PROVIDERS[provider]
+    wanted = PROVIDERS[provider]
     try:
         session = ort.InferenceSession(path, options, providers=wanted)
     except Exception as error:  # onnxruntime raises a dozen unrelated classes here

@@ -131,7 +131,7 @@ class Gate:
         self.passes = 0
         self._changed = threading.Condition()
         self._permits = 0.0
-        self._held: str | None = None
+        self.standing: str | None = None
         self._runtime: Any = model.engine.runtime
         self._passes = {name: getattr(self._runtime, name) for name in ("step", "prefill")}
 
@@ -153,9 +153,9 @@ class Gate:
     def _gated(self, name: str, run: Callable[..., Floats]) -> Callable[..., Floats]:
         def gated(*args: Any) -> Floats:
             with self._changed:
-                self._held = name
+                self.standing = name
                 assert self._changed.wait_for(lambda: self._permits > 0, LIMIT_S)
-                self._held = None
+                self.standing = None
                 self.passes += 1
                 self._permits -= 1
             return run(*args)
@@ -170,7 +170,7 @@ class Gate:
 
     async def held(self, name: str) -> None:
         """Waits until the engine stands before a pass: a `step` or a `prefill`."""
-        await until(lambda: self._permits == 0 and self._held == name)
+        await until(lambda: self._permits == 0 and self.standing == name)
 
     async def let_one(self, name: str) -> None:
         """Lets one pass through and waits until the engine stands before the next: a `name`."""

@@ -25,7 +25,7 @@ from tests.server.engines import (
     together,
     until,
 )
-from tests.server.ops.test_metrics import _value
+from tests.server.ops.test_metrics import value_of
 
 Start = Callable[..., DrivenModel]
 
@@ -55,7 +55,7 @@ async def test_a_preempted_stream_equals_its_undisturbed_twin(
     low = ask(b"low", max_tokens=60, sampling=counting)
     high = ask(prompt, max_tokens=5, seed=4, priority=1)
     twin, other = await generate(model, low), await generate(model, high)
-    before, pushed = _value("streams_preempted_total"), _count_pushed(model)
+    before, pushed = value_of("streams_preempted_total"), _count_pushed(model)
     step = model.engine.runtime.step
 
     def unhurried(*batch: Any) -> Any:
@@ -71,7 +71,7 @@ async def test_a_preempted_stream_equals_its_undisturbed_twin(
         assert (await generate(model, high)).tokens == other.tokens
     outcome = await reading
     assert (outcome.tokens, outcome.text) == (twin.tokens, twin.text)
-    assert _value("streams_preempted_total") - before == pytest.approx(times, abs=2)
+    assert value_of("streams_preempted_total") - before == pytest.approx(times, abs=2)
     assert sum(pushed) == 3 + times * len(prompt)
 
 
@@ -106,10 +106,10 @@ async def test_a_higher_priority_gets_the_slot_before_the_next_step(
 
 
 async def test_equals_never_displace_each_other(text: Bundle, start: Start) -> None:
-    model, before = start(text, slots=2, stream_buffer=4), _value("streams_preempted_total")
+    model, before = start(text, slots=2, stream_buffer=4), value_of("streams_preempted_total")
     streams = [model.submit(ask(b"x" * (n % 3), max_tokens=12, priority=3)) for n in range(12)]
     await asyncio.gather(*[read(model, stream) for stream in streams])
-    assert _value("streams_preempted_total") == before
+    assert value_of("streams_preempted_total") == before
 
 
 async def test_the_queue_is_ordered_by_priority_then_arrival(text: Bundle, start: Start) -> None:
@@ -164,7 +164,7 @@ async def test_priorities_slow_readers_and_prompts_together(text: Bundle, start:
         for n in range(16)
     ]
     expected = [(await generate(model, one)).tokens for one in wanted]
-    before = _value("streams_preempted_total")
+    before = value_of("streams_preempted_total")
 
     async def slowly(number: int) -> tuple[int, ...]:
         await asyncio.sleep(0.003 * number)
@@ -176,4 +176,4 @@ async def test_priorities_slow_readers_and_prompts_together(text: Bundle, start:
 
     async with asyncio.timeout(LIMIT_S):
         assert await asyncio.gather(*map(slowly, range(16))) == expected
-    assert _value("streams_preempted_total") > before
+    assert value_of("streams_preempted_total") > before

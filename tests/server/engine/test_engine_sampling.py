@@ -182,7 +182,7 @@ async def test_outputs_dropped_at_any_moment_leave_nothing(text: Bundle, start: 
         with Gate(model) as gate:
             streams = model.submit_together(_outputs(ask(b"c" * 12, max_tokens=9), 4))
             gate.let(passes)
-            await until(lambda gate=gate: gate._held or len(model.engine.placement.paused) == 4)
+            await until(lambda gate=gate: gate.standing or len(model.engine.placement.paused) == 4)
             for stream in streams:
                 model.cancel(stream)
         await until(lambda: is_empty(model))

@@ -26,7 +26,7 @@ from tests.server.engines import (
 Start = Callable[..., DrivenModel]
 
 
-def _value(name: str, **labels: str) -> float:
+def value_of(name: str, **labels: str) -> float:
     labels = {"model_name": "tiny-text", **labels}
     return REGISTRY.get_sample_value(f"concertina_{name}", labels) or 0.0
 
@@ -35,18 +35,18 @@ def _counts() -> dict[str, float]:
     """Everything that only ever grows."""
     finished = ("max_tokens", "stop", "end", "time_limit", "scored", "cancelled", "error")
     return {
-        "prompt": _value("prompt_tokens_total"),
-        "generated": _value("generation_tokens_total"),
-        "folds": _value("folds_total"),
-        "first tokens": _value("time_to_first_token_seconds_count"),
-        "gaps": _value("inter_token_latency_seconds_count"),
-        "queued": _value("stream_queue_time_seconds_count"),
-        "ended": _value("e2e_stream_latency_seconds_count"),
-        "steps": _value("step_seconds_count", phase="decode"),
-        "chunks": _value("step_seconds_count", phase="prefill"),
-        "rows": _value("step_batch_size_sum"),
-        "refused": _value("requests_refused_total", reason="queue_full"),
-        **{why: _value("streams_finished_total", finished_reason=why) for why in finished},
+        "prompt": value_of("prompt_tokens_total"),
+        "generated": value_of("generation_tokens_total"),
+        "folds": value_of("folds_total"),
+        "first tokens": value_of("time_to_first_token_seconds_count"),
+        "gaps": value_of("inter_token_latency_seconds_count"),
+        "queued": value_of("stream_queue_time_seconds_count"),
+        "ended": value_of("e2e_stream_latency_seconds_count"),
+        "steps": value_of("step_seconds_count", phase="decode"),
+        "chunks": value_of("step_seconds_count", phase="prefill"),
+        "rows": value_of("step_batch_size_sum"),
+        "refused": value_of("requests_refused_total", reason="queue_full"),
+        **{why: value_of("streams_finished_total", finished_reason=why) for why in finished},
     }
 
 
@@ -58,7 +58,7 @@ async def test_what_a_stream_counts(text: Bundle, start: Start) -> None:
     """A prompt of 11 and 10 tokens more: 21 are pushed, 11 of them in two chunks, 2 blocks fold."""
     model, before = start(text), _counts()
     await generate(model, ask(b"some prompt", max_tokens=10))
-    await until(lambda: _value("streams_running") == 0)
+    await until(lambda: value_of("streams_running") == 0)
     assert _grown(before) == {
         "prompt": 11,
         "generated": 10,
@@ -127,16 +127,16 @@ async def test_why_streams_ended(text: Bundle, start: Start) -> None:
 async def test_what_an_engine_holds(
     text: Bundle, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(metrics, "_GAUGE_INTERVAL_S", 0.0)  # after every step
+    monkeypatch.setattr(metrics, "GAUGE_INTERVAL_S", 0.0)  # after every step
 
     def held() -> dict[str, float]:
         return {
-            **{where: _value(f"streams_{where}") for where in ("running", "waiting", "paused")},
-            **{kind: _value("state_bytes", kind=kind) for kind in KIND_NAMES.values()},
+            **{where: value_of(f"streams_{where}") for where in ("running", "waiting", "paused")},
+            **{kind: value_of("state_bytes", kind=kind) for kind in KIND_NAMES.values()},
         }
 
     model = start(text, slots=2, stream_buffer=10)
-    assert _value("state_buffer_bytes") == 3 * text.max_state_bytes
+    assert value_of("state_buffer_bytes") == 3 * text.max_state_bytes
     with Gate(model) as gate:
         with together(model):
             streams = [model.submit(ask(max_tokens=n)) for n in (12, 30, 30)]
@@ -162,11 +162,11 @@ async def test_what_an_engine_holds(
 
 async def test_times_are_seconds(text: Bundle, start: Start) -> None:
     names = ("time_to_first_token", "inter_token_latency", "e2e_stream_latency")
-    before = [_value(f"{name}_seconds_sum") for name in names]
+    before = [value_of(f"{name}_seconds_sum") for name in names]
     ending = (await generate(start(text), ask(max_tokens=50))).ending
     assert isinstance(ending, Finish)
     first, gaps, whole = (
-        _value(f"{name}_seconds_sum") - sum_ for name, sum_ in zip(names, before, strict=True)
+        value_of(f"{name}_seconds_sum") - sum_ for name, sum_ in zip(names, before, strict=True)
     )
     assert first == pytest.approx(ending.first_token_s)
     assert whole == pytest.approx(ending.total_s, abs=0.05)

@@ -46,8 +46,8 @@ def fixed(tiny_bundles: Path) -> Bundle:
 @pytest.fixture
 def cpu_as_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """The code for devices, on the processor."""
-    monkeypatch.setitem(runtime._PROVIDERS, "cuda", ["CPUExecutionProvider"])
-    monkeypatch.setitem(runtime._DEVICES, "cuda", "cpu")
+    monkeypatch.setitem(runtime.PROVIDERS, "cuda", ["CPUExecutionProvider"])
+    monkeypatch.setitem(runtime.DEVICES, "cuda", "cpu")
 
 
 def caches(bundle: Bundle, prefix_bytes: int = 0) -> list[Cache]:
