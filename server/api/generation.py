@@ -1,24 +1,32 @@
-"""Generate, Resume and Score: protobuf in, protobuf out; neither Ray nor ONNX."""
+"""Generate, Resume and Score, and how a stream is sent: protobuf in, protobuf out.
+
+A stream that is refused ends by status; one that was accepted ends by an event.
+"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from contextlib import aclosing
 
+import grpc
 import numpy as np
 
 from concertina.v1 import generation_service_pb2 as pb
 from concertina.v1 import generation_service_pb2_grpc as generation_grpc
-from server.api.context import Context, answer, caller_of, find
-from server.api.streaming import stream
+from server.api.context import INTERNAL, Context, answer, caller_of, find, refuse
+from server.api.convert import accepted_message, error_message, response_message
 from server.api.validate import generate_request, keep_s, resume_request, score_request
 from server.auth.api_keys import Callers
 from server.auth.quota import require_room
-from server.engine.updates import Scored
-from server.errors import EngineStopped, RequestError
+from server.engine.updates import HandedOver, Scored
+from server.errors import EngineStopped, RequestError, StepFailed
 from server.sessions.opener import SessionOpener
 from server.sessions.registry import Attachment, SessionRegistry
 from server.sessions.reviver import follow
+from server.sessions.subscriber import Subscriber
+
+_log = logging.getLogger(__name__)
 
 
 class GenerationServicer(generation_grpc.GenerationServiceServicer):
@@ -94,3 +102,56 @@ class GenerationServicer(generation_grpc.GenerationServiceServicer):
         finally:
             model.cancel(session)
         raise EngineStopped("the stream ended before it was scored; try again later")
+
+
+async def stream(
+    registry: SessionRegistry,
+    attaching: Awaitable[Attachment],
+    context: Context,
+    sequence: int = 0,
+) -> AsyncGenerator[pb.GenerateResponse]:
+    """The responses of a call that streams, behind number `sequence`; or its refusal."""
+    try:
+        attachment = await attaching
+    except Exception as error:
+        if isinstance(error, RequestError) and error.retryable:
+            yield pb.GenerateResponse(sequence=sequence + 1, error=error_message(error))
+        refuse(context, error)
+        return
+    durable = registry.is_durable(attachment.session)
+    async with aclosing(send(attachment, sequence, durable)) as responses:
+        async for response in responses:
+            yield response
+
+
+async def send(
+    attachment: Attachment, sequence: int, durable: bool
+) -> AsyncGenerator[pb.GenerateResponse]:
+    """The events behind number `sequence` of a stream, until all outputs have ended."""
+    model, session = attachment.model, attachment.session
+    over = set[Subscriber]()
+    subscribers = dict(zip(session.streams, attachment.subscribers, strict=True))
+    try:
+        if not sequence:
+            sequence = 1
+            accepted = accepted_message(model.bundle, session.lease, durable)
+            yield pb.GenerateResponse(sequence=sequence, accepted=accepted)
+        async for output, event in model.events(session, attachment.subscribers):
+            response = response_message(model.bundle, output.request, event, sequence + 1)
+            sequence += 1
+            yield response
+            if isinstance(event, HandedOver):
+                return
+            if subscribers[output].is_over:
+                over.add(subscribers[output])
+    except Exception as error:
+        if isinstance(error, grpc.RpcError):  # the client is gone; there is nobody to tell
+            raise
+        _log.exception("stream %s failed", session.lease.stream_id)
+        for subscriber in attachment.subscribers:
+            if subscriber not in over and not subscriber.cursor.ended:
+                sequence += 1
+                failed = StepFailed(INTERNAL)
+                yield response_message(model.bundle, subscriber.request, failed, sequence)
+    finally:
+        attachment.leave()

@@ -14,8 +14,8 @@ from concertina.v1 import session_service_pb2 as pb
 from concertina.v1 import session_service_pb2_grpc as session_grpc
 from server.api.context import Context, answer, caller_of, refuse
 from server.api.convert import request_message
+from server.api.generation import stream
 from server.api.prompt import prompt_tokens
-from server.api.streaming import stream
 from server.api.validate import generate_request
 from server.auth.api_keys import Caller, Callers
 from server.auth.quota import require_room

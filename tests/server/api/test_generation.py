@@ -22,7 +22,7 @@ from concertina.v1 import generation_service_pb2 as pb
 from concertina.v1 import generation_service_pb2_grpc as generation_grpc
 from concertina.v1 import model_service_pb2 as model_pb
 from concertina.v1 import model_service_pb2_grpc as model_grpc
-from server.api import generation, streaming
+from server.api import generation
 from server.api.servicers import make_servicers
 from server.bundles.bundle import Bundle
 from server.config import EngineConfig
@@ -283,7 +283,7 @@ async def test_every_output_ends_when_the_servicer_fails(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served = await serve(TEXT)
-    respond = streaming.response_message
+    respond = generation.response_message
 
     def fail(*arguments: Any) -> pb.GenerateResponse:
         response = respond(*arguments)
@@ -291,7 +291,7 @@ async def test_every_output_ends_when_the_servicer_fails(
             raise RuntimeError("secret")
         return response
 
-    monkeypatch.setattr(streaming, "response_message", fail)
+    monkeypatch.setattr(generation, "response_message", fail)
     request = pb.GenerateRequest(
         stopping=pb.StoppingCriteria(max_tokens=96, ignore_eos=True), output=pb.OutputOptions(n=3)
     )
@@ -595,7 +595,7 @@ async def test_a_failure_of_ours_in_a_stream_is_its_last_event_and_leaks_nothing
     """Whether the engine's events fail, or what becomes of them."""
     served = await serve(TEXT, stream_buffer=2)
     model, events = served.served[TEXT], ServedModel.events
-    response = streaming.response_message
+    response = generation.response_message
     told = 0
 
     async def break_off(
@@ -615,7 +615,7 @@ async def test_a_failure_of_ours_in_a_stream_is_its_last_event_and_leaks_nothing
             raise RuntimeError(SECRET)
         return response(*args)  # type: ignore[arg-type]
 
-    for patch in ((ServedModel, "events", break_off), (streaming, "response_message", answer)):
+    for patch in ((ServedModel, "events", break_off), (generation, "response_message", answer)):
         with monkeypatch.context() as patched:
             patched.setattr(*patch)
             all_events = await served.generate(_long())

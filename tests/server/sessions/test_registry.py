@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from concertina.v1 import generation_service_pb2 as pb
-from server.api.streaming import send
+from server.api.generation import send
 from server.api.validate import resume_request
 from server.auth.api_keys import Caller
 from server.bundles.bundle import Bundle

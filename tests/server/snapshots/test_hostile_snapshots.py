@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from concertina.v1 import generation_service_pb2 as pb
 from concertina.v1 import snapshot_pb2
-from server.api.streaming import send
+from server.api.generation import send
 from server.bundles.bundle import Bundle
 from server.config import EngineConfig
 from server.errors import RequestError, SnapshotRefused
