@@ -21,7 +21,7 @@ class Prompt:
     """
 
     start: int
-    """Id of the start token: the size of the vocabulary, plus 1 + the label's index if it has one."""
+    """Id of the start token: the vocabulary's size, plus 1 + its index if there is a label."""
     tokens: npt.NDArray[np.unsignedinteger]
 
     def __len__(self) -> int:
@@ -120,7 +120,7 @@ class Request:
     score: bool = False
     """Score the prompt (its bits per token) instead of generating."""
     prompt_logprobs: int | None = None
-    """Number of most likely tokens to report with each token of the prompt; None reports nothing."""
+    """Number of most likely tokens to report with each prompt token; None reports nothing."""
     stream_interval: int = 1
     """Fewest tokens in a delta, except in the first and the last one."""
     priority: int = 0
