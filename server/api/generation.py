@@ -1,4 +1,4 @@
-"""Generate, Resume and Score: protobuf in, protobuf out; neither Ray nor ONNX."""
+"""The RPCs Generate, Resume and Score."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from server.engine.updates import Scored
 from server.errors import EngineStopped, RequestError
 from server.sessions.opener import SessionOpener
 from server.sessions.registry import Attachment, SessionRegistry
-from server.sessions.reviver import follow
+from server.sessions.reviver import resume
 
 
 class GenerationServicer(generation_grpc.GenerationServiceServicer):
@@ -32,7 +32,7 @@ class GenerationServicer(generation_grpc.GenerationServiceServicer):
     async def Generate(
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncIterator[pb.GenerateResponse]:
-        """One stream."""
+        """Generate a stream."""
         opening = self._open(request, context)
         async with aclosing(stream(self._registry, opening, context)) as responses:
             async for response in responses:
@@ -41,21 +41,21 @@ class GenerationServicer(generation_grpc.GenerationServiceServicer):
     async def Resume(
         self, request: pb.ResumeRequest, context: Context
     ) -> AsyncIterator[pb.GenerateResponse]:
-        """The rest of a stream."""
-        following, sequence = self._follow(request, context), request.after_sequence
-        async with aclosing(stream(self._registry, following, context, sequence)) as responses:
+        """Send the rest of a stream."""
+        attaching, sequence = self._resume(request, context), request.after_sequence
+        async with aclosing(stream(self._registry, attaching, context, sequence)) as responses:
             async for response in responses:
                 yield response
 
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse | None:
-        """Bits per token."""
+        """Score a prompt: bits per token."""
         return await answer(context, self._score(request, context))
 
     async def _open(self, request: pb.GenerateRequest, context: Context) -> Attachment:
         caller = caller_of(self._callers, context)
         model = find(self._registry.models, caller, request.model)
-        if not request.idempotency_key:  # with one, there may be nothing to take on
-            model.require_room()  # first, since it costs least: refusals come in floods
+        if not request.idempotency_key:  # a key may name a stream that exists already
+            model.require_room()  # the cheapest check first: under overload, most requests end here
         requests = generate_request(model.bundle, request, model.config)
         return await self._opener.start(
             model,
@@ -66,13 +66,13 @@ class GenerationServicer(generation_grpc.GenerationServiceServicer):
             draws_seed=not request.sampling.HasField("seed"),
         )
 
-    async def _follow(self, request: pb.ResumeRequest, context: Context) -> Attachment:
+    async def _resume(self, request: pb.ResumeRequest, context: Context) -> Attachment:
         caller = caller_of(self._callers, context)
         cursors = resume_request(request)
         if self._registry.held(request.stream_id, caller.name) is None:
             more = sum(not cursor.ended for cursor in cursors) or 1
             require_room(caller, self._registry.running, more)
-        return await follow(self._registry, request.stream_id, caller.name, cursors)
+        return await resume(self._registry, request.stream_id, caller.name, cursors)
 
     async def _score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
         caller = caller_of(self._callers, context)

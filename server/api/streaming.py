@@ -1,6 +1,6 @@
-"""How a stream is sent: its events, until every output has ended.
+"""Sends the events of a stream until all outputs have ended.
 
-A stream that is refused ends by status; one that was accepted ends by an event.
+A refused call ends with an error status. An accepted stream ends with an event for each output.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ async def stream(
     context: Context,
     sequence: int = 0,
 ) -> AsyncGenerator[pb.GenerateResponse]:
-    """The responses of a call that streams, behind number `sequence`; or its refusal."""
+    """The responses of a streaming call, numbered after `sequence`. Refuses a failed attachment."""
     try:
         attachment = await attaching
     except Exception as error:
@@ -45,7 +45,7 @@ async def stream(
 async def send(
     attachment: Attachment, sequence: int, durable: bool
 ) -> AsyncGenerator[pb.GenerateResponse]:
-    """The events behind number `sequence` of a stream, until all outputs have ended."""
+    """The responses of an attached stream, numbered after `sequence`, until all outputs end."""
     model, session = attachment.model, attachment.session
     over = set[Subscriber]()
     subscribers = dict(zip(session.streams, attachment.subscribers, strict=True))
@@ -63,7 +63,7 @@ async def send(
             if subscribers[output].is_over:
                 over.add(subscribers[output])
     except Exception as error:
-        if isinstance(error, grpc.RpcError):  # the client is gone; there is nobody to tell
+        if isinstance(error, grpc.RpcError):  # the client is gone
             raise
         _log.exception("stream %s failed", session.lease.stream_id)
         for subscriber in attachment.subscribers:
