@@ -85,7 +85,7 @@ class Decoding:
     # ---- the prompt's own tokens
 
     def _predict_prompt(self, stream: Stream, logits: Floats, first: int) -> Ending | None:
-        """Report or score the prompt tokens that `logits[T, vocabulary]` predict from `first` on."""
+        """Report or score the prompt tokens from `first` on, given their `logits`."""
         request = stream.request
         targets = request.prompt.targets(first, len(logits))
         failed = failures(logits, targets, first + np.arange(len(logits)))

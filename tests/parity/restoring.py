@@ -14,7 +14,7 @@ from server.bundles.bundle import load_bundle
 from server.checkpoint import Finish, FinishReason
 from server.config import EngineConfig
 from server.sessions.registry import Attachment, SessionRegistry
-from server.sessions.reviver import follow
+from server.sessions.reviver import resume
 from server.sessions.served_model import ServedModel
 from server.sessions.subscriber import Delta
 from server.snapshots.writer import open_writer
@@ -75,7 +75,7 @@ async def restore(folder: Path, uri: str) -> dict[str, Told]:
         for name in await registry.stored(""):
             told[name] = Told()
             record_logits(model, told[name].logits)
-            await read(await follow(registry, name, "", ()), told[name])
+            await read(await resume(registry, name, "", ()), told[name])
     finally:
         model.close()
         writer.close(LIMIT_S)

@@ -67,11 +67,11 @@ class Replica:
         """Begins a stream."""
         return await start(self.opener, self.model, wanted, caller)
 
-    async def follow(
+    async def resume(
         self, stream_id: str, owner: str = "", cursors: Sequence[ResumeCursor] = ()
     ) -> Attachment:
         """The rest of a stream."""
-        return await reviver.follow(self.registry, stream_id, owner, cursors)
+        return await reviver.resume(self.registry, stream_id, owner, cursors)
 
     async def adopt(self, snapshot: Snapshot) -> str:
         """The name of a session made of a snapshot."""

@@ -77,7 +77,7 @@ async def test_waiting_ends_as_soon_as_somebody_serves(home: Home) -> None:
 def test_waiting_for_nobody_has_an_end() -> None:
     (port,) = free_ports(1)
     began = time.monotonic()
-    with pytest.raises(TimeoutError, match=f"nothing healthy answers at 127.0.0.1:{port}"):
+    with pytest.raises(TimeoutError, match=f"no healthy server answers at 127.0.0.1:{port}"):
         wait_until_serving(f"127.0.0.1:{port}", 0.5)
     assert time.monotonic() - began < 10
 

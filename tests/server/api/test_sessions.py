@@ -150,7 +150,7 @@ async def test_a_reader_that_is_cut_after_a_pause_comes_back(cluster: Cluster) -
     events = await caller.stream("Continue", stream_id=had.stream_id)
     for event in events[:3]:
         then.take(event, 9 + before)
-    following = await caller.sessions.follow(had.stream_id, "", then.received(1))
+    following = await caller.sessions.resume(had.stream_id, "", then.received(1))
     await follow(following, then, 9 + before)
     assert had.ids[0] + then.ids[0] == expected.ids[0]
     assert had.texts[0] + then.texts[0] == expected.texts[0]
@@ -181,7 +181,7 @@ async def test_what_goes_on_after_a_pause_goes_on_elsewhere(cluster: Cluster) ->
         for event in (await going)[:3]:
             then.take(event, 9 + before)
     first.sessions.kill()
-    following = await last.sessions.follow(had.stream_id, "", then.received(1))
+    following = await last.sessions.resume(had.stream_id, "", then.received(1))
     await follow(following, then, 9 + before)
     assert had.ids[0] + then.ids[0] == expected.ids[0]
     assert had.texts[0] + then.texts[0] == expected.texts[0]
@@ -233,7 +233,7 @@ async def test_forks_share_what_was_and_differ_in_what_comes(cluster: Cluster) -
     caller.sessions.kill()
     second = Caller(cluster())
     again = Had(forked[0], 1)
-    await follow(await second.sessions.follow(forked[0], "", again.received(1)), again, 9 + 30)
+    await follow(await second.sessions.resume(forked[0], "", again.received(1)), again, 9 + 30)
     assert again.ids == outcomes[0].ids
 
 

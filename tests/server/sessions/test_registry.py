@@ -166,7 +166,7 @@ async def test_a_reader_comes_back(cluster: Cluster, case: str, events: int) -> 
     await follow(await sessions.start(wanted), had, 9, events)
     while len(had.endings) < outputs:
         received = had.received(outputs)
-        await follow(await sessions.follow(had.stream_id, "", received), had, 9, events)
+        await follow(await sessions.resume(had.stream_id, "", received), had, 9, events)
     assert had.content == expected.content
 
 
@@ -183,9 +183,9 @@ async def test_another_replica_goes_on(cluster: Cluster, case: str, events: int,
     first.kill()
     second = cluster()
     received = had.received(outputs, ids)
-    await follow(await second.follow(had.stream_id, "", received), had, 9, events)
+    await follow(await second.resume(had.stream_id, "", received), had, 9, events)
     second.kill()
-    await follow(await last.follow(had.stream_id, "", had.received(outputs, ids)), had, 9)
+    await follow(await last.resume(had.stream_id, "", had.received(outputs, ids)), had, 9)
     assert had.content == expected.content
 
 
@@ -205,7 +205,7 @@ async def test_a_stop_string_half_met_is_met_elsewhere(cluster: Cluster) -> None
         gate.let(float("inf"))
         await until(lambda: following.session.ended)
         first.kill()
-    await follow(await second.follow(had.stream_id, "", had.received(1)), had, 9)
+    await follow(await second.resume(had.stream_id, "", had.received(1)), had, 9)
     assert had.texts[0] == text[:at]
     assert had.endings[0].stop == stop
 
@@ -220,7 +220,7 @@ async def test_a_stream_that_ended_is_told_again(cluster: Cluster) -> None:
     first.kill()
     for _ in range(2):
         again = replace(had, ids={0: list(had.ids.get(0, []))}, texts=dict(had.texts), endings={})
-        await follow(await second.follow(had.stream_id, "", had.received(1)), again, 9)
+        await follow(await second.resume(had.stream_id, "", had.received(1)), again, 9)
         assert len(again.ids[0]) == 40
         assert again.endings[0].usage.generated_tokens == 40
 
@@ -270,8 +270,8 @@ async def test_streams_are_handed_over(cluster: Cluster) -> None:
     await until(lambda: is_empty(first.model))
     assert 0 < len(had.ids[0]) < 80
     with pytest.raises(EngineStopped):  # else it would go on where it was
-        await first.follow(had.stream_id, "", had.received(1))
-    await follow(await last.follow(had.stream_id, "", had.received(1)), had, 9)
+        await first.resume(had.stream_id, "", had.received(1))
+    await follow(await last.resume(had.stream_id, "", had.received(1)), had, 9)
     assert had.content == expected.content
 
 
@@ -280,9 +280,9 @@ async def test_only_the_owner_finds_a_stream(cluster: Cluster) -> None:
     await follow(await sessions.start(request(), Caller("me")), had, 9, 3)
     for owner in ("", "you"):
         with pytest.raises(UnknownSession):
-            await sessions.follow(had.stream_id, owner, [])
+            await sessions.resume(had.stream_id, owner, [])
         await sessions.delete(had.stream_id, owner)
-    await follow(await sessions.follow(had.stream_id, "me", had.received(1)), had, 9)
+    await follow(await sessions.resume(had.stream_id, "me", had.received(1)), had, 9)
     assert had.endings
 
 
@@ -290,7 +290,7 @@ async def test_only_the_owner_finds_a_stream(cluster: Cluster) -> None:
 async def test_what_is_not_there_is_unknown(cluster: Cluster, stream_id: str) -> None:
     sessions = cluster()
     with pytest.raises(UnknownSession):
-        await sessions.follow(stream_id, "", [])
+        await sessions.resume(stream_id, "", [])
     await sessions.delete(stream_id, "")
 
 
@@ -309,7 +309,7 @@ async def test_without_keep_a_stream_ends_with_its_reader(cluster: Cluster) -> N
     await follow(await sessions.start(wanted), had, 9, 3)
     await until(lambda: is_empty(sessions.model), 10)
     with pytest.raises(UnknownSession):
-        await sessions.follow(had.stream_id, "", [])
+        await sessions.resume(had.stream_id, "", [])
 
 
 async def test_a_second_reader_sends_the_first_away(cluster: Cluster) -> None:
@@ -320,7 +320,7 @@ async def test_a_second_reader_sends_the_first_away(cluster: Cluster) -> None:
         await gate.held("step")
         events = send(following, 0, durable=False)
         stream_id = (await anext(events)).accepted.stream_id
-        attaching = asyncio.create_task(sessions.follow(stream_id, "", [BEGINNING]))
+        attaching = asyncio.create_task(sessions.resume(stream_id, "", [BEGINNING]))
         await asyncio.sleep(0.05)
         gate.let(float("inf"))
         second = await asyncio.wait_for(attaching, LIMIT_S)
@@ -343,11 +343,11 @@ async def test_a_snapshot_of_another_bundle_is_refused(cluster: Cluster, text: B
     manifest.fingerprint = "0" * 64
     model.bundle = replace(text, manifest=manifest)
     with pytest.raises(SnapshotRefused, match="another bundle"):
-        await second.follow(had.stream_id, "", had.received(1))
+        await second.resume(had.stream_id, "", had.received(1))
     model.bundle = text
     elsewhere = SessionRegistry({"other": model}, second.snapshots)
     with pytest.raises(UnknownModel):
-        await reviver.follow(elsewhere, had.stream_id, "", had.received(1))
+        await reviver.resume(elsewhere, had.stream_id, "", had.received(1))
 
 
 @pytest.mark.parametrize(
@@ -371,7 +371,7 @@ async def test_a_token_that_is_none_is_not_pushed(cluster: Cluster) -> None:
     first.kill()
     received = [ResumeCursor(3, 3, last_ids=(1, 256, 3))]
     with pytest.raises(InvalidRequest, match=r"last_ids has 256; .* below 256"):
-        await second.follow(had.stream_id, "", received)
+        await second.resume(had.stream_id, "", received)
 
 
 async def test_what_a_reader_knew_is_told_to_the_next(cluster: Cluster) -> None:
@@ -388,7 +388,7 @@ async def test_what_a_reader_knew_is_told_to_the_next(cluster: Cluster) -> None:
         gate.let(float("inf"))
         await follow(following, had, 9)
     first.kill()
-    await follow(await last.follow(had.stream_id, "", had.received(1)), had, 9)
+    await follow(await last.resume(had.stream_id, "", had.received(1)), had, 9)
     again = Had(had.stream_id, 1)
-    await follow(await last.follow(had.stream_id, "", [BEGINNING]), again, 9)
+    await follow(await last.resume(had.stream_id, "", [BEGINNING]), again, 9)
     assert again.content == expected.content

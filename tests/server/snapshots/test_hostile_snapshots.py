@@ -81,7 +81,7 @@ class Forger:
             assert harmless(error.message)
             assert is_empty(self.replica.model)
             return False
-        following = await self.replica.follow(stream_id)
+        following = await self.replica.resume(stream_id)
         async for event in send(following, 0, durable=True):
             assert event.error.code != "INTERNAL", event.error.message
             assert harmless(event.error.message)

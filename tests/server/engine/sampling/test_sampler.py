@@ -14,7 +14,7 @@ from server.engine.sampling import sampler
 from server.engine.sampling.logits_processors import PenaltyState
 from server.engine.sampling.sampler import (
     NO_TOKEN_LEFT,
-    Numbers,
+    RandomNumbers,
     SamplingBatch,
     philox,
     sample,
@@ -99,7 +99,7 @@ def test_numbers_made_ahead_are_the_same(
     """Wherever a batch goes on, steadily or not."""
     seed = np.array([seed for seed, _ in rows], np.uint64)
     output = np.array([output for _, output in rows], np.uint64)
-    numbers, positions = Numbers(seed, output), np.arange(len(rows))
+    numbers, positions = RandomNumbers(seed, output), np.arange(len(rows))
     for jump in (*jumps, *[1] * steps):
         assert numbers.at(positions).tolist() == uniform(seed, positions, output).tolist()
         positions = (positions + jump) % (1 << 40)
@@ -155,7 +155,7 @@ def test_tokens_are_drawn_as_often_as_they_should_be(parameters: SamplingParamet
     else:  # a position is that of a token: other numbers come from other seeds
         seeds = np.arange(count, dtype=np.uint64)
         position = len(PROMPT) + len(OUTPUT)
-        numbers = Numbers(seeds, np.zeros_like(seeds))
+        numbers = RandomNumbers(seeds, np.zeros_like(seeds))
         tokens = sample(logits, replace(batch, numbers=numbers), np.full(count, position))
     counts = np.bincount(tokens, minlength=len(LOGITS))
     possible = expected > 0
