@@ -5,8 +5,9 @@ A handler never raises, since some hosts send the text of an exception to the cl
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Awaitable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Protocol, TypeVar
 
 import grpc
@@ -74,6 +75,26 @@ def refuse(context: Context, error: Exception) -> None:
         error = StepFailed(INTERNAL)
     context.set_code(grpc.StatusCode[error.status])
     context.set_details(error.message)
+
+
+async def to_the_end(
+    work: Awaitable[_Response], unclaimed: Callable[[_Response], None] = lambda _: None
+) -> _Response:
+    """The result of `work`, which is done to its end even if the caller stops waiting.
+
+    The result that nobody waits for any more goes to `unclaimed`.
+    """
+    task = asyncio.ensure_future(work)
+
+    def drop(_: object) -> None:
+        if not task.cancelled() and task.exception() is None:
+            unclaimed(task.result())
+
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        task.add_done_callback(drop)
+        raise
 
 
 async def answer(context: Context, response: Awaitable[_Response]) -> _Response | None:

@@ -14,11 +14,10 @@ import numpy as np
 
 from concertina.v1 import generation_service_pb2 as pb
 from concertina.v1 import generation_service_pb2_grpc as generation_grpc
-from server.api.context import INTERNAL, Context, answer, caller_of, find, refuse
+from server.api.context import INTERNAL, Context, answer, caller_of, find, refuse, to_the_end
 from server.api.convert import accepted_message, error_message, response_message
 from server.api.validate import generate_request, keep_s, resume_request, score_request
 from server.auth.api_keys import Callers
-from server.auth.quota import require_room
 from server.engine.updates import HandedOver, Scored
 from server.errors import EngineStopped, RequestError, StepFailed
 from server.sessions.opener import SessionOpener
@@ -77,17 +76,14 @@ class GenerationServicer(generation_grpc.GenerationServiceServicer):
     async def _resume(self, request: pb.ResumeRequest, context: Context) -> Attachment:
         caller = caller_of(self._callers, context)
         cursors = resume_request(request)
-        if self._registry.held(request.stream_id, caller.name) is None:
-            more = sum(not cursor.ended for cursor in cursors) or 1
-            require_room(caller, self._registry.running, more)
-        return await resume(self._registry, request.stream_id, caller.name, cursors)
+        return await resume(self._registry, request.stream_id, caller, cursors)
 
     async def _score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
         caller = caller_of(self._callers, context)
         model = find(self._registry.models, caller, request.model)
         model.require_room()
-        require_room(caller, self._registry.running, 1)
-        session = model.submit(score_request(model.bundle, request), caller.name)
+        with self._registry.reserving(caller, 1):
+            session = model.submit(score_request(model.bundle, request), caller.name)
         try:
             async for _, event in model.events(session):
                 if isinstance(event, RequestError):
@@ -112,7 +108,7 @@ async def stream(
 ) -> AsyncGenerator[pb.GenerateResponse]:
     """The responses of a streaming call, numbered after `sequence`. Refuses a failed attachment."""
     try:
-        attachment = await attaching
+        attachment = await to_the_end(attaching, Attachment.leave)
     except Exception as error:
         if isinstance(error, RequestError) and error.retryable:
             yield pb.GenerateResponse(sequence=sequence + 1, error=error_message(error))

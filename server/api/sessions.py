@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 from array import array
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -12,16 +13,16 @@ from dataclasses import replace
 from concertina.v1 import generation_service_pb2 as generation_pb
 from concertina.v1 import session_service_pb2 as pb
 from concertina.v1 import session_service_pb2_grpc as session_grpc
-from server.api.context import Context, answer, caller_of, refuse
+from server.api.context import Context, answer, caller_of, refuse, to_the_end
 from server.api.convert import request_message
 from server.api.generation import stream
 from server.api.prompt import prompt_tokens
 from server.api.validate import generate_request
 from server.auth.api_keys import Caller, Callers
-from server.auth.quota import require_room
 from server.checkpoint import Checkpoint, Finish, FinishReason
 from server.engine.stream import Stream
-from server.errors import InvalidRequest, PermissionDenied, Unsuitable
+from server.errors import InvalidRequest, PermissionDenied, UnknownSession, Unsuitable
+from server.request import Lease
 from server.sessions.opener import SessionOpener
 from server.sessions.registry import Attachment, SessionRegistry
 from server.sessions.reviver import find_or_revive
@@ -56,7 +57,7 @@ class SessionServicer(session_grpc.SessionServiceServicer):
             await model.pause(session)
             return pb.PauseResponse(session=session_message(model, session))
 
-        return await answer(context, pause())
+        return await answer(context, to_the_end(pause()))
 
     async def Continue(
         self, request: pb.ContinueRequest, context: Context
@@ -76,10 +77,10 @@ class SessionServicer(session_grpc.SessionServiceServicer):
                 raise InvalidRequest(f"n is {request.n}; it must be between 1 and {_MOST_COPIES}")
             model, session = await self._find(request.stream_id, caller)
             _require_ended(session)
-            copies = [await self._opener.copy(model, session) for _ in range(request.n)]
+            copies = await self._opener.copy(model, session, caller, request.n)
             return pb.ForkResponse(stream_ids=copies)
 
-        return await answer(context, fork())
+        return await answer(context, to_the_end(fork()))
 
     async def Export(
         self, request: pb.ExportRequest, context: Context
@@ -110,10 +111,10 @@ class SessionServicer(session_grpc.SessionServiceServicer):
             sealed = await self._received(requests)
             snapshot = await asyncio.to_thread(snapshots.import_, sealed, caller.name)
             _require_model(caller, snapshot.model)
-            model, session = await self._opener.adopt(snapshot)
+            model, session = await self._opener.adopt(snapshot, caller)
             return pb.ImportResponse(session=session_message(model, session))
 
-        return await answer(context, adopt())
+        return await answer(context, to_the_end(adopt()))
 
     async def Delete(self, request: pb.DeleteRequest, context: Context) -> pb.DeleteResponse | None:
         """Delete a session."""
@@ -122,7 +123,7 @@ class SessionServicer(session_grpc.SessionServiceServicer):
             await self._registry.delete(request.stream_id, self._caller(context).name)
             return pb.DeleteResponse()
 
-        return await answer(context, delete())
+        return await answer(context, to_the_end(delete()))
 
     async def ListSessions(
         self, request: pb.ListSessionsRequest, context: Context
@@ -159,35 +160,22 @@ class SessionServicer(session_grpc.SessionServiceServicer):
         return self._registry.snapshots
 
     async def _find(self, stream_id: str, caller: Caller) -> tuple[ServedModel, Session]:
-        model, session = await find_or_revive(self._registry, stream_id, caller.name)
+        model, session = await find_or_revive(self._registry, stream_id, caller)
         _require_model(caller, model.bundle.name)
         return model, session
 
     async def _continue(self, request: pb.ContinueRequest, context: Context) -> Attachment:
         caller = self._caller(context)
-        model, session = await self._find(request.stream_id, caller)
-        _require_ended(session)
-        require_room(caller, self._registry.running, 1)
-        more = _more_tokens(model, request)
-        if len(session.streams) > 1:
-            raise Unsuitable(
-                f"the stream has {len(session.streams)} outputs; only a stream of 1 can continue"
-            )
-        output, asked = session.streams[0], request_message(model.bundle, session.lease)
-        if request.HasField("sampling"):
-            seed = asked.sampling.seed
-            asked.sampling.CopyFrom(request.sampling)
-            if not request.sampling.HasField("seed"):
-                asked.sampling.seed = seed
-        if request.HasField("stopping"):
-            asked.stopping.CopyFrom(request.stopping)
-        if more or not _is_paused(output):
-            checkpoint = _extend(asked, output, more)
-        else:
-            checkpoint = _unpause(asked, output, request, model.bundle.context)
-        requests = generate_request(model.bundle, asked, model.config)
-        lease = replace(session.lease, requests=requests)
-        return await self._opener.open(model, lease, [checkpoint])
+        await self._find(request.stream_id, caller)  # it is held here from now on
+        async with self._registry.alone(request.stream_id):
+            held = self._registry.held(request.stream_id, caller.name)
+            if held is None:
+                raise UnknownSession(f"stream {request.stream_id!r} was deleted meanwhile")
+            model, session = held
+            _require_ended(session)
+            lease, checkpoint = _continued(model, session, request)
+            with self._registry.reserving(caller, 1):
+                return await self._opener.open(model, lease, [checkpoint])
 
     async def _received(self, requests: AsyncIterator[pb.ImportRequest]) -> bytes:
         models = self._registry.models.values()
@@ -251,6 +239,34 @@ def _require_model(caller: Caller, model: str) -> None:
         raise PermissionDenied(f"key {caller.name!r} is not for model {model!r}")
 
 
+def _continued(
+    model: ServedModel, session: Session, request: pb.ContinueRequest
+) -> tuple[Lease, Checkpoint]:
+    """The lease and the checkpoint with which an ended session continues.
+
+    Times count from this call. Raises Unsuitable and InvalidRequest.
+    """
+    more = _more_tokens(model, request)
+    if len(session.streams) > 1:
+        raise Unsuitable(
+            f"the stream has {len(session.streams)} outputs; only a stream of 1 can continue"
+        )
+    output, asked = session.streams[0], request_message(model.bundle, session.lease)
+    if request.HasField("sampling"):
+        seed = asked.sampling.seed
+        asked.sampling.CopyFrom(request.sampling)
+        if not request.sampling.HasField("seed"):
+            asked.sampling.seed = seed
+    if request.HasField("stopping"):
+        asked.stopping.CopyFrom(request.stopping)
+    if more or not _is_paused(output):
+        checkpoint = _extend(asked, output, more)
+    else:
+        checkpoint = _unpause(asked, output, request, model.bundle.context)
+    requests = generate_request(model.bundle, asked, model.config)
+    return replace(session.lease, requests=requests, accepted_at=time.time()), checkpoint
+
+
 def _more_tokens(model: ServedModel, request: pb.ContinueRequest) -> list[int]:
     """The prompt tokens to add, maybe none. Raises InvalidRequest."""
     if not request.HasField("prompt"):
@@ -286,19 +302,28 @@ def _unpause(
 ) -> Checkpoint:
     """Continue a paused stream as if it had not been paused.
 
-    Sets `max_tokens` of `asked`. Returns the checkpoint to continue from.
+    Sets `max_tokens` and `min_tokens` of `asked`, which count from here in the `request`. Returns
+    the checkpoint to continue from.
     """
-    generated = len(output.history)
+    generated, least = len(output.history), request.stopping.min_tokens
     if request.stopping.HasField("max_tokens"):
         more, left = request.stopping.max_tokens, context - generated
         if not 1 <= more <= left:
             raise InvalidRequest(f"stopping.max_tokens is {more}; it must be between 1 and {left}")
+        if least > more:
+            raise InvalidRequest(
+                f"stopping.min_tokens is {least}; it must be at most {more}, which is max_tokens"
+            )
         asked.stopping.max_tokens = generated + more
+    if least:
+        asked.stopping.min_tokens = generated + least
     backlog = output.backlog
     return replace(
         output.checkpoint,
         saved=output.saved,
         finish=None,
+        queue_s=None,
+        first_token_s=None,
         base_tokens=generated,
         base_characters=output.base_characters + (len(backlog.text) if backlog else 0),
     )

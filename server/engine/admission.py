@@ -178,6 +178,10 @@ class Ledger:
         self.held -= Weight(queue_tokens=weight.queue_tokens)
         self._weights[stream] = replace(weight, queue_tokens=0)
 
+    def release(self, stream: Stream) -> None:
+        """Remove a stream that was never taken in."""
+        self.held -= self._weights.pop(stream)
+
     def ended(self, stream: Stream, now: float) -> None:
         """Record that the stream ended at `now`: its weight is free."""
         self.held -= self._weights.pop(stream)

@@ -118,8 +118,8 @@ class Engine:
             self._require_open(admits=True)
             self._raise_if(self.ledger.full(time.monotonic()))
 
-    def admit(self, streams: Sequence[Stream], register: Callable[[], Action]) -> None:
-        """Admit streams, all or none; then call `register` and post the action that it returns.
+    def reserve(self, streams: Sequence[Stream]) -> None:
+        """Make room for streams, all or none: `admit` them, or `release` the room.
 
         Raises Overloaded if there is no room now, InvalidRequest if there never is room, and
         EngineStopped.
@@ -128,6 +128,20 @@ class Engine:
             self._require_open(admits=True)
             if streams:
                 self._raise_if(self.ledger.admit(streams, time.monotonic()))
+
+    def release(self, streams: Sequence[Stream]) -> None:
+        """Give back the room of streams that were reserved and are not admitted."""
+        with self._lock:
+            for stream in streams:
+                self.ledger.release(stream)
+
+    def admit(self, register: Callable[[], Action]) -> None:
+        """Take in streams that have room: call `register` and post the action that it returns.
+
+        Raises EngineStopped.
+        """
+        with self._lock:
+            self._require_open(admits=True)
             self.post(register())
 
     def stop_accepting(self) -> None:

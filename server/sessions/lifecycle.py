@@ -14,7 +14,7 @@ from server.engine.interfaces import SnapshotStore
 from server.engine.lifecycle import StreamLifecycle
 from server.engine.stream import Stream
 from server.engine.updates import HandedOver, StreamUpdate
-from server.errors import Displaced
+from server.errors import Displaced, UnknownSession
 from server.sessions.subscriber import Deliveries, Subscriber
 from server.sessions.table import Session, SessionTable
 
@@ -37,29 +37,45 @@ class SessionLifecycle:
         self._deliveries = deliveries
         self._snapshots = snapshots
 
-    def register(self, session: Session, opened: Sequence[Stream]) -> Callable[[], None]:
-        """Add a session to the table. Returns the action that opens it on the engine's thread.
-
-        opened: those of its streams that the engine has admitted.
-        """
-        before = self.table.add(session)
+    def register(self, session: Session) -> Callable[[], None]:
+        """Add a session to the table. Returns the action that opens it on the engine's thread."""
+        before, opened = self.table.add(session), session.unfinished
         return lambda: self._open(session, opened, before)
 
-    def attach(self, session: Session, subscribers: tuple[Subscriber, ...]) -> None:
-        """Give a session new subscribers. The streams of the former ones end with Displaced."""
-        for stream, subscriber in zip(session.streams, subscribers, strict=True):
-            if session.left_at is None:
-                displaced = Displaced("another reader has resumed the stream")
-                stream.subscriber.put(StreamUpdate(ending=displaced))
-            stream.subscriber = subscriber
+    def attach(
+        self, session: Session, subscribers: tuple[Subscriber, ...], joins: bool = False
+    ) -> None:
+        """Give a session new subscribers. The streams of the others end with Displaced.
+
+        joins: the others stay. Raises UnknownSession if the session is gone, or another one has
+        taken its name.
+        """
+        self._require_held(session)
+        if not (joins and session.readers):
+            displaced = StreamUpdate(ending=Displaced("another reader has resumed the stream"))
+            for reader in [each for group in session.readers for each in group]:
+                reader.put(displaced)
+            session.readers.clear()
+            for audience in session.audiences:
+                audience.members.clear()
+        outputs = zip(session.streams, session.audiences, subscribers, strict=True)
+        for stream, audience, subscriber in outputs:
             _catch_up(stream, subscriber)
+            audience.members.append(subscriber)
         session.subscribers = subscribers
+        session.readers.append(subscribers)
         self.table.attach(session)
 
     def leave(self, session: Session, subscribers: tuple[Subscriber, ...]) -> None:
-        """Detach subscribers: the session is kept, or its streams end."""
-        if not self.table.holds(session) or session.subscribers != subscribers:
-            return  # the session is gone, or has other subscribers
+        """Detach subscribers. With the last of them, the session is kept, or its streams end."""
+        if not self.table.holds(session) or subscribers not in session.readers:
+            return  # the session is gone, or they were displaced
+        session.readers.remove(subscribers)
+        if session.readers:
+            for audience, subscriber in zip(session.audiences, subscribers, strict=True):
+                audience.members.remove(subscriber)
+            return
+        # The last subscribers stay in the audience: their full buffers park the streams.
         if not session.lease.keep_s:
             for stream in session.streams:
                 self._streams.cancel(stream)
@@ -69,7 +85,8 @@ class SessionLifecycle:
             self.forget(oldest)
 
     def pause(self, session: Session) -> None:
-        """Pause the streams of a session and save their state."""
+        """Pause the streams of a session and save their state. Raises UnknownSession."""
+        self._require_held(session)
         for stream in [s for s in session.streams if not s.ended]:
             self._streams.stop(stream, FinishReason.PAUSED)
 
@@ -107,8 +124,8 @@ class SessionLifecycle:
         """See StreamHolder. Also detaches subscribers whose event loop is closed."""
         gone = self._deliveries.publish()
         for session in self.table.all() if gone else ():
-            if gone.intersection(session.subscribers):
-                self.leave(session, session.subscribers)
+            for group in [each for each in session.readers if gone.intersection(each)]:
+                self.leave(session, group)
 
     def hand_over(self) -> None:
         """See StreamHolder. Does nothing without a store that outlives this process."""
@@ -118,6 +135,12 @@ class SessionLifecycle:
             for stream in [s for s in session.streams if not s.ended]:
                 self._streams.hand_over(stream, HandedOver())
             self.table.drop(session)
+
+    def _require_held(self, session: Session) -> None:
+        if not self.table.holds(session):
+            raise UnknownSession(
+                f"stream {session.lease.stream_id!r} was deleted or continued by another call"
+            )
 
     def _open(self, session: Session, opened: Sequence[Stream], before: Session | None) -> None:
         if before is not None:  # the new session takes its place

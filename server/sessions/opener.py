@@ -9,15 +9,15 @@ import logging
 import secrets
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from server.auth.api_keys import Caller
-from server.auth.quota import require_room
 from server.checkpoint import Checkpoint
-from server.errors import InvalidRequest, StorageFailed, UnknownSession
+from server.errors import InvalidRequest, RequestError, StorageFailed, UnknownSession
 from server.request import Lease, Request
 from server.sessions.registry import NAME_BYTES, Attachment, SessionRegistry, new_name
-from server.sessions.reviver import load, model_of, resume, revive
+from server.sessions.reviver import buffered, load, model_of, resume
 from server.sessions.served_model import ServedModel
 from server.sessions.table import Session
 from server.snapshots.codec import Snapshot, restored
@@ -47,76 +47,90 @@ class SessionOpener:
         draws_seed: the caller gave no seed, so a request with another seed counts as the same.
         Raises RequestError.
         """
-        owner, running = caller.name, self._registry.running
+        owner = caller.name
         if not idempotency_key:
-            require_room(caller, running, len(requests))
-            stream_id = new_name()
-        else:
-            stream_id = self._name(owner, idempotency_key)
-            if self._registry.held(stream_id, owner) is None:
-                require_room(caller, running, len(requests))
+            lease = Lease(new_name(), requests, owner, keep_s, time.time())
+            with self._registry.reserving(caller, len(requests)):
+                return await self.open(model, lease)
+        stream_id = self._name(owner, idempotency_key)
+        lease = Lease(stream_id, requests, owner, keep_s, time.time())
+        async with self._registry.alone(stream_id):
             first = await self._first(stream_id, owner)
-            if first is not None:
-                again = Lease(stream_id, requests, owner, keep_s)
-                _require_same(*first, model.bundle.name, again, draws_seed)
-                return await resume(self._registry, stream_id, owner, ())
-        return await self.open(model, Lease(stream_id, requests, owner, keep_s, time.time()))
+            if first is None:
+                with self._registry.reserving(caller, len(requests)):
+                    return await self.open(model, lease)
+        _require_same(*first, model.bundle.name, lease, draws_seed)
+        return await resume(self._registry, stream_id, caller, (), joins=True)
 
     async def open(
         self, model: ServedModel, lease: Lease, checkpoints: Sequence[Checkpoint] = ()
     ) -> Attachment:
-        """Open a session, which continues from `checkpoints` if given.
+        """Open a session, which continues from `checkpoints` if given; all of it or nothing.
 
-        A session with `keep` is in the store when this returns. Raises what `ServedModel.open`
-        raises, and StorageFailed.
+        A session with `keep` is in the store when this returns, unless it is new and the store is
+        away. Raises what `ServedModel.open` raises, and StorageFailed.
         """
-        session = model.open(lease, checkpoints)
-        return await self._stored(model, session, checkpoints)
+        session = model.reserve(lease, checkpoints)
+        try:
+            session.stored = await self._store(model, lease, checkpoints)
+            model.commit(session)
+        except BaseException:
+            model.release(session)
+            raise
+        return Attachment(model, session, session.subscribers)
 
-    async def adopt(self, snapshot: Snapshot) -> tuple[ServedModel, Session]:
+    async def adopt(self, snapshot: Snapshot, caller: Caller) -> tuple[ServedModel, Session]:
         """Open a session from an imported snapshot, with a new name.
 
         Raises what `resume` raises, and StorageFailed.
         """
-        attachment = revive(self._registry, snapshot, stream_id=new_name())
-        if self._registry.snapshots is not None:
-            await self._stored(attachment.model, attachment.session)
-            self._registry.store(attachment.model, attachment.session)
+        model = model_of(self._registry, snapshot)
+        lease, checkpoints = restored(model.bundle, snapshot)
+        lease = replace(buffered(model, lease), stream_id=new_name(), accepted_at=time.time())
+        with self._registry.reserving(caller, len(checkpoints)):
+            attachment = await self.open(model, lease, [_anew(each) for each in checkpoints])
         attachment.leave()
         return attachment.model, attachment.session
 
-    async def copy(self, model: ServedModel, session: Session) -> str:
-        """Copy a session that has ended, with another seed. Returns the name of the copy."""
-        lease, seed = session.lease, secrets.randbits(63)
-        requests = tuple(
-            replace(request, sampling=replace(request.sampling, seed=seed))
-            for request in lease.requests
-        )
-        copied = replace(lease, stream_id=new_name(), requests=requests)
-        attachment = await self.open(model, copied, session.checkpoints)
-        attachment.leave()
-        return copied.stream_id
+    async def copy(
+        self, model: ServedModel, session: Session, caller: Caller, copies: int
+    ) -> list[str]:
+        """Copy a session that has ended, with other seeds: all copies or none. Their names.
 
-    async def _stored(
-        self, model: ServedModel, session: Session, checkpoints: Sequence[Checkpoint] = ()
-    ) -> Attachment:
-        attachment = Attachment(model, session, session.subscribers)
+        Raises what `open` raises, and QuotaExceeded.
+        """
+        made: list[str] = []
+        checkpoints = [_anew(each) for each in session.checkpoints]
+        with self._registry.reserving(caller, copies):
+            try:
+                for _ in range(copies):
+                    lease = _reseeded(session.lease)
+                    made.append(lease.stream_id)
+                    (await self.open(model, lease, checkpoints)).leave()
+            except BaseException:
+                for stream_id in made:
+                    with suppress(RequestError):
+                        await self._registry.delete(stream_id, caller.name)
+                raise
+        return made
+
+    async def _store(
+        self, model: ServedModel, lease: Lease, checkpoints: Sequence[Checkpoint]
+    ) -> bool:
+        """Write the beginning of a session with `keep`; whether it is in the store."""
         snapshots = self._registry.snapshots
-        if snapshots is None or not session.lease.keep_s:
-            return attachment
+        if snapshots is None or not lease.keep_s:
+            return False
         try:
-            await asyncio.to_thread(snapshots.begin, model.bundle, session.lease, checkpoints)
+            await asyncio.to_thread(snapshots.begin, model.bundle, lease, checkpoints)
         except OSError as error:
-            await model.forget(session)
-            _log.exception("a stream could not be stored")
-            raise StorageFailed(
-                "the stream cannot be stored, so it cannot be kept: try again later, or send the "
-                "request without keep"
-            ) from error
-        except BaseException:
-            attachment.leave()
-            raise
-        return attachment
+            if checkpoints:
+                raise StorageFailed(
+                    "the stream cannot be stored, so it stays as it was: try again later"
+                ) from error
+            _log.error("a new stream is not stored: %s", error)
+            return False
+        return True
 
     async def _first(self, stream_id: str, owner: str) -> tuple[str, Lease] | None:
         """Model and lease of the first request for this stream; None if there is no such stream."""
@@ -134,6 +148,18 @@ class SessionOpener:
         """The stream name for an idempotency key. It cannot be guessed without the secret."""
         text = f"{len(owner)}:{owner}{key}".encode()
         return hmac.new(self._secret, text, hashlib.sha256).hexdigest()[: 2 * NAME_BYTES]
+
+
+def _reseeded(lease: Lease) -> Lease:
+    """The lease of a copy that is made now."""
+    seed = secrets.randbits(63)
+    requests = tuple(replace(r, sampling=replace(r.sampling, seed=seed)) for r in lease.requests)
+    return replace(lease, stream_id=new_name(), requests=requests, accepted_at=time.time())
+
+
+def _anew(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint without the times of the call that made it."""
+    return replace(checkpoint, queue_s=None, first_token_s=None)
 
 
 def _require_same(

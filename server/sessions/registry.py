@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Collection, Iterable, Mapping
-from contextlib import suppress
+from collections import Counter
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 
+from server.auth.api_keys import Caller
+from server.auth.quota import require_room
 from server.errors import EngineStopped, StorageFailed
 from server.sessions.served_model import ServedModel
 from server.sessions.subscriber import Subscriber
@@ -49,15 +52,43 @@ class SessionRegistry:
         self.models = models
         self.snapshots = snapshots
         self._draining = draining
+        self._reserved: Counter[str] = Counter()  # streams of an owner that are being opened
+        self._locks: dict[str, tuple[asyncio.Lock, int]] = {}  # with the number of their users
 
     @property
     def holders(self) -> list[ServedModel]:
         """All models that can hold sessions."""
         return [*self.models.values(), *self._draining]
 
+    @contextmanager
+    def reserving(self, caller: Caller, streams: int) -> Iterator[None]:
+        """Hold `streams` of a caller's quota while they are opened.
+
+        Raises QuotaExceeded, and InvalidRequest if they are more than the quota.
+        """
+        require_room(caller, self.running, streams)
+        self._reserved[caller.name] += streams
+        try:
+            yield
+        finally:
+            self._reserved[caller.name] -= streams
+
+    @asynccontextmanager
+    async def alone(self, stream_id: str) -> AsyncIterator[None]:
+        """Let no other call open, continue or delete the stream of this name meanwhile."""
+        lock, users = self._locks.get(stream_id, (asyncio.Lock(), 0))
+        self._locks[stream_id] = lock, users + 1
+        try:
+            async with lock:
+                yield
+        finally:
+            lock, users = self._locks.pop(stream_id)
+            if users > 1:
+                self._locks[stream_id] = lock, users - 1
+
     def running(self, owner: str) -> int:
-        """Number of streams of an owner that wait or run in this process."""
-        return sum(
+        """Number of an owner's streams in this process that wait, run, or are being opened."""
+        return self._reserved[owner] + sum(
             not stream.ended
             for model in self.holders
             for session in model.sessions(owner)
@@ -65,8 +96,8 @@ class SessionRegistry:
         )
 
     def is_durable(self, session: Session) -> bool:
-        """Whether the session outlives this process."""
-        return self.snapshots is not None and self.snapshots.is_durable and session.lease.keep_s > 0
+        """Whether a session is in a store that outlives this process."""
+        return self.snapshots is not None and self.snapshots.is_durable and session.stored
 
     def held(self, stream_id: str, owner: str) -> tuple[ServedModel, Session] | None:
         """The owner's session and its model; None if no model of this process holds it."""
@@ -85,28 +116,24 @@ class SessionRegistry:
             _log.exception("the store cannot be listed")
             raise StorageFailed("the snapshots cannot be listed: try again later") from None
 
-    def store(self, model: ServedModel, session: Session) -> None:
-        """Have a session that does not run written to the store later."""
-        if self.snapshots is not None and session.lease.keep_s:
-            for output, checkpoint in enumerate(session.checkpoints):
-                self.snapshots.offer(model.bundle, session.lease, output, checkpoint)
-
     async def delete(self, stream_id: str, owner: str) -> None:
-        """End a stream and delete it, in memory and in the store.
+        """End a stream and delete its session, in memory and in the store.
 
-        Does nothing if it does not exist. Raises StorageFailed, EngineStopped.
+        Does nothing if there is no such stream. Raises StorageFailed and EngineStopped.
         """
-        if (held := self.held(stream_id, owner)) is not None:
-            model, session = held
-            await model.forget(session)
-        if self.snapshots is not None:
-            try:
-                await asyncio.to_thread(self.snapshots.forget, owner, stream_id)
-            except FileNotFoundError:
-                pass
-            except OSError:
-                _log.exception("a stream could not be deleted")
-                raise StorageFailed("the snapshots cannot be deleted: try again later") from None
+        async with self.alone(stream_id):
+            if (held := self.held(stream_id, owner)) is not None:
+                model, session = held
+                await model.forget(session)
+            if self.snapshots is not None:
+                try:
+                    await asyncio.to_thread(self.snapshots.forget, owner, stream_id)
+                except FileNotFoundError:
+                    pass
+                except OSError:
+                    _log.exception("a stream could not be deleted")
+                    message = "the snapshots cannot be deleted: try again later"
+                    raise StorageFailed(message) from None
 
 
 def new_name() -> str:

@@ -7,8 +7,15 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
+from server.auth.api_keys import Caller
 from server.engine.restore import BEGINNING, ResumeCursor
-from server.errors import InvalidRequest, StorageFailed, UnknownModel, UnknownSession
+from server.errors import (
+    Displaced,
+    InvalidRequest,
+    StorageFailed,
+    UnknownModel,
+    UnknownSession,
+)
 from server.ops import metrics
 from server.request import Lease
 from server.sessions.registry import Attachment, SessionRegistry
@@ -17,37 +24,50 @@ from server.sessions.table import Session
 from server.snapshots.codec import Snapshot, restored
 
 _log = logging.getLogger(__name__)
+_TRIES = 3  # another call may change the session between its look-up and the attachment
 
 
 async def resume(
-    registry: SessionRegistry, stream_id: str, owner: str, cursors: Sequence[ResumeCursor]
+    registry: SessionRegistry,
+    stream_id: str,
+    caller: Caller,
+    cursors: Sequence[ResumeCursor],
+    joins: bool = False,
 ) -> Attachment:
     """Attach to a stream for a reader who is at `cursors`, one for each output.
 
-    Raises UnknownSession, UnknownModel, SnapshotRefused, StorageFailed, InvalidRequest, Overloaded
-    and EngineStopped.
+    joins: readers that are attached stay; else this one takes their place.
+
+    Raises UnknownSession, UnknownModel, SnapshotRefused, StorageFailed, InvalidRequest, Overloaded,
+    QuotaExceeded and EngineStopped.
     """
-    if (held := registry.held(stream_id, owner)) is None:
-        snapshot = await load(registry, stream_id, owner)
-        held = registry.held(stream_id, owner)  # another call may have revived it meanwhile
-        if held is None:
-            return revive(registry, snapshot, cursors)
-    model, session = held
-    subscribers = await model.attach(session, _padded(cursors, len(session.streams)))
-    metrics.RESUMED.labels(model.bundle.name, "memory").inc()
-    return Attachment(model, session, subscribers)
+    for _ in range(_TRIES):
+        if (held := registry.held(stream_id, caller.name)) is None:
+            async with registry.alone(stream_id):
+                if registry.held(stream_id, caller.name) is None:
+                    snapshot = await load(registry, stream_id, caller.name)
+                    return revive(registry, snapshot, caller, cursors)
+            continue  # another call has revived it
+        model, session = held
+        try:
+            subscribers = await model.attach(session, _padded(cursors, len(session.streams)), joins)
+        except UnknownSession:
+            continue  # deleted, expired or continued since it was found
+        metrics.RESUMED.labels(model.bundle.name, "memory").inc()
+        return Attachment(model, session, subscribers)
+    raise Displaced("other calls delete or continue the stream all the time; try again later")
 
 
 async def find_or_revive(
-    registry: SessionRegistry, stream_id: str, owner: str
+    registry: SessionRegistry, stream_id: str, caller: Caller
 ) -> tuple[ServedModel, Session]:
     """A session of this process, revived from the store if no model here holds it.
 
     A revived session continues to run if it has not ended. Raises what `resume` raises.
     """
-    if (held := registry.held(stream_id, owner)) is not None:
+    if (held := registry.held(stream_id, caller.name)) is not None:
         return held
-    attachment = await resume(registry, stream_id, owner, ())
+    attachment = await resume(registry, stream_id, caller, ())
     attachment.leave()
     return attachment.model, attachment.session
 
@@ -75,19 +95,17 @@ async def load(registry: SessionRegistry, stream_id: str, owner: str) -> Snapsho
 def revive(
     registry: SessionRegistry,
     snapshot: Snapshot,
+    caller: Caller,
     cursors: Sequence[ResumeCursor] = (),
-    stream_id: str = "",
 ) -> Attachment:
-    """Open a session from a snapshot, with a new name if `stream_id` is given.
-
-    Raises what `resume` raises.
-    """
+    """Open a session from a snapshot. Raises what `resume` raises."""
     model = model_of(registry, snapshot)
     lease, checkpoints = restored(model.bundle, snapshot)
-    lease = replace(lease, stream_id=stream_id or lease.stream_id)
     cursors = _padded(cursors, len(lease.requests))
     _require_tokens(model, cursors)
-    session = model.open(_buffered(model, lease), checkpoints, cursors)
+    with registry.reserving(caller, sum(each.finish is None for each in checkpoints)):
+        session = model.open(buffered(model, lease), checkpoints, cursors)
+    session.stored = True
     metrics.RESUMED.labels(model.bundle.name, "store").inc()
     return Attachment(model, session, session.subscribers)
 
@@ -100,7 +118,7 @@ def model_of(registry: SessionRegistry, snapshot: Snapshot) -> ServedModel:
     return model
 
 
-def _buffered(model: ServedModel, lease: Lease) -> Lease:
+def buffered(model: ServedModel, lease: Lease) -> Lease:
     """The lease with a `stream_interval` no larger than this server's stream buffer."""
     most = model.config.stream_buffer
     requests = (replace(r, stream_interval=min(r.stream_interval, most)) for r in lease.requests)

@@ -19,7 +19,7 @@ from server.engine.stream import Stream
 from server.errors import BundleError
 from server.request import Lease, Request
 from server.sessions.lifecycle import SessionLifecycle
-from server.sessions.subscriber import Deliveries, Event, Subscriber, events
+from server.sessions.subscriber import Audience, Deliveries, Event, Subscriber, events
 from server.sessions.table import Session
 
 
@@ -74,18 +74,41 @@ class ServedModel:
         The streams continue from their `checkpoints`, if given, for a reader at `cursors`. Streams
         with the same prompt share one prefill. Raises what `submit` raises.
         """
+        session = self.reserve(lease, checkpoints, cursors)
+        try:
+            self.commit(session)
+        except BaseException:
+            self.release(session)
+            raise
+        return session
+
+    def reserve(
+        self,
+        lease: Lease,
+        checkpoints: Sequence[Checkpoint] = (),
+        cursors: Sequence[ResumeCursor] = (),
+    ) -> Session:
+        """Make room for a session that `commit` opens, or `release` gives up. See `open`."""
         checkpoints = checkpoints or [self.no_checkpoint] * len(lease.requests)
         cursors = cursors or [BEGINNING] * len(lease.requests)
         bases = [checkpoint.base_tokens for checkpoint in checkpoints]
         subscribers = self._subscribers(lease.requests, cursors, bases)
-        outputs = zip(lease.requests, subscribers, checkpoints, cursors, strict=True)
+        audiences = tuple(Audience(subscriber) for subscriber in subscribers)
+        outputs = zip(lease.requests, audiences, checkpoints, cursors, strict=True)
         streams = tuple(restore(lease, *output) for output in outputs)
         for stream in streams:
             stream.keeps_history |= self.config.draft_tokens > 0
-        session = Session(lease, streams, subscribers)
-        opened = [stream for stream in streams if not stream.ended]
-        self.engine.admit(opened, lambda: self._sessions.register(session, opened))
+        session = Session(lease, streams, audiences, subscribers, [subscribers])
+        self.engine.reserve(session.unfinished)
         return session
+
+    def commit(self, session: Session) -> None:
+        """Open a session that has room. Raises EngineStopped."""
+        self.engine.admit(lambda: self._sessions.register(session))
+
+    def release(self, session: Session) -> None:
+        """Give back the room of a session that was not opened."""
+        self.engine.release(session.unfinished)
 
     @property
     def no_checkpoint(self) -> Checkpoint:
@@ -142,7 +165,7 @@ class ServedModel:
         return 2 * self.bundle.max_state_bytes + 256 * self.bundle.context + 1024 * 1024
 
     async def attach(
-        self, session: Session, cursors: Sequence[ResumeCursor]
+        self, session: Session, cursors: Sequence[ResumeCursor], joins: bool = False
     ) -> tuple[Subscriber, ...]:
         """Attach new subscribers to a session, read by the running event loop.
 
@@ -151,7 +174,7 @@ class ServedModel:
         bases = [stream.base_tokens for stream in session.streams]
         subscribers = self._subscribers(session.lease.requests, cursors, bases)
         try:
-            await self._ask(lambda: self._sessions.attach(session, subscribers))
+            await self._ask(lambda: self._sessions.attach(session, subscribers, joins))
         except BaseException:  # the engine may have attached them, but no one reads them
             self.leave(session, subscribers)
             raise

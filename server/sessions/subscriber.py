@@ -16,6 +16,10 @@ from server.engine.updates import Backlog, Ending, StreamUpdate
 from server.request import Request
 
 _PROMPT_EVENT_TOKENS = 512  # most prompt tokens in one event
+EVENT_TOKENS = 4096
+"""Most tokens of one event; a backlog of more is sent in parts."""
+EVENT_CHARACTERS = 1 << 20
+"""Most characters of one event."""
 
 
 @dataclass(frozen=True)
@@ -117,16 +121,28 @@ class Subscriber:
             self._next_prompt += len(logprobs)
             return PromptLogprobs(self._next_prompt - len(logprobs), tuple(logprobs))
         if (self._tokens or self._texts) and self._is_due:
-            text, logprobs = "".join(self._texts), self._logprobs
-            delta = Delta(self._next_position, tuple(self._tokens), text, tuple(logprobs))
-            self._next_position += len(self._tokens)
-            self._taken += len(self._tokens)
-            self._tokens, self._texts, self._logprobs = [], [], []
-            return delta
+            return self._take_delta()
         if self._ending is not None and not self.is_over:
             self.is_over = True
             return self._ending
         return None
+
+    def _take_delta(self) -> Delta:
+        """The tokens and the text of the buffer, or as much as one event may hold.
+
+        Text goes with the last of its tokens, and what does not fit follows alone.
+        """
+        tokens, logprobs = self._tokens[:EVENT_TOKENS], self._logprobs[:EVENT_TOKENS]
+        del self._tokens[:EVENT_TOKENS], self._logprobs[:EVENT_TOKENS]
+        text = ""
+        if not self._tokens:
+            everything = "".join(self._texts)
+            text, rest = everything[:EVENT_CHARACTERS], everything[EVENT_CHARACTERS:]
+            self._texts = [rest] if rest else []
+        delta = Delta(self._next_position, tuple(tokens), text, tuple(logprobs))
+        self._next_position += len(tokens)
+        self._taken += len(tokens)
+        return delta
 
     async def arrival(self) -> None:
         """Wait until something arrives for this output or another one of the same request."""
@@ -157,6 +173,26 @@ class Subscriber:
         self._known_characters -= known
         if text := text[known:]:
             self._texts.append(text)
+
+
+class Audience:
+    """All subscribers of one stream. Each gets every update from when it came.
+
+    Only the engine's thread changes `members`.
+    """
+
+    def __init__(self, first: Subscriber) -> None:
+        self.members = [first]
+
+    @property
+    def unread(self) -> int:
+        """Unread tokens of the subscriber that lags most."""
+        return max((member.unread for member in self.members), default=0)
+
+    def put(self, update: StreamUpdate) -> None:
+        """Give an update to every subscriber."""
+        for member in self.members:
+            member.put(update)
 
 
 async def events(subscribers: Sequence[Subscriber]) -> AsyncIterator[tuple[Subscriber, Event]]:

@@ -10,21 +10,30 @@ from dataclasses import dataclass, replace
 from server.checkpoint import Checkpoint
 from server.engine.stream import Stream
 from server.request import Lease
-from server.sessions.subscriber import Subscriber
+from server.sessions.subscriber import Audience, Subscriber
 
 
 @dataclass(eq=False)
 class Session:
     """The streams of one request and their subscribers. Only the engine's thread changes it.
 
-    subscribers: one for each output; the last ones, if none is attached now.
+    audiences: of each stream. subscribers: those that came last, one for each output. readers: all
+    that are attached, each a group of one for each output. stored: whether the store has it.
     left_at: when the last subscriber left, on the monotonic clock; None while one is attached.
     """
 
     lease: Lease
     streams: tuple[Stream, ...]
+    audiences: tuple[Audience, ...]
     subscribers: tuple[Subscriber, ...]
+    readers: list[tuple[Subscriber, ...]]
     left_at: float | None = None
+    stored: bool = False
+
+    @property
+    def unfinished(self) -> list[Stream]:
+        """The streams that have not ended."""
+        return [stream for stream in self.streams if not stream.ended]
 
     @property
     def ended(self) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from server.arrays import Floats, Ints
+from server.auth.api_keys import ANYONE
 from server.bundles.bundle import load_bundle
 from server.checkpoint import Finish, FinishReason
 from server.config import EngineConfig
@@ -75,7 +76,7 @@ async def restore(folder: Path, uri: str) -> dict[str, Told]:
         for name in await registry.stored(""):
             told[name] = Told()
             record_logits(model, told[name].logits)
-            await read(await resume(registry, name, "", ()), told[name])
+            await read(await resume(registry, name, ANYONE, ()), told[name])
     finally:
         model.close()
         writer.close(LIMIT_S)

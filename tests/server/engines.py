@@ -46,8 +46,8 @@ class DrivenModel(ServedModel):
         self, streams: Sequence[Stream]
     ) -> AsyncIterator[tuple[Stream, Event]]:
         """What happens to the streams of one request."""
-        lease, subscribers = streams[0].lease, tuple(s.subscriber for s in streams)
-        session = Session(lease, tuple(streams), subscribers)  # type: ignore[arg-type]
+        subscribers = tuple(each.subscriber.members[0] for each in streams)  # type: ignore[attr-defined]
+        session = Session(streams[0].lease, tuple(streams), (), subscribers, [])
         async for pair in super().events(session):
             yield pair
 

@@ -71,11 +71,11 @@ class Replica:
         self, stream_id: str, owner: str = "", cursors: Sequence[ResumeCursor] = ()
     ) -> Attachment:
         """The rest of a stream."""
-        return await reviver.resume(self.registry, stream_id, owner, cursors)
+        return await reviver.resume(self.registry, stream_id, Caller(owner), cursors)
 
     async def adopt(self, snapshot: Snapshot) -> str:
         """The name of a session made of a snapshot."""
-        _, session = await self.opener.adopt(snapshot)
+        _, session = await self.opener.adopt(snapshot, ANYONE)
         return session.lease.stream_id
 
     async def delete(self, stream_id: str, owner: str = "") -> None:

@@ -347,7 +347,7 @@ async def test_a_snapshot_of_another_bundle_is_refused(cluster: Cluster, text: B
     model.bundle = text
     elsewhere = SessionRegistry({"other": model}, second.snapshots)
     with pytest.raises(UnknownModel):
-        await reviver.resume(elsewhere, had.stream_id, "", had.received(1))
+        await reviver.resume(elsewhere, had.stream_id, ANYONE, had.received(1))
 
 
 @pytest.mark.parametrize(
