@@ -123,7 +123,7 @@ class SessionTable:
         return min((session.expires_at for session in self._left), default=float("inf"))
 
     def surplus(self, limit: int, size: Callable[[Stream], int]) -> Collection[Session]:
-        """The sessions to delete so that those without a run or a subscriber keep `limit` bytes.
+        """Ended sessions without a subscriber to delete, so that the others use `limit` bytes.
 
         Those that expire first are deleted first. size: gives the bytes of a stream.
         """
