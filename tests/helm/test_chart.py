@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import typer
 import yaml
-from server.command import serve
-from server.exporter import HEALTH_PATH
+
+from server.hosts.serve import serve
+from server.ops.exporter import HEALTH_PATH
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "helm" / "concertina"
