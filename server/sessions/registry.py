@@ -203,9 +203,7 @@ class Sessions:
 
     async def delete(self, stream_id: str, owner: str) -> None:
         """End a stream, if it is there, and forget it. Raises StorageFailed, EngineStopped."""
-        if (held := self.held(stream_id, owner)) is not None:
-            engine, session = held
-            await engine.forget(session)
+        await self._forget_held(stream_id, owner)
         if self.keeper is not None:
             try:
                 await asyncio.to_thread(self.keeper.forget, Terms(stream_id, owner))
@@ -214,6 +212,13 @@ class Sessions:
             except OSError:
                 _log.exception("a stream could not be deleted")
                 raise StorageFailed("the snapshots cannot be deleted: try again later") from None
+            # Somebody may have brought it back from the store meanwhile.
+            await self._forget_held(stream_id, owner)
+
+    async def _forget_held(self, stream_id: str, owner: str) -> None:
+        if (held := self.held(stream_id, owner)) is not None:
+            engine, session = held
+            await engine.forget(session)
 
     async def _first_request(self, stream_id: str, owner: str) -> pb.GenerateRequest | None:
         """What the stream of that name was begun with; None if there is none."""

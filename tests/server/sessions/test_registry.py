@@ -307,6 +307,28 @@ async def test_only_the_owner_finds_a_stream(cluster: Cluster) -> None:
     assert had.endings
 
 
+async def test_who_comes_back_while_a_stream_is_deleted_does_not_revive_it(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sessions, had = cluster(), Had()
+    await follow(await sessions.start(engine_of(sessions), request(), ANYONE), had, 9)
+    keeper, loop = sessions.keeper, asyncio.get_running_loop()
+    assert keeper is not None and keeper.flush(LIMIT_S)
+    forget, revived = keeper.forget, list[Any]()
+
+    def slow_to_forget(terms: Any) -> None:  # the engine has forgotten it, and the store not yet
+        back = asyncio.run_coroutine_threadsafe(sessions.at_rest(had.stream_id, ""), loop)
+        revived.append(back.result(LIMIT_S))
+        forget(terms)
+
+    monkeypatch.setattr(keeper, "forget", slow_to_forget)
+    await sessions.delete(had.stream_id, "")
+    assert revived
+    assert is_empty(engine_of(sessions))
+    with pytest.raises(UnknownSession):
+        await sessions.follow(had.stream_id, "", [])
+
+
 @pytest.mark.parametrize("stream_id", ["", "no-such-stream", "../../etc", "a/b", "\0"])
 async def test_what_is_not_there_is_unknown(cluster: Cluster, stream_id: str) -> None:
     sessions = cluster()
