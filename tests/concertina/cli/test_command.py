@@ -508,7 +508,10 @@ def test_score_of_a_text(fake: Fake, run: Run, tmp_path: Path) -> None:
     }
 
 
-def test_a_file_to_score_must_be_there(run: Run, tmp_path: Path) -> None:
+def test_a_file_to_score_must_be_there(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "500")  # or what is said is broken where the path ends
     code, _, err = run("score", str(tmp_path))
     assert code == 2
     assert "is not a file" in err
