@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import settings
 
+from tests.pairs import thin_out
+
 if TYPE_CHECKING:
     from tests.certificates import Certificates
     from tests.sharing import ByWhatIsShared
@@ -24,6 +26,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Side by side, test processes lose more to each other's threads than they win by their own.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.hookimpl(tryfirst=True)  # before markers select
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    thin_out(items, left_out=("slow", "chaos", "gpu"))
 
 
 @pytest.hookimpl(optionalhook=True)
