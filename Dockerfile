@@ -8,11 +8,16 @@ ARG EXTRA=cpu
 WORKDIR /src
 # What we depend on, in a layer of its own: it changes rarely and weighs most.
 COPY pyproject.toml constraints.txt ./
+COPY protos/pyproject.toml protos/
 RUN python3 -m venv /opt/concertina \
-    && /opt/concertina/bin/python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; print(*p['dependencies'], *p['optional-dependencies']['${EXTRA}'], sep='\n')" > requirements.txt \
+    && /opt/concertina/bin/python -c "import tomllib; \
+server, client = (tomllib.load(open(file, 'rb'))['project'] for file in ('pyproject.toml', 'protos/pyproject.toml')); \
+extras = server['optional-dependencies'] | client['optional-dependencies']; \
+lines = sum((extras[name] for name in ('${EXTRA}', 'codecs', 'cli')), server['dependencies'] + client['dependencies']); \
+print(*(line for line in lines if not line.startswith('concertina-client')), sep='\n')" > requirements.txt \
     && /opt/concertina/bin/pip install --no-cache-dir --constraint constraints.txt --requirement requirements.txt
 COPY . .
-RUN /opt/concertina/bin/pip install --no-cache-dir --constraint constraints.txt --no-deps . \
+RUN /opt/concertina/bin/pip install --no-cache-dir --constraint constraints.txt --no-deps ./protos . \
     && /opt/concertina/bin/python -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('torch') and 'torch is in the serving image: find who requires it')"
 
 FROM ${BASE_IMAGE}

@@ -1,4 +1,4 @@
-"""A checkpoint becomes a bundle: exported, checked, described, and moved into place in one go."""
+"""Exports a checkpoint as a bundle: writes its graphs, checks them, and replaces the old bundle."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _MODALITY = {"text": pb.MODALITY_TEXT, "image": pb.MODALITY_IMAGE}
 
 
 class LossError(Exception):
-    """Weights in few bits predict held-out data worse than allowed."""
+    """The quantised weights predict held-out data worse than allowed."""
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Matrices in few bits, and how many bits per held-out token that may cost."""
+    """How to quantise matrices, and the largest loss, in bits per held-out token."""
 
     bits: int
     heldout: Dataset
@@ -40,7 +40,7 @@ class Precision:
 
     @property
     def limit(self) -> float:
-        """`max_loss`, or what stands for it."""
+        """`max_loss`, or its default."""
         return _LIMITS[self.bits] if self.max_loss is None else self.max_loss
 
 
@@ -56,16 +56,18 @@ def export_bundle(
 ) -> pb.Manifest:
     """Export the newest checkpoint of `checkpoint_folder` as the bundle `bundle_folder`.
 
-    Matrices are stored as float16, or with `precision`. State of `data_type` float16 is what a GPU
-    takes; such a bundle also holds the graphs that move it there. Nothing is left behind, and an
-    older bundle stays as it is, when the parity check fails (raises ParityError), too much is lost
-    (raises LossError), or anything else goes wrong. Raises FileExistsError when what lies at
-    `bundle_folder` is no bundle, ValueError when the held-out data is not of the model's kind.
+    precision: how to quantise matrices; None stores them as float16.
+    data_type: type of stacks and histories. A GPU needs float16; such a bundle also has the graphs
+    that move state inside the device.
+
+    Raises ParityError if the parity check fails, LossError if the loss is above the limit,
+    FileExistsError if `bundle_folder` exists and is not a bundle, and ValueError if the held-out
+    data does not fit the model. After an error, no file is left over and an older bundle is
+    unchanged.
     """
     if bundle_folder.exists() and not (bundle_folder / MANIFEST).exists():
         raise FileExistsError(
-            f"{bundle_folder} exists and is not a bundle, so it is not replaced: "
-            "name another folder, or remove it yourself"
+            f"{bundle_folder} exists and is not a bundle: choose another folder, or remove it"
         )
     checkpoint = load_checkpoint(checkpoint_folder)
     if precision is not None:
@@ -112,13 +114,13 @@ def _check_fit(given: DatasetInfo, trained: DatasetInfo) -> None:
         here, there = getattr(given, field), getattr(trained, field)
         if here != there:
             raise ValueError(
-                f"the data has {field} {here}, the model was trained on {there}: "
-                "give the data it was trained on"
+                f"the data has {field} {here}, but the model was trained on {there}: "
+                "use the data that the model was trained on"
             )
 
 
 def _weigh(folder: Path, manifest: pb.Manifest, model: Decoder, precision: Precision) -> None:
-    """Note in `manifest` what the quantised graphs, as they will be served, lose."""
+    """Record in `manifest` the loss of the quantised graphs. Raises LossError above the limit."""
     noted = manifest.quantisation
     noted.bits, noted.block = precision.bits, BLOCK
     noted.rounded_parity.CopyFrom(check_parity(folder, manifest, model, rounded=True))
@@ -127,8 +129,8 @@ def _weigh(folder: Path, manifest: pb.Manifest, model: Decoder, precision: Preci
     if not loss <= limit:
         raise LossError(
             f"int{precision.bits} weights need {noted.heldout:.4f} bits per held-out token, "
-            f"float16 {noted.heldout_float16:.4f}: {loss:.4f} more, and the limit is {limit:g}, "
-            "so nothing was written; keep more bits, or raise --max-loss"
+            f"float16 weights {noted.heldout_float16:.4f}: {loss:.4f} more, and the limit is "
+            f"{limit:g}, so nothing was written; use more bits, or raise --max-loss"
         )
 
 
@@ -138,7 +140,7 @@ def describe(
     version: str,
     data_type: pb.DataType = pb.DATA_TYPE_FLOAT32,
 ) -> pb.Manifest:
-    """The manifest of `checkpoint`, still without files, parity and fingerprint."""
+    """The manifest of `checkpoint`, without files, parity and fingerprint."""
     config, data = checkpoint.config, checkpoint.data
     metrics = dict(checkpoint.metrics)
     manifest = pb.Manifest(

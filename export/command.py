@@ -1,4 +1,4 @@
-"""`concertina export`."""
+"""The command `export`."""
 
 from __future__ import annotations
 
@@ -18,34 +18,38 @@ _DATA_TYPES = {"float32": pb.DATA_TYPE_FLOAT32, "float16": pb.DATA_TYPE_FLOAT16}
 
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a run of `concertina train`.")],
-    bundle: Annotated[Path, typer.Argument(help="Folder to write; replaced when it exists.")],
-    name: Annotated[str, typer.Option(help="Name to serve it by; default: the folder's.")] = "",
-    version: Annotated[str, typer.Option(help="Free text.")] = "1",
+    bundle: Annotated[Path, typer.Argument(help="Folder to write; an old bundle is replaced.")],
+    name: Annotated[
+        str, typer.Option(help="Name of the model in requests; default: the folder's name.")
+    ] = "",
+    version: Annotated[str, typer.Option(help="Version of the model; free text.")] = "1",
     weights: Annotated[
-        Literal["float16", "int8", "int4"], typer.Option(help="How matrices are stored.")
+        Literal["float16", "int8", "int4"], typer.Option(help="Type of the stored matrices.")
     ] = "float16",
     state: Annotated[
         Literal["float32", "float16"],
-        typer.Option(help="How caches are kept; a GPU takes float16."),
+        typer.Option(help="Type of the caches; a GPU needs float16."),
     ] = "float32",
     data: Annotated[
         Path | None,
-        typer.Option(help="Dataset of the model: int8 and int4 are measured on what it holds out."),
+        typer.Option(
+            help="Dataset of the model; its held-out part measures the loss of int8 and int4."
+        ),
     ] = None,
     max_loss: Annotated[
         float | None,
         typer.Option(
             min=0,
-            help="Most bits per held-out token that int8 (0.02) and int4 (0.1) may cost.",
+            help="Largest loss in bits per held-out token; default: int8 0.02, int4 0.1.",
             show_default=False,
         ),
     ] = None,
 ) -> None:
-    """Turn a checkpoint into a bundle, and prove that both compute the same.
+    """Export a checkpoint as a bundle, and check that both compute the same.
 
-    Every prefix length up to three blocks, several chunkings and mixed batches are compared with
-    the trained model in float64; nothing is written when a logit differs by more than 1e-4, or with
-    caches in float16 by more than 1% of the largest.
+    The check compares every prefix length up to three blocks, several chunkings and mixed batches
+    with the trained model in float64. Nothing is written if a logit differs by more than 1e-4, or
+    with float16 caches by more than 1% of the largest logit.
 
     Examples:
     concertina export runs/python bundles/python-4k
@@ -55,10 +59,10 @@ def export(
     """
     if weights != "float16" and data is None:
         raise typer.BadParameter(
-            f"{weights} weights are measured: give the model's dataset, --data"
+            f"{weights} weights need the model's dataset to measure the loss: add --data"
         )
     if weights == "float16" and (data, max_loss) != (None, None):
-        raise typer.BadParameter("--data and --max-loss are for int8 and int4 --weights")
+        raise typer.BadParameter("--data and --max-loss need --weights int8 or int4")
     console = Console(stderr=True)
     try:
         with console.status("reading the checkpoint") as status:

@@ -1,4 +1,4 @@
-"""Patterns side by side: trained on the same budget, weighed by what a stream of each costs."""
+"""Compares attention patterns: trains them on the same budget and computes the cost of a stream."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Variant:
 
     @classmethod
     def parse(cls, text: str) -> Variant:
-        """From its written form; whether there is such a pattern, ModelConfig knows."""
+        """A variant from its text form. ModelConfig checks whether the pattern exists."""
         attention, _, pooling = text.partition(":")
         return cls(attention, pooling or "max")  # type: ignore[arg-type]
 
@@ -47,52 +47,52 @@ class Entry:
 
     @classmethod
     def parse(cls, text: str) -> Entry:
-        """From its written form. Raises ValueError when the number of seeds is none."""
+        """An entry from its text form. Raises ValueError if the number of seeds is invalid."""
         variant, _, seeds = text.partition("@")
         if seeds and not (seeds.isdecimal() and int(seeds)):
-            raise ValueError(f"{text}: behind @ comes the number of seeds, at least 1")
+            raise ValueError(f"{text}: the number of seeds after @ must be at least 1")
         return cls(Variant.parse(variant), int(seeds or 1))
 
 
 @dataclass(frozen=True)
 class Result:
-    """One trained run, and what one stream of its model costs."""
+    """One trained run, and the cost of one stream of its model."""
 
     variant: str
     seed: int
     bits: float
-    """On all held-out data."""
+    """Bits per token on all held-out data."""
     seconds: float
     """Wall-clock time of all optimiser steps."""
     curve: tuple[tuple[float, float], ...]
-    """Seconds of training and held-out bits, at every evaluation; the last is over all data."""
+    """Seconds of training and held-out bits at every evaluation; the last uses all data."""
     parameters: int
     tokens: tuple[int, ...]
-    """Lengths of a stream at which the next two were computed, up to the context."""
+    """Lengths of a stream, up to the context, for which the next two fields are computed."""
     state_bytes: tuple[int, ...]
-    """Most bytes of float32 state that a stream holds on its way there."""
+    """Largest state, in bytes of float32, that a stream holds up to that length."""
     flops: tuple[float, ...]
-    """Operations per token on its way there, in the mean, folds included."""
+    """Mean operations per token up to that length, folds included."""
 
 
 def configure(base: ModelConfig, variant: Variant) -> ModelConfig:
-    """`base` with another pattern and, but for rounding, the same number of weights.
+    """`base` with another pattern and, except for rounding, the same number of weights.
 
-    Where a pattern brings weights of its own, the MLP is narrower by as many. Raises ValueError for
-    a pattern that does not exist, that does not fit `base`, or that reads later tokens.
+    If a pattern has weights of its own, the MLP gets that many fewer. Raises ValueError if the
+    pattern does not exist, does not fit `base`, or attends to later tokens.
     """
     config = dataclasses.replace(base, attention=variant.attention, pooling=variant.pooling)
     if config.masked:
         raise ValueError(
-            f"{variant} guesses masked tokens: its bits cannot be compared with those of models "
-            "that predict the next one"
+            f"{variant} predicts masked tokens: its bits cannot be compared with those of models "
+            "that predict the next token"
         )
     own = sum(p.numel() for p in make_pattern(config).parameters())
     return dataclasses.replace(config, mlp=config.mlp - round(own / (2 * config.width)))
 
 
 def run_folder(out: Path, variant: Variant, seed: int) -> Path:
-    """Where a run is trained; one that exists is resumed."""
+    """Folder of a run; an existing run is resumed."""
     return out / f"{variant}-{seed}".replace(":", "-")
 
 
@@ -106,8 +106,8 @@ def compare(
 ) -> list[Result]:
     """Train every entry below `out`, and write `results.json` there after each run.
 
-    All runs see the same batches of their seed. Runs that were finished before are only read.
-    Raises ValueError for an entry that cannot be trained, before anything is.
+    Runs with the same seed get the same batches. Finished runs are only read. Raises ValueError for
+    an entry that cannot be trained, before any training starts.
     """
     configs = {entry.variant: configure(base, entry.variant) for entry in entries}
     runs = [(entry.variant, seed) for entry in entries for seed in range(entry.seeds)]
@@ -123,7 +123,7 @@ def compare(
 
 
 def weigh(variant: str, seed: int, checkpoint: Checkpoint, log: Sequence[Progress]) -> Result:
-    """What came out of a run, and the resource model of the bundle it would become."""
+    """Result of a run, with the resource model of the bundle that its export would give."""
     manifest = describe(checkpoint, variant, "1")
     context = checkpoint.config.context
     tokens = np.unique(np.geomspace(1, context, _SAMPLES).round().astype(np.int64))

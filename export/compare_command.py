@@ -1,4 +1,4 @@
-"""`concertina compare`."""
+"""The command `compare`."""
 
 from __future__ import annotations
 
@@ -40,26 +40,30 @@ def compare(
     patterns: Annotated[
         list[str] | None,
         typer.Argument(
-            help="`NAME`, `NAME:POOLING`, `NAME@SEEDS`; default: all, the headline pair 3 times."
+            help="`NAME`, `NAME:POOLING` or `NAME@SEEDS`; default: all (fixed, full: 3 seeds)."
         ),
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens that each run sees.")] = 1_000_000,
-    context: Annotated[int, typer.Option(help="Tokens of a window (images: their pixels).")] = 1024,
-    span: Annotated[int, typer.Option(help="Tokens of a block (images: their width).")] = 32,
+    tokens: Annotated[int, typer.Option(help="Training tokens of each run.")] = 1_000_000,
+    context: Annotated[
+        int, typer.Option(help="Tokens per window (for images: their pixels).")
+    ] = 1024,
+    span: Annotated[int, typer.Option(help="Tokens per block (for images: their width).")] = 32,
     width: Annotated[int, typer.Option(help="Width of the residual stream.")] = 128,
-    layers: Annotated[int, typer.Option(help="Layers.")] = 4,
-    heads: Annotated[int, typer.Option(help="Heads.")] = 4,
-    mlp: Annotated[int, typer.Option(help="Width of the MLP, before own weights are paid.")] = 512,
-    positions: Annotated[Positions, typer.Option(help="Embedding.")] = "factored",
+    layers: Annotated[int, typer.Option(help="Number of layers.")] = 4,
+    heads: Annotated[int, typer.Option(help="Number of heads.")] = 4,
+    mlp: Annotated[
+        int, typer.Option(help="Width of the MLP; smaller for a pattern with weights of its own.")
+    ] = 512,
+    positions: Annotated[Positions, typer.Option(help="Position embedding.")] = "factored",
     rows: Annotated[int, typer.Option(help="Windows per step.")] = 8,
     rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 0.01,
     evaluations: Annotated[int, typer.Option(min=1, help="Points on the curve of a run.")] = 6,
-    threads: Annotated[int, typer.Option(help="CPU threads; 0 takes every core.")] = 0,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 uses all cores.")] = 0,
 ) -> None:
     """Train patterns on the same data, tokens, seeds and number of weights, and compare them.
 
     Writes results.json, table.md, quality.svg (bits against time and against state) and cost.svg
-    (operations and state against position). Stopped comparisons go on; finished runs are kept.
+    (operations and state against position). A stopped comparison continues; finished runs are kept.
 
     Examples:
     concertina compare data/emoji runs/compare-emoji

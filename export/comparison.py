@@ -1,4 +1,4 @@
-"""A comparison on paper: a Markdown table and two pictures."""
+"""The report of a comparison: a Markdown table and two plots."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 
 from export.compare import Result
 
-matplotlib.rcParams["svg.hashsalt"] = "concertina"  # the same picture from the same results
-_FAMILIES = {  # Okabe and Ito's colours, which most eyes tell apart
+matplotlib.rcParams["svg.hashsalt"] = "concertina"  # the same results give the same file
+_FAMILIES = {  # Okabe and Ito's colours, which colour-blind readers can distinguish
     "full": "#000000",
     "fixed": "#0072B2",
     "logsparse": "#009E73",
@@ -24,14 +24,14 @@ _MARKS = "osD^vPX*<>"
 
 
 def write_report(out: Path, results: Sequence[Result], unit: str) -> None:
-    """`table.md`, `quality.svg` and `cost.svg` in `out`."""
+    """Write `table.md`, `quality.svg` and `cost.svg` to `out`."""
     (out / "table.md").write_text(table(results, unit))
     _save(_quality(results, unit), out / "quality.svg")
     _save(_cost(results), out / "cost.svg")
 
 
 def table(results: Sequence[Result], unit: str) -> str:
-    """One line per variant, best first: mean and spread of its seeds, and what a stream costs."""
+    """One row per variant, best first: mean and spread over its seeds, and the cost of a stream."""
     lines = [
         f"| pattern | {unit} | seeds | weights | trained in | state of a stream, at most | "
         "operations per token |",

@@ -1,4 +1,4 @@
-"""What one token of a model costs: counted by running its graphs, not derived from its shape."""
+"""Operations of one token of a model, counted by running its graphs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def count_cost(model: Decoder) -> pb.Cost:
 
 
 def _count_step(model: Decoder, entries: int) -> int:
-    """Of one token on stacks that have room for `entries`, which the plain kernel all visits."""
+    """Operations of one token, with stacks of `entries`; the plain kernel reads all of them."""
     tokens, positions, lengths, longest, _, state = step_example(model, batch=1, time=1)
     assert isinstance(lengths, Tensor) and isinstance(state, list)
     state = [

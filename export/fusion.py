@@ -1,8 +1,8 @@
-"""Queries, keys and values stay one matrix product on their way into the attention kernel.
+"""Passes queries, keys and values to the attention kernel as one matrix product.
 
-The exporter writes what the model does: split the product, view its thirds by head, scale the
-queries, flatten all three again. The kernel takes the product whole and scales by itself, which
-saves a copy of it, and eight nodes of every layer's step.
+The exported graph does what the model does: it splits the product in thirds, reshapes them by head,
+scales the queries, and flattens the thirds again. The kernel also accepts the whole product and can
+scale by itself, which saves a copy and eight nodes in every layer's step.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _BEGIN, _AXIS = "packed.begin", "packed.axis"
 
 
 class _Third(NamedTuple):
-    """An output of a Split that an input of the kernel is a view of, and what it was scaled by."""
+    """The Split output that an input of the kernel is a view of, and its scale."""
 
     split: onnx.NodeProto
     place: int
@@ -26,9 +26,9 @@ class _Third(NamedTuple):
 
 
 def pack_attention(proto: onnx.ModelProto) -> None:
-    """Give every GroupQueryAttention of `proto` its whole product, where q, k, v are its thirds.
+    """Pass the whole product to every GroupQueryAttention whose q, k, v are thirds of it.
 
-    That the views cancel out is not looked into: the parity check of every export would see it.
+    This does not check that the reshapes cancel out; the parity check of the export does.
     """
     graph = proto.graph
     makers = {name: node for node in graph.node for name in node.output}
@@ -77,7 +77,7 @@ def _are_thirds(thirds: list[_Third | None]) -> bool:
 
 
 def _drop_unread(graph: onnx.GraphProto) -> None:
-    """Remove nodes whose outputs nobody takes any more."""
+    """Remove nodes whose outputs are not used any more."""
     read = {value.name for value in graph.output}
     kept = []
     for node in reversed(graph.node):
@@ -89,7 +89,7 @@ def _drop_unread(graph: onnx.GraphProto) -> None:
 
 
 def _slice_queries(graph: onnx.GraphProto, constants: dict[str, onnx.TensorProto]) -> None:
-    """Where a pattern still reads the queries of a product alone, do not copy the rest of it."""
+    """Replace a Split of which only the queries are used by a Slice, which copies less."""
     read = {name for node in graph.node for name in node.input}
     known = {value.name: value for value in graph.value_info}
     for place, node in enumerate(graph.node):

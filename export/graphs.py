@@ -1,7 +1,7 @@
-"""A trained decoder as two ONNX graphs: one that steps, one that folds.
+"""A trained decoder as two ONNX graphs: one for steps, one for folds.
 
 Shapes: `B` streams, `T` new tokens, `H` heads, `E` entries of a stack, `D` head_dim. State tensors
-are named `<name>.<layer>`; the graphs take them in the manifest's order, and only those they need.
+are named `<name>.<layer>`. Graph inputs are in the manifest's order; unused ones are left out.
 """
 
 from __future__ import annotations
@@ -38,11 +38,10 @@ def layers(model: Decoder) -> list[Pattern]:
 def state_tensors(
     model: Decoder, data_type: pb.DataType = pb.DATA_TYPE_FLOAT32
 ) -> list[pb.StateTensor]:
-    """The state of one stream, in the order in which the graphs take it.
+    """The state of one stream, in the order of the graph inputs.
 
-    Entries and rows, of which there are many, are of `data_type`. Recurrent tensors, which every
-    step changes, stay in float32, where sums do not drift and maxima begin at its minimum.
-    Raises ValueError for a pattern that cannot decode.
+    Stacks and histories have type `data_type`. Recurrent tensors are always float32: every step
+    changes them, and sums would lose precision. Raises ValueError for a pattern that cannot decode.
     """
     return [
         pb.StateTensor(
@@ -58,13 +57,13 @@ def state_tensors(
 
 
 class StepGraph(nn.Module):
-    """T more tokens for each stream, and logits for the chosen tokens.
+    """Pushes T more tokens for each stream, and computes logits for some of them.
 
     Inputs: `tokens[B, T]`, `positions[B, T]`, `lengths[B]` (valid entries of every stack after the
-    push, int32), `longest` (their largest possible value, int32 scalar, in host memory), `rows[R]`
-    (which of the B*T tokens need logits), then the state. Outputs: `logits[R, vocabulary]`, then
-    the state that changed. With a stack, B > 1 with T > 1 is only for empty ones. T tokens must not
-    reach beyond the point where a fold is due.
+    push, int32), `longest` (an upper bound of `lengths`, int32 scalar, in host memory), `rows[R]`
+    (indices of those of the B*T tokens that need logits), then the state. Outputs:
+    `logits[R, vocabulary]`, then the changed state. With stacks, B > 1 and T > 1 together need
+    empty stacks. The T tokens must not cross a point where a fold is due.
     """
 
     def __init__(self, model: Decoder, push: Push | None = None) -> None:
@@ -72,7 +71,7 @@ class StepGraph(nn.Module):
         self.model = model
         self.push = push
         self.changed: list[str] = []
-        """Which state tensors the last pass gave back."""
+        """Names of the state tensors that the last pass returned."""
 
     def forward(
         self,
@@ -107,8 +106,8 @@ class StepGraph(nn.Module):
 
             mixed = block.mix(x, attend)
             if block is self.model.blocks[-1]:
-                # Of the others only the state is wanted, and it ends here: a pass of prefill, which
-                # asks for no logits, does without most of its last layer.
+                # From here on only tokens that need logits matter, as the state is complete. So a
+                # prefill pass, which needs no logits, skips most of the last layer.
                 x, mixed = x.flatten(0, 1)[rows], mixed.flatten(0, 1)[rows]
             x = block.add(x, mixed)
         self.changed = list(following)
@@ -116,13 +115,13 @@ class StepGraph(nn.Module):
 
 
 class FoldGraph(nn.Module):
-    """A due fold of every layer, as `Pattern.fold` describes it."""
+    """Folds the state of every layer, as `Pattern.fold` describes."""
 
     def __init__(self, model: Decoder) -> None:
         super().__init__()
         self.patterns = nn.ModuleList(layers(model))
         self.changed: list[str] = []
-        """Which state tensors the last pass gave back."""
+        """Names of the state tensors that the last pass returned."""
 
     def forward(self, state: list[Tensor]) -> list[Tensor]:
         """See the class."""
@@ -141,7 +140,7 @@ class FoldGraph(nn.Module):
 def step_example(
     model: Decoder, batch: int = 2, time: int = 3, data_type: pb.DataType = pb.DATA_TYPE_FLOAT32
 ) -> tuple[object, ...]:
-    """Inputs of the step graph for streams that have not begun."""
+    """Example inputs of the step graph, for new streams."""
     state = [
         torch.full((batch, *t.shape), t.initial, dtype=TORCH_TYPES[t.data_type])
         for t in state_tensors(model, data_type)
@@ -163,7 +162,7 @@ def fold_example(
     batch: int = 2,
     data_type: pb.DataType = pb.DATA_TYPE_FLOAT32,
 ) -> list[Tensor]:
-    """Inputs of the fold graph: that many entries of each stack, and rows of each history."""
+    """Example inputs of the fold graph: `entries` of each stack, `rows` of each history."""
     example = []
     for tensor in state_tensors(model, data_type):
         shape = list(tensor.shape)
@@ -176,12 +175,12 @@ def fold_example(
 
 
 def export_step(model: Decoder, path: Path, data_type: pb.DataType = pb.DATA_TYPE_FLOAT32) -> None:
-    """Write the step graph of `model` to `path`, weights inside, stored as float16.
+    """Write the step graph of `model` to `path`, with its weights stored as float16.
 
-    `data_type` is that of the state, see `state_tensors`.
+    data_type: type of the state, see `state_tensors`.
     """
     graph = StepGraph(model)
-    # Example sizes differ from each other and from 1, or they would be taken for constants.
+    # The exporter treats equal sizes and size 1 as constants, so all example sizes differ.
     inputs = step_example(model, data_type=data_type)
     names = [t.name for t in state_tensors(model)]
     batch, time, chosen = Dim("batch"), Dim("time"), Dim("chosen")
@@ -204,7 +203,7 @@ def export_step(model: Decoder, path: Path, data_type: pb.DataType = pb.DATA_TYP
 
 
 def export_fold(model: Decoder, path: Path, data_type: pb.DataType = pb.DATA_TYPE_FLOAT32) -> None:
-    """Write the fold graph of `model` to `path`. Only for patterns that fold."""
+    """Write the fold graph of `model` to `path`. The pattern must have a fold."""
     graph = FoldGraph(model)
     schedule = layers(model)[0].schedule
     assert schedule is not None
@@ -229,7 +228,7 @@ def export_fold(model: Decoder, path: Path, data_type: pb.DataType = pb.DATA_TYP
 
 @torch.no_grad()
 def fold_resets(model: Decoder) -> bool:
-    """Whether a fold leaves nothing but entries; see `FoldSchedule.resets`."""
+    """Whether only stack entries remain after a fold; see `FoldSchedule.resets`."""
     schedule, state = layers(model)[0].schedule, state_tensors(model)
     if schedule is None or any(t.kind == pb.STATE_KIND_HISTORY for t in state):
         return False
@@ -246,10 +245,10 @@ def fold_resets(model: Decoder) -> bool:
 def group_query_attention(
     q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, longest: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The kernel that serves: writes k and v behind the valid entries and attends, in place.
+    """The kernel used in serving: writes k and v after the valid entries, in place, and attends.
 
-    The operator numbers entries from 0 and takes the index of the last valid one. It attends in
-    the type of its stacks.
+    The operator takes the index of the last valid entry, counted from 0. It computes in the type of
+    the stacks.
     """
     batch, heads, time, dim = q.shape
 
@@ -271,9 +270,9 @@ def group_query_attention(
 def trace_graph(
     graph: nn.Module, inputs: tuple[object, ...], shapes: object, names: list[str], out: list[str]
 ) -> onnx.ModelProto:
-    """`graph` as ONNX, with these names; inputs that it does not read are left out.
+    """`graph` as ONNX, with names for inputs and outputs; unused inputs are left out.
 
-    `shapes` says which sizes of the example `inputs` are free, as torch.export takes it.
+    shapes: the dynamic dimensions of the example `inputs`, in the form that torch.export takes.
     """
     graph.eval()
     with warnings.catch_warnings():
@@ -291,7 +290,7 @@ def trace_graph(
     assert program is not None
     proto = program.model_proto
     for node in proto.graph.node:
-        del node.metadata_props[:]  # stack traces, and with them the paths of this machine
+        del node.metadata_props[:]  # stack traces, which contain paths of this machine
     read = {name for node in proto.graph.node for name in node.input}
     unread = [value for value in proto.graph.input if value.name not in read]
     for value in unread:

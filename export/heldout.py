@@ -1,4 +1,4 @@
-"""How well the graphs of a bundle predict data that the model was not trained on."""
+"""Measures how well the graphs of a bundle predict held-out data."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from export.streaming import Graphs, prefill
 from model.data import Dataset, heldout_batches
 
 TOKENS = 1 << 16
-"""At most so many held-out tokens are measured: whole windows, evenly spread over all of them."""
-_CHUNK = 64  # tokens of a pass; fewer where a fold is due
+"""Largest number of held-out tokens to measure: whole windows, spread evenly over the data."""
+_CHUNK = 64  # tokens per pass; fewer before a fold
 
 
 def heldout_bits(folder: Path, manifest: pb.Manifest, dataset: Dataset) -> tuple[float, int]:
-    """Bits per token that the graphs in `folder` need for held-out tokens, and their number.
+    """Bits per held-out token of the graphs in `folder`, and the number of tokens measured.
 
-    Raises ValueError when the data is shorter than one window.
+    Raises ValueError if the data is shorter than one window.
     """
     graphs = Graphs(folder, manifest)
     limit = max(1, TOKENS // manifest.context)

@@ -1,10 +1,10 @@
-"""Two graphs that move state inside the memory of a device, where NumPy cannot reach.
+"""Two graphs that move state inside the memory of a device, which NumPy cannot access.
 
-`take.onnx` copies out what some rows hold, `put.onnx` writes such parts in place. They compute
-nothing, and need no weights: only the shapes of the state.
+`take.onnx` copies parts of some rows out of the buffers; `put.onnx` writes such parts into rows, in
+place. They need no weights, only the shapes of the state.
 
-Shapes: `S` rows of the buffers, of which `B` are concerned; `n` entries of each stack, `m` rows of
-each history.
+Shapes: buffers have `S` rows, of which `B` are read or written; a part has `n` entries of each
+stack and `m` rows of each history.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ TAKE, PUT = "take.onnx", "put.onnx"
 
 
 class _TakeGraph(nn.Module):
-    """`rows[B]`, `entries[B, n]`, `tokens[B, m]` and the buffers `[S, …]` to parts `[B, …]`.
+    """Maps `rows[B]`, `entries[B, n]`, `tokens[B, m]` and buffers `[S, …]` to parts `[B, …]`.
 
-    Of a stack it takes those entries, of a history the rows of those tokens, of a recurrent tensor
-    all.
+    A part has the given entries of a stack, the given tokens of a history, or a whole recurrent
+    tensor.
     """
 
     def __init__(self, state: Sequence[pb.StateTensor]) -> None:
@@ -45,7 +45,7 @@ class _TakeGraph(nn.Module):
 
 
 class _PutGraph(_TakeGraph):
-    """The same inputs, and such parts, to the buffers that hold them."""
+    """Maps the same inputs and such parts to the buffers with the parts in place."""
 
     def forward(  # type: ignore[override]
         self,
@@ -63,11 +63,11 @@ class _PutGraph(_TakeGraph):
 
 
 def export_moves(state: Sequence[pb.StateTensor], folder: Path) -> list[str]:
-    """Write both graphs for streams with such `state` into `folder`; the names of the files."""
+    """Write both graphs for this `state` to `folder`, and return the file names."""
     slots, batch, entries, tokens = Dim("slots"), Dim("batch"), Dim("entries"), Dim("tokens")
     index_names = ["rows", "entries", "tokens"]
     index_shapes = [{0: batch}, {0: batch, 1: entries}, {0: batch, 1: tokens}]
-    # Example sizes differ from each other and from 1, or they would be taken for constants.
+    # The exporter treats equal sizes and size 1 as constants, so all example sizes differ.
     index = [torch.arange(2), torch.arange(6).view(2, 3), torch.arange(8).view(2, 4)]
     buffers = [torch.zeros(5, *t.shape, dtype=TORCH_TYPES[t.data_type]) for t in state]
     names = [t.name for t in state]

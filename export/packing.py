@@ -1,8 +1,8 @@
-"""Matrices in few bits: blocks of integers that share a scale, in the layout of MatMulNBits.
+"""Quantised matrices: blocks of integers that share a scale, in the layout of MatMulNBits.
 
-Shapes: `N` outputs, `K` inputs of a matrix `[N, K]`; `b` inputs in each of `ceil(K / b)` blocks.
-An integer of `bits` bits stands for `(integer - 2^(bits-1)) * scale`. Two integers of 4 bits share
-a byte, the earlier one in its low half. The last block of a row is filled with zeros.
+Shapes: a matrix `[N, K]` has `N` outputs and `K` inputs; each row has `ceil(K / b)` blocks of `b`
+inputs. An integer of `bits` bits represents `(integer - 2^(bits-1)) * scale`. Two integers of 4
+bits share a byte, the earlier one in the low half. The last block of a row is padded with zeros.
 
 The layout is that of onnxruntime's `com.microsoft.MatMulNBits` (docs/ContribOperators.md) without
 zero points.
@@ -18,12 +18,12 @@ import numpy.typing as npt
 Matrix = npt.NDArray[np.float32]
 
 _SHRINK = np.linspace(1, 0.7, 13, dtype=np.float32)
-"""Scales that are tried, as parts of the one that cuts no weight off."""
+"""Scales to try, as fractions of the scale that clips no weight."""
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A matrix `[N, K]` in few bits."""
+    """A quantised matrix `[N, K]`."""
 
     integers: npt.NDArray[np.uint8]
     """`[N, blocks, b * bits / 8]`."""
@@ -35,16 +35,16 @@ class Packed:
 
     @property
     def block(self) -> int:
-        """Weights that share a scale."""
+        """Number of weights that share a scale."""
         bytes_of_block: int = self.integers.shape[2]
         return bytes_of_block * 8 // self.bits
 
 
 def pack(matrix: Matrix, bits: int, block: int) -> Packed:
-    """`matrix[N, K]` in `bits` (4 or 8) bits; each block has the scale with the least square error.
+    """Quantise `matrix[N, K]` to `bits` (4 or 8) bits, with the scale of least square error.
 
-    A scale may be negative: the weight farthest from zero lies on the side that reaches one
-    integer farther.
+    A scale may be negative. The negative side has one integer more, and the scale's sign puts the
+    weight of largest magnitude on that side.
     """
     rows, columns = matrix.shape
     padded = np.pad(matrix, ((0, 0), (0, -columns % block)))
@@ -67,7 +67,7 @@ def pack(matrix: Matrix, bits: int, block: int) -> Packed:
 
 
 def unpack(packed: Packed) -> Matrix:
-    """The matrix `[N, K]` that `packed` stands for."""
+    """The matrix `[N, K]` that `packed` represents."""
     codes: npt.NDArray[np.uint8] = packed.integers
     if packed.bits == 4:
         pairs = np.stack((codes & 15, codes >> 4), axis=-1)

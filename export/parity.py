@@ -1,6 +1,6 @@
-"""Do the exported graphs compute what was trained? Streamed ONNX against PyTorch.
+"""Checks that the exported graphs, run as a stream, compute the same as the trained model.
 
-The reference is the float64 parallel forward.
+The reference is the parallel forward in float64.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from export.streaming import Array, Graphs, Stream, prefill
 from model.decoder import Decoder
 
 TOLERANCE = 1e-4
-"""Of any logit."""
+"""Largest difference of a logit."""
 HALF_TOLERANCE = 0.01
-"""Where caches are kept in float16: of any logit, as a part of the largest."""
+"""With float16 caches: largest difference of a logit, as a fraction of the largest logit."""
 ROUNDED_TOLERANCE = 0.1
-"""Where the kernels round activations to 8 bits: of any logit, as a part of the largest."""
+"""With activations rounded to 8 bits: the same, as a fraction of the largest logit."""
 
 
 class ParityError(Exception):
@@ -31,11 +31,11 @@ class ParityError(Exception):
 def check_parity(
     folder: Path, manifest: pb.Manifest, model: Decoder, seed: int = 0, rounded: bool = False
 ) -> pb.Parity:
-    """Largest difference of any logit between the graphs in `folder` and `model`.
+    """Largest difference of a logit between the graphs in `folder` and `model`.
 
-    Every prefix length up to 3 spans + 2, in several chunkings; then streams of different phases
-    decoding in one batch. Raises ParityError beyond `TOLERANCE`; if the state is float16, beyond
-    `HALF_TOLERANCE`; if activations are `rounded`, beyond `ROUNDED_TOLERANCE`.
+    Compares every prefix length up to 3 spans + 2, several chunkings, and a batch of streams at
+    different positions. Raises ParityError above `TOLERANCE`; if the state is float16, above
+    `HALF_TOLERANCE`; if activations are `rounded`, above `ROUNDED_TOLERANCE`.
     """
     graphs = Graphs(folder, manifest)
     rng = np.random.default_rng(seed)
@@ -74,7 +74,7 @@ def check_parity(
 
 
 def _worse(worst: float, got: Array, expected: npt.NDArray[np.float64]) -> float:
-    """The larger of `worst` and the largest difference; NaN, once seen, stays."""
+    """The larger of `worst` and the largest difference; NaN if either is NaN."""
     return float(np.maximum(worst, np.abs(got - expected).max()))
 
 
@@ -85,7 +85,7 @@ def _mixed_phases(
     span: int,
     worst: float,
 ) -> float:
-    """Four streams at different phases decode in one batch, which each leaves at its end."""
+    """Decode four streams at different positions in one batch; each leaves it at its end."""
     length = tokens.shape[1]
     solos = []
     for row, begun in enumerate((1, span - 1, span, 2 * span + 1)):

@@ -1,8 +1,8 @@
-"""A step graph whose matrices are stored in few bits.
+"""Quantises the matrices of a step graph.
 
-The matrices that every token is multiplied by (projections, MLP, head) become
-`com.microsoft.MatMulNBits`. Embeddings are only looked up and patterns' own weights are small and
-may lie in the fold graph, too: they, norms and biases stay as they are.
+The large matrix products (projections, MLP, head) become `com.microsoft.MatMulNBits`. Other weights
+are not changed: embeddings are only looked up, the patterns' own weights are small and may also be
+in the fold graph, and norms and biases are not matrices.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from export.weights import INTEGERS, SCALES, find_initializers, restore_float, s
 from model.decoder import Block, Decoder
 
 BLOCK = 128
-"""Weights that share a scale. Smaller blocks lose a little less, and are slower."""
-_ROUNDED = 4  # the accuracy_level at which the kernel rounds its input to 8 bits
+"""Number of weights that share a scale. Smaller blocks lose a little less but are slower."""
+_ROUNDED = 4  # with this accuracy_level, the kernel rounds its input to 8 bits
 
 
 def pack_weights(model: Decoder, bits: int) -> dict[str, Packed]:
-    """The matrices of `model` in `bits` (4 or 8) bits, by name; rounded alike in `model` itself."""
+    """Quantised matrices of `model` (4 or 8 bits), by name. Also rounds those in `model` itself."""
     matrices = {"head.weight": model.head.weight}
     for layer, block in enumerate(model.blocks):
         assert isinstance(block, Block)
@@ -39,9 +39,9 @@ def pack_weights(model: Decoder, bits: int) -> dict[str, Packed]:
 
 
 def quantise_step(path: Path, packed: Mapping[str, Packed]) -> None:
-    """Put what `pack_weights` gave in the place of those matrices in the step graph at `path`.
+    """Replace the matrices in the step graph at `path` by those from `pack_weights`.
 
-    Its kernels still take activations as they are, until `round_activations`.
+    The kernels still use exact activations, until `round_activations`.
     """
     proto = onnx.load(path)
     restore_float(proto)
@@ -65,10 +65,10 @@ def quantise_step(path: Path, packed: Mapping[str, Packed]) -> None:
 
 
 def round_activations(path: Path) -> None:
-    """Let the kernels of the quantised step graph at `path` round their input to 8 bits, too.
+    """Make the kernels of the quantised step graph at `path` round their input to 8 bits.
 
-    That is what makes them fast. Every block of every token's input gets a scale of its own, so a
-    stream stays independent of the others in its batch.
+    This makes them fast. Each block of each token's input has its own scale, so a stream does not
+    depend on the other streams of its batch.
     """
     proto = onnx.load(path)
     for node in proto.graph.node:
@@ -78,7 +78,7 @@ def round_activations(path: Path) -> None:
 
 
 def _in_few_bits(node: onnx.NodeProto, matrix: Packed) -> onnx.NodeProto:
-    """What takes the place of a MatMul, or of a Gemm with its bias."""
+    """The node that replaces a MatMul, or a Gemm with its bias."""
     name, rest = node.input[1], list(node.input[2:])
     return helper.make_node(
         "MatMulNBits",

@@ -1,7 +1,7 @@
-"""The graphs of a bundle, run as a server would: state bound in place, folds on time.
+"""Runs the graphs of a bundle as a server does: state bound in place, folds when they are due.
 
-What an export measures, it measures here. The books (lengths, folds, slots) are kept anew on
-purpose: nothing is shared with the server.
+All measurements of an export use this. It shares no code with the server on purpose, so that the
+two check each other.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import onnxruntime as ort
 from concertina.bundle.resources import ELEMENT_TYPES
 from concertina.v1 import bundle_pb2 as pb
 
-_JUNK = 1e4  # what dead entries are filled with, so that a stale read cannot hide
+_JUNK = 1e4  # value of invalid entries, so that a wrong read changes the result
 
 Array = npt.NDArray[np.float32]
 
 
 @dataclass
 class Stream:
-    """Buffers of `batch` streams and where each of them stands: tokens, and entries of a stack."""
+    """State buffers of several streams, and the tokens and valid stack entries of each."""
 
     state: dict[str, npt.NDArray[np.generic]]
     positions: npt.NDArray[np.int64]
@@ -31,7 +31,7 @@ class Stream:
 
 
 class Graphs:
-    """Sessions of one bundle, and the passes over a stream's state."""
+    """ONNX sessions of one bundle, and the passes that they run."""
 
     def __init__(self, folder: Path, manifest: pb.Manifest) -> None:
         options = ort.SessionOptions()
@@ -45,7 +45,7 @@ class Graphs:
         self.fold_session = load(folder / "fold.onnx", options) if self.span else None
 
     def start(self, batch: int) -> Stream:
-        """Streams that have not begun."""
+        """State of `batch` new streams."""
         state = {
             t.name: np.full(
                 (batch, *t.shape),
@@ -57,7 +57,7 @@ class Graphs:
         return Stream(state, np.zeros(batch, np.int64), np.zeros(batch, np.int64))
 
     def step(self, stream: Stream, tokens: npt.NDArray[np.int64]) -> Array:
-        """Push `tokens[batch, time]`; logits `[batch, time, vocabulary]`."""
+        """Push `tokens[batch, time]` and return logits `[batch, time, vocabulary]`."""
         batch, time = tokens.shape
         positions = stream.positions[:, None] + np.arange(time)
         stream.lengths += time
@@ -119,7 +119,10 @@ def prefill(
     limit: int,
     rng: np.random.Generator | None,
 ) -> Array:
-    """Push `tokens[1, length]` in chunks of at most `limit` that end where blocks end."""
+    """Push `tokens[1, length]` and return all logits. No chunk is over `limit` or crosses a block.
+
+    rng: chooses random chunk sizes; None uses the largest.
+    """
     done, parts = 0, []
     while done < tokens.shape[1]:
         room = limit if graphs.span is None else min(limit, graphs.span - done % graphs.span)

@@ -1,4 +1,4 @@
-"""The weights inside a step graph: stored as float16 or in few bits, and found again."""
+"""The weights inside a graph: stores them as float16 or quantised, and reads them back."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from model.config import ModelConfig
 from model.decoder import Decoder
 
 INTEGERS, SCALES = ".integers", ".scales"
-"""What the two parts of a packed matrix are called behind its name."""
+"""Suffixes of the names of the two parts of a packed matrix."""
 _HALF = ".half"
 _CONFIG_PROP = "concertina.model_config"
 _WEIGHTS_PROP = "concertina.weights"
 
 
 def name_weights(proto: onnx.ModelProto, model: Decoder) -> None:
-    """Note in a graph which model it is of, and where those parameters lie that it uses."""
+    """Record the model's config in a graph, and which initializer holds each parameter."""
     onnx.helper.set_model_props(
         proto,
         {
@@ -34,10 +34,10 @@ def name_weights(proto: onnx.ModelProto, model: Decoder) -> None:
 
 
 def load_decoder(folder: Path) -> Decoder:
-    """The decoder in the bundle `folder`, as it was exported; quantised weights as they count.
+    """The decoder in the bundle `folder`, with the weights that are served.
 
-    What is served can so be checked, or trained on, without the checkpoint it came from.
-    Raises ValueError when the graphs were not exported by Concertina.
+    So a bundle can be checked, or trained further, without its checkpoint. Raises ValueError if
+    Concertina did not export the graphs.
     """
     config, weights = None, {}
     for path in sorted(folder.glob("*.onnx")):
@@ -50,13 +50,13 @@ def load_decoder(folder: Path) -> Decoder:
         stored = {i.name: numpy_helper.to_array(i) for i in proto.graph.initializer}
         packed = _find_packed(proto)
         for name, (initializer, transposed) in props[_WEIGHTS_PROP].items():
-            if initializer in packed:  # lies as PyTorch holds it
+            if initializer in packed:  # in PyTorch's layout
                 weights[name] = torch.from_numpy(unpack(packed[initializer]))
             else:
                 values = torch.tensor(stored[initializer])
                 weights[name] = values.T if transposed else values
     if config is None:
-        raise ValueError(f"{folder} was not exported by Concertina: no graph names {_CONFIG_PROP}")
+        raise ValueError(f"{folder} was not exported by Concertina: no graph has {_CONFIG_PROP}")
     model = Decoder(config)
     model.load_state_dict(weights)
     return model.eval()
@@ -71,7 +71,7 @@ def round_weights(model: Decoder) -> None:
 
 
 def store_half(model: onnx.ModelProto) -> None:
-    """Store matrices as float16 behind a cast, which the runtime folds when it loads them."""
+    """Store matrices as float16 followed by a cast, which the runtime applies once, at load."""
     graph = model.graph
     casts = []
     for initializer in graph.initializer:
@@ -101,7 +101,7 @@ def restore_float(model: onnx.ModelProto) -> None:
 
 
 def find_initializers(model: onnx.ModelProto) -> dict[str, str]:
-    """Parameters by name, and the initializer that holds each."""
+    """Names of the initializers, by the name of the parameter that each holds."""
     props = {prop.key: prop.value for prop in model.metadata_props}
     return {name: holder for name, (holder, _) in json.loads(props[_WEIGHTS_PROP]).items()}
 
@@ -121,7 +121,7 @@ def _find_packed(model: onnx.ModelProto) -> dict[str, Packed]:
 
 
 def _find_weights(proto: onnx.ModelProto, model: Decoder) -> dict[str, tuple[str, bool]]:
-    """Which initializer holds a parameter, and whether transposed; the exporter folds both."""
+    """The initializer that holds each parameter, and whether transposed; the exporter may do so."""
     found = {}
     for initializer in proto.graph.initializer:
         values = numpy_helper.to_array(initializer)

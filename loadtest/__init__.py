@@ -1,0 +1,1 @@
+"""Drives a server as its callers would, and reports what they get."""

@@ -1,4 +1,4 @@
-"""One request to one record: what was observed of a stream, and when."""
+"""One request becomes one record: what a stream brought, and when."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ REFUSED = "Overloaded RESOURCE_EXHAUSTED"
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One stream as it was observed. Times are readings of one monotonic clock.
+    """One stream as observed. Times are readings of one monotonic clock.
 
     stream_id: empty if the stream was never accepted.
     started_ns: before the call is made, so that connecting and queueing count.
     accepted_ns: None if the stream was never accepted.
     tokens_ns: when each token event arrived.
     counts: how many tokens each of them brought.
-    ended_ns: when the terminal event arrived, or the failure showed.
-    prompt_tokens: as the server counted them.
+    ended_ns: when the last event or the failure arrived.
+    prompt_tokens: as the server counts them.
     failure: kind of the failure, empty for none.
-    retry_after_s: how long the server asks to wait after a failure, None when it does not say.
-    violation: how the server broke the contract of the stream, empty if it kept it.
-    resumed: how often the stream was lost and went on.
+    retry_after_s: how long the server asks to wait after a failure, None without such a request.
+    violation: how the server breaks the contract of the stream, empty if it keeps it.
+    resumed: how often the stream was lost and then resumed.
     """
 
     stream_id: str
@@ -52,13 +52,13 @@ class Record:
 
     @property
     def whole(self) -> bool:
-        """Whether the stream brought all that was asked, as the contract says."""
+        """Whether the stream brought all that was asked for, by the contract."""
         return not self.failure and not self.violation
 
 
 @dataclass(slots=True)
 class Tally:
-    """What is going on right now, for a progress bar: streams running and ended, tokens so far."""
+    """For a progress bar: streams that run and have ended, tokens so far."""
 
     running: int = 0
     ended: int = 0
@@ -76,10 +76,10 @@ async def send(
 ) -> Record:
     """Runs one stream to its end and returns what was observed.
 
-    keep_s: how long the server keeps a stream that was lost, 0 for one that ends with its call.
+    keep_s: how long the server keeps a lost stream; 0: it ends with its call.
 
-    No failure of the stream is raised: each becomes part of the record, the cancellation of the
-    calling task included, so that an interrupted run still knows what it saw.
+    A failure is not raised but recorded, even the cancellation of the calling task: an interrupted
+    run keeps what it observed.
     """
     accepted: Accepted | None = None
     accepted_ns: int | None = None
@@ -142,7 +142,7 @@ async def send(
 
 
 def _miscount(request: Request, prompt_tokens: int, output_tokens: int) -> str:
-    """How a finished stream's numbers of tokens differ from what was asked; empty if they do not.
+    """How a finished stream's numbers of tokens differ from the request; empty if they do not.
 
     Text prompts are not counted: only the server knows how many tokens they are.
     """

@@ -23,7 +23,7 @@ async def drive(
     keep_s: float = 0.0,
     tally: Tally,
 ) -> Run:
-    """Keeps `streams` streams running, spread over the clients, until `requests` are used up.
+    """Keeps `streams` streams running, spread over the clients, until `requests` run out.
 
     When the calling task is cancelled, every stream is, and the run so far is returned.
     """
@@ -38,7 +38,7 @@ async def drive(
             if record.failure == CANCELLED:
                 return
             if not record.whole:
-                # A refused stream ends at once; another one right after it would be a flood.
+                # A refused stream ends at once; to send another right away would flood the server.
                 await asyncio.sleep(record.retry_after_s or _PAUSE_S)
 
     workers = [asyncio.create_task(work(clients[i % len(clients)])) for i in range(streams)]

@@ -37,8 +37,8 @@ def loadtest(
         float | None,
         typer.Option(
             min=0.001,
-            help="Requests per second at random moments, an open loop, in place of --streams at "
-            "once; being refused is then no failure.",
+            help="Requests per second at random moments (an open loop), instead of --streams at "
+            "once; a refusal is then no failure.",
         ),
     ] = None,
     requests: Annotated[
@@ -80,19 +80,19 @@ def loadtest(
         float,
         typer.Option(
             min=0,
-            help="Seconds that a stream which is lost may take to go on; 0: it has failed, and "
-            "nothing is done for that case.",
+            help="Seconds that the server keeps a lost stream, in which it can go on; 0: a lost "
+            "stream has failed.",
         ),
     ] = 0.0,
     max_lag: Annotated[
         float,
-        typer.Option(min=0, help="Seconds (p99) the tester itself may lag before a run is void."),
+        typer.Option(min=0, help="Seconds (p99) that the tester may lag before a run is void."),
     ] = 0.02,
     json_file: Annotated[
         str, typer.Option("--json", metavar="FILE", help="Write the report as JSON; - for stdout.")
     ] = "",
 ) -> None:
-    """Drive a server with a loop of streams, closed or open, check every one, report what it did.
+    """Drive a server with a closed or open loop of streams, check every one, and report.
 
     Exit code 0: every stream was whole. 1: a stream failed, or broke the protocol. 3: the run is
     void, because this machine was too busy to measure. 130: interrupted with Ctrl-C.
@@ -166,10 +166,10 @@ def _publish(plan: Plan, served: Model, report: Report, json_file: str) -> None:
 
 
 def _exit(report: Report, max_lag_s: float, *, overload: bool) -> None:
-    """Leaves with the exit code that the report deserves, after saying why on stderr."""
+    """Explain a bad report on stderr, and exit with its code."""
     failed = sum(count for kind, count in report.failures.items() if kind != CANCELLED)
     if overload:
-        failed -= report.refused - report.untold
+        failed -= report.refused - report.without_retry_after
     if report.void and report.lag_s:
         typer.echo(
             f"VOID: the load generator itself ran {report.lag_s.p99 * 1e3:.1f} ms late (p99; the "

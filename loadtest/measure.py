@@ -1,4 +1,4 @@
-"""A plan, carried out: warm-up, then a closed or an open loop."""
+"""Carries out a plan: warm-up, then a closed or an open loop."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _MODEL_TIMEOUT_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is run. It stands beside the numbers in the JSON, so that a run can be repeated.
+    """What is run. The JSON report holds it beside the numbers, so that a run can be repeated.
 
     A closed loop of `streams`, or an open one of `rate` requests per second if that is not None.
     Nothing starts after `requests` requests or `duration_s` seconds, None for no such limit.
-    `prompts` replace random ones of `prompt_tokens` tokens. The server keeps streams that are lost
-    for `keep_s` seconds, in which they can go on.
+    `prompts` replace random ones of `prompt_tokens` tokens. The server keeps lost streams for
+    `keep_s` seconds, in which they can go on.
     """
 
     address: str
@@ -47,9 +47,9 @@ class Plan:
 
 
 async def measure(plan: Plan, access: Access) -> tuple[Model, Run]:
-    """Warms the server up, runs the plan, and says which model it ran on.
+    """Warms the server up and runs the plan; which model it ran on, and the run.
 
-    access: kept out of the plan, since that is written to reports.
+    access: not in the plan, since reports hold the plan.
 
     Raises InvalidRequest if the model's context is too short for the plan, and what
     `AsyncClient.model` raises.

@@ -1,4 +1,4 @@
-"""An open loop: requests come at random moments, whatever became of those before them."""
+"""An open loop: requests come at random moments, whatever happens to earlier ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ async def drive(
     keep_s: float = 0.0,
     tally: Tally,
 ) -> Run:
-    """Starts `rate` requests per second, spread over the clients, until `requests` are used up.
+    """Starts `rate` requests per second, spread over the clients, until `requests` run out.
 
     The gaps between them are exponentially distributed: a Poisson process, as of many independent
     callers. When the calling task is cancelled, every stream is, and the run so far is returned.

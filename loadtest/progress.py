@@ -29,8 +29,7 @@ async def show_progress(
         TextColumn("{task.fields[status]}"),
         TimeElapsedColumn(),
     )
-    # Drawn from this task rather than from a thread of its own, which would hold the event loop
-    # back at moments that nobody chose.
+    # Drawn from this task: a thread of its own would hold the event loop back at any moment.
     with Progress(*columns, console=console, auto_refresh=False, transient=True) as progress:
         bar = progress.add_task(phase, total=requests or duration_s, status="")
         started = perf_counter()

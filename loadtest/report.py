@@ -1,4 +1,4 @@
-"""What a run says: records in, numbers out."""
+"""The report of a run: records in, numbers out."""
 
 from __future__ import annotations
 
@@ -7,20 +7,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from hdrh.histogram import HdrHistogram
+import numpy as np
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from loadtest.client import REFUSED, Record
 
-_SIGNIFICANT_DIGITS = 3
 _LISTED_VIOLATIONS = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Percentiles:
-    """Of `count` times, in seconds: percentiles to three significant digits, the exact maximum."""
+    """Of `count` times, in seconds. A percentile is one of the times."""
 
     count: int
     p50: float
@@ -31,7 +30,7 @@ class Percentiles:
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """How one stream broke the contract of the protocol."""
+    """How one stream breaks the contract of the protocol."""
 
     stream_id: str
     what: str
@@ -39,32 +38,32 @@ class Violation:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Numbers of one run. Latencies are those of whole streams only, None when there are none.
+    """Numbers of one run. Latencies are those of whole streams, None when there are none.
 
     failures: streams that were refused, failed or were cancelled, by kind.
-    refused: those of them that the server had no room for.
-    untold: those of these that were not told in-band when to try again.
-    resumed: how often streams were lost and went on.
+    refused: failures for want of room on the server.
+    without_retry_after: refused streams whose refusal does not say when to try again.
+    resumed: how often a lost stream went on.
     violations: the first few of `num_violations`.
     duration_s: from the start of the first request to the end of the last stream.
-    output_tokens: every token that arrived, also on streams that did not become whole.
-    tokens_per_event: how many tokens arrive together, on average.
+    output_tokens: every token that arrived, on streams that are not whole, too.
+    tokens_per_event: the mean number of tokens that arrive together.
     goodput_tokens_per_s: tokens of whole streams alone.
-    refusal_s: from before the call is made until it was refused.
+    refusal_s: from before the call is made to its refusal.
     time_to_first_token_s: from before the call is made to the first token event.
     inter_token_latency_s: between one token event of a stream and the next.
     time_per_output_token_s: per stream, from the first token event to the last, over the tokens
         that came after the first event.
     end_to_end_s: from before the call is made to the end of the stream.
-    lag_s: how late the load generator itself was.
-    void: whether it was so late that the latencies mean nothing.
+    lag_s: how late the load generator itself is.
+    void: whether it is so late that the latencies mean nothing.
     """
 
     requests: int
     whole: int
     failures: dict[str, int]
     refused: int
-    untold: int
+    without_retry_after: int
     resumed: int
     num_violations: int
     violations: tuple[Violation, ...]
@@ -87,17 +86,11 @@ class Report:
 
 def percentiles(times_ns: Iterable[float]) -> Percentiles | None:
     """Percentiles in seconds of times in nanoseconds; None for no times."""
-    values = [round(time) for time in times_ns]
-    if not values:
+    values = np.rint([*times_ns])
+    if not len(values):
         return None
-    largest = max(values)
-    histogram = HdrHistogram(1, max(largest, 2), _SIGNIFICANT_DIGITS)
-    for value in values:
-        histogram.record_value(value)
-    at = histogram.get_percentile_to_value_dict([50, 90, 99])
-    # A histogram answers with the upper edge of a bucket, which may lie above the largest value.
-    p50, p90, p99 = (min(at[rank], largest) / 1e9 for rank in (50, 90, 99))
-    return Percentiles(len(values), p50, p90, p99, largest / 1e9)
+    p50, p90, p99 = np.percentile(values, [50, 90, 99], method="inverted_cdf").tolist()
+    return Percentiles(len(values), p50 / 1e9, p90 / 1e9, p99 / 1e9, float(values.max()) / 1e9)
 
 
 def summarise(
@@ -121,7 +114,7 @@ def summarise(
         whole=len(whole),
         failures=dict(Counter(record.failure for record in records if record.failure)),
         refused=len(refused),
-        untold=sum(record.retry_after_s is None for record in refused),
+        without_retry_after=sum(record.retry_after_s is None for record in refused),
         resumed=sum(record.resumed for record in records),
         num_violations=len(violations),
         violations=tuple(violations[:_LISTED_VIOLATIONS]),
@@ -151,7 +144,7 @@ def summarise(
 
 def render(report: Report, title: str) -> RenderableType:
     """The report as a table of latencies in milliseconds above a table of totals."""
-    # As Text, since the words of a server are no markup.
+    # As Text: what a server writes is no markup.
     latencies = Table(title=Text(title), title_justify="left")
     latencies.add_column("ms")
     for column in ("p50", "p90", "p99", "max"):
@@ -182,8 +175,8 @@ def render(report: Report, title: str) -> RenderableType:
         totals.add_row("resumed", f"{report.resumed:,} times")
     for kind, count in sorted(report.failures.items()):
         totals.add_row("failed", Text(f"{count:,} {kind}"))
-    if report.untold:
-        totals.add_row("refused", f"{report.untold:,} without a time to try again")
+    if report.without_retry_after:
+        totals.add_row("refused", f"{report.without_retry_after:,} without a time to try again")
     if report.num_violations:
         totals.add_row("violations", f"{report.num_violations:,}")
     for violation in report.violations:

@@ -1,4 +1,4 @@
-"""What a run observed, and how late the load generator itself was meanwhile."""
+"""What a run observes, and how late the load generator itself is meanwhile."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _TICK_NS = 10_000_000
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What the load generator observed.
+    """What the load generator observes.
 
     records: one per stream, in the order of their ends.
-    lags_ns: how late the event loop was, sampled every ten milliseconds.
-    interrupted: whether the calling task was cancelled before the requests were used up.
+    lags_ns: how late the event loop is, sampled every ten milliseconds.
+    interrupted: whether the calling task was cancelled before the requests ran out.
     """
 
     records: tuple[Record, ...]

@@ -1,4 +1,4 @@
-"""What is asked of the server: a seeded, endless sequence of requests."""
+"""What the server is asked for: a seeded, endless sequence of requests."""
 
 from __future__ import annotations
 

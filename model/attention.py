@@ -1,8 +1,8 @@
 """The kernels that the patterns share: softmax, spans, stacks, histories.
 
-Shapes: `B` batch, `H` heads, `T` tokens, `s` span, `E` entries, `D` head_dim. Queries arrive
-already divided by sqrt(D), as in the reference code, so pooled queries are never scaled again.
-Softmax is computed in float32 or better, whatever the inputs are.
+Shapes: `B` batch, `H` heads, `T` tokens, `s` span, `E` entries, `D` head_dim. The caller has
+already divided queries by sqrt(D), as in the reference code, so pooled queries are not scaled
+again. Softmax is computed in float32 or float64, whatever the type of the inputs.
 """
 
 from __future__ import annotations
@@ -12,35 +12,35 @@ from torch import Tensor
 from torch.nn import functional as F
 
 NEVER = float(torch.finfo(torch.float32).min)
-"""Stands for -infinity where a running maximum starts: it survives export and storage."""
+"""Start of a running maximum. It stands for -infinity, which export and storage may not keep."""
 
 
 def widen(x: Tensor) -> Tensor:
-    """In float32 at least."""
+    """`x` in float32, or in float64 if it is float64 already."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def softmax(logits: Tensor) -> Tensor:
-    """Over the last axis, in float32 at least."""
+    """Softmax over the last axis, in float32 or float64."""
     return torch.softmax(widen(logits), dim=-1)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention of every token to itself and all earlier ones, `[B, H, T, D]`."""
+    """Softmax attention of each token to itself and all earlier tokens, `[B, H, T, D]`."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
 
 
 def expectation(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """The local expectation of a span: `[…, D]`, `[…, s, D]`, `[…, s, D]` to `[…, D]`.
 
-    Attention over the span with one query for all of it (arXiv 2107.05768, section 3.2).
+    Attention over the span with a single query (arXiv 2107.05768, section 3.2).
     """
     weights = softmax((keys @ query.unsqueeze(-1)).squeeze(-1)).to(values.dtype)
     return (weights.unsqueeze(-2) @ values).squeeze(-2)
 
 
 def cumulative_max(x: Tensor) -> Tensor:
-    """Maximum over all earlier rows and the row itself, along the last axis but one."""
+    """Running maximum along the second-last axis: over each row and all rows before it."""
     length, reach = x.shape[-2], 1
     while reach < length:
         x = torch.cat((x[..., :reach, :], torch.maximum(x[..., reach:, :], x[..., :-reach, :])), -2)
@@ -49,22 +49,23 @@ def cumulative_max(x: Tensor) -> Tensor:
 
 
 def in_blocks(x: Tensor, span: int) -> Tensor:
-    """`[B, H, T, D]`, padded at the end, to `[B, H, blocks, span, D]`."""
+    """Split `[B, H, T, D]` into `[B, H, blocks, span, D]`, with padding at the end."""
     batch, heads, length, dim = x.shape
     return F.pad(x, (0, 0, 0, -length % span)).view(batch, heads, -1, span, dim)
 
 
 def future(length: int, device: torch.device) -> Tensor:
-    """`[length, length]`: which columns come after the row."""
+    """Mask `[length, length]` of future tokens: True where the column is after the row."""
     return torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
 
 
 def push_and_attend(
     q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Push T tokens `[B, H, T, D]` onto stacks `[B, H, E, D]`, then attend to all that is valid.
+    """Push T tokens `[B, H, T, D]` onto stacks `[B, H, E, D]`, then attend to the valid entries.
 
-    `lengths[B]` counts the valid entries after the push. A token sees those below it and itself.
+    `lengths[B]` is the number of valid entries after the push. A token attends to itself and to the
+    entries before it.
     """
     keys, values = push(keys, k, lengths), push(values, v, lengths)
     entries = torch.arange(keys.shape[2], device=q.device)
@@ -74,15 +75,18 @@ def push_and_attend(
 
 
 def push(stack: Tensor, new: Tensor, lengths: Tensor) -> Tensor:
-    """`[B, H, E, D]` with `new[B, H, T, D]` as its last valid entries; `lengths` counts them."""
+    """The stack `[B, H, E, D]` with `new[B, H, T, D]` as its last valid entries.
+
+    `lengths[B]` is the number of valid entries after the push.
+    """
     at = _newest(lengths, new.shape[2])
     rows = torch.arange(at.shape[0], device=at.device)[:, None]
-    new = new.to(stack.dtype)  # a cache may be narrower than what is computed with
+    new = new.to(stack.dtype)  # the cache may have a smaller type than the computation
     return stack.transpose(1, 2).index_put((rows, at), new.transpose(1, 2)).transpose(1, 2)
 
 
 def write(history: Tensor, new: Tensor, positions: Tensor) -> Tensor:
-    """`[B, L, …]` with `new[B, T, …]` at `positions[B, T]`."""
+    """The history `[B, L, …]` with `new[B, T, …]` at `positions[B, T]`."""
     rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
     return history.index_put((rows, positions), new.to(history.dtype))
 
@@ -94,9 +98,9 @@ def read(history: Tensor, indices: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, valid: Tensor) -> Tensor:
-    """Attention of `q[B, H, T, D]` to lists `[B, T, E, H, D]`, where `valid[B, T, E]`.
+    """Attention of `q[B, H, T, D]` to those of the entries `[B, T, E, H, D]` that are valid.
 
-    What is not valid may be anything, even NaN.
+    valid: `[B, T, E]`. Other entries may have any value, even NaN.
     """
     values = values.masked_fill(~valid[..., None, None], 0.0)
     keys, values = keys.permute(0, 3, 1, 2, 4), values.permute(0, 3, 1, 2, 4)
@@ -106,5 +110,5 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, valid: Tensor) -> Tensor:
 
 
 def _newest(lengths: Tensor, count: int) -> Tensor:
-    """Indices of the `count` last valid entries, `[B, count]`."""
+    """Indices of the last `count` valid entries, `[B, count]`."""
     return lengths.long()[:, None] - count + torch.arange(count, device=lengths.device)

@@ -1,4 +1,4 @@
-"""`concertina data` and `concertina train`."""
+"""The commands `data` and `train`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _console = Console(stderr=True)
 
 
 class Kind(enum.StrEnum):
-    """What to make a dataset of."""
+    """Source of a dataset."""
 
     PYTHON = "python"
     EMOJI = "emoji"
@@ -31,17 +31,17 @@ class Kind(enum.StrEnum):
 
 
 def data(
-    kind: Annotated[Kind, typer.Argument(help="What to make it of.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write the dataset to.")],
+    kind: Annotated[Kind, typer.Argument(help="Source of the data.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the dataset.")],
     folder: Annotated[
         Path | None, typer.Option("--from", help="Folder to read, for text and images.")
     ] = None,
-    pattern: Annotated[str, typer.Option(help="Which files of the folder, for text.")] = "*.txt",
+    pattern: Annotated[str, typer.Option(help="Names of the files to read, for text.")] = "*.txt",
     width: Annotated[int, typer.Option(help="Pixels per row, for images.")] = 32,
     height: Annotated[int, typer.Option(help="Rows, for images.")] = 32,
     colours: Annotated[int, typer.Option(min=2, max=256, help="Palette size, for images.")] = 256,
     license: Annotated[str, typer.Option(help="Licence of your data (SPDX).")] = "unknown",
-    heldout: Annotated[float, typer.Option(help="Share that is never trained on.")] = 0.05,
+    heldout: Annotated[float, typer.Option(help="Share to hold out of the training.")] = 0.05,
     seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
 ) -> None:
     """Prepare training data: bytes of text, or palette indices of images.
@@ -53,7 +53,7 @@ def data(
     concertina data images data/icons --from ~/icons --width 32 --height 32
     """
     if kind in (Kind.TEXT, Kind.IMAGES) and folder is None:
-        raise typer.BadParameter(f"{kind.value} needs the folder to read", param_hint="--from")
+        raise typer.BadParameter(f"{kind.value} needs a folder to read", param_hint="--from")
     dataset: Dataset
     if kind is Kind.PYTHON:
         dataset = text.python_dataset()
@@ -87,31 +87,39 @@ def data(
 
 def train(
     dataset: Annotated[Path, typer.Argument(help="Dataset made by `concertina data`.")],
-    out: Annotated[Path, typer.Argument(help="Folder of the run; one that exists is resumed.")],
-    context: Annotated[int, typer.Option(help="Tokens of a window (images: their pixels).")] = 1024,
-    span: Annotated[int, typer.Option(help="Tokens of a block.")] = 32,
+    out: Annotated[Path, typer.Argument(help="Folder of the run; an existing run is resumed.")],
+    context: Annotated[
+        int, typer.Option(help="Tokens per window (for images: their pixels).")
+    ] = 1024,
+    span: Annotated[int, typer.Option(help="Tokens per block.")] = 32,
     width: Annotated[int, typer.Option(help="Width of the residual stream.")] = 256,
-    layers: Annotated[int, typer.Option(help="Layers.")] = 4,
-    heads: Annotated[int, typer.Option(help="Heads; each summarises a block in its own way.")] = 8,
+    layers: Annotated[int, typer.Option(help="Number of layers.")] = 4,
+    heads: Annotated[
+        int, typer.Option(help="Number of heads; each summarises a block differently.")
+    ] = 8,
     mlp: Annotated[int, typer.Option(help="Width of the MLP.")] = 1024,
     attention: Annotated[
-        Attention, typer.Option(help="Pattern; docs/quality.md compares them.")
+        Attention, typer.Option(help="Attention pattern; docs/quality.md compares them.")
     ] = "fixed",
     pooling: Annotated[Pooling, typer.Option(help="How fixed attention pools a block.")] = "max",
-    positions: Annotated[Positions, typer.Option(help="Embedding.")] = "factored",
+    positions: Annotated[Positions, typer.Option(help="Position embedding.")] = "factored",
     tokens: Annotated[int, typer.Option(help="Tokens to train on.")] = 10_000_000,
     rows: Annotated[int, typer.Option(help="Windows per step.")] = 8,
     rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 0.01,
-    warmup: Annotated[int, typer.Option(help="Steps until the rate is at its peak.")] = 100,
-    weight_decay: Annotated[float, typer.Option(help="Decay of the layers' matrices.")] = 0.3,
+    warmup: Annotated[int, typer.Option(help="Steps until the peak learning rate.")] = 100,
+    weight_decay: Annotated[
+        float, typer.Option(help="Weight decay of the layers' matrices.")
+    ] = 0.3,
     dropout: Annotated[float, typer.Option(help="Dropout on every residual branch.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of weights, batches and dropout.")] = 0,
-    float32: Annotated[bool, typer.Option("--float32", help="No bfloat16 in products.")] = False,
-    threads: Annotated[int, typer.Option(help="CPU threads; 0 takes every core.")] = 0,
+    float32: Annotated[
+        bool, typer.Option("--float32", help="Multiply matrices in float32, not bfloat16.")
+    ] = False,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 uses all cores.")] = 0,
 ) -> None:
     """Train a decoder with any attention pattern, and report bits on held-out data.
 
-    Stopped runs go on where their last checkpoint was, and end with the same weights. The
+    A stopped run continues from its last checkpoint and ends with the same weights. The
     bidirectional pattern learns to fill in masked tokens; it cannot be served as a stream.
 
     Examples:

@@ -1,4 +1,4 @@
-"""The shape of a decoder, as one frozen record that travels with its checkpoint."""
+"""The configuration of a decoder. It is stored with every checkpoint."""
 
 from __future__ import annotations
 
@@ -32,17 +32,16 @@ ROWS: tuple[Attention, ...] = (
     "mixture-averaged",
     "sparse-axial",
 )
-"""Patterns that see tokens as a grid, whose rows are blocks of `span` tokens."""
+"""Patterns that arrange tokens in a grid; each row of it is a block of `span` tokens."""
 _BLOCKS = ("fixed", "fixed-bidirectional", "sparse-fixed", "sparse-strided")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that decides which function a checkpoint computes.
+    """All settings that define the function of a model, besides its weights.
 
-    Ids `0 … vocabulary - 1` are predicted. Ids `vocabulary … vocabulary + starts - 1` are start
-    tokens: they only ever stand at position 0, the first is the unconditional one, the others are
-    labels (research: `combiner.md` section 2, the autoregressive shift).
+    The model predicts ids `0 … vocabulary - 1`. Ids `vocabulary … vocabulary + starts - 1` are
+    start tokens, used at position 0 only: the first one is unconditional, the others are labels.
     """
 
     vocabulary: int
@@ -66,8 +65,8 @@ class ModelConfig:
                 raise ValueError(f"{name} must be at least 2, got {getattr(self, name)}")
         if self.width % (8 * self.heads):
             raise ValueError(
-                f"width {self.width} over {self.heads} heads: the kernel that serves needs a "
-                f"head_dim that is a multiple of 8, so a width that is one of {8 * self.heads}"
+                f"width is {self.width} with {self.heads} heads: it must be a multiple of "
+                f"{8 * self.heads}, as the decode kernel needs a head_dim that is a multiple of 8"
             )
         for name, choices in (
             ("attention", get_args(Attention)),
@@ -80,16 +79,17 @@ class ModelConfig:
                 )
         if self.pooling != "max" and self.attention not in ("fixed", "fixed-bidirectional"):
             raise ValueError(
-                f"pooling {self.pooling} is an option of fixed attention; {self.attention} has none"
+                f"pooling is {self.pooling}, but {self.attention} has no pooling; only fixed "
+                "attention has"
             )
         if self.attention in _BLOCKS and self.context < self.span:
             raise ValueError(
-                f"a context of {self.context} does not reach one block of {self.span} tokens: "
+                f"context {self.context} is shorter than one block of {self.span} tokens: "
                 f"{self.attention} needs a span of at most the context"
             )
         if self.attention in ROWS and (self.context % self.span or self.blocks < 2):
             raise ValueError(
-                f"a context of {self.context} is not two or more whole rows of {self.span} tokens: "
+                f"context {self.context} is not two or more whole rows of {self.span} tokens: "
                 f"{self.attention} needs a context that is a multiple of the span"
             )
 
@@ -100,10 +100,10 @@ class ModelConfig:
 
     @property
     def masked(self) -> bool:
-        """Whether a token reads later ones, so that training has to hide what it asks for."""
+        """Whether tokens attend to later ones; then training masks the tokens to predict."""
         return self.attention == "fixed-bidirectional"
 
     @property
     def blocks(self) -> int:
-        """Number of blocks of `span` tokens that the context touches."""
+        """Number of blocks of `span` tokens in the context; the last one may be incomplete."""
         return -(-self.context // self.span)

@@ -1,8 +1,8 @@
 """Token datasets on disk, and the batches drawn from them.
 
-A dataset is a folder: `dataset.json` (what a token means), `train.npy` and `heldout.npy`.
-Text is one flat run of bytes whose documents end with byte 0; images are `[image, 1 + pixels]`,
-the label first (-1 for none), then one palette index per pixel in raster order.
+A dataset is a folder with `dataset.json` (what a token means), `train.npy` and `heldout.npy`.
+Text is a one-dimensional array of bytes in which each document ends with byte 0. Images are
+`[image, 1 + pixels]`: the label (-1 for none), then one palette index per pixel in raster order.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import numpy.typing as npt
 Tokens = npt.NDArray[np.int64]
 
 END_OF_TEXT = 0
-"""The byte that closes a document: legal in UTF-8, absent from text files."""
+"""The byte after each document: valid in UTF-8, but not used in text files."""
 MASKED = 0.15
-"""Share of the tokens that a masked model has to guess."""
+"""Share of the tokens that a masked model has to predict."""
 IGNORED = -100
-"""Stands where no target is; what `torch.nn.functional.cross_entropy` skips."""
+"""Target of positions without a target; `torch.nn.functional.cross_entropy` skips it."""
 
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What the tokens of a dataset mean; goes into the bundle as it is."""
+    """What the tokens of a dataset mean. A copy goes into the bundle."""
 
     modality: Literal["text", "image"]
     vocabulary: int
@@ -41,12 +41,12 @@ class DatasetInfo:
 
     @property
     def starts(self) -> int:
-        """Start tokens a model of this data needs: the unconditional one and one per label."""
+        """Number of start tokens: an unconditional one, and one per label."""
         return 1 + len(self.labels)
 
     @property
     def unit(self) -> str:
-        """Name of the loss in bits per token."""
+        """Unit of the loss in bits per token."""
         return "bits/byte" if self.modality == "text" else "bits/dim"
 
 
@@ -60,7 +60,7 @@ class Dataset:
 
 
 def save_dataset(folder: Path, dataset: Dataset) -> None:
-    """Write `dataset` to `folder`, made when missing."""
+    """Write `dataset` to `folder`, which is created if it does not exist."""
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / "train.npy", dataset.train)
     np.save(folder / "heldout.npy", dataset.heldout)
@@ -68,7 +68,7 @@ def save_dataset(folder: Path, dataset: Dataset) -> None:
 
 
 def load_dataset(folder: Path) -> Dataset:
-    """Read a dataset written by `save_dataset`. Raises FileNotFoundError when it is not one."""
+    """Read a dataset from `folder`. Raises FileNotFoundError if there is none."""
     if not (folder / "dataset.json").exists():
         raise FileNotFoundError(
             f"{folder} is not a dataset: dataset.json is missing; make one with `concertina data`"
@@ -86,9 +86,9 @@ def draw_batch(
 ) -> tuple[Tokens, Tokens]:
     """Inputs and targets, both `[rows, T]`, as a pure function of (dataset, seed, step).
 
-    Inputs are the targets shifted right by one behind a start token. Half of the text windows
-    begin where a document begins; a tenth of the images lose their label.
-    Raises ValueError when a window is longer than all the text.
+    Inputs are a start token followed by the targets without the last one. Half of the text windows
+    begin at the start of a document; a tenth of the images lose their label. Raises ValueError if
+    the text is shorter than a window.
     """
     rng = np.random.default_rng((seed, step))
     if dataset.info.modality == "image":
@@ -98,8 +98,8 @@ def draw_batch(
     last = len(dataset.train) - context
     if last < 0:
         raise ValueError(
-            f"{len(dataset.train)} tokens to train on are fewer than one window of {context}: "
-            "take a shorter context, or more data"
+            f"{len(dataset.train)} training tokens are fewer than one window of {context}: "
+            "use a shorter context or more data"
         )
     starts = rng.integers(last + 1, size=rows)
     documents = np.concatenate(([0], np.flatnonzero(dataset.train == END_OF_TEXT) + 1))
@@ -113,11 +113,11 @@ def draw_batch(
 def heldout_batches(
     dataset: Dataset, context: int, rows: int, limit: int | None = None
 ) -> Iterator[tuple[Tokens, Tokens]]:
-    """The held-out data in order, at most `limit` rows of it, without overlap."""
+    """The held-out data in order and without overlap, at most `limit` rows of it."""
     held = dataset.heldout
     if dataset.info.modality == "text":
         held = held[: len(held) // context * context].reshape(-1, context)
-    if limit is not None:  # evenly spread, so that a part stands for the whole
+    if limit is not None:  # rows spread evenly over the data, to represent all of it
         held = held[np.linspace(0, len(held) - 1, min(limit, len(held))).astype(int)]
     shift = shift_text if dataset.info.modality == "text" else shift_images
     for first in range(0, len(held), rows):
@@ -125,9 +125,9 @@ def heldout_batches(
 
 
 def mask(targets: Tokens, vocabulary: int, seed: tuple[int, ...]) -> tuple[Tokens, Tokens]:
-    """Inputs and targets of a masked model: `MASKED` of all tokens, hidden behind the start token.
+    """Inputs and targets of a masked model: the start token replaces `MASKED` of the tokens.
 
-    Targets that are not asked for are `IGNORED`. A pure function of (targets, seed).
+    Targets of the other tokens are `IGNORED`. A pure function of (targets, seed).
     """
     hidden = np.random.default_rng(seed).random(targets.shape) < MASKED
     hidden[:, 0] |= ~hidden.any(axis=1)
@@ -135,12 +135,12 @@ def mask(targets: Tokens, vocabulary: int, seed: tuple[int, ...]) -> tuple[Token
 
 
 def shift_text(windows: Tokens, vocabulary: int) -> tuple[Tokens, Tokens]:
-    """`[rows, T]` bytes to inputs and targets: the unconditional start token goes in front."""
+    """Inputs and targets for windows `[rows, T]` of bytes; inputs begin with the start token."""
     start = np.full((len(windows), 1), vocabulary, np.int64)
     return np.concatenate((start, windows[:, :-1]), axis=1), windows
 
 
 def shift_images(images: Tokens, vocabulary: int) -> tuple[Tokens, Tokens]:
-    """`[rows, 1 + pixels]` to inputs and targets: the label's start token goes in front."""
+    """Inputs and targets for `[rows, 1 + pixels]`; inputs begin with the label's start token."""
     start = vocabulary + 1 + images[:, :1]
     return np.concatenate((start, images[:, 1:-1]), axis=1), images[:, 1:]

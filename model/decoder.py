@@ -1,4 +1,4 @@
-"""A pre-norm decoder-only transformer whose attention pattern is one switch."""
+"""A pre-norm decoder-only transformer; its config chooses the attention pattern."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from model.patterns import make_pattern
 from model.patterns.pattern import Pattern
 
 Attend = Callable[[Pattern, Tensor, Tensor, Tensor, Tensor], Tensor]
-"""A pattern, q, k, v `[B, H, T, D]` and the layer's input `[B, T, width]` to `[B, H, T, D]`."""
+"""Maps a pattern, q, k, v `[B, H, T, D]` and the input `[B, T, width]` to `[B, H, T, D]`."""
 
 
 class Block(nn.Module):
@@ -34,11 +34,11 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        """`[B, T, width]` to the same; `attend` is how the layer's pattern is run."""
+        """Input `[B, T, width]` to output of the same shape; `attend` runs the layer's pattern."""
         return self.add(x, self.mix(x, attend))
 
     def mix(self, x: Tensor, attend: Attend) -> Tensor:
-        """What attention gives for each token of the layer's input `[B, T, width]`."""
+        """Output of attention, before its projection, for the layer's input `[B, T, width]`."""
         batch, length, width = x.shape
         normed = self.norm_attention(x)
         q, k, v = (
@@ -49,7 +49,7 @@ class Block(nn.Module):
         return mixed.transpose(1, 2).reshape(batch, length, width)
 
     def add(self, x: Tensor, mixed: Tensor) -> Tensor:
-        """The layer's output for tokens `[..., width]` of its input, and what attention gave."""
+        """The layer's output, from its input `[..., width]` and the output of `mix` for it."""
         x = x + self.dropout(self.out(mixed))
         hidden = F.relu(self.up(self.norm_mlp(x)))
         after: Tensor = x + self.dropout(self.down(hidden * hidden))
@@ -57,7 +57,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token ids to next-token logits. Absolute positions are added once, at the input."""
+    """Maps token ids to next-token logits. Absolute positions are added once, at the input."""
 
     def __init__(self, config: ModelConfig, dropout: float = 0.0) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Decoder(nn.Module):
         return token + position.to(token.dtype)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits `[B, T, vocabulary]` of the token after each of `tokens[B, T]`, in parallel."""
+        """Next-token logits `[B, T, vocabulary]` for all of `tokens[B, T]` in parallel."""
         if tokens.shape[1] > self.config.context:
             raise ValueError(
                 f"{tokens.shape[1]} tokens exceed the context of {self.config.context}"
@@ -95,9 +95,9 @@ class Decoder(nn.Module):
 
 
 class FactoredPositions(nn.Module):
-    """Learned position = embedding of the block + embedding of the offset inside it.
+    """Learned position embedding: that of the block plus that of the offset inside the block.
 
-    For an image whose span is its width these are the row and the column.
+    For an image whose width is the span, these are the row and the column.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -107,14 +107,14 @@ class FactoredPositions(nn.Module):
         self.offset = nn.Embedding(config.span, config.width)
 
     def forward(self, positions: Tensor) -> Tensor:
-        """`[B, T]` absolute positions to `[B, T, width]`."""
+        """Embeddings `[B, T, width]` of absolute positions `[B, T]`."""
         block = torch.div(positions, self.span, rounding_mode="floor")
         embedded: Tensor = self.block(block) + self.offset(positions - block * self.span)
         return embedded
 
 
 class SinusoidPositions(nn.Module):
-    """The reference's fixed table, [all sines, all cosines]; computed, so it has no last row."""
+    """Fixed embedding as in the reference code, [all sines, all cosines], for any position."""
 
     frequencies: Tensor
 
@@ -126,7 +126,7 @@ class SinusoidPositions(nn.Module):
         self.register_buffer("frequencies", frequencies, persistent=False)
 
     def forward(self, positions: Tensor) -> Tensor:
-        """`[B, T]` absolute positions to `[B, T, width]`."""
+        """Embeddings `[B, T, width]` of absolute positions `[B, T]`."""
         angles = positions.unsqueeze(-1).to(self.frequencies.dtype) * self.frequencies
         return torch.cat((angles.sin(), angles.cos()), dim=-1)
 
@@ -143,6 +143,6 @@ def _initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=0.5)
-    elif isinstance(module, Block):  # visited after its parts: a new layer changes nothing
+    elif isinstance(module, Block):  # visited after its parts: a new layer is the identity
         nn.init.zeros_(module.out.weight)
         nn.init.zeros_(module.down.weight)

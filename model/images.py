@@ -1,4 +1,4 @@
-"""Image datasets: pictures reduced to one palette index per pixel."""
+"""Image datasets: images reduced to one palette index per pixel."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _NOT_MIRRORED = ("Symbols", "Flags")
 
 @dataclass(frozen=True)
 class Picture:
-    """One image before the palette is known. `family` groups near-duplicates."""
+    """One image in full colour. `family` is the same for images that are nearly the same."""
 
     image: Image.Image
     label: str
@@ -46,9 +46,9 @@ def image_dataset(
 ) -> Dataset:
     """Palette indices of `pictures` at `size` (width, height), split by family.
 
-    At most four variants of a family are trained on and one is held out; mirrored copies are added
-    to the training part for labels where a mirror image is still of its kind. Raises ValueError
-    when nothing would be left to train on.
+    Each family is either trained on, with at most four images, or held out, with one image. The
+    training part also has mirrored copies, except for labels whose images a mirror would change.
+    Raises ValueError if no family is left to train on.
     """
     rng = np.random.default_rng(seed)
     families: dict[str, list[Picture]] = {}
@@ -58,7 +58,7 @@ def image_dataset(
     rng.shuffle(names)
     kept = max(1, round(len(names) * heldout))
     if len(names) <= kept:
-        raise ValueError(f"{len(names)} families are too few to hold {kept} of them out")
+        raise ValueError(f"cannot hold {kept} of {len(names)} families out: add more images")
     held = [families[name][0] for name in names[:kept]]
     train: list[Picture] = []
     for name in names[kept:]:
@@ -97,21 +97,21 @@ def image_dataset(
 
 
 def folder_pictures(folder: Path) -> list[Picture]:
-    """Every image below `folder`; the name of the folder it lies in is its label."""
+    """Every image below `folder`; the label is the name of the image's own folder."""
     found = []
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}:
             with Image.open(path) as image:
                 found.append(Picture(image.convert("RGBA"), path.parent.name, str(path)))
     if not found:
-        raise ValueError(f"{folder} holds no images (png, jpg, webp, bmp, gif)")
+        raise ValueError(f"{folder} has no images (png, jpg, webp, bmp, gif)")
     return found
 
 
 def emoji_pictures(font: Path = EMOJI_FONT, emoji_test: Path = EMOJI_TEST) -> list[Picture]:
     """Bitmaps of Noto Color Emoji, labelled with their Unicode group.
 
-    Needs Debian's fonts-noto-color-emoji and unicode-data, or the same two files from elsewhere.
+    Needs the files of Debian's packages fonts-noto-color-emoji and unicode-data.
     """
     from fontTools.ttLib import TTFont
 
@@ -144,7 +144,7 @@ def emoji_pictures(font: Path = EMOJI_FONT, emoji_test: Path = EMOJI_TEST) -> li
 
 
 def emoji_family(sequence: Sequence[int]) -> str:
-    """Base emoji of a code point sequence: skin tone, gender and presentation left out."""
+    """Base emoji of a code point sequence, without skin tone, gender and presentation."""
     plain = [
         _PERSON if c in (_MAN, _WOMAN) else c
         for c in sequence
@@ -180,9 +180,9 @@ def _shrink(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def _palette(images: Sequence[Image.Image], colours: int) -> Image.Image:
-    """A palette image fitted to a mosaic of all `images`, ordered from dark to light."""
+    """A palette, as an image, fitted to the pixels of all `images` and ordered by brightness."""
     pixels = np.concatenate([np.asarray(image).reshape(-1, 3) for image in images])
-    binned = np.unique(pixels // 8, axis=0) * 8 + 4  # rare colours count as much as common ones
+    binned = np.unique(pixels // 8, axis=0) * 8 + 4  # rare colours get the weight of common ones
     rng = np.random.default_rng(0)
     mixed = np.concatenate((binned, pixels[rng.integers(len(pixels), size=200_000)]))
     mosaic = Image.fromarray(mixed[None].astype(np.uint8))
@@ -190,7 +190,7 @@ def _palette(images: Sequence[Image.Image], colours: int) -> Image.Image:
     flat = np.asarray((fitted.getpalette() or [])[: 3 * colours]).reshape(-1, 3)
     flat = flat[np.argsort(flat @ (299, 587, 114))]
     flat = np.pad(flat, ((0, colours - len(flat)), (0, 0)), constant_values=255)
-    flat[-1] = 255  # the background exactly
+    flat[-1] = 255  # exactly the white background
     ordered = Image.new("P", (1, 1))
     ordered.putpalette(flat.ravel().tolist())
     return ordered

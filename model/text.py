@@ -10,32 +10,32 @@ import numpy as np
 from model.data import END_OF_TEXT, Dataset, DatasetInfo
 
 _NOT_PROSE = {"test", "tests", "idle_test", "site-packages", "__pycache__"}
-_NOT_PROSE |= {"encodings", "pydoc_data", "lib2to3"}  # tables and grammars, not code people write
+_NOT_PROSE |= {"encodings", "pydoc_data", "lib2to3"}  # tables and grammars, not ordinary code
 
 
 def text_dataset(
     files: list[Path], *, source: str, license: str, heldout: float = 0.05, seed: int = 0
 ) -> Dataset:
-    """Bytes of `files`, shuffled by file with `seed`; the share `heldout` is never trained on.
+    """Bytes of `files`, in an order shuffled with `seed`; `heldout` is the share to hold out.
 
-    Raises ValueError when a file holds byte 0, which closes documents here.
+    Raises ValueError if a file contains byte 0, which marks the end of a document.
     """
     order = np.random.default_rng(seed).permutation(len(files))
     documents = []
     for index in order:
         content = files[index].read_bytes()
         if END_OF_TEXT in content:
-            raise ValueError(f"{files[index]} holds byte 0; only text files can be learned from")
+            raise ValueError(f"{files[index]} contains byte 0: use text files only")
         documents.append(np.frombuffer(content + bytes([END_OF_TEXT]), np.uint8))
     kept = max(1, round(len(documents) * heldout))
     if len(documents) <= kept:
-        raise ValueError(f"{len(documents)} files are too few to hold {kept} of them out")
+        raise ValueError(f"cannot hold {kept} of {len(documents)} files out: add more files")
     info = DatasetInfo("text", vocabulary=256, source=source, license=license)
     return Dataset(info, np.concatenate(documents[kept:]), np.concatenate(documents[:kept]))
 
 
 def python_dataset() -> Dataset:
-    """Source of this interpreter's standard library, without tests and tables."""
+    """Source code of this interpreter's standard library, without tests and tables."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = [
         path

@@ -1,4 +1,4 @@
-"""Training: one loop for every dataset and pattern, seeded, resumable to the bit."""
+"""Training: one loop for all datasets and patterns, seeded; a resumed run gives the same bits."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LOG = "log.jsonl"
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a checkpoint is trained. Rates are peaks of a warm-up and cosine schedule."""
+    """Settings of a training run. `rate` is the peak of a warm-up and cosine decay schedule."""
 
     tokens: int = 10_000_000
     rows: int = 8
@@ -48,13 +48,13 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     def steps(self, context: int) -> int:
-        """Optimiser steps that see `tokens` tokens in windows of `context`."""
+        """Number of optimiser steps for `tokens` tokens in windows of `context`."""
         return max(1, self.tokens // (self.rows * context))
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What one optimiser step did. `heldout` is set on the steps that evaluate."""
+    """Result of one optimiser step. `heldout` is set on steps that evaluate."""
 
     step: int
     steps: int
@@ -62,12 +62,12 @@ class Progress:
     tokens_per_second: float
     heldout: float | None
     seconds: float
-    """Spent on all optimiser steps so far, without evaluations, also before an interruption."""
+    """Time of all optimiser steps so far, without evaluations, including interrupted runs."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A trained model as read back: its config, its data and its metrics."""
+    """A trained model, with its configuration, data and metrics."""
 
     config: ModelConfig
     train: TrainConfig
@@ -84,11 +84,11 @@ def train(
     dataset: Dataset,
     on_step: Callable[[Progress], None] = lambda progress: None,
 ) -> float:
-    """Train into `folder`, going on from the checkpoint there, and return held-out bits per token.
+    """Train, with checkpoints in `folder`, and return held-out bits per token.
 
-    A run that was stopped and started again ends with the same weights as one that was not.
-    Raises ValueError when `folder` holds a run of another configuration, or the model does not
-    fit the data.
+    Continues from the checkpoint in `folder`, if there is one; an interrupted run ends with the
+    same weights as one without a break. Raises ValueError if `folder` has a run with another
+    configuration, or if the model does not fit the data.
     """
     _check_fit(model_config, dataset.info)
     _claim(folder, model_config, train_config, dataset.info)
@@ -102,7 +102,7 @@ def train(
 
     for step in range(first, steps):
         began = time.monotonic()
-        torch.manual_seed(seed * 1_000_003 + step)  # dropout, too, is a function of the step
+        torch.manual_seed(seed * 1_000_003 + step)  # so that dropout depends only on the step
         inputs, targets = draw_batch(dataset, context, rows, seed, step)
         if model_config.masked:
             inputs, targets = mask(targets, model_config.vocabulary, (seed, step))
@@ -129,7 +129,8 @@ def train(
             step + 1, steps, loss.item() / math.log(2), inputs.size / seconds, heldout, total_s
         )
         if heldout is not None:
-            # First the line: a run that dies in between repeats the steps, and writes it again.
+            # The line comes first: after a crash in between, the steps are repeated and it is
+            # written again.
             with (folder / LOG).open("a") as log:
                 log.write(json.dumps(asdict(progress)) + "\n")
             metrics = {dataset.info.unit: heldout, "tokens": float((step + 1) * rows * context)}
@@ -140,9 +141,9 @@ def train(
 
 @torch.no_grad()
 def evaluate(model: Decoder, dataset: Dataset, limit: int | None = None, rows: int = 8) -> float:
-    """Bits per token on the held-out data, in float32, at most `limit` windows of it.
+    """Bits per token on at most `limit` windows of the held-out data, in float32.
 
-    Of a masked model: per masked token.
+    For a masked model: bits per masked token.
     """
     model.eval()
     total = count = 0.0
@@ -162,16 +163,16 @@ def evaluate(model: Decoder, dataset: Dataset, limit: int | None = None, rows: i
 
 
 def read_log(folder: Path) -> list[Progress]:
-    """The steps of a run that evaluated, oldest first; a step done twice comes as done last."""
+    """The steps of a run that evaluated, oldest first. A repeated step has its last result."""
     lines = (folder / LOG).read_text().splitlines()
     steps = {line["step"]: line for line in ({"seconds": 0.0, **json.loads(x)} for x in lines)}
     return [Progress(**steps[step]) for step in sorted(steps)]
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Read the newest checkpoint of `folder`. Raises FileNotFoundError when there is none."""
+    """Read the newest checkpoint of `folder`. Raises FileNotFoundError if there is none."""
     if not (folder / CHECKPOINT).exists():
-        raise FileNotFoundError(f"{folder} holds no {CHECKPOINT}; has `concertina train` run?")
+        raise FileNotFoundError(f"{folder} has no {CHECKPOINT}: run `concertina train` first")
     config, train_config, data = _read_config(folder)
     model = Decoder(config)
     with safe_open(folder / CHECKPOINT, framework="pt") as file:
@@ -196,8 +197,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 def _check_fit(model: ModelConfig, data: DatasetInfo) -> None:
     if data.modality == "image" and model.attention in ROWS and model.span != data.image_width:
         raise ValueError(
-            f"{model.attention} sees rows of {model.span} tokens, the images have rows of "
-            f"{data.image_width} pixels: its span has to be the width of the images"
+            f"{model.attention} has rows of {model.span} tokens, but the images have rows of "
+            f"{data.image_width} pixels: set the span to the width of the images"
         )
     wanted = {"vocabulary": data.vocabulary, "starts": data.starts}
     if data.modality == "image":
@@ -205,12 +206,12 @@ def _check_fit(model: ModelConfig, data: DatasetInfo) -> None:
     for name, value in wanted.items():
         if getattr(model, name) != value:
             raise ValueError(
-                f"the model's {name} is {getattr(model, name)}, this data needs {name} {value}"
+                f"the model's {name} is {getattr(model, name)}, but this data needs {value}"
             )
 
 
 def _read_config(folder: Path) -> tuple[ModelConfig, TrainConfig, DatasetInfo]:
-    """What a run was started with; settings that came later have their defaults."""
+    """Configuration of a run; settings that did not exist when it started have their defaults."""
     raw = json.loads((folder / CONFIG).read_text())
     data = raw["data"]
     data["palette"] = tuple(tuple(colour) for colour in data["palette"])
@@ -225,14 +226,14 @@ def _claim(folder: Path, model: ModelConfig, train: TrainConfig, data: DatasetIn
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / CONFIG).exists() and _read_config(folder) != (model, train, data):
         raise ValueError(
-            f"{folder} holds a run with another configuration; "
-            "choose another folder, or repeat the settings in its config.json to go on with it"
+            f"{folder} has a run with another configuration: choose another folder, or use the "
+            "settings in its config.json to continue that run"
         )
     (folder / CONFIG).write_text(text)
 
 
 def _optimisers(model: Decoder, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the layers, AdamW for embeddings, norms and the head."""
+    """Muon for the matrices of the layers; AdamW for embeddings, norms and the output head."""
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     inside = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in inside]

@@ -1,4 +1,4 @@
-"""What can be set about serving: frozen, checked once, and everywhere else taken as true."""
+"""The settings of a server. They are frozen and checked once, when they are made."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Literal, get_args
 
 Provider = Literal["cpu", "cuda"]
-"""What computes: the processor, or an NVIDIA GPU."""
+"""Device that computes: the CPU, or an NVIDIA GPU."""
 
 MEBIBYTE = 1024 * 1024
 
 
 class ConfigError(ValueError):
-    """A setting out of its range. The message names the setting, the value and the range."""
+    """A setting is out of its range. The message names the setting, the value and the range."""
 
 
 def _check(setting: str, value: float, lowest: float, highest: float) -> None:
@@ -23,46 +23,46 @@ def _check(setting: str, value: float, lowest: float, highest: float) -> None:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How one engine divides its machine among streams."""
+    """Settings of one engine: how it shares the machine among streams."""
 
     slots: int = 32
-    """Streams that decode at once."""
+    """Number of streams that decode at the same time."""
 
     queue_limit: int = 256
-    """Streams that may wait for a slot; more are refused at once."""
+    """Number of streams that may wait for a slot; further ones are refused at once."""
 
     queue_tokens: int = 4 * 1024 * 1024
-    """Prompt tokens that may wait for work on them to begin; more are refused at once."""
+    """Number of prompt tokens that may wait for prefill; further ones are refused at once."""
 
     state_limit_bytes: int = 0
-    """State that the streams taken on may come to hold; 0 is half of the machine's memory."""
+    """Largest state that all admitted streams may reach; 0 is half of the machine's memory."""
 
     stream_buffer: int = 256
-    """Tokens that a slow reader may lag behind before its stream is paused."""
+    """Tokens that a reader may lag behind before its stream is paused."""
 
     prefill_share: float = 0.2
     """Largest share of the loop's time that prefill may take while streams decode."""
 
     prefix_cache_bytes: int = 64 * MEBIBYTE
-    """Memory for folded blocks that later prompts may begin with; 0 keeps none."""
+    """Memory for the folded blocks that prompts share; 0 keeps none."""
 
     prefill_chunk: int = 512
-    """Prompt tokens of one pass at most; running streams step in between."""
+    """Most prompt tokens in one pass; running streams decode in between."""
 
     threads: int = 0
-    """Threads of one step; 0 takes every core."""
+    """Threads of one step; 0 uses all cores."""
 
     draft_tokens: int = 0
-    """Tokens that may be guessed ahead while one stream runs alone; 0 guesses none."""
+    """Draft tokens to guess while a single stream runs; 0 turns it off."""
 
     snapshot_interval: int = 256
-    """Tokens between two snapshots of a stream that is kept; taken when a block folds."""
+    """Tokens between two snapshots of a kept stream; taken when a block folds."""
 
     session_bytes: int = 1024 * MEBIBYTE
-    """Memory for the state of sessions that rest; beyond it, those left first are forgotten."""
+    """Memory for the state of sessions that do not run; above it, the oldest are forgotten."""
 
     provider: Provider = "cpu"
-    """What computes, and in whose memory the state lies."""
+    """Device that computes and whose memory holds the state."""
 
     def __post_init__(self) -> None:
         _check("slots", self.slots, 1, 4096)
@@ -85,32 +85,32 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class TlsConfig:
-    """Files (PEM) that the gRPC port needs for TLS."""
+    """Files (PEM) for TLS at the gRPC port."""
 
     cert: Path
-    """Certificate of the server, followed by those between it and its authority."""
+    """Certificate of the server, followed by the intermediate certificates."""
 
     key: Path
     """Private key of the certificate, without a password."""
 
     client_ca: Path | None = None
-    """Authorities of the certificates that callers must show (mTLS); None asks for none."""
+    """CAs of the certificates that callers must present (mTLS); None requires no certificate."""
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """All of them."""
+        """All files that are set."""
         return tuple(file for file in (self.cert, self.key, self.client_ca) if file is not None)
 
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """What is served, where, and by how many replicas."""
+    """Settings of a server: bundles, addresses, number of replicas."""
 
     bundles: tuple[Path, ...]
-    """Folders of the bundles; every replica opens an engine for each. Empty with `watch`."""
+    """Bundle folders; every replica opens an engine for each. Empty with `watch`."""
 
     watch: Path | None = None
-    """Directory whose bundles are served as they come and go; None serves `bundles`."""
+    """Directory to watch: its bundles are served as they change. None serves `bundles`."""
 
     host: str = "127.0.0.1"
     """Address that callers connect to; `0.0.0.0` opens the port to the network."""
@@ -119,38 +119,38 @@ class ServeConfig:
     """Port of the gRPC services."""
 
     metrics_port: int = 9100
-    """Port of the Prometheus page on the same host; 0 leaves it out."""
+    """Port for Prometheus metrics and health on the same host; 0 turns it off."""
 
     replicas: int = 1
-    """Processes that serve; each holds all engines."""
+    """Number of server processes; each has all engines."""
 
     max_message_bytes: int = 16 * MEBIBYTE
-    """Largest request or response."""
+    """Largest size of a request or response."""
 
     drain_seconds: int = 60
-    """How long running streams may go on once the server was asked to stop, or a bundle went."""
+    """Time for running streams to end after a stop, or after their bundle is removed."""
 
     keys: Path | None = None
-    """File of the API keys that callers need; None serves everyone who reaches the port."""
+    """File of API keys; callers then need one. None serves anyone who can reach the port."""
 
     snapshots: str = ""
-    """URI of the store of snapshots, as fsspec takes them; empty keeps none."""
+    """URI of the snapshot store, in fsspec's form; empty stores none."""
 
     snapshot_ttl: int = 3600
-    """Seconds after which a snapshot must no longer be used."""
+    """Seconds after which a snapshot expires."""
 
     tls: TlsConfig | None = None
-    """With it, the port speaks nothing but TLS; without it, plaintext."""
+    """TLS files; the port then accepts TLS only. None accepts plaintext."""
 
     engine: EngineConfig = field(default_factory=EngineConfig)
-    """The same for every engine."""
+    """Settings of every engine."""
 
     def __post_init__(self) -> None:
         if not self.bundles and self.watch is None:
-            raise ConfigError("bundles is empty: name at least one folder that holds a bundle")
+            raise ConfigError("bundles is empty: name at least one bundle folder")
         if self.bundles and self.watch is not None:
             raise ConfigError(
-                f"watch is {self.watch}, and bundles names {len(self.bundles)}: give one of the two"
+                f"watch is {self.watch}, and bundles has {len(self.bundles)}: set only one of them"
             )
         if not self.host:
             raise ConfigError("host is empty: give an address such as 127.0.0.1")
@@ -165,5 +165,5 @@ class ServeConfig:
 
     @property
     def address(self) -> str:
-        """Where this machine reaches the gRPC port."""
+        """Address of the gRPC port, as seen from this machine."""
         return f"{'127.0.0.1' if self.host == '0.0.0.0' else self.host}:{self.port}"

@@ -20,7 +20,7 @@ RequestError            ends one request; carries its gRPC status
 
 from __future__ import annotations
 
-import grpc
+from typing import ClassVar
 
 
 class BundleError(Exception):
@@ -32,10 +32,13 @@ class KeysError(ValueError):
 
 
 class RequestError(Exception):
-    """A request that ends with an error. `code` and `message` go to the client as they are."""
+    """A request that ends with an error.
 
-    code = grpc.StatusCode.INTERNAL
-    retryable = False
+    `status`, the name of a gRPC status, and `message` go to the client as they are.
+    """
+
+    status: ClassVar[str] = "INTERNAL"
+    retryable: ClassVar[bool] = False
 
     def __init__(self, message: str, retry_after_s: float | None = None) -> None:
         super().__init__(message)
@@ -46,81 +49,81 @@ class RequestError(Exception):
 class Unauthenticated(RequestError):
     """The call carries no key that is known here."""
 
-    code = grpc.StatusCode.UNAUTHENTICATED
+    status = "UNAUTHENTICATED"
 
 
 class PermissionDenied(RequestError):
     """The key is not for this model, served or not."""
 
-    code = grpc.StatusCode.PERMISSION_DENIED
+    status = "PERMISSION_DENIED"
 
 
 class InvalidRequest(RequestError):
     """A field has a value that is not allowed; the message names both and the limit."""
 
-    code = grpc.StatusCode.INVALID_ARGUMENT
+    status = "INVALID_ARGUMENT"
 
 
 class UnknownModel(RequestError):
     """No bundle of that name is served."""
 
-    code = grpc.StatusCode.NOT_FOUND
+    status = "NOT_FOUND"
 
 
 class Overloaded(RequestError):
     """The queue is full."""
 
-    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    status = "RESOURCE_EXHAUSTED"
     retryable = True
 
 
 class QuotaExceeded(RequestError):
     """The key has as many streams as it may."""
 
-    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    status = "RESOURCE_EXHAUSTED"
     retryable = True
 
 
 class EngineStopped(RequestError):
     """The engine is shutting down, or has died."""
 
-    code = grpc.StatusCode.UNAVAILABLE
+    status = "UNAVAILABLE"
     retryable = True
 
 
 class StepFailed(RequestError):
     """A pass of the model failed."""
 
-    code = grpc.StatusCode.INTERNAL
+    status = "INTERNAL"
     retryable = True
 
 
 class UnknownSession(RequestError):
     """No session of that name is held here or stored, or none of the caller's."""
 
-    code = grpc.StatusCode.NOT_FOUND
+    status = "NOT_FOUND"
 
 
 class SnapshotRefused(RequestError):
     """A snapshot that is truncated, expired, foreign or changed; the message says which."""
 
-    code = grpc.StatusCode.DATA_LOSS
+    status = "DATA_LOSS"
 
 
 class Unsuitable(RequestError):
     """The session is running, or ended, or has several outputs, where this cannot be."""
 
-    code = grpc.StatusCode.FAILED_PRECONDITION
+    status = "FAILED_PRECONDITION"
 
 
 class Displaced(RequestError):
     """The same stream was resumed elsewhere."""
 
-    code = grpc.StatusCode.ABORTED
+    status = "ABORTED"
 
 
 class StorageFailed(RequestError):
     """The store of the snapshots does not answer, or is full."""
 
-    code = grpc.StatusCode.UNAVAILABLE
+    status = "UNAVAILABLE"
     retryable = True

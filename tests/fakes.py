@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from concertina.v1 import bundle_pb2 as pb
+from server.arrays import Floats, Ints
 from server.bundles.bundle import Bundle
-from server.runtime.host_state import Extent
-from server.runtime.onnx_session import Floats, Ints
+from server.runtime.host_state import StateLength
 
 _DEAD = ("dead",)
 
@@ -35,7 +35,7 @@ class FakeRuntime:
         self.histories: list[list[Any]] = [[_DEAD] * bundle.context for _ in range(rows)]
         self.recurrent: list[tuple[Any, ...]] = [_DEAD] * rows  # here: all tokens so far
 
-    def seen(self, row: int, extent: Extent) -> list[int]:
+    def seen(self, row: int, extent: StateLength) -> list[int]:
         """The tokens that a row stands for, all three kinds of state agreeing."""
         tokens = [token for entry in self.stacks[row][: extent.entries] for token in entry]
         assert tokens == self.histories[row][: extent.tokens] == list(self.recurrent[row])
@@ -57,12 +57,14 @@ class FakeRuntime:
         return seen.astype(np.float32) if logits else np.zeros((0, 1), np.float32)
 
     def _push(self, row: int, token: int, position: int, length: int) -> None:
-        assert len(self.seen(row, Extent(length, position))) == position
+        assert len(self.seen(row, StateLength(length, position))) == position
         self.stacks[row][length:] = [(token,), *[_DEAD] * (len(self.stacks[row]) - length - 1)]
         self.histories[row][position] = token
         self.recurrent[row] += (token,)
 
-    def fold(self, rows: Sequence[int], begins: Sequence[Extent], ends: Sequence[Extent]) -> None:
+    def fold(
+        self, rows: Sequence[int], begins: Sequence[StateLength], ends: Sequence[StateLength]
+    ) -> None:
         """The entries between two extents become one, which stands for the rows between them."""
         pairs = zip(begins, ends, strict=True)
         assert len({(e.entries - b.entries, e.tokens - b.tokens) for b, e in pairs}) == 1
@@ -78,14 +80,14 @@ class FakeRuntime:
         """As the real one: what may not be read may stay."""
         self.recurrent[row] = ()
 
-    def move(self, source: int, target: int, extent: Extent) -> None:
+    def move(self, source: int, target: int, extent: StateLength) -> None:
         """The source dies."""
         self.write(target, extent, self.read(source, extent))
         self.stacks[source] = [_DEAD] * len(self.stacks[source])
         self.histories[source] = [_DEAD] * len(self.histories[source])
         self.recurrent[source] = _DEAD
 
-    def read(self, row: int, end: Extent) -> dict[str, Any]:
+    def read(self, row: int, end: StateLength) -> dict[str, Any]:
         """What `write` takes."""
         return {
             "stack": self.stacks[row][: end.entries],
@@ -93,7 +95,7 @@ class FakeRuntime:
             "recurrent": self.recurrent[row],
         }
 
-    def write(self, row: int, extent: Extent, state: dict[str, Any]) -> None:
+    def write(self, row: int, extent: StateLength, state: dict[str, Any]) -> None:
         """What `read` gave."""
         size = len(self.stacks[row])
         self.stacks[row] = [*state["stack"], *[_DEAD] * (size - extent.entries)]

@@ -65,7 +65,7 @@ def by_deep_set(layer: Array) -> Pool:
 def hierarchical(
     q: Array, k: Array, v: Array, span: Sequence[int], reader: int
 ) -> tuple[Array, Array]:
-    """p(j|S) = p(j|half) p(half|S), down to single tokens (combiner.md 1.8)."""
+    """p(j|S) = p(j|half) p(half|S), down to single tokens."""
     tokens = list(span)
     if len(tokens) == 1:
         return k[:, tokens[0]], v[:, tokens[0]]

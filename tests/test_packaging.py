@@ -1,8 +1,9 @@
-"""What is installed, and what is not: names, versions, and no torch where we serve."""
+"""What is installed, and what is not: names, versions, no torch where we serve, a slim client."""
 
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -11,24 +12,40 @@ import zipfile
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+import concertina
+from tests.e2e.servers import serving
+
 ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
-STUBS = ROOT / "protos" / "concertina" / "v1"
+PROTOS = ROOT / "protos"
+SERVER: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+CLIENT: dict[str, Any] = tomllib.loads((PROTOS / "pyproject.toml").read_text())["project"]
+OURS = {"concertina": SERVER, "concertina-client": CLIENT}
+STUBS = PROTOS / "concertina" / "v1"
 # What the bench compares with, which is not installed here.
 PEERS = {"gguf", "llama_cpp", "onnxruntime_genai", "tokenizers", "transformers"}
 TRAINING = {"torch", "onnx", "onnxscript", "safetensors", "fonttools"}
 
 
-def requirements(*extras: str) -> list[Requirement]:
-    lists = [PROJECT["dependencies"], *(EXTRAS[extra] for extra in extras)]
+def declared(project: dict[str, Any], *extras: str) -> list[Requirement]:
+    """What a project names itself."""
+    lists = [project["dependencies"], *(project["optional-dependencies"][each] for each in extras)]
     return [Requirement(line) for each in lists for line in each]
+
+
+def requirements(project: dict[str, Any], *extras: str) -> list[Requirement]:
+    """What a project needs from others: for one of ours, what that one needs in its place."""
+    return [
+        needed
+        for each in declared(project, *extras)
+        for needed in (requirements(OURS[each.name], *each.extras) if each.name in OURS else [each])
+    ]
 
 
 def closure(roots: list[Requirement]) -> set[str]:
@@ -53,31 +70,45 @@ def pins() -> dict[str, Version]:
     return {canonicalize_name(name): Version(version) for name, version in pairs}
 
 
-@pytest.mark.parametrize("name", ["server", "model", "export", "loadtest", "concertina"])
-def test_no_dependency_ships_a_package_of_our_name(name: str) -> None:
-    assert set(metadata.packages_distributions().get(name, [])) <= {"concertina"}
+@pytest.mark.parametrize(
+    ("name", "distribution"),
+    [
+        ("server", "concertina"),
+        ("model", "concertina"),
+        ("export", "concertina"),
+        ("loadtest", "concertina"),
+        ("concertina", "concertina-client"),
+    ],
+)
+def test_no_dependency_ships_a_package_of_our_name(name: str, distribution: str) -> None:
+    assert set(metadata.packages_distributions().get(name, [])) <= {distribution}
 
 
 def test_serving_needs_no_training_package() -> None:
-    everything = closure(requirements("cpu"))
+    everything = closure(requirements(SERVER, "cpu"))
     assert {"grpcio", "numpy", "onnxruntime", "ray", "starlette"} <= everything
     assert not everything & TRAINING
 
 
 def test_gpu_serving_asks_for_no_training_package() -> None:
-    assert not {each.name for each in requirements("gpu")} & TRAINING
+    assert not {each.name for each in requirements(SERVER, "gpu")} & TRAINING
 
 
 @pytest.mark.parametrize(
-    ("folders", "extras"),
+    ("folders", "project", "extras"),
     [
-        (["server", "loadtest", "protos/concertina"], ["cpu"]),
-        (["model", "export", "loadtest/bench"], ["cpu", "train"]),
-        (["tests", "tools"], ["cpu", "train", "dev"]),
+        (["protos/concertina/client", "protos/concertina/v1"], CLIENT, []),
+        (["protos/concertina/bundle", "protos/concertina/codecs"], CLIENT, ["codecs"]),
+        (["protos/concertina"], CLIENT, ["cli", "codecs"]),
+        (["server", "loadtest"], SERVER, ["cpu"]),
+        (["model", "export", "loadtest/bench"], SERVER, ["cpu", "train"]),
+        (["tests", "tools"], SERVER, ["cpu", "train", "dev"]),
     ],
 )
-def test_every_import_is_of_a_declared_requirement(folders: list[str], extras: list[str]) -> None:
-    declared = {canonicalize_name(each.name) for each in requirements(*extras)}
+def test_every_import_is_of_a_declared_requirement(
+    folders: list[str], project: dict[str, Any], extras: list[str]
+) -> None:
+    known = {canonicalize_name(each.name) for each in declared(project, *extras)}
     distributions = metadata.packages_distributions()
     found = [each for folder in folders for each in third_party(ROOT / folder)]
     bench = ROOT / "loadtest" / "bench"
@@ -88,7 +119,7 @@ def test_every_import_is_of_a_declared_requirement(folders: list[str], extras: l
     }
     assert imported
     for name, path in imported.items():
-        assert {canonicalize_name(each) for each in distributions.get(name, [])} & declared, (
+        assert {canonicalize_name(each) for each in distributions.get(name, [])} & known, (
             name,
             path,
         )
@@ -132,8 +163,18 @@ def test_all_that_serves_can_be_imported_without_training_packages() -> None:
 
 def test_every_requirement_is_pinned_by_a_version_it_allows() -> None:
     pinned = pins()
-    for each in requirements(*(extra for extra in EXTRAS if extra != "gpu")):
+    extras = [extra for extra in SERVER["optional-dependencies"] if extra != "gpu"]
+    for each in requirements(SERVER, *extras):
         assert each.specifier.contains(pinned[canonicalize_name(each.name)]), each
+
+
+def test_client_and_server_are_of_one_version() -> None:
+    version = concertina.__version__
+    assert SERVER["version"] == version
+    assert str(pins()["concertina-client"]) == version
+    (client,) = (each for each in declared(SERVER) if each.name == "concertina-client")
+    assert str(client.specifier) == f"=={version}"
+    assert client.extras == {"cli", "codecs"}
 
 
 def test_constraints_are_plain_versions() -> None:
@@ -141,8 +182,9 @@ def test_constraints_are_plain_versions() -> None:
         assert version.local is None and re.fullmatch(r"[a-z0-9-]+", name), f"{name}=={version}"
 
 
-def test_lower_bounds_are_what_the_stubs_demand() -> None:
-    bounds = {each.name: each.specifier for each in requirements()}
+@pytest.mark.parametrize("project", [SERVER, CLIENT], ids=["server", "client"])
+def test_lower_bounds_are_what_the_stubs_demand(project: dict[str, Any]) -> None:
+    bounds = {each.name: each.specifier for each in declared(project)}
     for stub in sorted(STUBS.glob("*_pb2.py")):
         found = re.search(r"Protobuf Python Version: (\S+)", stub.read_text())
         assert found and str(bounds["protobuf"]) == f">={found[1]}", stub
@@ -151,18 +193,83 @@ def test_lower_bounds_are_what_the_stubs_demand() -> None:
         assert found and str(bounds["grpcio"]) == f">={found[1]}", stub
 
 
-def test_the_wheel_holds_our_packages_and_nothing_else(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "-d", str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
-    (wheel,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
+def build_wheel(source: Path, folder: Path) -> Path:
+    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "-d", str(folder)]
+    subprocess.run(command, cwd=source, check=True, capture_output=True, timeout=120)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+@pytest.mark.parametrize(
+    ("source", "packages"),
+    [(ROOT, {"export", "loadtest", "model", "server"}), (PROTOS, {"concertina"})],
+    ids=["server", "client"],
+)
+def test_a_wheel_holds_our_packages_and_nothing_else(
+    source: Path, packages: set[str], tmp_path: Path
+) -> None:
+    with zipfile.ZipFile(build_wheel(source, tmp_path)) as archive:
         files = {name for name in archive.namelist() if ".dist-info/" not in name}
-    assert {name.split("/")[0] for name in files} == {
-        "concertina",
-        "export",
-        "loadtest",
-        "model",
-        "server",
-    }
-    assert {"concertina/cli/main.py", "concertina/v1/generation_service_pb2.pyi"} <= files
+    assert {name.split("/")[0] for name in files} == packages
     assert not [name for name in files if "test_" in name or name.endswith((".onnx", ".npy"))]
+    if source == PROTOS:
+        stubs = {f"concertina/v1/{path.name}" for path in STUBS.glob("*_pb2.pyi")}
+        assert stubs and {"concertina/py.typed", "concertina/cli/main.py", *stubs} <= files
+
+
+STREAM = """
+import asyncio, sys
+from concertina.client import AsyncClient, Client, Finished, Tokens
+
+asked = {"prompt": "An abacus", "max_tokens": 20, "seed": 3}
+
+async def read():
+    async with AsyncClient(sys.argv[1]) as client, client.generate(**asked) as stream:
+        return [event async for event in stream]
+
+with Client(sys.argv[1]) as client, client.generate(**asked) as stream:
+    events = list(stream)
+for each in (events, asyncio.run(read())):
+    assert isinstance(each[-1], Finished), each[-1]
+    print(repr("".join(event.text for event in each if isinstance(event, Tokens))))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+def test_the_client_streams_where_nothing_else_is_installed(
+    text_bundle: Path, tmp_path: Path
+) -> None:
+    wheel = build_wheel(PROTOS, tmp_path)
+    venv = tmp_path / "venv"
+    python = venv / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True, timeout=120)
+    install = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check"]
+    install += ["install", "--quiet", "--constraint", ROOT / "constraints.txt", wheel]
+    subprocess.run(install, check=True, timeout=240)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def run(*command: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+        ran = subprocess.run(
+            [str(each) for each in command],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert ran.returncode == code, ran.stderr
+        return ran
+
+    names = "from importlib import metadata; print(*(d.name for d in metadata.distributions()))"
+    installed = {canonicalize_name(name) for name in run(python, "-c", names).stdout.split()}
+    assert installed == {"concertina-client", "grpcio", "protobuf", "typing-extensions"}
+
+    with serving("--local", str(text_bundle)) as server:
+        blocking, asynchronous = run(python, "-c", STREAM, server.address).stdout.splitlines()
+    assert blocking == asynchronous
+    assert len(blocking) > 20
+
+    refused = run(venv / "bin" / "concertina", "--version", code=1)
+    assert refused.stderr.startswith("error: the command concertina needs the 'cli' extra (")
+    assert refused.stderr.count("\n") == 1

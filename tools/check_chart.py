@@ -1,6 +1,6 @@
-"""Lint a chart, render it with each of its values files, and hold every object against its schema.
+"""Lint a chart, render it with each of its values files, and check every object by its schema.
 
-`check_chart.py HELM CHART` ends with status 1 and the list of faults when there are any.
+`check_chart.py HELM CHART` prints the faults, and ends with status 1 when there are any.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ WITHOUT_SCHEMA = {"PodMonitor"}  # of an operator, not of Kubernetes
 
 
 def run(command: list[str]) -> str:
-    """Standard output of `command`; raises RuntimeError with everything it said when it fails."""
+    """Standard output of `command`; raises RuntimeError with all its output when it fails."""
     ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
     if ran.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{ran.stdout}{ran.stderr}")
@@ -26,7 +26,7 @@ def run(command: list[str]) -> str:
 
 
 def faults(helm: str, chart: Path, values: Path) -> list[str]:
-    """What is wrong with `chart` under `values`: helm's own words, or objects against schemas."""
+    """What is wrong with `chart` under `values`, by helm or by the schemas of its objects."""
     what = [str(chart), "--values", str(values)]
     try:
         run([helm, "lint", "--strict", "--quiet", *what])

@@ -74,7 +74,7 @@ def bench(
 
     Every contestant runs in a process of its own, on the same cores and under the same memory
     limit. All models have random weights: 8 layers, width 512, 25M parameters. Needs the extra
-    'train'; the peers are in the extra 'bench', and what is not installed is said to be so.
+    'train'; the peers are in the extra 'bench', and the report names those that are missing.
 
     Examples:
     concertina bench --quick --json quick.json
@@ -109,7 +109,7 @@ def bench(
 
 
 def describe_machine() -> dict[str, object]:
-    """What figures depend on and cannot say themselves."""
+    """The machine that the figures depend on."""
     return {
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)),

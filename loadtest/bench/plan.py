@@ -1,4 +1,4 @@
-"""What is compared: one architecture, the cells of a table, and who runs in them."""
+"""What is compared: one architecture, the cells of a table, and the engines measured in them."""
 
 from __future__ import annotations
 
@@ -65,11 +65,11 @@ class Contestant:
     name: str
     title: str
     adapter: str
-    """Module below `loadtest.bench.adapters`."""
+    """One of `loadtest.bench.worker.ADAPTERS`."""
     variant: str = ""
     """For the adapter."""
     packages: tuple[str, ...] = ()
-    """Modules that have to be there; empty for ours."""
+    """Modules that have to be installed; empty for ours."""
     install: str = ""
     folds: bool = False
     span: int | None = None
@@ -79,15 +79,15 @@ class Contestant:
     first_token: bool = True
     """Whether the first token of a long prompt is timed."""
     prefills: bool = False
-    """Whether it has to compute its context; a long one it then computes in one round only."""
+    """Whether it has to compute its context; a long one is then measured in one round only."""
     extra_rows: int = 0
-    """Rows of state that it holds beside those of the streams."""
+    """Rows of state that it holds besides those of the streams."""
     float32: bool = True
-    """Whether its weights are."""
+    """Whether its weights are float32."""
 
     @property
     def is_peer(self) -> bool:
-        """Not ours."""
+        """Whether it is another project's engine."""
         return bool(self.packages)
 
 
@@ -160,13 +160,13 @@ class Plan:
     """About how long a window lasts; the whole cycle of a fold at least."""
     threads: int = 1
     memory_bytes: int = 8 << 30
-    """What one contestant may take."""
+    """Most memory of one contestant."""
     limit_s: float = 600.0
-    """What one measurement may last."""
+    """Most seconds of one measurement."""
 
 
 def quick_cells() -> tuple[Cell, ...]:
-    """The one cell that tells most."""
+    """The one cell that shows most."""
     return (Cell(QUICK_CONTEXT, QUICK_STREAMS),)
 
 

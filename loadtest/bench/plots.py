@@ -1,9 +1,12 @@
-"""Two pictures of a run, as SVG."""
+"""Two pictures of a run of the bench, and one of a server's memory over time."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from loadtest.bench.plan import tokens_label
 from loadtest.bench.run import Report, Result
@@ -11,6 +14,8 @@ from loadtest.bench.worker import OK
 
 AGAINST_CONTEXT, AGAINST_STREAMS = "bench-context.svg", "bench-streams.svg"
 _SIZE = (11, 4)
+
+Floats = npt.NDArray[np.float64]
 
 
 def plot(report: Report, folder: Path) -> list[Path]:
@@ -30,6 +35,17 @@ def plot(report: Report, folder: Path) -> list[Path]:
         written.append(folder / AGAINST_STREAMS)
         _against_streams(report, contexts[-1], streams, written[-1])
     return written
+
+
+def plot_memory(path: Path, minutes: Floats, mib: Floats) -> None:
+    """Draw resident memory over time."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 2.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(minutes, mib, linewidth=0.8)
+    axes.set(xlabel="minutes", ylabel="resident memory, MiB", ylim=(0, None))
+    figure.savefig(path, dpi=110)
 
 
 def _against_context(report: Report, contexts: list[int], streams: int, path: Path) -> None:

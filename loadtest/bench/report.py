@@ -1,4 +1,4 @@
-"""What a run says: ratios, targets, a table, JSON."""
+"""The report of a run of the bench: ratios, targets, tables, JSON."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Target:
     at_most: float | None = None
 
     def met(self, ratio: float) -> bool:
-        """Whether it is."""
+        """Whether the ratio is so."""
         return (self.at_least is None or ratio >= self.at_least) and (
             self.at_most is None or ratio <= self.at_most
         )
@@ -47,11 +47,11 @@ TARGETS = {
 
 
 def ratios(report: Report) -> dict[str, float]:
-    """What can be compared of what was measured.
+    """Every comparison that the measurements allow.
 
     `decode_<context>_<streams>_vs_<whom>`: our tokens/s over theirs, `best` being the fastest, our
-    own full attention counted, `best_f32` the fastest whose weights are float32 as ours are; who
-    that is remains open where a peer failed, and is left out.
+    own full attention included, `best_f32` the fastest with float32 weights, as ours are. Where a
+    peer failed, the best is not known and left out.
     `step_64k_over_1k_span_256_<streams>`: seconds of a step, both with a span of 256.
     `cache_<context>_vs_full`: bytes of a stream's state over those of full attention.
     `first_token_<prompt>_vs_<whom>`: our seconds over theirs.
@@ -99,7 +99,7 @@ def _opponents(
     *,
     known: bool,
 ) -> Iterable[tuple[str, float]]:
-    """Whom ours is compared with: our own full attention, each peer, and the best of them."""
+    """The figures to compare ours with: our own full attention, each peer, and the best."""
     if OURS not in figures:
         return
     theirs = {name: figure for name, figure in figures.items() if name in {*peers, OURS_FULL}}
@@ -192,12 +192,12 @@ def _ratios(found: dict[str, float]) -> Table:
 
 
 def _remarks(report: Report) -> list[RenderableType]:
-    """Why a cell is empty, said once for each contestant and reason."""
+    """Why cells are empty, one line for each contestant and reason."""
     titles = {c.name: c.title for c in report.plan.contestants}
     everything: tuple[Result | FirstToken, ...] = (*report.results, *report.first_tokens)
-    said = dict.fromkeys(
+    lines = dict.fromkeys(
         f"{titles[each.contestant]}: {each.outcome}: {each.detail}"
         for each in everything
         if each.outcome != OK
     )
-    return [Text(line) for line in said]
+    return [Text(line) for line in lines]

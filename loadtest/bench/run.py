@@ -32,7 +32,7 @@ _BOOT = (
 
 @dataclass(frozen=True)
 class Result:
-    """What a contestant did in a cell, over all rounds."""
+    """Figures of a contestant in a cell, over all rounds."""
 
     contestant: str
     context: int
@@ -44,7 +44,7 @@ class Result:
     """Median over the windows of all rounds."""
     windows: tuple[float, ...]
     cache_bytes: int
-    """Held for one stream; by arithmetic where nothing ran."""
+    """Held for one stream; computed where nothing ran."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class FirstToken:
 
 @dataclass(frozen=True)
 class Report:
-    """All that was measured."""
+    """All measurements of a run."""
 
     plan: Plan
     results: tuple[Result, ...]
@@ -131,7 +131,7 @@ def _in_turns(
         job = _job(plan, contestant, cell, "prepare", folder)
         outcomes[contestant.name] = _refusal(plan, contestant, cell, measure(contestant, job))
     for number in range(plan.rounds):
-        # Every other round in reverse, so that nobody always follows the same neighbour.
+        # Every other round in reverse, so that none always follows the same one.
         for contestant in contestants[:: -1 if number % 2 else 1]:
             seen = outcomes[contestant.name]
             left = number < rounds_of(plan, contestant, cell)

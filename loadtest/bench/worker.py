@@ -13,11 +13,10 @@ import os
 import resource
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import cast
 
 from loadtest.bench.adapters.adapter import Adapter, Session, Setting
 from loadtest.bench.plan import Shape
@@ -61,7 +60,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a measurement gave. Everything but `outcome` is empty when it was not `ok`."""
+    """The result of a measurement. Everything but `outcome` is empty when that is not `ok`."""
 
     outcome: str
     detail: str = ""
@@ -80,7 +79,7 @@ class Outcome:
 
 
 def perform(job: Job) -> Outcome:
-    """Measure. Running out of memory is an outcome, and so is an engine that is not there."""
+    """Measure. Running out of memory is an outcome, and so is an engine that is not installed."""
     missing = [name for name in job.packages if find_spec(name) is None]
     if missing:
         return Outcome(NOT_INSTALLED, ", ".join(missing))
@@ -97,7 +96,7 @@ def perform(job: Job) -> Outcome:
     try:
         if job.task == "prepare" and setting.folder.exists():
             return Outcome(OK)
-        adapter = cast(Adapter, import_module(f"loadtest.bench.adapters.{job.adapter}"))
+        adapter = ADAPTERS[job.adapter]()
         if job.task == "prepare":
             _prepare(adapter, setting)
             return Outcome(OK)
@@ -114,6 +113,39 @@ def perform(job: Job) -> Outcome:
         return Outcome(OUT_OF_MEMORY if _is_memory(error) else FAILED, _explain(error))
 
 
+def _ours() -> Adapter:
+    from loadtest.bench.adapters import ours
+
+    return ours
+
+
+def _genai() -> Adapter:
+    from loadtest.bench.adapters import genai
+
+    return genai
+
+
+def _hugging_face() -> Adapter:
+    from loadtest.bench.adapters import hugging_face
+
+    return hugging_face
+
+
+def _llama() -> Adapter:
+    from loadtest.bench.adapters import llama
+
+    return llama
+
+
+# Each is imported by its own jobs alone: the others need packages that may be missing.
+ADAPTERS: dict[str, Callable[[], Adapter]] = {
+    "ours": _ours,
+    "genai": _genai,
+    "hugging_face": _hugging_face,
+    "llama": _llama,
+}
+
+
 def _prepare(adapter: Adapter, setting: Setting) -> None:
     partial = setting.folder.with_name(f".{setting.folder.name}.{os.getpid()}")
     try:
@@ -124,7 +156,7 @@ def _prepare(adapter: Adapter, setting: Setting) -> None:
 
 
 def _limit(job: Job) -> None:
-    """The same cores for everybody, and so much memory that the machine stays usable."""
+    """The same cores for every engine, and so much memory that the machine stays usable."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: job.threads])
     resource.setrlimit(resource.RLIMIT_DATA, (job.memory_bytes, resource.RLIM_INFINITY))
 
@@ -155,7 +187,7 @@ def main() -> None:
     job = Job.parse(sys.argv[1])
     os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(job.threads)))
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    with contextlib.redirect_stdout(sys.stderr):  # libraries chatter
+    with contextlib.redirect_stdout(sys.stderr):  # libraries print
         outcome = perform(job)
     print(json.dumps(asdict(outcome)), flush=True)
     os._exit(0)  # some engines crash while the interpreter takes them down

@@ -34,5 +34,5 @@ PATTERNS: dict[Attention, Callable[[ModelConfig], Pattern]] = {
 
 
 def make_pattern(config: ModelConfig) -> Pattern:
-    """Attention of one layer, by the name in `config`."""
+    """The attention pattern of one layer, chosen by `config.attention`."""
     return PATTERNS[config.attention](config)

@@ -1,6 +1,6 @@
-"""Combiner-Axial, row-major: the own row raw, every earlier row as one entry per column.
+"""Combiner-Axial, row-major: raw tokens of the own row, one entry for every earlier row.
 
-Unlike in Fixed, what stands for a row depends on the reader's column (combiner.md 3.4).
+Unlike in Fixed, the entry of an earlier row depends on the column of the token that reads it.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from model.patterns.pattern import Pattern, Place, Schedule, State, StateTensor,
 
 
 class AxialRowMajor(Pattern):
-    """Entries O(m + n), state one entry per token: the released reference's `axial`.
+    """Entries O(m + n), state one entry per token; the `axial` of the released reference code.
 
-    A token of a finished row is looked up as what it would have read, had it seen its whole row
-    (`G`), under a key projected from that (`K2`).
+    The entry for a token of a finished row has as value `G` the attention of that token to its
+    whole row, and as key `K2` a projection computed from `G`.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -56,7 +56,7 @@ class AxialRowMajor(Pattern):
         return attend_parts(parts, length)
 
     def summarise(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """K2 and G, `[B, H, n, m, D]`, of whole rows; `x` is `[B, n, m, width]`."""
+        """K2 and G, `[B, H, n, m, D]`, of complete rows; `x` is `[B, n, m, width]`."""
         values = softmax(q @ k.transpose(-1, -2)).to(v.dtype) @ v
         joined = values.permute(0, 2, 3, 1, 4).flatten(3)
         keys = self.key(self.norm(x + self.out(joined)))
@@ -78,7 +78,7 @@ class AxialRowMajor(Pattern):
         grid, positions = self.grid, place.positions
         raw = grid.push(k, v, place, state)
         row = grid.own_row(positions, raw["keys"], raw["values"])
-        above = grid.above(positions, raw["keys"], raw["values"])  # folded: K2 and G
+        above = grid.above(positions, raw["keys"], raw["values"])  # K2 and G, after the fold
         return attend_entries(q, [row, above]), {
             **raw,
             "queries": write(state["queries"], q.transpose(1, 2), positions % grid.width),

@@ -1,7 +1,7 @@
-"""Combiner-Fixed: the open block raw, every earlier block as one summary.
+"""Combiner-Fixed: raw tokens of the open block, one summary for every earlier block.
 
-arXiv 2107.05768, eq. 10, with block 0 included. Also its sparse parent, which has one token where
-this has a summary, and the bidirectional form.
+arXiv 2107.05768, eq. 10, with block 0 included. Also here: its sparse parent, which has one token
+instead of each summary, and its bidirectional form.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from model.patterns.pattern import Pattern, Place, Schedule, State, StateTensor,
 class Fixed(Pattern):
     """Cost T (s + T/s), state 2 (s + L/s) + 1 vectors: both O(sqrt L) per token at s = sqrt(L).
 
-    The key of a summary pools the block's keys, the query of its expectation the block's queries:
-    by maximum, by mean, or by maximum after a learned layer with a ReLU (DeepSets; the layer is
-    shared by the heads, as in the reference's `deepset-max`).
+    The key of a summary pools the block's keys; its value is the expectation for the pool of the
+    block's queries. Pooling is by maximum, by mean, or by maximum after a learned layer with a ReLU
+    (DeepSets; all heads share the layer, as in the reference's `deepset-max`).
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -41,12 +41,12 @@ class Fixed(Pattern):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
         """See Pattern."""
-        # The last block is never summarised: no token follows it. Padding lies there alone.
+        # The last block needs no summary, as no token follows it. Only this block has padding.
         qb, kb, vb = (in_blocks(y, self.span)[:, :, :-1] for y in (q, k, v))
         return attend_blocks(q, k, v, self.span, *self.summarise(qb, kb, vb))
 
     def summarise(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Key and value, `[…, D]`, of whole blocks `[…, s, D]`."""
+        """Key and value, `[…, D]`, of complete blocks `[…, s, D]`."""
         return self._pooled_key(k), expectation(self._pooled_query(q), k, v)
 
     def state(self) -> tuple[StateTensor, ...]:
@@ -67,7 +67,7 @@ class Fixed(Pattern):
         if self.pooling == "mean":
             pooled = state["pooled_query"] + q.sum(dim=2) / self.span
         else:
-            by_token = q.transpose(1, 2)  # as it lies in memory: the graph copies nothing
+            by_token = q.transpose(1, 2)  # the layout in memory, so that the graph copies nothing
             pooled = torch.maximum(state["pooled_query"], self._pooled_query(by_token, dim=1))
         return out, {"keys": keys, "values": values, "pooled_query": pooled}
 
@@ -95,7 +95,7 @@ class Fixed(Pattern):
 class SparseFixed(Pattern):
     """The sparse parent: own block, and the last token of every earlier block (Child et al. 2019).
 
-    As many entries as Combiner-Fixed, but all other tokens of the earlier blocks are never seen.
+    As many entries as Combiner-Fixed, but the other tokens of earlier blocks are never attended to.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -132,7 +132,7 @@ class SparseFixed(Pattern):
 
 
 class BidirectionalFixed(Fixed):
-    """Fixed for masked models: the own block whole, and every other block as a summary."""
+    """Fixed for masked models: the whole own block, and a summary of every other block."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
@@ -140,7 +140,7 @@ class BidirectionalFixed(Fixed):
         self.length = config.context
 
     def support(self, position: int) -> Support:
-        """Of a sequence as long as the context."""
+        """See Pattern. The sequence is as long as the context."""
         own, s = position // self.span, self.span
         blocks = [range(r, min(r + s, self.length)) for r in range(0, self.length, s)]
         return Support.of(blocks[own], blocks[:own] + blocks[own + 1 :])
@@ -156,8 +156,8 @@ class BidirectionalFixed(Fixed):
     def state(self) -> tuple[StateTensor, ...]:
         """See Pattern."""
         raise ValueError(
-            "fixed-bidirectional reads tokens that are not written yet, so it cannot be served "
-            "token by token: export a causal pattern"
+            "fixed-bidirectional attends to later tokens, so it cannot decode token by token: "
+            "export a causal pattern"
         )
 
 
@@ -172,8 +172,8 @@ def attend_blocks(
 ) -> Tensor:
     """One softmax over the own block and one entry for each other block, `[B, H, T, D]`.
 
-    `far_k`, `far_v` are `[B, H, blocks, D]`. Causal: the own block up to the token, and earlier
-    blocks; their last one needs no entry. Otherwise all of them.
+    far_k, far_v: the entries of the blocks, `[B, H, blocks, D]`; if causal, the last block needs
+    none. causal: attend only to the own block up to the token, and to earlier blocks.
     """
     qb, kb, vb = (in_blocks(y, span) for y in (q, k, v))
     blocks, device = qb.shape[2], q.device

@@ -1,4 +1,4 @@
-"""Full attention: the twin that every pattern is measured against."""
+"""Full attention: the baseline for every other pattern."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from model.patterns.pattern import Pattern, Place, State, StateTensor, Support
 
 
 class Full(Pattern):
-    """Every token to itself and all earlier ones. The stack never folds."""
+    """Each token attends to itself and all earlier tokens. The stack never folds."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""What the axial patterns share: tokens as a grid of rows, and the sight of one along its axes.
+"""What the axial patterns share: tokens as a grid, and attention along its rows and columns.
 
-Shapes: `n` rows of `m` tokens, `B` batch, `H` heads, `T` tokens, `E` entries, `D` head_dim. The
-parallel forward sees queries as `[B, H, n, m, D]`.
+Shapes: `n` rows of `m` tokens, `B` batch, `H` heads, `T` tokens, `E` entries, `D` head_dim. In the
+parallel forward, queries are `[B, H, n, m, D]`.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from model.patterns.pattern import Place, State, StateTensor
 
 @dataclass(frozen=True)
 class Part:
-    """Entries that every token of the grid attends to, beside others in the same softmax."""
+    """Entries that all tokens of the grid attend to; several parts share one softmax."""
 
     logits: Tensor
     """`[B, H, n, m, E]`."""
     mix: Callable[[Tensor], Tensor]
-    """Weights `[B, H, n, m, E]` to what they read, `[B, H, n, m, D]`."""
+    """Maps weights `[B, H, n, m, E]` to the weighted sum of the values, `[B, H, n, m, D]`."""
 
 
 @dataclass(frozen=True)
 class Entries:
-    """A list of entries for each of T tokens in a decode step."""
+    """The entries that each of T tokens attends to in a decode step."""
 
     keys: Tensor
     """`[B, T, E, H, D]`."""
@@ -40,7 +40,7 @@ class Entries:
 
 
 class Grid:
-    """Rows of `span` tokens over the whole context, and the raw tokens on a token's two axes."""
+    """Rows of `span` tokens over the whole context, and the tokens in a token's row and column."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.width, self.rows = config.span, config.blocks
@@ -48,12 +48,12 @@ class Grid:
         self.history = (config.context, config.heads, config.head_dim)
 
     def direct(self, position: int) -> list[int]:
-        """The column above a token, oldest first, then its row up to itself."""
+        """The tokens above in the column, oldest first, then those of the row up to `position`."""
         begin, column = position // self.width * self.width, position % self.width
         return [*range(column, begin, self.width), *range(begin, position + 1)]
 
     def parts(self, q: Tensor, k: Tensor, v: Tensor) -> list[Part]:
-        """The direct entries of the parallel forward."""
+        """The tokens of the own row and column, in the parallel forward."""
         rows = torch.arange(q.shape[2], device=q.device)
         return [
             along_rows(q, k, v, future(self.width, q.device)),
@@ -65,20 +65,20 @@ class Grid:
         return tuple(StateTensor(name, "history", self.history) for name in ("keys", "values"))
 
     def push(self, k: Tensor, v: Tensor, place: Place, state: State) -> dict[str, Tensor]:
-        """The raw histories with T more tokens."""
+        """The histories of raw keys and values with T more tokens."""
         return {
             "keys": write(state["keys"], k.transpose(1, 2), place.positions),
             "values": write(state["values"], v.transpose(1, 2), place.positions),
         }
 
     def own_row(self, positions: Tensor, keys: Tensor, values: Tensor) -> Entries:
-        """Raw tokens of the row, up to the token itself."""
+        """Tokens of the own row, up to the token itself."""
         begin = positions - positions % self.width
         tokens = begin[..., None] + torch.arange(self.width, device=positions.device)
         return _look_up(keys, values, tokens, tokens <= positions[..., None], positions)
 
     def above(self, positions: Tensor, keys: Tensor, values: Tensor) -> Entries:
-        """What two histories hold for the tokens of the same column in all earlier rows."""
+        """What two histories hold for the same column in all earlier rows."""
         column = positions % self.width
         steps = self.width * torch.arange(self.rows - 1, device=positions.device)
         tokens = column[..., None] + steps
@@ -86,13 +86,13 @@ class Grid:
 
 
 def along_rows(q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor) -> Part:
-    """Each row's own entries: `[B, H, n, E, D]`; `hidden` fits `[n, m, E]`."""
+    """Entries `[B, H, n, E, D]` for each row; the mask `hidden` broadcasts to `[n, m, E]`."""
     logits = (q @ keys.transpose(-1, -2)).masked_fill(hidden, float("-inf"))
     return Part(logits, lambda weights: weights @ values)
 
 
 def along_columns(q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor) -> Part:
-    """Each column's own entries: `[B, H, E, m, D]`; `hidden` fits `[n, m, E]`."""
+    """Entries `[B, H, E, m, D]` for each column; the mask `hidden` broadcasts to `[n, m, E]`."""
     keys, values = keys.transpose(2, 3), values.transpose(2, 3)
     logits = (q.transpose(2, 3) @ keys.transpose(-1, -2)).transpose(2, 3)
     return Part(
@@ -111,7 +111,7 @@ def attend_parts(parts: Sequence[Part], length: int) -> Tensor:
 
 
 def attend_entries(q: Tensor, entries: Sequence[Entries]) -> Tensor:
-    """One softmax over all lists: `[B, H, T, D]`."""
+    """One softmax over all entries: `[B, H, T, D]`."""
     keys, values = (
         torch.cat([getattr(e, name) for e in entries], dim=2) for name in ("keys", "values")
     )
@@ -119,12 +119,12 @@ def attend_entries(q: Tensor, entries: Sequence[Entries]) -> Tensor:
 
 
 def summaries_of_earlier(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """For every token of a line, the summary of those before it: keys and values `[…, E, D]`.
+    """For every token of a line, a summary of the tokens before it: keys and values `[…, E, D]`.
 
-    The first one has none before it; what stands there is finite and to be hidden.
+    For the first token the result is finite but has no meaning; the caller must mask it.
     """
     query, key = (torch.cat((y[..., :1, :], cumulative_max(y)[..., :-1, :]), -2) for y in (q, k))
-    hidden = future(q.shape[-2] + 1, q.device)[:-1, 1:]  # the token itself, and those after it
+    hidden = future(q.shape[-2] + 1, q.device)[:-1, 1:]  # the token itself and later tokens
     hidden = hidden & (torch.arange(q.shape[-2], device=q.device) > 0)[:, None]
     logits = (query @ k.transpose(-1, -2)).masked_fill(hidden, float("-inf"))
     return key, softmax(logits).to(v.dtype) @ v

@@ -1,6 +1,7 @@
-"""Combiner-Axial, horizontal: both axes raw, every earlier row as two summaries (3.6).
+"""Combiner-Axial, horizontal: raw tokens on both axes, two summaries of every earlier row.
 
-One of its tokens left of the reader's column, one of those right of it, as in the released mixture.
+One summary is of the tokens left of the reading token's column, the other of the tokens right of
+it, as in the released mixture.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _SIDES = ("left_keys", "left_values", "right_keys", "right_values")
 
 
 class AxialHorizontal(Pattern):
-    """Entries m + 3n at most; state six vectors per token: three times full attention's."""
+    """At most m + 3n entries; state of six vectors per token, thrice that of full attention."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -52,7 +53,7 @@ class AxialHorizontal(Pattern):
         return attend_parts([*self.grid.parts(q, k, v), *self.summaries(q, k, v)], x.shape[1])
 
     def summaries(self, q: Tensor, k: Tensor, v: Tensor) -> list[Part]:
-        """Both sides of all earlier rows, in the parallel forward."""
+        """Summaries of both sides of all earlier rows, in the parallel forward."""
         rows = torch.arange(q.shape[2], device=q.device)
         columns = torch.arange(self.grid.width, device=q.device)[:, None]
         later = rows >= rows[:, None, None]  # [n, 1, n]
@@ -67,7 +68,7 @@ class AxialHorizontal(Pattern):
         return *self.grid.state(), *self.summary_state()
 
     def summary_state(self) -> tuple[StateTensor, ...]:
-        """Both sides of every token of the finished rows, and the queries of the open row."""
+        """Both summaries for every token of the finished rows, and the queries of the open row."""
         queries = (self.grid.width, self.grid.heads, self.grid.dim)
         return (
             *(StateTensor(name, "history", self.grid.history) for name in _SIDES),
@@ -85,7 +86,7 @@ class AxialHorizontal(Pattern):
         return out, {**raw, **self.open_row(q, place.positions, state)}
 
     def summary_entries(self, positions: Tensor, state: State) -> list[Entries]:
-        """Both sides of all earlier rows."""
+        """Summaries of both sides of all earlier rows, in a decode step."""
         column = positions[..., None] % self.grid.width
         left = self.grid.above(positions, state["left_keys"], state["left_values"])
         right = self.grid.above(positions, state["right_keys"], state["right_values"])
@@ -95,9 +96,9 @@ class AxialHorizontal(Pattern):
         ]
 
     def open_row(self, q: Tensor, positions: Tensor, state: State) -> State:
-        """The open row's queries, which its summaries need, and zeros where those will stand.
+        """Queries of the open row, for its summaries later, and zeros in place of the summaries.
 
-        Without the zeros a copy of the state would hold what another stream left there.
+        Without the zeros, a copy of the state would contain data of another stream.
         """
         q = q.transpose(1, 2)
         empty = {name: write(state[name], torch.zeros_like(q), positions) for name in _SIDES}
@@ -113,6 +114,6 @@ class AxialHorizontal(Pattern):
 
 
 def _sides(q: Tensor, k: Tensor, v: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Keys and values `[…, m, D]` of all that lies left, and right, of each token of a row."""
+    """Summaries (keys and values `[…, m, D]`) of what is left and right of each token of a row."""
     keys, values = summaries_of_earlier(*(y.flip(-2) for y in (q, k, v)))
     return summaries_of_earlier(q, k, v), (keys.flip(-2), values.flip(-2))

@@ -1,8 +1,8 @@
 """Combiner-Logsparse, exact and hierarchical: one entry per set bit of the position.
 
 A token at position i attends to itself and to the spans of the binary decomposition of i: for every
-set bit l, the 2^l tokens that begin where the bits above l say (a Fenwick tree; combiner.md 3.2).
-As a cache that is a stack which folds like a binary counter counts.
+set bit l, 2^l tokens that begin at i with the bits up to l cleared (a Fenwick tree). The cache is a
+stack that folds like the carries of a binary counter.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ Spans = tuple[Tensor, Tensor, Tensor]
 
 
 class Logsparse(Pattern):
-    """The paper's function: a span's value is the expectation over all of its tokens.
+    """The paper's function: the value of a span is the expectation over all of its tokens.
 
-    A parent's value does not follow from its children's, so the raw keys and values stay in a
-    history: state grows with L, the entries attended with log L.
+    The values of two halves do not determine that of the whole, so a history keeps the raw keys and
+    values. State grows with L, the number of entries with log L.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -49,7 +49,7 @@ class Logsparse(Pattern):
         q, k, v = (F.pad(y, padding) for y in (q, k, v))
         logits, summaries, level = [(q * k).sum(dim=-1)], [], (q, k, v)
         for bit in range(bits):
-            # Of two neighbours the left one is read, by every token of the right one.
+            # Of two neighbouring spans, every token of the right one reads the left one.
             left_k, left_v = (y[:, :, ::2, None] for y in level[1:])  # [B, H, pairs, 1, D]
             readers = q.unflatten(2, (-1, 2, 1 << bit))[:, :, :, 1]  # [B, H, pairs, 2^bit, D]
             seen = (readers @ left_k.transpose(-1, -2)).squeeze(-1)
@@ -65,7 +65,7 @@ class Logsparse(Pattern):
         return out[:, :, :length]
 
     def merge(self, level: Spans, tokens: Spans) -> Spans:
-        """The spans of the next level, each of two neighbours; `tokens` are the raw ones."""
+        """The spans of the next level, each made of two; `tokens` are raw q, k, v."""
         q, k = (y.unflatten(2, (-1, 2)).amax(dim=3) for y in level[:2])
         raw_k, raw_v = (y.unflatten(2, (q.shape[2], -1)) for y in tokens[1:])
         return q, k, expectation(q, raw_k, raw_v)
@@ -101,10 +101,10 @@ class Logsparse(Pattern):
 
 
 class HierarchicalLogsparse(Logsparse):
-    """Our own variant, not the paper's function: a span's value mixes those of its two halves.
+    """Our own variant, not in the paper: the value of a span mixes the values of its two halves.
 
-    p(j|S) = p(j|half) p(half|S), by the paper's remark in 3.1 (combiner.md 1.8 and 3.3). Summaries
-    merge, nothing raw is kept, and state grows with log L. It has to be trained as such.
+    p(j|S) = p(j|half) p(half|S), as the paper remarks in section 3.1. Summaries merge, no raw
+    tokens are kept, and state grows with log L. A model must be trained with this variant.
     """
 
     def merge(self, level: Spans, tokens: Spans) -> Spans:
@@ -128,16 +128,16 @@ class HierarchicalLogsparse(Logsparse):
     def fold(self, state: State) -> State:
         """See Pattern.
 
-        The newest entry swallows the others one by one, newest first. With `a` the logit of entry
-        j and `b` that of what was swallowed before it, entry j enters with weight sigmoid(a - b),
-        and every later, that is lower, merge scales it down. So nothing has to be done in turn.
+        The newest entry merges with the others one by one, newest first. If `a` is the logit of
+        entry j and `b` that of what is merged so far, entry j gets the weight sigmoid(a - b), and
+        every later merge (with a lower entry) scales it down. So the weights need no loop.
         """
         q, k, v = state["queries"], state["keys"], state["values"]  # [B, H, E, D]
-        newer = future(q.shape[2], q.device).T[..., None]  # not to be in an entry's own maximum
+        newer = future(q.shape[2], q.device).T[..., None]  # not part of the maximum of an entry
         query, key = (y.unsqueeze(2).masked_fill(newer, NEVER).amax(dim=3) for y in (q, k))
         ahead = ((query * k)[:, :, :-1] - query[:, :, :-1] * key[:, :, 1:]).sum(dim=-1)  # a - b
-        left_alone = F.pad(F.logsigmoid(-ahead).cumsum(dim=-1), (1, 0))  # by all lower merges
-        taken = F.pad(F.logsigmoid(ahead), (0, 1))  # the newest entry is there from the start
+        left_alone = F.pad(F.logsigmoid(-ahead).cumsum(dim=-1), (1, 0))  # by all later merges
+        taken = F.pad(F.logsigmoid(ahead), (0, 1))  # the merges begin with the newest entry
         weights = (left_alone + taken).exp().to(v.dtype)
         return {
             "keys": key[:, :, :1],
@@ -147,7 +147,7 @@ class HierarchicalLogsparse(Logsparse):
 
 
 def _most_bits(limit: int) -> int:
-    """The most set bits that any number below `limit` has."""
+    """The largest number of set bits of any number below `limit`."""
     last = limit - 1
     lower = [(last >> bit << bit) - 1 for bit in range(last.bit_length()) if last >> bit & 1]
     return max(number.bit_count() for number in (last, *lower))

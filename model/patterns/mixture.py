@@ -1,7 +1,7 @@
-"""Combiner-Mixture: the vertical and the horizontal partition together (3.7).
+"""Combiner-Mixture: the vertical and the horizontal partition together.
 
-As released, one softmax over both, in which every token off the axes is covered twice. The paper
-describes the average of two attentions instead; that is another function, under another name.
+`mixture`, as in the released code, has one softmax over both, so that it covers every token off the
+axes twice. `mixture-averaged`, as the paper describes it, is the average of two attentions.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from model.patterns.vertical import AxialVertical
 
 
 class Mixture(Pattern):
-    """Entries 2m + 3n at most; state six vectors per token and six per column."""
+    """At most 2m + 3n entries; state of six vectors per token and six per column."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Mixture(Pattern):
         self.vertical, self.horizontal = AxialVertical(config), AxialHorizontal(config)
 
     def support(self, position: int) -> Support:
-        """The union: what is off both axes lies in two spans."""
+        """See Pattern. Tokens off both axes are in two spans."""
         columns, sides = (p.support(position) for p in (self.vertical, self.horizontal))
         return Support.of(columns.direct, columns.spans + sides.spans)
 

@@ -1,4 +1,4 @@
-"""What a pattern is: index sets, the parallel forward they define, and the state that decodes it.
+"""The interface of a pattern: index sets, the parallel forward, and the state used in decoding.
 
 Shapes: `B` batch, `H` heads, `T` tokens, `D` head_dim, `L` context.
 """
@@ -17,16 +17,16 @@ State = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Support:
-    """What one token attends to: single tokens, and whole spans (arXiv 2107.05768, eq. 4)."""
+    """What one token attends to: single tokens and whole spans (arXiv 2107.05768, eq. 4)."""
 
     direct: tuple[int, ...]
-    """Omega^0; the token itself is in it."""
+    """Omega^0, which includes the token itself."""
     spans: tuple[tuple[int, ...], ...] = ()
-    """Omega^1 … Omega^n, oldest first. Not empty."""
+    """Omega^1 … Omega^n, oldest first. No span is empty."""
 
     @classmethod
     def of(cls, direct: Iterable[int], spans: Iterable[Sequence[int]] = ()) -> Support:
-        """From anything that can be iterated; empty spans are left out."""
+        """A Support from any iterables; empty spans are left out."""
         return cls(tuple(direct), tuple(tuple(span) for span in spans if len(span)))
 
 
@@ -34,8 +34,8 @@ class Support:
 class StateTensor:
     """One tensor of a layer's decode state, for one stream.
 
-    A `stack` is `[H, entries, D]`, a `history` `[L, …]` with one row per token, a `recurrent`
-    tensor has any shape. What a kind means is said in the manifest's contract.
+    A `stack` is `[H, entries, D]`, a `history` is `[L, …]` with one row per token, and a
+    `recurrent` tensor has any shape. `StateKind` in bundle.proto defines the kinds.
     """
 
     name: str
@@ -46,11 +46,11 @@ class StateTensor:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A fold is due whenever the number of tokens is a multiple of `span`; no step crosses one.
+    """A fold is due whenever the number of tokens is a multiple of `span`; no step crosses a fold.
 
-    It takes the newest `span` entries of every stack and of every history; or, when `binary`,
-    1 + z entries of a stack and 2^z of a history, where 2^z is the largest power of two that
-    divides the number of tokens: the carries of a binary counter.
+    It takes the newest `span` entries of every stack and `span` rows of every history. If `binary`,
+    it takes 1 + z entries and 2^z rows, where 2^z is the largest power of two that divides the
+    number of tokens, like the carries of a binary counter.
     """
 
     span: int
@@ -58,35 +58,37 @@ class Schedule:
 
 
 class Push(Protocol):
-    """Pushes T tokens onto the stacks of keys and values and attends: the decode kernel."""
+    """The decode kernel: pushes T tokens onto the stacks of keys and values, then attends."""
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`[B, H, T, D]` and stacks `[B, H, E, D]` to what was read, and the stacks after."""
+        """Output `[B, H, T, D]` and the new stacks, from q, k, v `[B, H, T, D]` and stacks
+        `[B, H, E, D]`.
+        """
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where the T new tokens of B streams belong."""
+    """Where T new tokens of B streams go."""
 
     positions: Tensor
     """Absolute positions, `[B, T]`, int64."""
     lengths: Tensor
-    """Valid entries of every stack once they are pushed, `[B]`."""
+    """Valid entries of every stack after the push, `[B]`."""
     push: Push
-    """The kernel, bound to `lengths`."""
+    """The decode kernel for these `lengths`."""
 
 
 class Pattern(nn.Module, ABC):
-    """Attention of one layer. Queries are divided by sqrt(D) before they come here."""
+    """Attention of one layer. The caller has already divided the queries by sqrt(D)."""
 
     schedule: Schedule | None = None
-    """When the state folds; None for patterns that never do."""
+    """When the state folds; None if it never folds."""
 
     @abstractmethod
     def support(self, position: int) -> Support:
-        """The index sets of the token at `position`, counted from 0."""
+        """The index sets of the token at `position`; positions count from 0."""
 
     @abstractmethod
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
@@ -94,19 +96,20 @@ class Pattern(nn.Module, ABC):
 
     @abstractmethod
     def state(self) -> tuple[StateTensor, ...]:
-        """What a stream keeps. Raises ValueError for a pattern that cannot decode."""
+        """The decode state of one stream. Raises ValueError for a pattern that cannot decode."""
 
     @abstractmethod
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, place: Place, state: State
     ) -> tuple[Tensor, State]:
-        """T more tokens of each stream: what they read, and those state tensors that changed."""
+        """Decode T more tokens of each stream: the attention output, and the changed state."""
 
     def fold(self, state: State) -> State:
-        """Those state tensors that a due fold changes.
+        """The state tensors that a fold changes.
 
-        Stacks `[B, H, entries, D]` and histories `[B, tokens, …]` come as the newest part that the
-        schedule names, recurrent tensors whole. A stack comes back as the one entry `[B, H, 1, D]`
-        that replaces that part, a history as the part itself, changed.
+        `state` has the newest part of each stack `[B, H, entries, D]` and history
+        `[B, tokens, …]`, as long as the schedule says, and the whole of each recurrent tensor. For
+        a stack, the result is the one entry `[B, H, 1, D]` that replaces the part; for a history,
+        it is the new content of the part.
         """
         raise NotImplementedError

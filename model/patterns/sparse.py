@@ -1,7 +1,7 @@
-"""The sparse patterns that the paper starts from, without summaries: yardsticks.
+"""The sparse patterns that the paper starts from, without summaries, as baselines.
 
-Most of the past is out of a token's sight, so all that can be read later stays in a history. The
-sparse form of Fixed is in fixed.py: it folds.
+A token attends to few earlier tokens, but each of them can be needed later, so a history keeps
+them all. The sparse form of Fixed is in fixed.py, because it folds.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from model.patterns.pattern import Pattern, Place, State, StateTensor, Support
 
 
 class _Listed(Pattern):
-    """Attends to a list of single tokens out of the history."""
+    """Attends to a list of single tokens of the history."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class _Listed(Pattern):
 
     @abstractmethod
     def listed(self, positions: Tensor) -> Tensor:
-        """Tokens that each of `positions[B, T]` attends to, `[B, T, E]`; below 0 there is none."""
+        """Tokens that each of `positions[B, T]` attends to, `[B, T, E]`; ignore those below 0."""
 
     def state(self) -> tuple[StateTensor, ...]:
         """See Pattern."""
@@ -49,7 +49,7 @@ class _Listed(Pattern):
 
 
 class SparseLogsparse(_Listed):
-    """Itself and the tokens 1, 2, 4, 8 … before (Li et al. 2019)."""
+    """The token itself and those 1, 2, 4, 8, … positions before it (Li et al. 2019)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
@@ -81,7 +81,7 @@ class SparseLogsparse(_Listed):
 
 
 class SparseStrided(_Listed):
-    """The last `span` tokens, its own too, and every span-th before them (Child et al. 2019)."""
+    """The last `span` tokens, itself included, and every span-th before (Child et al. 2019)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
@@ -100,7 +100,7 @@ class SparseStrided(_Listed):
         before_k, before_v = (F.pad(y[:, :, :-1], (0, 0, 0, 0, 1, 0)) for y in (kb, vb))
         later = future(self.span, device)
         own = (qb @ kb.transpose(-1, -2)).masked_fill(later, float("-inf"))
-        # Of the block before, the window has what is later than its own offset.
+        # Of the block before, the window has the tokens with a larger offset than the token's own.
         last = (qb @ before_k.transpose(-1, -2)).masked_fill(~later, float("-inf"))
         last[:, :, 0] = float("-inf")
         qc, kc, vc = (y.transpose(2, 3) for y in (qb, kb, vb))  # [B, H, s, n, D]
@@ -119,7 +119,7 @@ class SparseStrided(_Listed):
 
 
 class SparseAxial(Pattern):
-    """Own row up to the token, and own column above it (Ho et al. 2019)."""
+    """The own row up to the token, and the own column above it (Ho et al. 2019)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Combiner-Axial, vertical: both axes raw, every other column above as one summary (3.5)."""
+"""Combiner-Axial, vertical: raw tokens on both axes, one summary of every other column above."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from model.patterns.pattern import Pattern, Place, Schedule, State, StateTensor,
 
 
 class AxialVertical(Pattern):
-    """Entries 2m + n at most; state two vectors per token and five per column.
+    """At most 2m + n entries; state of two vectors per token and five per column.
 
-    A column's summary changes with every row. Those that the current row reads must not know of it,
-    so what is `live` becomes what is read only when the row is complete.
+    Every row changes the summary of a column, but the tokens of the open row must not see that. So
+    the `live` tensors include the open row, and are copied to the `column` tensors, which tokens
+    read, when the row is complete.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -44,7 +45,7 @@ class AxialVertical(Pattern):
         return attend_parts([*self.grid.parts(q, k, v), self.summaries(q, k, v)], x.shape[1])
 
     def summaries(self, q: Tensor, k: Tensor, v: Tensor) -> Part:
-        """The other columns, in the parallel forward."""
+        """Summaries of the other columns, in the parallel forward."""
         keys, values = summaries_of_earlier(*(y.transpose(2, 3) for y in (q, k, v)))
         own = torch.eye(self.grid.width, dtype=torch.bool, device=q.device)
         first = (torch.arange(q.shape[2], device=q.device) == 0)[:, None, None]
@@ -55,7 +56,7 @@ class AxialVertical(Pattern):
         return *self.grid.state(), *self.summary_state()
 
     def summary_state(self) -> tuple[StateTensor, ...]:
-        """One line of each tensor per column."""
+        """One row of each tensor per column."""
         line = (self.grid.width, self.grid.heads, self.grid.dim)
         return (
             StateTensor("live_queries", "recurrent", line, NEVER),
@@ -76,7 +77,7 @@ class AxialVertical(Pattern):
         return out, {**raw, **self.go_live(q, k, v, above, place.positions, state)}
 
     def summary_entries(self, positions: Tensor, state: State) -> Entries:
-        """The other columns as they were when the row began."""
+        """Summaries of the other columns, as of the start of the row, in a decode step."""
         width = self.grid.width
         others = torch.arange(width, device=positions.device) != positions[..., None] % width
         valid = others & (positions[..., None] >= width)
@@ -87,7 +88,7 @@ class AxialVertical(Pattern):
     def go_live(
         self, q: Tensor, k: Tensor, v: Tensor, above: Entries, positions: Tensor, state: State
     ) -> State:
-        """Add each token to the live summary of its column."""
+        """The live summaries of the columns, with each token added to its own column."""
         columns = positions % self.grid.width
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # [B, T, H, D]
         query, key = (

@@ -1,28 +1,24 @@
-"""What every handler needs: the caller's engine, the way a stream is sent, and how to refuse.
+"""What every handler needs of a call: who calls, for which model, and how to refuse.
 
-A handler never lets an exception out, since some homes would send its text to the client: a refused
-request ends by status, a stream that was accepted ends by an event.
+A handler never lets an exception out, since some hosts would send its text to the client.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Iterable, Mapping
-from typing import Protocol
+from collections.abc import Awaitable, Iterable, Mapping
+from typing import Protocol, TypeVar
 
 import grpc
 
-from concertina.v1 import generation_service_pb2 as pb
-from server.api.convert import accepted_message, error_message, response_message
-from server.auth.api_keys import Caller
-from server.engine.engine import Engine
-from server.engine.events import HandedOver
+from server.auth.api_keys import Caller, Callers
 from server.errors import PermissionDenied, RequestError, StepFailed, UnknownModel
-from server.sessions.registry import Following
-from server.sessions.subscriber import Reader
+from server.sessions.served_model import ServedModel
 
 _log = logging.getLogger(__name__)
-_INTERNAL = "internal error; see the server's log"
+INTERNAL = "internal error; see the server's log"
+
+_Response = TypeVar("_Response")
 
 
 class Context(Protocol):
@@ -38,53 +34,19 @@ class Context(Protocol):
         """Its message."""
 
 
-async def send(
-    following: Following, sequence: int, durable: bool
-) -> AsyncGenerator[pb.GenerateResponse]:
-    """The events behind number `sequence` of a stream that is followed, until all outputs ended."""
-    engine, session, told = following.engine, following.session, set[Reader]()
-    readers = dict(zip(session.streams, following.readers, strict=True))
-    try:
-        if not sequence:
-            sequence = 1
-            accepted = accepted_message(engine.bundle, session, durable)
-            yield pb.GenerateResponse(sequence=sequence, accepted=accepted)
-        async for stream, event in engine.events_together(session.streams, following.readers):
-            response = response_message(engine.bundle, stream.request, event, sequence + 1)
-            sequence += 1
-            yield response
-            if isinstance(event, HandedOver):
-                return
-            if readers[stream].is_over:
-                told.add(readers[stream])
-    except Exception as error:
-        if isinstance(error, grpc.RpcError):  # the client is gone; there is nobody to tell
-            raise
-        _log.exception("stream %s failed", session.terms.stream_id)
-        for reader in following.readers:
-            if reader not in told and not reader.received.ended:
-                sequence += 1
-                failed = StepFailed(_INTERNAL)
-                yield response_message(engine.bundle, reader.request, failed, sequence)
-    finally:
-        engine.leave(session, following.readers)
+def caller_of(callers: Callers, context: Context) -> Caller:
+    """Who makes the call. Raises Unauthenticated."""
+    return callers.of(context.invocation_metadata())
 
 
-def refusal(error: Exception, sequence: int = 0) -> pb.GenerateResponse | None:
-    """What is sent in-band before a stream is refused for now."""
-    if isinstance(error, RequestError) and error.retryable:
-        return pb.GenerateResponse(sequence=sequence + 1, error=error_message(error))
-    return None
+def visible(models: Mapping[str, ServedModel], caller: Caller) -> dict[str, ServedModel]:
+    """The models that the caller may use."""
+    return {name: model for name, model in models.items() if caller.may_use(name)}
 
 
-def visible(engines: Mapping[str, Engine], caller: Caller) -> dict[str, Engine]:
-    """The engines that the caller may use."""
-    return {name: engine for name, engine in engines.items() if caller.may_use(name)}
-
-
-def find(engines: Mapping[str, Engine], caller: Caller, name: str) -> Engine:
-    """The engine of that name, or the only one. Raises UnknownModel, PermissionDenied."""
-    seen = visible(engines, caller)
+def find(models: Mapping[str, ServedModel], caller: Caller, name: str) -> ServedModel:
+    """The model of that name, or the only one. Raises UnknownModel, PermissionDenied."""
+    seen = visible(models, caller)
     if name in seen:
         return seen[name]
     known = ", ".join(sorted(seen)) or "none"
@@ -93,7 +55,7 @@ def find(engines: Mapping[str, Engine], caller: Caller, name: str) -> Engine:
         raise PermissionDenied(f"{reason}; of those served, it is for: {known}")
     if name:
         raise UnknownModel(f"model {name[:100]!r} is not served here; these are: {known}")
-    if not engines:
+    if not models:
         raise UnknownModel("no model is served here yet; try again later")
     if not seen:
         raise PermissionDenied(f"key {caller.name!r} is for none of the models served here")
@@ -106,6 +68,15 @@ def refuse(context: Context, error: Exception) -> None:
     """End a call with the status of `error`."""
     if not isinstance(error, RequestError):
         _log.error("a request failed", exc_info=error)
-        error = StepFailed(_INTERNAL)
-    context.set_code(error.code)
+        error = StepFailed(INTERNAL)
+    context.set_code(grpc.StatusCode[error.status])
     context.set_details(error.message)
+
+
+async def answer(context: Context, response: Awaitable[_Response]) -> _Response | None:
+    """The response of a call, or its refusal."""
+    try:
+        return await response
+    except Exception as error:
+        refuse(context, error)
+        return None

@@ -1,4 +1,4 @@
-"""What the engine's words are on the wire: protobuf messages from events, and back."""
+"""What the server knows, as messages of the API."""
 
 from __future__ import annotations
 
@@ -10,20 +10,11 @@ from google.protobuf.duration_pb2 import Duration
 
 from concertina.v1 import generation_service_pb2 as pb
 from server.bundles.bundle import Bundle
-from server.engine.events import (
-    Delta,
-    Event,
-    Finish,
-    FinishReason,
-    HandedOver,
-    PromptLogprobs,
-    Request,
-    Scored,
-)
-from server.engine.sampling.logits_processors import LogitRules
-from server.engine.sampling.logprobs import TokenLogprobs
+from server.checkpoint import Finish, FinishReason, TokenLogprobs
+from server.engine.updates import HandedOver, Scored
 from server.errors import RequestError
-from server.sessions.table import Session
+from server.request import Lease, LogitsProcessors, Request
+from server.sessions.subscriber import Delta, Event, PromptLogprobs
 
 _REASONS = {
     FinishReason.END: pb.FINISH_REASON_END,
@@ -32,14 +23,66 @@ _REASONS = {
     FinishReason.TIME_LIMIT: pb.FINISH_REASON_TIME_LIMIT,
     FinishReason.PAUSED: pb.FINISH_REASON_PAUSED,
 }
-MAX_SECONDS = 10**10  # protobuf has room for more, but no stream has
-_BY_NUMBER = {number: reason for reason, number in _REASONS.items()}
 
 
-def accepted_message(bundle: Bundle, session: Session, durable: bool) -> pb.Accepted:
+def accepted_message(bundle: Bundle, lease: Lease, durable: bool) -> pb.Accepted:
     """What was accepted, with every default filled in."""
-    streams, terms = session.streams, session.terms
-    request = streams[0].request
+    request = lease.requests[0]
+    return pb.Accepted(
+        keep=duration(lease.keep_s) if lease.keep_s else None,
+        durable=durable,
+        stream_id=lease.stream_id,
+        model=bundle.name,
+        fingerprint=bundle.fingerprint,
+        sampling=_sampling_message(request),
+        stopping=_stopping_message(bundle, request),
+        prompt_tokens=len(request.prompt),
+        output=_output_message(lease),
+        priority=request.priority,
+    )
+
+
+def request_message(bundle: Bundle, lease: Lease) -> pb.GenerateRequest:
+    """The request that a stream was accepted for, so that parts of it can be asked for anew.
+
+    Where `max_tokens` is all that the context has left, it is left out.
+    """
+    request = lease.requests[0]
+    message = pb.GenerateRequest(
+        sampling=_sampling_message(request),
+        stopping=_stopping_message(bundle, request),
+        output=_output_message(lease),
+        priority=request.priority,
+    )
+    if request.last_position == bundle.context:
+        message.stopping.ClearField("max_tokens")
+    if len(request.prompt):
+        message.prompt.tokens.ids.extend(request.prompt.tokens.tolist())
+    if (label := bundle.label_of(request.prompt.start)) is not None:
+        message.prompt.label = label
+    return message
+
+
+def _sampling_message(request: Request) -> pb.SamplingParameters:
+    sampling = request.sampling
+    processors = sampling.processors or LogitsProcessors()
+    return pb.SamplingParameters(
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        seed=sampling.seed,
+        typical_p=sampling.typical_p,
+        repetition_penalty=processors.repetition_penalty,
+        presence_penalty=processors.presence_penalty,
+        frequency_penalty=processors.frequency_penalty,
+        logit_bias=dict(processors.bias),
+        allowed_token_ids=processors.allowed,
+        bad_words=[bytes(word).decode() for word in processors.bad_words],
+    )
+
+
+def _stopping_message(bundle: Bundle, request: Request) -> pb.StoppingCriteria:
     stopping = pb.StoppingCriteria(
         max_tokens=request.max_tokens,
         min_tokens=request.min_tokens,
@@ -50,36 +93,16 @@ def accepted_message(bundle: Bundle, session: Session, durable: bool) -> pb.Acce
     )
     if request.time_limit_s is not None:
         stopping.time_limit.CopyFrom(duration(request.time_limit_s))
-    sampling, rules = request.sampling, request.sampling.rules or LogitRules()
-    return pb.Accepted(
-        keep=duration(terms.keep_s) if terms.keep_s else None,
-        durable=durable,
-        stream_id=terms.stream_id,
-        model=bundle.name,
-        fingerprint=bundle.manifest.fingerprint,
-        sampling=pb.SamplingParameters(
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            min_p=sampling.min_p,
-            seed=sampling.seed,
-            typical_p=sampling.typical_p,
-            repetition_penalty=rules.repetition_penalty,
-            presence_penalty=rules.presence_penalty,
-            frequency_penalty=rules.frequency_penalty,
-            logit_bias=dict(rules.bias),
-            allowed_token_ids=rules.allowed,
-            bad_words=[bytes(word).decode() for word in rules.bad_words],
-        ),
-        stopping=stopping,
-        prompt_tokens=len(request.prompt) - 1,
-        output=pb.OutputOptions(
-            n=len(streams),
-            logprobs=sampling.logprobs,
-            prompt_logprobs=request.prompt_logprobs,
-            stream_interval=request.stream_interval,
-        ),
-        priority=request.priority,
+    return stopping
+
+
+def _output_message(lease: Lease) -> pb.OutputOptions:
+    request = lease.requests[0]
+    return pb.OutputOptions(
+        n=len(lease.requests),
+        logprobs=request.sampling.logprobs,
+        prompt_logprobs=request.prompt_logprobs,
+        stream_interval=request.stream_interval,
     )
 
 
@@ -91,18 +114,19 @@ def response_message(
     match event:
         case Delta(first_position=position, tokens=tokens, text=text):
             rgb = _colours(bundle, tokens) if bundle.is_image else b""
-            logprobs = logprobs_messages(event.logprobs)
+            logprobs = _logprobs_messages(event.logprobs)
             response.tokens.CopyFrom(
                 pb.Tokens(
                     first_position=position, ids=tokens, text=text, rgb=rgb, logprobs=logprobs
                 )
             )
-        case PromptLogprobs(first_position=position, logprobs=said):
+        case PromptLogprobs(first_position=position):
+            logprobs = _logprobs_messages(event.logprobs)
             response.prompt_logprobs.CopyFrom(
-                pb.PromptLogprobs(first_position=position, logprobs=logprobs_messages(said))
+                pb.PromptLogprobs(first_position=position, logprobs=logprobs)
             )
         case Finish():
-            response.finished.CopyFrom(finished_message(event, len(request.prompt) - 1))
+            response.finished.CopyFrom(_finished_message(event, len(request.prompt)))
         case HandedOver():
             response.handed_over.SetInParent()
         case RequestError():
@@ -112,17 +136,16 @@ def response_message(
     return response
 
 
-def logprobs_messages(said: Iterable[TokenLogprobs]) -> list[pb.TokenLogprobs]:
-    """How likely tokens were."""
+def _logprobs_messages(logprobs: Iterable[TokenLogprobs]) -> list[pb.TokenLogprobs]:
     return [
-        pb.TokenLogprobs(logprob=s.logprob, top_ids=s.top_ids, top_logprobs=s.top_logprobs)
-        for s in said
+        pb.TokenLogprobs(logprob=p.logprob, top_ids=p.top_ids, top_logprobs=p.top_logprobs)
+        for p in logprobs
     ]
 
 
 def error_message(error: RequestError) -> pb.Error:
     """Why a request or a stream failed."""
-    message = pb.Error(code=error.code.name, message=error.message, retryable=error.retryable)
+    message = pb.Error(code=error.status, message=error.message, retryable=error.retryable)
     if error.retry_after_s is not None:
         message.retry_after.CopyFrom(duration(error.retry_after_s))
     return message
@@ -140,7 +163,7 @@ def duration(seconds: float) -> Duration:
     return duration
 
 
-def finished_message(finish: Finish, prompt_tokens: int) -> pb.Finished:
+def _finished_message(finish: Finish, prompt_tokens: int) -> pb.Finished:
     """How an output ended well."""
     usage = pb.Usage(
         prompt_tokens=prompt_tokens,
@@ -151,26 +174,3 @@ def finished_message(finish: Finish, prompt_tokens: int) -> pb.Finished:
         state_bytes=finish.state_bytes,
     )
     return pb.Finished(reason=_REASONS[finish.reason], stop=finish.stop, usage=usage)
-
-
-def finish_from(message: pb.Finished) -> Finish:
-    """The same, back. Raises ValueError where it says what is true of no output."""
-    usage = message.usage
-    times = tuple(map(seconds, (usage.queue_time, usage.time_to_first_token, usage.total_time)))
-    queue_s, first_token_s, total_s = times
-    if message.reason not in _BY_NUMBER or not all(0 <= t <= MAX_SECONDS for t in times):
-        raise ValueError(f"reason {message.reason}, times {times}")
-    return Finish(
-        _BY_NUMBER[message.reason],
-        message.stop if message.HasField("stop") else None,
-        usage.generated_tokens,
-        queue_s,
-        first_token_s,
-        total_s,
-        usage.state_bytes,
-    )
-
-
-def seconds(duration: Duration) -> float:
-    """What protobuf has, in seconds."""
-    return float(duration.seconds + duration.nanos / 1e9)

@@ -1,165 +1,157 @@
-"""Generation and models over plain engines: protobuf in, protobuf out; neither Ray nor ONNX."""
+"""Generate, Resume and Score, and how a stream is sent: protobuf in, protobuf out.
+
+A stream that is refused ends by status; one that was accepted ends by an event.
+"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from contextlib import aclosing
-from pathlib import Path
 
+import grpc
 import numpy as np
 
 from concertina.v1 import generation_service_pb2 as pb
 from concertina.v1 import generation_service_pb2_grpc as generation_grpc
-from concertina.v1 import model_service_pb2 as model_pb
-from concertina.v1 import model_service_pb2_grpc as model_grpc
-from server.api.context import Context, find, refusal, refuse, send, visible
-from server.api.validate import resume_request, score_request
+from server.api.context import INTERNAL, Context, answer, caller_of, find, refuse
+from server.api.convert import accepted_message, error_message, response_message
+from server.api.validate import generate_request, keep_s, resume_request, score_request
 from server.auth.api_keys import Callers
 from server.auth.quota import require_room
-from server.bundles.bundle import load_bundle
-from server.config import EngineConfig
-from server.engine.engine import Engine
-from server.engine.events import Scored
-from server.errors import BundleError, RequestError
-from server.sessions.registry import Sessions
-from server.snapshots.snapshots import Keeper
+from server.engine.updates import HandedOver, Scored
+from server.errors import EngineStopped, RequestError, StepFailed
+from server.sessions.opener import SessionOpener
+from server.sessions.registry import Attachment, SessionRegistry
+from server.sessions.reviver import follow
+from server.sessions.subscriber import Subscriber
 
-
-def open_engines(
-    bundles: Sequence[Path], config: EngineConfig, keeper: Keeper | None = None
-) -> dict[str, Engine]:
-    """Verify and load `bundles`, and start an engine for each, by name.
-
-    Raises BundleError, with no engine left running, when one cannot be served.
-    """
-    loaded = [load_bundle(folder) for folder in bundles]
-    names = [bundle.name for bundle in loaded]
-    for bundle in loaded:
-        if names.count(bundle.name) > 1:
-            raise BundleError(f"{bundle.folder}: another bundle is named {bundle.name!r}, too")
-    engines: dict[str, Engine] = {}
-    try:
-        for bundle in loaded:
-            engines[bundle.name] = Engine(bundle, config, keeper)
-    except BaseException:
-        for engine in engines.values():
-            engine.close()
-        raise
-    return engines
+_log = logging.getLogger(__name__)
 
 
 class GenerationServicer(generation_grpc.GenerationServiceServicer):
-    """Generate, Resume and Score."""
+    """See generation_service.proto."""
 
-    def __init__(self, sessions: Sessions, callers: Callers) -> None:
-        self._sessions = sessions
-        self._engines = sessions.engines
+    def __init__(self, registry: SessionRegistry, opener: SessionOpener, callers: Callers) -> None:
+        self._registry = registry
+        self._opener = opener
         self._callers = callers
 
     async def Generate(
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncIterator[pb.GenerateResponse]:
-        """One stream; see generation_service.proto."""
-        try:
-            caller = self._callers.of(context)
-            engine = find(self._engines, caller, request.model)
-            following = await self._sessions.start(engine, request, caller)
-        except Exception as error:
-            if (said := refusal(error)) is not None:
-                yield said
-            refuse(context, error)
-            return
-        durable = self._sessions.is_durable(following.session)
-        async with aclosing(send(following, 0, durable)) as responses:
+        """One stream."""
+        opening = self._open(request, context)
+        async with aclosing(stream(self._registry, opening, context)) as responses:
             async for response in responses:
                 yield response
 
     async def Resume(
         self, request: pb.ResumeRequest, context: Context
     ) -> AsyncIterator[pb.GenerateResponse]:
-        """The rest of a stream; see generation_service.proto."""
-        try:
-            caller = self._callers.of(context)
-            received = resume_request(request)
-            if self._sessions.held(request.stream_id, caller.name) is None:
-                more = sum(not had.ended for had in received) or 1
-                require_room(caller, self._sessions.running, more)
-            following = await self._sessions.follow(request.stream_id, caller.name, received)
-        except Exception as error:
-            if (said := refusal(error, request.after_sequence)) is not None:
-                yield said
-            refuse(context, error)
-            return
-        durable = self._sessions.is_durable(following.session)
-        async with aclosing(send(following, request.after_sequence, durable)) as responses:
+        """The rest of a stream."""
+        following, sequence = self._follow(request, context), request.after_sequence
+        async with aclosing(stream(self._registry, following, context, sequence)) as responses:
             async for response in responses:
                 yield response
 
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse | None:
-        """Bits per token; see generation_service.proto."""
+        """Bits per token."""
+        return await answer(context, self._score(request, context))
+
+    async def _open(self, request: pb.GenerateRequest, context: Context) -> Attachment:
+        caller = caller_of(self._callers, context)
+        model = find(self._registry.models, caller, request.model)
+        if not request.idempotency_key:  # with one, there may be nothing to take on
+            model.require_room()  # first, since it costs least: refusals come in floods
+        requests = generate_request(model.bundle, request, model.config)
+        return await self._opener.start(
+            model,
+            requests,
+            caller,
+            keep_s(request),
+            request.idempotency_key,
+            draws_seed=not request.sampling.HasField("seed"),
+        )
+
+    async def _follow(self, request: pb.ResumeRequest, context: Context) -> Attachment:
+        caller = caller_of(self._callers, context)
+        cursors = resume_request(request)
+        if self._registry.held(request.stream_id, caller.name) is None:
+            more = sum(not cursor.ended for cursor in cursors) or 1
+            require_room(caller, self._registry.running, more)
+        return await follow(self._registry, request.stream_id, caller.name, cursors)
+
+    async def _score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
+        caller = caller_of(self._callers, context)
+        model = find(self._registry.models, caller, request.model)
+        model.require_room()
+        require_room(caller, self._registry.running, 1)
+        session = model.submit(score_request(model.bundle, request), caller.name)
         try:
-            caller = self._callers.of(context)
-            engine = find(self._engines, caller, request.model)
-            engine.require_room()
-            require_room(caller, self._sessions.running, 1)
-            stream = engine.submit(score_request(engine.bundle, request), caller.name)
-        except Exception as error:
-            refuse(context, error)
-            return None
-        try:
-            async for event in engine.events(stream):
+            async for _, event in model.events(session):
+                if isinstance(event, RequestError):
+                    raise event
                 if isinstance(event, Scored):
                     return pb.ScoreResponse(
                         bits_per_token=float(np.mean(event.bits)),
                         bits=event.bits,
-                        model=engine.bundle.name,
-                        fingerprint=engine.bundle.manifest.fingerprint,
+                        model=model.bundle.name,
+                        fingerprint=model.bundle.fingerprint,
                     )
-                if isinstance(event, RequestError):
-                    refuse(context, event)
-        except Exception as error:
-            refuse(context, error)
-            return None
         finally:
-            engine.cancel(stream)
-        return None
+            model.cancel(session)
+        raise EngineStopped("the stream ended before it was scored; try again later")
 
 
-class ModelServicer(model_grpc.ModelServiceServicer):
-    """ListModels and GetModel."""
-
-    def __init__(self, engines: Mapping[str, Engine], callers: Callers) -> None:
-        self._engines = engines
-        self._callers = callers
-
-    async def ListModels(
-        self, request: model_pb.ListModelsRequest, context: Context
-    ) -> model_pb.ListModelsResponse | None:
-        """Every model that the caller may use, by name."""
-        try:
-            seen = visible(self._engines, self._callers.of(context))
-        except RequestError as error:
-            refuse(context, error)
-            return None
-        models = [_model(engine) for _, engine in sorted(seen.items())]
-        return model_pb.ListModelsResponse(models=models)
-
-    async def GetModel(
-        self, request: model_pb.GetModelRequest, context: Context
-    ) -> model_pb.GetModelResponse | None:
-        """One model."""
-        try:
-            engine = find(self._engines, self._callers.of(context), request.model)
-            return model_pb.GetModelResponse(model=_model(engine))
-        except RequestError as error:
-            refuse(context, error)
-            return None
+async def stream(
+    registry: SessionRegistry,
+    attaching: Awaitable[Attachment],
+    context: Context,
+    sequence: int = 0,
+) -> AsyncGenerator[pb.GenerateResponse]:
+    """The responses of a call that streams, behind number `sequence`; or its refusal."""
+    try:
+        attachment = await attaching
+    except Exception as error:
+        if isinstance(error, RequestError) and error.retryable:
+            yield pb.GenerateResponse(sequence=sequence + 1, error=error_message(error))
+        refuse(context, error)
+        return
+    durable = registry.is_durable(attachment.session)
+    async with aclosing(send(attachment, sequence, durable)) as responses:
+        async for response in responses:
+            yield response
 
 
-def _model(engine: Engine) -> model_pb.Model:
-    return model_pb.Model(
-        manifest=engine.bundle.manifest,
-        slots=engine.config.slots,
-        queue_limit=engine.config.queue_limit,
-        max_state_bytes=engine.bundle.max_state_bytes,
-    )
+async def send(
+    attachment: Attachment, sequence: int, durable: bool
+) -> AsyncGenerator[pb.GenerateResponse]:
+    """The events behind number `sequence` of a stream, until all outputs have ended."""
+    model, session = attachment.model, attachment.session
+    over = set[Subscriber]()
+    subscribers = dict(zip(session.streams, attachment.subscribers, strict=True))
+    try:
+        if not sequence:
+            sequence = 1
+            accepted = accepted_message(model.bundle, session.lease, durable)
+            yield pb.GenerateResponse(sequence=sequence, accepted=accepted)
+        async for output, event in model.events(session, attachment.subscribers):
+            response = response_message(model.bundle, output.request, event, sequence + 1)
+            sequence += 1
+            yield response
+            if isinstance(event, HandedOver):
+                return
+            if subscribers[output].is_over:
+                over.add(subscribers[output])
+    except Exception as error:
+        if isinstance(error, grpc.RpcError):  # the client is gone; there is nobody to tell
+            raise
+        _log.exception("stream %s failed", session.lease.stream_id)
+        for subscriber in attachment.subscribers:
+            if subscriber not in over and not subscriber.cursor.ended:
+                sequence += 1
+                failed = StepFailed(INTERNAL)
+                yield response_message(model.bundle, subscriber.request, failed, sequence)
+    finally:
+        attachment.leave()

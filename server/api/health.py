@@ -1,20 +1,18 @@
-"""grpc.health.v1 over the engines: serving as long as every engine lives, be there any or none."""
+"""grpc.health.v1 over the models: serving as long as every engine lives, be there any or none."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from concertina.v1 import generation_service_pb2, model_service_pb2, session_service_pb2
-
-if TYPE_CHECKING:
-    from server.api.context import Context
-    from server.engine.engine import Engine
+from server.api.context import Context
+from server.sessions.served_model import ServedModel
 
 SERVICES: Final = (
     generation_service_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
@@ -30,8 +28,8 @@ _Response = health_pb2.HealthCheckResponse
 class HealthServicer(health_pb2_grpc.HealthServicer):
     """Answers for the whole server (empty name) and for each of its services."""
 
-    def __init__(self, engines: Mapping[str, Engine]) -> None:
-        self._engines = engines
+    def __init__(self, models: Mapping[str, ServedModel]) -> None:
+        self._models = models
 
     async def Check(
         self, request: health_pb2.HealthCheckRequest, context: Context
@@ -57,12 +55,12 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
     def _status(self, service: str) -> int:
         if service and service not in SERVICES:
             return _Response.SERVICE_UNKNOWN
-        return _Response.SERVING if all_alive(self._engines) else _Response.NOT_SERVING
+        return _Response.SERVING if all_alive(self._models) else _Response.NOT_SERVING
 
 
-def all_alive(engines: Mapping[str, Engine]) -> bool:
+def all_alive(models: Mapping[str, ServedModel]) -> bool:
     """Whether every engine lives."""
-    return all(engine.alive for engine in list(engines.values()))  # another thread may change them
+    return all(model.alive for model in list(models.values()))  # another thread may change them
 
 
 def is_serving(address: str) -> bool:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import io
-import warnings
-
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
+from concertina.codecs.pixels import nearest, on_white, open_png, shown_rows
 from concertina.v1 import generation_service_pb2 as pb
+from server.arrays import Ints
 from server.bundles.bundle import Bundle
 from server.errors import InvalidRequest
-from server.runtime.onnx_session import Ints
+from server.request import Prompt, prompt_of
 
 _MAX_PNG_BYTES = 1 << 20
 
 
-def prompt_tokens(bundle: Bundle, prompt: pb.Prompt, *, room: int) -> Ints:
-    """The start token, then the prompt's tokens.
+def prompt_tokens(bundle: Bundle, prompt: pb.Prompt, *, room: int) -> Prompt:
+    """The prompt's tokens, behind the start token of its label.
 
     `room` is the number of tokens that must be left to generate. Raises InvalidRequest naming the
     field, the value and the limit.
@@ -45,11 +43,11 @@ def prompt_tokens(bundle: Bundle, prompt: pb.Prompt, *, room: int) -> Ints:
             f"prompt has {len(ids)} tokens, the limit is {limit}: "
             f"{bundle.name} has a context of {bundle.context} tokens{kept}"
         )
-    return np.concatenate(([_start_token(bundle, prompt)], ids))
+    return prompt_of(_start_token(bundle, prompt), ids, bundle.typecode)
 
 
 def _start_token(bundle: Bundle, prompt: pb.Prompt) -> int:
-    start: int = bundle.manifest.vocabulary
+    start: int = bundle.vocabulary
     if not prompt.HasField("label"):
         return start
     labels = list(bundle.manifest.labels)
@@ -80,7 +78,7 @@ def _from_ids(bundle: Bundle, ids: object) -> Ints:
             "prompt.tokens.ids is empty: it must hold at least 1 id; "
             "leave prompt out to start from nothing"
         )
-    vocabulary = bundle.manifest.vocabulary
+    vocabulary = bundle.vocabulary
     wrong = np.flatnonzero(tokens >= vocabulary)
     if len(wrong):
         raise InvalidRequest(
@@ -97,10 +95,7 @@ def _from_image(bundle: Bundle, image: pb.ImageRows) -> Ints:
     if form is None:
         raise InvalidRequest("prompt.image is empty: give png or rgb")
     pixels = _from_png(bundle, image.png) if form == "png" else _from_rgb(bundle, image.rgb)
-    palette = np.frombuffer(bundle.manifest.image.palette, np.uint8).reshape(-1, 3).astype(np.int64)
-    distance = ((pixels[:, None].astype(np.int64) - palette) ** 2).sum(axis=2)
-    nearest: Ints = distance.argmin(axis=1)
-    return nearest
+    return nearest(pixels, bundle.manifest.image.palette)
 
 
 def _from_png(bundle: Bundle, png: bytes) -> npt.NDArray[np.uint8]:
@@ -109,9 +104,7 @@ def _from_png(bundle: Bundle, png: bytes) -> npt.NDArray[np.uint8]:
     if len(png) > _MAX_PNG_BYTES:
         raise InvalidRequest(f"{field} has {len(png)} bytes, the limit is {_MAX_PNG_BYTES}")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            opened = Image.open(io.BytesIO(png), formats=["PNG"])
+        opened = open_png(png)
         size = opened.size
         if size[0] == form.width and size[1] <= form.height:
             rgba = opened.convert("RGBA")
@@ -122,13 +115,10 @@ def _from_png(bundle: Bundle, png: bytes) -> npt.NDArray[np.uint8]:
             f"{field} is {size[0]}x{size[1]} pixels; {bundle.name} takes images {form.width} wide "
             f"and at most {form.height} high"
         )
-    shown = np.flatnonzero(np.asarray(rgba)[:, :, 3].any(axis=1))
-    rows = int(shown[-1]) + 1 if len(shown) else 0
-    if not rows:
+    rows = shown_rows(rgba)
+    if rows is None:
         raise InvalidRequest(f"{field} is wholly transparent: at least 1 row must show")
-    white = Image.new("RGBA", size, "white")
-    white.alpha_composite(rgba)
-    return np.asarray(white)[:rows, :, :3].reshape(-1, 3)
+    return on_white(rows)
 
 
 def _from_rgb(bundle: Bundle, rgb: bytes) -> npt.NDArray[np.uint8]:

@@ -7,18 +7,21 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
 from google.protobuf.message import Message
 
 from concertina.v1 import generation_service_pb2 as pb
 from server.api.prompt import prompt_tokens
 from server.bundles.bundle import Bundle
 from server.config import EngineConfig
-from server.engine.events import Request
-from server.engine.sampling.logits_processors import LONGEST_WORD, LogitRules
-from server.engine.sampling.sampler import SamplingParameters
+from server.engine.restore import BEGINNING, ResumeCursor
 from server.errors import InvalidRequest
-from server.sessions.subscriber import NOTHING, Received
+from server.request import (
+    LONGEST_BAD_WORD,
+    LogitsProcessors,
+    Request,
+    SamplingParameters,
+    prompt_of,
+)
 
 _MAX_STOPS = 16
 _MAX_STOP_BYTES = 256
@@ -45,15 +48,15 @@ def generate_request(
     if request.HasField("prompt"):
         prompt = prompt_tokens(bundle, request.prompt, room=1)
     else:
-        prompt = np.array([bundle.manifest.vocabulary])
+        prompt = prompt_of(bundle.vocabulary, [], bundle.typecode)
     _check_keep(request)
     stopping, manifest, options = request.stopping, bundle.manifest, request.output
-    left = bundle.context - (len(prompt) - 1)
+    left = bundle.context - len(prompt)
     max_tokens = stopping.max_tokens if stopping.HasField("max_tokens") else left
     if not 1 <= max_tokens <= left:
         raise InvalidRequest(
             f"stopping.max_tokens is {max_tokens}; it must be between 1 and {left}: {bundle.name} "
-            f"has a context of {bundle.context} tokens and the prompt takes {len(prompt) - 1}"
+            f"has a context of {bundle.context} tokens and the prompt takes {len(prompt)}"
         )
     if stopping.min_tokens > max_tokens:
         raise InvalidRequest(
@@ -83,30 +86,30 @@ def generate_request(
     )
 
 
-def resume_request(request: pb.ResumeRequest) -> tuple[Received, ...]:
-    """What was received of each output, by index. Raises InvalidRequest naming field and limit."""
+def resume_request(request: pb.ResumeRequest) -> tuple[ResumeCursor, ...]:
+    """Where the reader is in each output, by index. Raises InvalidRequest with field and limit."""
     _check_counts("", request, ("after_sequence",))
-    received: dict[int, Received] = {}
-    for told in request.received:
-        _check_counts("received.", told, ("tokens", "characters", "prompt_logprobs"))
-        if told.output >= _MAX_OUTPUTS or told.output in received:
+    cursors: dict[int, ResumeCursor] = {}
+    for given in request.cursors:
+        _check_counts("cursors.", given, ("tokens", "characters", "prompt_logprobs"))
+        if given.output >= _MAX_OUTPUTS or given.output in cursors:
             raise InvalidRequest(
-                f"received names output {told.output}; each may be named once, up to "
+                f"cursors names output {given.output}; each may be named once, up to "
                 f"{_MAX_OUTPUTS - 1}"
             )
-        if len(told.last_ids) > min(_MAX_LAST_IDS, told.tokens):
+        if len(given.last_ids) > min(_MAX_LAST_IDS, given.tokens):
             raise InvalidRequest(
-                f"received.last_ids has {len(told.last_ids)} ids; it may have "
-                f"{min(_MAX_LAST_IDS, told.tokens)}"
+                f"cursors.last_ids has {len(given.last_ids)} ids; it may have "
+                f"{min(_MAX_LAST_IDS, given.tokens)}"
             )
-        received[told.output] = Received(
-            told.tokens,
-            told.characters,
-            told.prompt_logprobs,
-            told.ended,
-            tuple(told.last_ids),
+        cursors[given.output] = ResumeCursor(
+            given.tokens,
+            given.characters,
+            given.prompt_logprobs,
+            given.ended,
+            tuple(given.last_ids),
         )
-    return tuple(received.get(output, NOTHING) for output in range(max(received, default=-1) + 1))
+    return tuple(cursors.get(output, BEGINNING) for output in range(max(cursors, default=-1) + 1))
 
 
 def _check_counts(prefix: str, message: Message, names: Sequence[str]) -> None:
@@ -139,7 +142,7 @@ def _sampling(bundle: Bundle, request: pb.GenerateRequest) -> SamplingParameters
             raise InvalidRequest(f"sampling.{name} is {value}; it must be above 0 and at most 1")
     if not 0 <= min_p <= 1:
         raise InvalidRequest(f"sampling.min_p is {min_p}; it must be between 0 and 1")
-    rules = _rules(bundle, request)
+    processors = _processors(bundle, request)
     return SamplingParameters(
         temperature=temperature,
         top_k=sampling.top_k,
@@ -148,11 +151,11 @@ def _sampling(bundle: Bundle, request: pb.GenerateRequest) -> SamplingParameters
         seed=sampling.seed if sampling.HasField("seed") else defaults.seed,
         typical_p=typical_p,
         logprobs=_top_logprobs(request.output, "logprobs"),
-        rules=None if rules == LogitRules() else rules,
+        processors=None if processors == LogitsProcessors() else processors,
     )
 
 
-def _rules(bundle: Bundle, request: pb.GenerateRequest) -> LogitRules:
+def _processors(bundle: Bundle, request: pb.GenerateRequest) -> LogitsProcessors:
     sampling, stopping = request.sampling, request.stopping
     repetition = sampling.repetition_penalty if sampling.HasField("repetition_penalty") else 1.0
     if not (math.isfinite(repetition) and repetition > 0):
@@ -168,7 +171,7 @@ def _rules(bundle: Bundle, request: pb.GenerateRequest) -> LogitRules:
     ending = {*stopping.stop_token_ids}
     if bundle.manifest.HasField("end_token") and not stopping.ignore_eos:
         ending.add(bundle.manifest.end_token)
-    rules = LogitRules(
+    processors = LogitsProcessors(
         bias=_bias(bundle, sampling),
         allowed=_ids(bundle, "sampling.allowed_token_ids", sampling.allowed_token_ids),
         bad_words=_bad_words(bundle, sampling),
@@ -178,21 +181,22 @@ def _rules(bundle: Bundle, request: pb.GenerateRequest) -> LogitRules:
         frequency_penalty=frequency,
         presence_penalty=presence,
     )
-    forbidden = {word[0] for word in rules.bad_words if len(word) == 1}.union(rules.withheld)
-    if not set(rules.allowed or range(bundle.manifest.vocabulary)) - forbidden:
+    forbidden = {*processors.withheld} | {w[0] for w in processors.bad_words if len(w) == 1}
+    if not set(processors.allowed or range(bundle.vocabulary)) - forbidden:
         raise InvalidRequest(
-            f"sampling.allowed_token_ids has {len(rules.allowed)} ids, and sampling.bad_words or "
-            "stopping.min_tokens forbid them all: at least 1 token must be left to draw"
+            f"sampling.allowed_token_ids has {len(processors.allowed)} ids, and "
+            "sampling.bad_words or stopping.min_tokens forbid them all: at least 1 token must be "
+            "left to draw"
         )
-    return rules
+    return processors
 
 
 def _bias(bundle: Bundle, sampling: pb.SamplingParameters) -> tuple[tuple[int, float], ...]:
     for token, bias in sampling.logit_bias.items():
-        if token >= bundle.manifest.vocabulary:
+        if token >= bundle.vocabulary:
             raise InvalidRequest(
                 f"sampling.logit_bias has id {token}; "
-                f"ids of {bundle.name} must be below {bundle.manifest.vocabulary}"
+                f"ids of {bundle.name} must be below {bundle.vocabulary}"
             )
         if not -_MAX_BIAS <= bias <= _MAX_BIAS:
             raise InvalidRequest(
@@ -208,7 +212,7 @@ def _bad_words(bundle: Bundle, sampling: pb.SamplingParameters) -> tuple[tuple[i
             f"sampling.bad_words was given, but {bundle.name} makes images: "
             "give allowed_token_ids or logit_bias"
         )
-    _check_strings("sampling.bad_words", sampling.bad_words, _MAX_WORDS, LONGEST_WORD)
+    _check_strings("sampling.bad_words", sampling.bad_words, _MAX_WORDS, LONGEST_BAD_WORD)
     return tuple(tuple(word.encode()) for word in sampling.bad_words)
 
 
@@ -231,10 +235,10 @@ def _check_strings(field: str, strings: Sequence[str], most: int, longest: int) 
 def _ids(bundle: Bundle, field: str, ids: Sequence[int]) -> tuple[int, ...]:
     """The ids without repetition, in order."""
     for index, token in enumerate(ids):
-        if token >= bundle.manifest.vocabulary:
+        if token >= bundle.vocabulary:
             raise InvalidRequest(
                 f"{field}[{index}] is {token}; "
-                f"ids of {bundle.name} must be below {bundle.manifest.vocabulary}"
+                f"ids of {bundle.name} must be below {bundle.vocabulary}"
             )
     return tuple(sorted(set(ids)))
 
@@ -276,8 +280,13 @@ def _time_limit(stopping: pb.StoppingCriteria) -> float | None:
     return seconds
 
 
+def keep_s(request: pb.GenerateRequest) -> float:
+    """How long the stream is kept without a reader, in seconds."""
+    return float(request.keep.seconds + request.keep.nanos / 1e9)
+
+
 def _check_keep(request: pb.GenerateRequest) -> None:
-    keep = request.keep.seconds + request.keep.nanos / 1e9
+    keep = keep_s(request)
     if not 0 <= keep <= _MAX_KEEP_S:
         raise InvalidRequest(f"keep is {keep} s; it must be between 0 and {_MAX_KEEP_S}")
     size = len(request.idempotency_key.encode())

@@ -1,4 +1,4 @@
-"""Telling that files have changed."""
+"""Detects changes of files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ Stamp = tuple[tuple[int, int, int] | None, ...]
 
 
 def stamp(*paths: Path) -> Stamp:
-    """Differs after every change of one of the files; of one that is not there it holds None."""
+    """A value that changes when one of the files changes; it holds None for a missing file."""
     return tuple(map(_of_one, paths))
 
 

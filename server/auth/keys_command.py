@@ -13,13 +13,13 @@ from server.auth.api_keys import Caller, new_key, read_keys, write_keys
 from server.errors import KeysError
 
 KeysFile: TypeAlias = Annotated[
-    Path, typer.Option("--keys", envvar="CONCERTINA_KEYS", help="The file that holds them.")
+    Path, typer.Option("--keys", envvar="CONCERTINA_KEYS", help="File with the keys.")
 ]
 _FILE = Path("keys.json")
 
 keys = typer.Typer(
-    help="Say who may call a server: one that was started with --keys.\n\n"
-    "A running server notices every change at once.",
+    help="Manage the API keys of a server that runs with --keys.\n\n"
+    "A running server applies every change at once.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -29,24 +29,25 @@ keys = typer.Typer(
 
 @keys.command()
 def add(
-    name: Annotated[str, typer.Argument(help="Who gets it; for logs, and to remove it again.")],
+    name: Annotated[str, typer.Argument(help="Name of the key, used in logs and to remove it.")],
     model: Annotated[
         list[str] | None,
-        typer.Option("--model", "-m", help="A model that it is for; without any, for all."),
+        typer.Option("--model", "-m", help="A model that the key may use; default: all models."),
     ] = None,
     streams: Annotated[
-        int | None, typer.Option(min=1, help="Streams that may run at once, in each replica.")
+        int | None,
+        typer.Option(min=1, help="Most streams at the same time in each replica."),
     ] = None,
     file: KeysFile = _FILE,
 ) -> None:
-    """Make a key. Its secret goes to standard output, this once: it is kept nowhere."""
+    """Create a key and print its secret. The secret is not stored and cannot be shown again."""
     held = read_keys(file) if file.exists() else ()
     if name in {key.caller.name for key in held}:
-        raise KeysError(f"{file} has a key named {name} already: remove it, or choose another name")
+        raise KeysError(f"{file} already has a key named {name}: remove it or choose another name")
     key, secret = new_key(Caller(name, tuple(model) if model else None, streams))
     write_keys(file, [*held, key])
     print(
-        f"{file} knows {name} now. This is the secret, and the only time it is shown:",
+        f"added {name} to {file}. The secret, which is not shown again:",
         file=sys.stderr,
     )
     print(secret)
@@ -55,7 +56,9 @@ def add(
 @keys.command("list")
 def list_keys(
     file: KeysFile = _FILE,
-    json_output: Annotated[bool, typer.Option("--json", help="Print JSON, a key a line.")] = False,
+    json_output: Annotated[
+        bool, typer.Option("--json", help="Print JSON, one key per line.")
+    ] = False,
 ) -> None:
     """List the keys, without their secrets."""
     for caller in (key.caller for key in read_keys(file)):
@@ -69,8 +72,10 @@ def list_keys(
 
 
 @keys.command()
-def remove(name: Annotated[str, typer.Argument(help="Whose key.")], file: KeysFile = _FILE) -> None:
-    """Remove a key. Its streams that run go on to their end, but nothing more starts."""
+def remove(
+    name: Annotated[str, typer.Argument(help="Name of the key.")], file: KeysFile = _FILE
+) -> None:
+    """Remove a key. Its running streams continue to their end, but it starts no new ones."""
     held = read_keys(file)
     left = [key for key in held if key.caller.name != name]
     if len(left) == len(held):

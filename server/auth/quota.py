@@ -1,4 +1,4 @@
-"""How many streams each key has, against how many it may."""
+"""The limit on the number of streams of each key."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from server.errors import InvalidRequest, QuotaExceeded
 
 
 def require_room(caller: Caller, running: Callable[[str], int], more: int) -> None:
-    """That a caller, by whose name `running` counts streams, may have so many more.
+    """Check that a caller may start `more` streams. `running` counts the streams of a key name.
 
-    Raises QuotaExceeded when they are too many now, InvalidRequest when they always are.
+    Raises QuotaExceeded if there are too many now, InvalidRequest if `more` is above the limit.
     """
     limit = caller.max_streams
     if limit is None or (has := running(caller.name)) + more <= limit:
         return
-    allowed = f"key {caller.name!r} may have {limit} at once"
+    allowed = f"key {caller.name!r} may have {limit} at the same time"
     if more > limit:
-        raise InvalidRequest(f"{more} streams were asked for: {allowed}; ask for fewer")
+        raise InvalidRequest(f"the request needs {more} streams, but {allowed}; ask for fewer")
     raise QuotaExceeded(
-        f"{has} streams are running or waiting, {more} more were asked for, "
-        f"and {allowed}; try again when some have ended"
+        f"{has} streams run or wait and the request needs {more} more, but {allowed}; "
+        "try again when some have ended"
     )

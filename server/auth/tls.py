@@ -1,4 +1,4 @@
-"""TLS at a gRPC port of our own. On Ray Serve, HAProxy has it: see `server.hosts.haproxy`."""
+"""TLS at the gRPC port of `--local`. On Ray Serve, HAProxy does it: see `server.hosts.haproxy`."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ _log = logging.getLogger(__name__)
 
 
 def require_usable(tls: TlsConfig) -> None:
-    """Raise ConfigError, which names the files, when they do not make a server."""
+    """Raise ConfigError, which names the files, if a server cannot use them."""
     try:
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.load_cert_chain(tls.cert, tls.key)
-    except (OSError, ValueError) as error:  # also what OpenSSL raises
+    except (OSError, ValueError) as error:  # an SSLError is an OSError
         raise ConfigError(f"certificate {tls.cert} with key {tls.key}: {_reason(error)}") from None
     if tls.client_ca is None:
         return
     try:
         context.load_verify_locations(tls.client_ca)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"authority {tls.client_ca}: {_reason(error)}") from None
+        raise ConfigError(f"CA certificate {tls.client_ca}: {_reason(error)}") from None
 
 
 def server_credentials(tls: TlsConfig) -> grpc.ServerCredentials:
-    """Credentials of a server that reads its files again when they change.
+    """Server credentials that read the files again when they change.
 
-    Should that fail, certificates stay as they were. Raises ConfigError.
+    If that fails, the old certificates stay in use. Raises ConfigError.
     """
     seen = stamp(*tls.files)
     require_usable(tls)
@@ -44,14 +44,14 @@ def server_credentials(tls: TlsConfig) -> grpc.ServerCredentials:
         try:
             require_usable(tls)
         except ConfigError as error:
-            _log.error("the certificates stay as they were: %s", error)
+            _log.error("keeping the old certificates: %s", error)
             return None
         _log.info("read the certificate %s", tls.cert)
         return _certificates(tls)
 
     return grpc.dynamic_ssl_server_credentials(
         _certificates(tls),
-        renewed,  # type: ignore[arg-type]  # None is allowed, and changes nothing
+        renewed,  # type: ignore[arg-type]  # may return None: no change
         require_client_authentication=tls.client_ca is not None,
     )
 

@@ -1,1 +1,1 @@
-"""Bundles on disk, verified, and the arithmetic of their state."""
+"""Bundles: reading and verifying them, and computing the size of their state."""

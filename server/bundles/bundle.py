@@ -1,8 +1,7 @@
-"""A verified bundle, and the arithmetic of its state."""
+"""A verified bundle, and the size of its state."""
 
 from __future__ import annotations
 
-import math
 from array import array
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +14,7 @@ from concertina.bundle import resources
 from concertina.bundle.manifest import ManifestError, read_manifest
 from concertina.bundle.resources import ELEMENT_BYTES, KIND_NAMES, Count
 from concertina.v1 import bundle_pb2 as pb
+from server.bundles.state import StateKind, StateTensor, state_tensors
 from server.errors import BundleError
 
 
@@ -27,33 +27,48 @@ class Bundle:
 
     @property
     def name(self) -> str:
-        """Name by which requests choose it."""
+        """Name of the model in requests."""
         return self.manifest.name
 
     @property
+    def fingerprint(self) -> str:
+        """Identifies the very files of the bundle."""
+        return self.manifest.fingerprint
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens; ids are below it."""
+        return self.manifest.vocabulary
+
+    @property
     def context(self) -> int:
-        """Most tokens of one stream, prompt included."""
+        """Largest number of tokens in one stream, prompt included."""
         return self.manifest.context
 
     @property
     def is_image(self) -> bool:
-        """Whether tokens are pixels; otherwise they are bytes of text."""
+        """Whether tokens are pixels; if not, they are bytes of text."""
         return self.manifest.modality == pb.MODALITY_IMAGE
 
     @cached_property
     def span(self) -> int | None:
-        """Tokens between two folds, which no step crosses; None for a family that never folds."""
+        """Tokens between two folds; no step crosses a fold. None if the state never folds."""
         return self.manifest.fold.span if self.manifest.HasField("fold") else None
 
     @property
     def shares_blocks(self) -> bool:
-        """Whether the entries of folded blocks are all there is to a prefix."""
+        """Whether streams with the same prefix can share its folded blocks."""
         return self.manifest.fold.resets and not self.manifest.fold.binary
 
     @property
     def typecode(self) -> str:
-        """How `array.array` keeps tokens of this bundle, in as few bytes as they need."""
+        """Type code of `array.array` that holds a token in the fewest bytes."""
         return next(c for c in "BHI" if self.manifest.vocabulary <= 1 << 8 * array(c).itemsize)
+
+    def label_of(self, start_token: int) -> str | None:
+        """The label that a start token stands for; None for the one without."""
+        index = start_token - self.manifest.vocabulary - 1
+        return self.manifest.labels[index] if index >= 0 else None
 
     @property
     def step_path(self) -> Path:
@@ -62,43 +77,46 @@ class Bundle:
 
     @property
     def fold_path(self) -> Path:
-        """The graph that folds. Only there when `span` is set."""
+        """The graph that folds. Exists only if `span` is set."""
         return self.folder / "fold.onnx"
 
     @property
     def take_path(self) -> Path:
-        """The graph that copies out what rows on a device hold."""
+        """The graph that copies parts of rows out of a device's memory."""
         return self.folder / "take.onnx"
 
     @property
     def put_path(self) -> Path:
-        """The graph that writes such parts into rows."""
+        """The graph that copies such parts into rows."""
         return self.folder / "put.onnx"
 
     @property
     def moves_on_devices(self) -> bool:
-        """Whether both are there: only in bundles whose state has the type that devices take."""
+        """Whether the bundle has both graphs: only if its state has a type that devices support."""
         listed = {file.path for file in self.manifest.files}
         return {self.take_path.name, self.put_path.name} <= listed
 
     def entries(self, pushed: Count) -> Count:
-        """Valid entries of every stack after `pushed` tokens and the folds they made due."""
+        """Valid entries of every stack after `pushed` tokens and their folds."""
         return resources.entries(self.manifest, pushed)
+
+    @cached_property
+    def state(self) -> tuple[StateTensor, ...]:
+        """What a stream keeps."""
+        return state_tensors(self.manifest)
 
     @cached_property
     def stacks(self) -> frozenset[str]:
         """Names of the state tensors that are stacks."""
-        kinds = ((tensor.name, tensor.kind) for tensor in self.manifest.state)
-        return frozenset(name for name, kind in kinds if kind == pb.STATE_KIND_STACK)
+        return frozenset(t.name for t in self.state if t.kind is StateKind.STACK)
 
     @cached_property
     def recurrent(self) -> frozenset[str]:
-        """Names of the state tensors that every step replaces."""
-        kinds = ((tensor.name, tensor.kind) for tensor in self.manifest.state)
-        return frozenset(name for name, kind in kinds if kind == pb.STATE_KIND_RECURRENT)
+        """Names of the state tensors that are recurrent."""
+        return frozenset(t.name for t in self.state if t.kind is StateKind.RECURRENT)
 
     def fold_size(self, pushed: int) -> tuple[int, int]:
-        """Entries of every stack and rows of every history that the fold due now takes."""
+        """Entries of each stack and rows of each history that the fold after `pushed` takes."""
         return resources.fold_size(self.manifest, pushed)
 
     def state_bytes(self, pushed: int) -> dict[str, int]:
@@ -111,7 +129,7 @@ class Bundle:
         }
 
     def total_state_bytes(self, pushed: npt.NDArray[np.int64]) -> dict[str, int]:
-        """The same, summed over streams that have seen `pushed[B]` tokens."""
+        """The same, summed over streams with `pushed[B]` tokens."""
         units = self._unit_bytes
         return {
             "stack": units["stack"] * int(self.entries(pushed).sum()),
@@ -126,11 +144,15 @@ class Bundle:
     @property
     def max_state_bytes(self) -> int:
         """Bytes reserved for each slot."""
-        return sum(math.prod(t.shape) * ELEMENT_BYTES[t.data_type] for t in self.manifest.state)
+        return sum(tensor.nbytes for tensor in self.state)
+
+    def peak_state_bytes(self, pushed: int) -> int:
+        """The most bytes of state that a stream needs on its way to `pushed` tokens."""
+        return resources.peak_state_bytes(self.manifest, pushed)
 
 
 def load_bundle(folder: Path) -> Bundle:
-    """Read and verify the bundle in `folder`. Raises BundleError naming the file that is wrong."""
+    """Read and verify the bundle in `folder`. Raises BundleError, which names the wrong file."""
     try:
         manifest = read_manifest(folder)
     except ManifestError as error:
@@ -144,14 +166,14 @@ def load_bundle(folder: Path) -> Bundle:
         if tensor.data_type not in ELEMENT_BYTES:
             raise BundleError(f"{folder}: state {tensor.name} has an unknown data type")
         if tensor.kind not in KIND_NAMES:
-            raise BundleError(f"{folder}: state {tensor.name} is of a kind this server cannot keep")
+            raise BundleError(f"{folder}: state {tensor.name} has an unknown kind")
     if flaw := _flaw(bundle):
         raise BundleError(f"{folder / 'manifest.json'} contradicts itself: {flaw}")
     return bundle
 
 
 def _flaw(bundle: Bundle) -> str:
-    """What of a manifest's numbers cannot be; empty if all can."""
+    """The first impossible number in the manifest; empty if there is none."""
     manifest, context = bundle.manifest, bundle.context
     if not (0 < context <= 2**24 and 0 < manifest.vocabulary < 2**31):
         return f"context {context}, vocabulary {manifest.vocabulary}"
@@ -163,9 +185,9 @@ def _flaw(bundle: Bundle) -> str:
     if bundle.is_image and (
         form.width * form.height != context or len(form.palette) != 3 * manifest.vocabulary
     ):
-        return f"{form.width}x{form.height} pixels of {len(form.palette)} bytes of colours"
+        return f"{form.width}x{form.height} pixels with a palette of {len(form.palette)} bytes"
     if not bundle.is_image and manifest.vocabulary > 256:
-        return f"{manifest.vocabulary} tokens, which are bytes"
+        return f"a vocabulary of {manifest.vocabulary} for tokens that are bytes"
     most = int(np.max(bundle.entries(np.arange(context)))) + 1 if bundle.stacks else 0
     for tensor in manifest.state:
         shape = list(tensor.shape)

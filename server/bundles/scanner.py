@@ -1,4 +1,4 @@
-"""Which bundles lie in a directory: looked at often, read only when something changed."""
+"""Finds the bundles in a directory. Scans often, but reads a bundle only after a change."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from server.errors import BundleError
 _log = logging.getLogger(__name__)
 
 Stamp = frozenset[tuple[str, int, int, int]]
-"""Name, bytes, time of change in ns and inode of every file; empty where no bundle is."""
+"""Name, size, modification time in ns and inode of every file; empty if there is no bundle."""
 
 
 @dataclass
 class _Folder:
-    """What is known of one.
+    """What is known about one folder.
 
-    stamp: at the last look. examined: of what was verified last. bundle: the last whole one in it.
+    stamp: at the last scan. examined: when it was last verified. bundle: the last valid one in it.
     """
 
     stamp: Stamp | None = None
@@ -28,31 +28,29 @@ class _Folder:
     bundle: Bundle | None = None
 
 
-class Survey:
-    """Looks at the folders of one directory; those whose names begin with a dot are left out.
+class BundleScanner:
+    """Scans the folders of one directory, except those whose names begin with a dot.
 
-    What changed counts once two looks in a row found it the same: a bundle that is being copied is
-    not read, and one whose folder gets another name is never gone.
+    A change counts when two scans in a row find the same files. So a bundle that is still being
+    copied is not read, and a bundle whose folder is renamed never disappears.
     """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._folders: dict[Path, _Folder] = {}
-        self._has_looked = False
+        self._has_scanned = False
 
-    def look(self) -> dict[Path, Bundle]:
-        """The last whole bundle of every folder that has a manifest.
+    def scan(self) -> dict[Path, Bundle]:
+        """The last valid bundle of every folder that has a manifest.
 
-        The very first look takes what it sees.
-
-        Of a bundle that is damaged the reason is logged, once. Raises OSError when the directory
-        cannot be read.
+        The first scan accepts what it finds at once. For a damaged bundle, the reason is logged
+        once. Raises OSError if the directory cannot be read.
         """
         there = {path for path in self._directory.iterdir() if not path.name.startswith(".")}
         for path in sorted(there | self._folders.keys()):
             folder = self._folders.setdefault(path, _Folder())
             stamp = _stamp(path)
-            settled = stamp == folder.stamp or not self._has_looked
+            settled = stamp == folder.stamp or not self._has_scanned
             folder.stamp = stamp
             if settled and not stamp:
                 del self._folders[path]
@@ -61,8 +59,8 @@ class Survey:
                 try:
                     folder.bundle = load_bundle(path)
                 except BundleError as error:
-                    _log.error("not taken: %s", error)
-        self._has_looked = True
+                    _log.error("not served: %s", error)
+        self._has_scanned = True
         return {path: f.bundle for path, f in self._folders.items() if f.bundle is not None}
 
 
@@ -71,6 +69,6 @@ def _stamp(folder: Path) -> Stamp:
         if not (folder / MANIFEST).exists():
             return frozenset()
         files = [(path.name, path.stat()) for path in folder.iterdir()]
-    except (FileNotFoundError, NotADirectoryError):  # it is going just now, or no folder at all
+    except (FileNotFoundError, NotADirectoryError):  # just being removed, or not a folder
         return frozenset()
     return frozenset((name, f.st_size, f.st_mtime_ns, f.st_ino) for name, f in files)

@@ -11,12 +11,11 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 
-from concertina.bundle import resources
-from concertina.v1 import bundle_pb2 as pb
+from server.bundles.bundle import Bundle
 from server.config import EngineConfig
-from server.engine.events import Request
 from server.engine.stream import Stream
 from server.errors import InvalidRequest, Overloaded, RequestError
+from server.request import Request
 
 _SHORTEST_WAIT_S, _LONGEST_WAIT_S = 0.1, 30.0
 _UNKNOWN_INTERVAL_S = 1.0
@@ -102,14 +101,14 @@ class Pace:
         return min(max(ends * interval_s, _SHORTEST_WAIT_S), _LONGEST_WAIT_S)
 
 
-def weigh(manifest: pb.Manifest, requests: Sequence[Request]) -> tuple[Weight, ...]:
+def weigh(bundle: Bundle, requests: Sequence[Request]) -> tuple[Weight, ...]:
     """What each of the streams submitted together takes; a prompt they share is queued once."""
     first = requests[0]
     return tuple(
         Weight(
             streams=1,
-            queue_tokens=0 if r is not first and r.prompt is first.prompt else len(r.prompt) - 1,
-            state_bytes=resources.peak_state_bytes(manifest, r.last_position),
+            queue_tokens=0 if r is not first and r.prompt is first.prompt else len(r.prompt),
+            state_bytes=bundle.peak_state_bytes(r.last_position),
         )
         for r in requests
     )
@@ -142,16 +141,16 @@ def check(held: Weight, wanted: Weight, limits: Weight, pace: Pace, now: float) 
 class Ledger:
     """What an engine has taken on. Two threads change it: the engine holds its lock meanwhile."""
 
-    def __init__(self, manifest: pb.Manifest, limits: Weight) -> None:
+    def __init__(self, bundle: Bundle, limits: Weight) -> None:
         self.held = Weight()
-        self._manifest = manifest
+        self._bundle = bundle
         self._limits = limits
         self._weights: dict[Stream, Weight] = {}
         self._pace = Pace()
 
     def admit(self, streams: Sequence[Stream], now: float) -> Refusal | None:
         """Take on streams that were submitted together, all of them unless one is refused."""
-        weights = weigh(self._manifest, [stream.request for stream in streams])
+        weights = weigh(self._bundle, [stream.request for stream in streams])
         wanted = reduce(add, weights)
         refusal = self._refusal(wanted, now)
         if refusal is None:
@@ -164,6 +163,11 @@ class Ledger:
     def full(self, now: float) -> Refusal | None:
         """Why not one stream more is taken on, whatever it may ask for."""
         return self._refusal(Weight(streams=1), now)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it holds nothing."""
+        return not self._weights and self.held == Weight()
 
     def began(self, stream: Stream) -> None:
         """Work on the stream begins: its prompt is in the queue no longer."""
@@ -178,4 +182,4 @@ class Ledger:
 
     def _refusal(self, wanted: Weight, now: float) -> Refusal | None:
         refusal = check(self.held, wanted, self._limits, self._pace, now)
-        return refusal and replace(refusal, message=f"{self._manifest.name}: {refusal.message}")
+        return refusal and replace(refusal, message=f"{self._bundle.name}: {refusal.message}")

@@ -6,7 +6,7 @@ import codecs
 from collections.abc import Sequence
 
 
-class TextStream:
+class Detokenizer:
     """Turns the byte tokens of one stream into text, watching for stop strings."""
 
     def __init__(self, stop: Sequence[str] = (), include_stop: bool = False) -> None:

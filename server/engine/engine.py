@@ -1,178 +1,210 @@
-"""Streams from one bundle, as event loops see them; what makes them go on is the loop behind it."""
+"""The engine of one bundle: a thread that owns its streams, and the inbox by which others reach it.
+
+Other threads meet it in two places only: the inbox (`admit`, `post`, `ask`), and the updates that
+subscribers get, passed on once a turn.
+"""
 
 from __future__ import annotations
 
-import asyncio
-import secrets
+import logging
+import threading
 import time
-from array import array
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+
+import psutil
 
 from server.bundles.bundle import Bundle
 from server.config import EngineConfig
-from server.engine.events import Event, Request
-from server.engine.loop import Loop
-from server.engine.stream import Past, Stream, Terms
-from server.sessions.subscriber import NOTHING, Reader, Received, events
-from server.sessions.table import Session
-from server.snapshots.snapshots import Keeper
+from server.engine.admission import Ledger, Refusal, limits
+from server.engine.decoding import Decoding
+from server.engine.interfaces import SnapshotStore, StreamHolder
+from server.engine.kv_cache import Cache
+from server.engine.lifecycle import StreamLifecycle
+from server.engine.loop import StepLoop
+from server.engine.placement import Placement
+from server.engine.stream import Stream
+from server.errors import EngineStopped
+from server.ops.metrics import EngineMetrics
+from server.runtime.onnx_session import Runtime
+
+_log = logging.getLogger(__name__)
+
+Action = Callable[[], None]
 
 
 class Engine:
-    """Generates streams from one bundle. Its methods may be called from any event loop."""
+    """Runs the streams of one bundle once it is started.
 
-    def __init__(self, bundle: Bundle, config: EngineConfig, keeper: Keeper | None = None) -> None:
+    Its parts belong to the engine's thread: others may look at them while that stands still.
+    idle_wait_s: how long the thread sleeps at most when there is nothing to do. wakeup: set when
+    there may be something.
+    """
+
+    idle_wait_s = 1.0
+
+    def __init__(
+        self, bundle: Bundle, config: EngineConfig, snapshots: SnapshotStore | None = None
+    ) -> None:
         self.bundle = bundle
         self.config = config
-        self._loop = Loop(bundle, config, keeper)
+        self.runtime = Runtime(bundle, config.slots + 1, config.threads, config.provider)
+        self.cache = Cache(bundle, self.runtime, config.slots, config.prefix_cache_bytes)
+        self.placement = Placement(self.cache, config.stream_buffer)
+        self.metrics = EngineMetrics(bundle.name)
+        self.metrics.buffer_bytes(self.runtime.nbytes)
+        self.ledger = Ledger(bundle, limits(config, psutil.virtual_memory().total))
+        self.decoding = Decoding(config, bundle, self.cache, self.placement, self.metrics)
+        self._lock = threading.Lock()
+        self.streams = StreamLifecycle(
+            bundle,
+            config,
+            self.placement,
+            self.decoding,
+            self.ledger,
+            self._lock,
+            self.metrics,
+            snapshots,
+        )
+        self._loop = StepLoop(
+            bundle,
+            config,
+            self.cache,
+            self.placement,
+            self.decoding,
+            self.streams,
+            self.ledger,
+            self.metrics,
+        )
+        self._inbox: deque[Action] = deque()
+        self.wakeup = threading.Event()
+        self._accepting = True
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name=f"engine-{bundle.name}", daemon=True)
+
+    # ---- called from any thread
+
+    def start(self, holder: StreamHolder) -> None:
+        """Begin to work, for the `holder` of its streams."""
+        self.streams.holder = holder
+        self._thread.start()
 
     @property
     def alive(self) -> bool:
-        """Whether the loop runs; once it does not, it never will again."""
-        return self._loop.alive
+        """Whether the thread runs; once it does not, it never will again."""
+        return self._thread.is_alive()
+
+    @property
+    def closing(self) -> bool:
+        """Whether it was told to stop, or has died."""
+        return self._closing
+
+    @property
+    def num_actions(self) -> int:
+        """Actions that wait in the inbox."""
+        return len(self._inbox)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no action waits, and nothing of any stream is left anywhere."""
+        placement = self.placement
+        places = (placement.waiting, placement.running, placement.paused, placement.prefilling)
+        kept = (*places, self.streams.limited, self.cache.num_running, self._inbox)
+        return self.ledger.is_empty and not any(kept)
 
     def require_room(self) -> None:
         """Raises Overloaded while not one more stream is taken on, and EngineStopped."""
-        self._loop.require_room()
+        with self._lock:
+            self._require_open(takes_on=True)
+            self._heed(self.ledger.full(time.monotonic()))
 
-    @property
-    def empty_past(self) -> Past:
-        """That of a stream that has not begun."""
-        return Past(array(self.bundle.typecode))
+    def admit(self, streams: Sequence[Stream], register: Callable[[], Action]) -> None:
+        """Take on streams, all or none. `register` is called if so, and what it returns is posted.
 
-    def submit(self, request: Request, owner: str = "") -> Stream:
-        """Queue a stream of `owner` that the running event loop will read.
-
-        Raises Overloaded while there is no room, InvalidRequest if never, and EngineStopped.
+        Raises Overloaded while there is no room, InvalidRequest if there never is, EngineStopped.
         """
-        return self.submit_together([request], owner)[0]
+        with self._lock:
+            self._require_open(takes_on=True)
+            if streams:
+                self._heed(self.ledger.admit(streams, time.monotonic()))
+            self.post(register())
 
-    def submit_together(self, requests: Sequence[Request], owner: str = "") -> tuple[Stream, ...]:
-        """Queue streams, all or none, that the running event loop reads with `events_together`.
+    def stop_accepting(self) -> None:
+        """Take on nothing new; what is there goes on."""
+        self._accepting = False
 
-        Those with the same prompt array wait for one prefill of it. Raises as `submit` does.
+    def ask(self, action: Action) -> Future[None]:
+        """Have `action` done as `post` does; the answer says when, or what it raised.
+
+        It is not done if the answer is cancelled before. Raises EngineStopped.
         """
-        return self.open(Terms(secrets.token_hex(16), owner), requests).streams
+        answer: Future[None] = Future()
 
-    def open(
-        self,
-        terms: Terms,
-        requests: Sequence[Request],
-        pasts: Sequence[Past] = (),
-        received: Sequence[Received] = (),
-    ) -> Session:
-        """Queue the streams of a request, all or none; the running event loop reads them.
+        def act() -> None:
+            if not answer.set_running_or_notify_cancel():
+                return
+            try:
+                action()
+                answer.set_result(None)
+            except Exception as error:
+                answer.set_exception(error)
 
-        They go on behind their `pasts`, if given. Raises as `submit` does.
-        """
-        arrived, loop = asyncio.Event(), asyncio.get_running_loop()
-        pasts = pasts or [self.empty_past] * len(requests)
-        received = received or [NOTHING] * len(requests)
-        streams = tuple(
-            Stream(terms, request, Reader(request, loop, arrived, had, past.base_tokens), past)
-            for request, past, had in zip(requests, pasts, received, strict=True)
-        )
-        for stream in streams:
-            stream.remembers |= self.config.draft_tokens > 0
-        session = Session(terms, streams)
-        self._loop.open(session)
-        return session
+        with self._lock:
+            self._require_open()
+            self.post(act)
+        return answer
 
-    def find(self, stream_id: str, owner: str) -> Session | None:
-        """The caller's session of that name, if this engine holds it."""
-        return self._loop.sessions.find(stream_id, owner)
+    def post(self, action: Action) -> None:
+        """Have `action` done on the engine's thread before the next step."""
+        self._inbox.append(action)
+        self.wakeup.set()
 
-    def sessions(self, owner: str) -> list[Session]:
-        """The caller's sessions that this engine holds."""
-        return [s for s in self._loop.sessions.all() if s.terms.owner == owner]
-
-    @property
-    def holds_sessions(self) -> bool:
-        """Whether any stream waits, runs or is kept."""
-        return bool(len(self._loop.sessions))
-
-    def held_bytes(self, stream: Stream) -> int:
-        """State that a stream holds outside any slot, or reserves by having one."""
-        return self._loop.held_bytes(stream)
-
-    def forgets_at(self, session: Session) -> float | None:
-        """When a session that nobody reads is forgotten, as Unix time."""
-        if session.left_at is None:
-            return None
-        return time.time() + session.expires_at - time.monotonic()
-
-    @property
-    def largest_snapshot(self) -> int:
-        """Bytes of a snapshot at most: the state, and all tokens with their log-probabilities."""
-        return 2 * self.bundle.max_state_bytes + 256 * self.bundle.context + 1024 * 1024
-
-    async def attach(self, session: Session, received: Sequence[Received]) -> tuple[Reader, ...]:
-        """New readers of a session, on the running event loop; those it had are sent away.
-
-        Raises EngineStopped.
-        """
-        arrived, loop = asyncio.Event(), asyncio.get_running_loop()
-        readers = tuple(
-            Reader(stream.request, loop, arrived, had, stream.base_tokens)
-            for stream, had in zip(session.streams, received, strict=True)
-        )
-        try:
-            await self._ask(lambda: self._loop.attach(session, readers))
-        except BaseException:  # they may have been attached, and nobody will read
-            self.leave(session, readers)
-            raise
-        return readers
-
-    def leave(self, session: Session, readers: Sequence[Reader]) -> None:
-        """These readers of a session read no more: it is kept, or its streams end."""
-        self._loop.post(lambda: self._loop.leave(session, readers))
-
-    async def pause(self, session: Session) -> None:
-        """Stop the streams of a session and keep their state. Raises EngineStopped."""
-        await self._ask(lambda: self._loop.pause(session))
-
-    async def forget(self, session: Session) -> None:
-        """End the streams of a session and drop all that is held of it. Raises EngineStopped.
-
-        That is done even for who stops waiting.
-        """
-        await asyncio.shield(
-            asyncio.wrap_future(self._loop.ask(lambda: self._loop.forget(session)))
-        )
-
-    async def hand_over(self) -> None:
-        """Snapshot the durable sessions and end their readers, so that others go on with them.
-
-        Nothing is opened from then on: who comes back is to find another server.
-        """
-        await asyncio.wrap_future(self._loop.hand_over())
-
-    def cancel(self, stream: Stream) -> None:
-        """Drop a stream; its slot is free before the next step. Does nothing once it has ended."""
-        self._loop.post(lambda: self._loop.cancel(stream))
-
-    async def events(self, stream: Stream) -> AsyncIterator[Event]:
-        """What happens to `stream`, in order; the last event is its ending."""
-        async for _, event in self.events_together([stream]):
-            yield event
-
-    async def events_together(
-        self, streams: Sequence[Stream], readers: Sequence[Reader] = ()
-    ) -> AsyncIterator[tuple[Stream, Event]]:
-        """What happens to the streams of one request, each in its order, as their readers see it.
-
-        Without `readers`, as those do with whom the streams were opened.
-        """
-        readers = readers or [stream.reader for stream in streams]
-        owners = dict(zip(readers, streams, strict=True))
-        async for reader, event in events(readers):
-            if owners[reader].paused:
-                self._loop.wake()
-            yield owners[reader], event
+    def wake(self) -> None:
+        """Look again at what there is to do."""
+        self.wakeup.set()
 
     def close(self) -> None:
-        """Stop the loop. Streams that have not ended end with an error."""
-        self._loop.close()
+        """Stop. Streams that have not ended end with an error."""
+        self._closing = True
+        self.wakeup.set()
+        self._thread.join()
 
-    async def _ask(self, action: Callable[[], None]) -> None:
-        await asyncio.wrap_future(self._loop.ask(action))
+    def _heed(self, refusal: Refusal | None) -> None:
+        if refusal is not None:
+            self.metrics.rejected(refusal.reason)
+            raise refusal.error
+
+    def _require_open(self, takes_on: bool = False) -> None:
+        if self._closing or (takes_on and not self._accepting):
+            raise EngineStopped("the server is shutting down; try another one, or again later")
+
+    # ---- the thread's own, from here on
+
+    def _run(self) -> None:
+        holder = self.streams.holder
+        assert holder is not None
+        try:
+            while not self._closing:
+                self._take_inbox()
+                if self._loop.turn(holder):
+                    self.wakeup.wait(self._idle_s(holder))
+                    self.wakeup.clear()
+            holder.hand_over()
+        except Exception:
+            _log.exception("the engine of %s died", self.bundle.name)
+        with self._lock:  # whatever was not refused is in the inbox by now
+            self._closing = True
+        self._take_inbox()
+        gone = EngineStopped("the model was taken down before the stream ended; try again later")
+        self.streams.fail_all(gone)
+        holder.publish()
+        self.metrics.closed(self.runtime.nbytes)
+
+    def _take_inbox(self) -> None:
+        while self._inbox:
+            self._inbox.popleft()()
+
+    def _idle_s(self, holder: StreamHolder) -> float:
+        soonest = min(self.streams.next_expiry, holder.next_expiry)
+        return max(0.0, min(self.idle_wait_s, soonest - time.monotonic()))

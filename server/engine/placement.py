@@ -1,6 +1,6 @@
-"""Where the streams of an engine are: each waits, is on the bench, in the batch, or paused.
+"""Where the streams of an engine are: each waits, is prefilled, runs in the batch, or is paused.
 
-Their state moves with them: rows of the cache follow the batch, what is elsewhere is parked.
+Their state moves with them: rows of the cache follow the batch, what is elsewhere is saved.
 """
 
 from __future__ import annotations
@@ -11,35 +11,37 @@ from itertools import count
 from math import inf
 from operator import attrgetter
 
-from server.engine.kv_cache import Cache, Parked
+from server.checkpoint import SavedState
+from server.engine.kv_cache import Cache
 from server.engine.sampling.sampler import SamplingBatch
-from server.engine.scheduler import Bench, Waiting
+from server.engine.scheduler import Prefilling, Waiting
 from server.engine.stream import Stream
 
-_PLACE = attrgetter("place")
+_QUEUE_KEY = attrgetter("queue_key")
 
 
-class Places:
-    """The queue, the bench, the batch, and the streams whose readers lag."""
+class Placement:
+    """The queue, the prefill slot, the batch, and the streams whose readers lag."""
 
     def __init__(self, cache: Cache, stream_buffer: int) -> None:
         self._cache = cache
         self._stream_buffer = stream_buffer
         self._arrivals = count()
         self._sampling: SamplingBatch | None = None  # of the batch as it is, None when it changed
-        self.waiting: list[Stream] = []  # in the order of their places
-        self.bench: Stream | None = None
+        self.waiting: list[Stream] = []  # in the order of their keys
+        self.prefilling: Stream | None = None
         self.running: list[Stream] = []
         self.paused: list[Stream] = []
 
     # ---- as the scheduler sees them
 
-    def on_bench(self) -> Bench | None:
-        """Who is on the bench."""
-        if self.bench is None:
+    def in_prefill_slot(self) -> Prefilling | None:
+        """What the scheduler knows of the stream in the prefill slot."""
+        stream = self.prefilling
+        if stream is None:
             return None
-        left = len(self.bench.unpushed(self._cache.bench_pushed))
-        return Bench(left, not self.bench.request.score, self.bench.priority)
+        left = len(stream.request.prompt) - self._cache.prefill_pushed
+        return Prefilling(max(0, left), not stream.request.score, stream.priority)
 
     def head(self, size: int) -> tuple[Waiting, ...]:
         """The first of the queue."""
@@ -48,23 +50,23 @@ class Places:
 
     def returning(self) -> list[Stream]:
         """Paused streams whose readers have caught up, the highest priority first."""
-        back = [s for s in self.paused if s.unread <= self._stream_buffer // 2]
+        back = [s for s in self.paused if s.subscriber.unread <= self._stream_buffer // 2]
         return sorted(back, key=lambda s: -s.priority)
 
     def yielding(self, returning: Sequence[Stream]) -> list[Stream]:
         """Running streams of a lower priority than one that waits for a slot, the lowest first."""
-        claiming = [*self.waiting[:1], self.bench, *returning[:1]]
+        claiming = [*self.waiting[:1], self.prefilling, *returning[:1]]
         priorities = [s.priority for s in claiming if s is not None]
         highest = max(priorities, default=-inf)
         lower = [s for s in self.running if s.priority < highest]
-        return sorted(lower, key=_PLACE, reverse=True)
+        return sorted(lower, key=_QUEUE_KEY, reverse=True)
 
     # ---- from place to place
 
     def enqueue(self, stream: Stream) -> None:
         """A new stream waits."""
-        stream.place = (stream.place[0], next(self._arrivals))
-        insort(self.waiting, stream, key=_PLACE)
+        stream.queue_key = (stream.queue_key[0], next(self._arrivals))
+        insort(self.waiting, stream, key=_QUEUE_KEY)
 
     def begin(self) -> Stream:
         """The first of the queue, with nothing left to prefill, joins the batch."""
@@ -72,33 +74,34 @@ class Places:
         self._place_row(stream)
         return stream
 
-    def seat(self) -> Stream:
-        """The first of the queue goes to the bench."""
-        self.bench = stream = self.waiting.pop(0)
-        if stream.parked is not None:
-            self._cache.resume(stream.request.prompt, stream.parked)
-            stream.parked = None
+    def start_prefill(self) -> Stream:
+        """The first of the queue gets the prefill slot."""
+        self.prefilling = stream = self.waiting.pop(0)
+        if stream.saved is not None:
+            self._cache.resume_prefill(stream.request.prompt.inputs(), stream.saved)
+            stream.saved = None
         else:
             # Where the prompt itself is predicted, every token of it has to be pushed.
-            self._cache.seat(None if stream.request.predicts_prompt else stream.unpushed(0))
+            request = stream.request
+            self._cache.start_prefill(None if request.predicts_prompt else request.prompt.inputs())
         return stream
 
     def join(self) -> None:
-        """The stream on the bench joins the batch, and leaves its state to those that share it."""
-        assert self.bench is not None
-        row, stream = self._cache.join(), self.bench
+        """The prefilled stream joins the batch, and leaves its state to those that share it."""
+        assert self.prefilling is not None
+        row, stream = self._cache.join(), self.prefilling
         siblings = [s for s in self.waiting if s.shares_prompt(stream)]
         if siblings:
-            parked = self._cache.park(row)
+            saved = self._cache.save(row)
             for sibling in siblings:
-                sibling.parked = parked
+                sibling.saved = saved
         self._add(stream)
-        self.bench = None
+        self.prefilling = None
 
     def preempt(self, stream: Stream) -> None:
-        """Park a stream that gives its slot to one of a higher priority; it waits in its place."""
+        """Park a stream that gives its slot to one of a higher priority; it waits in its turn."""
         self._park_row(stream)
-        insort(self.waiting, stream, key=_PLACE)
+        insort(self.waiting, stream, key=_QUEUE_KEY)
 
     def pause(self, stream: Stream) -> None:
         """Park a stream whose reader lags; it comes back when half of its buffer is read."""
@@ -116,8 +119,8 @@ class Places:
         """Take a stream out of wherever it is."""
         if stream in self.running:
             self._leave_row(stream)
-        elif stream is self.bench:
-            self.bench = None
+        elif stream is self.prefilling:
+            self.prefilling = None
         elif stream in self.paused:
             self.paused.remove(stream)
         else:
@@ -125,8 +128,8 @@ class Places:
 
     def clear(self) -> list[Stream]:
         """Take out all that the model is at work on, whose state is lost; returns them."""
-        streams = [*self.running, *([self.bench] if self.bench else [])]
-        self.running, self.bench, self._sampling = [], None, None
+        streams = [*self.running, *([self.prefilling] if self.prefilling else [])]
+        self.running, self.prefilling, self._sampling = [], None, None
         self._cache.clear()
         return streams
 
@@ -137,33 +140,33 @@ class Places:
         """How the batch draws."""
         if self._sampling is None:
             parameters = [stream.request.sampling for stream in self.running]
-            self._sampling = SamplingBatch.of(parameters, [s.memory for s in self.running])
+            self._sampling = SamplingBatch.of(parameters, [s.penalties for s in self.running])
         return self._sampling
 
     def pushed(self, stream: Stream) -> int | None:
         """Tokens that the state of a stream has seen, None if it has none."""
         if stream in self.running:
             return int(self._cache.pushed[self.running.index(stream)])
-        if stream is self.bench:
-            return self._cache.bench_pushed
-        return None if stream.parked is None else stream.parked.pushed
+        if stream is self.prefilling:
+            return self._cache.prefill_pushed
+        return None if stream.saved is None else stream.saved.pushed
 
-    def park(self, stream: Stream) -> Parked | None:
+    def save(self, stream: Stream) -> SavedState | None:
         """A copy of the state of a stream, None if it has none; the stream stays where it is."""
         if stream in self.running:
-            return self._cache.park(self.running.index(stream))
-        return self._cache.park_bench() if stream is self.bench else stream.parked
+            return self._cache.save(self.running.index(stream))
+        return self._cache.save_prefill() if stream is self.prefilling else stream.saved
 
     def _place_row(self, stream: Stream) -> None:
-        if stream.parked is None:
+        if stream.saved is None:
             self._cache.begin()
         else:
-            self._cache.restore(stream.parked)
-            stream.parked = None
+            self._cache.restore(stream.saved)
+            stream.saved = None
         self._add(stream)
 
     def _park_row(self, stream: Stream) -> None:
-        stream.parked = self._cache.park(self.running.index(stream))
+        stream.saved = self._cache.save(self.running.index(stream))
         self._leave_row(stream)
 
     def _leave_row(self, stream: Stream) -> None:

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from server.runtime.host_state import State
-from server.runtime.onnx_session import Ints
+from server.arrays import Ints, State
 
 
 @dataclass(eq=False)
@@ -45,6 +44,9 @@ class PrefixCache:
         self._whole = True
         """Whether every block of the prompt so far is on the path."""
         self.nbytes = 0
+
+    def __len__(self) -> int:
+        return len(self._by_use)
 
     def match(self, tokens: Ints) -> list[State]:
         """What the longest known run of blocks that `tokens[T]` begin with left, block by block."""

@@ -1,1 +1,1 @@
-"""Where the services run: one process, or Ray Serve behind HAProxy."""
+"""What runs the services: one process, or Ray Serve behind HAProxy."""

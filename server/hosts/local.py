@@ -1,12 +1,12 @@
-"""The same servicers in this process, on plain grpc.aio: no Ray, up in a second or two."""
+"""Runs the services in this process on plain grpc.aio, without Ray. Starts in a second or two."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -17,38 +17,33 @@ from concertina.v1 import (
     model_service_pb2_grpc,
     session_service_pb2_grpc,
 )
-from server.api.generation import GenerationServicer, ModelServicer, open_engines
-from server.api.health import SERVICES, HealthServicer, all_alive
-from server.api.sessions import SessionServicer
-from server.auth.api_keys import Callers
+from server.api.health import SERVICES, all_alive
+from server.api.servicers import Servicers, make_servicers
 from server.auth.tls import server_credentials
 from server.config import ServeConfig
 from server.hosts.watcher import Watcher
 from server.ops.exporter import exporting
-from server.ops.heap import share_one_heap
 from server.ops.logs import log_to_stderr
-from server.ops.signals import STOP_SIGNALS
-from server.sessions.registry import Sessions, hand_over
-from server.snapshots.snapshots import Keeper, open_keeper
-
-if TYPE_CHECKING:
-    from server.engine.engine import Engine
+from server.ops.process import STOP_SIGNALS, share_one_heap
+from server.sessions.registry import hand_over
+from server.sessions.served_model import serve_bundles
+from server.snapshots.writer import open_writer
 
 try:
     from uvloop import new_event_loop
 except ImportError:
     from asyncio import new_event_loop  # type: ignore[assignment]
 
-_FAREWELL_SECONDS: Final = 2.0
+_CLOSE_SECONDS: Final = 2.0
 
 _log = logging.getLogger(__name__)
 
 
 def serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
-    """Serve until SIGINT or SIGTERM; `announce` is told the data path once calls are answered.
+    """Serve until SIGINT or SIGTERM. Calls `announce` with the data path when the server is ready.
 
-    Running streams may end for `drain_seconds`; a second signal ends them at once. Raises
-    `server.errors.BundleError` for a bundle that cannot be served.
+    After the signal, running streams have `drain_seconds` to end; a second signal ends them at
+    once. Raises `server.errors.BundleError` for a bundle that cannot be served.
     """
     log_to_stderr()
     share_one_heap()
@@ -56,20 +51,11 @@ def serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
         runner.run(_serve(config, announce))
 
 
-def make_server(
-    config: ServeConfig,
-    engines: Mapping[str, Engine],
-    keeper: Keeper | None = None,
-    leaving: Collection[Engine] = (),
-) -> grpc.aio.Server:
-    """A server of `engines` that listens as `config` says, once it is started.
+def make_server(config: ServeConfig, servicers: Servicers) -> grpc.aio.Server:
+    """A server of the services, not yet started, that listens where `config` says.
 
-    What began on engines that are `leaving` is found there.
-
-    Raises `server.errors.KeysError` or `server.config.ConfigError` when keys or certificates cannot
-    be used.
+    Raises ConfigError if the certificates cannot be used.
     """
-    callers, sessions = Callers(config.keys), Sessions(engines, keeper, leaving)
     server = grpc.aio.server(
         options=[
             ("grpc.max_receive_message_length", config.max_message_bytes),
@@ -78,15 +64,11 @@ def make_server(
         ]
     )
     generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(
-        GenerationServicer(sessions, callers), server
+        servicers.generation, server
     )
-    session_service_pb2_grpc.add_SessionServiceServicer_to_server(
-        SessionServicer(sessions, callers), server
-    )
-    model_service_pb2_grpc.add_ModelServiceServicer_to_server(
-        ModelServicer(engines, callers), server
-    )
-    health_pb2_grpc.add_HealthServicer_to_server(HealthServicer(engines), server)
+    session_service_pb2_grpc.add_SessionServiceServicer_to_server(servicers.sessions, server)
+    model_service_pb2_grpc.add_ModelServiceServicer_to_server(servicers.models, server)
+    health_pb2_grpc.add_HealthServicer_to_server(servicers.health, server)
     if config.keys is None:
         health = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
         reflection.enable_server_reflection((*SERVICES, health, reflection.SERVICE_NAME), server)
@@ -100,35 +82,36 @@ def make_server(
 
 async def _serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
     stopping, stopping_now = _signals()
-    keeper = open_keeper(config.snapshots, config.snapshot_ttl)
-    engines = open_engines(config.bundles, config.engine, keeper)
+    snapshots = open_writer(config.snapshots, config.snapshot_ttl)
+    models = serve_bundles(config.bundles, config.engine, snapshots)
     with ExitStack() as opened:
-        if keeper is not None:
-            opened.callback(keeper.close, _FAREWELL_SECONDS)
-        watcher = Watcher(config, engines, keeper)
+        if snapshots is not None:
+            opened.callback(snapshots.close, _CLOSE_SECONDS)
+        watcher = Watcher(config, models, snapshots)
         opened.callback(watcher.close)
         watcher.start()
-        server = make_server(config, engines, keeper, watcher.leaving)
+        servicers = make_servicers(config.keys, models, snapshots, watcher.draining)
+        server = make_server(config, servicers)
         try:
-            with exporting(config.host, config.metrics_port, lambda: all_alive(engines)):
+            with exporting(config.host, config.metrics_port, lambda: all_alive(models)):
                 await server.start()
                 announce("local, without Ray")
                 await stopping.wait()
                 _log.info("stopping; running streams have %d s to end", config.drain_seconds)
                 await watcher.stop()
-                await hand_over(watcher.running, keeper)
-                done = asyncio.create_task(server.stop(config.drain_seconds + _FAREWELL_SECONDS))
-                hurry = asyncio.create_task(stopping_now.wait())
+                await hand_over(watcher.running, snapshots)
+                done = asyncio.create_task(server.stop(config.drain_seconds + _CLOSE_SECONDS))
+                second_signal = asyncio.create_task(stopping_now.wait())
                 await asyncio.wait(
-                    (done, hurry),
+                    (done, second_signal),
                     timeout=config.drain_seconds,
                     return_when=asyncio.FIRST_COMPLETED,
                 )
-                hurry.cancel()
+                second_signal.cancel()
         finally:
             opened.close()
-            # The streams that were cut have an error event to send.
-            await server.stop(_FAREWELL_SECONDS)
+            # The streams that were cut off still send an error event.
+            await server.stop(_CLOSE_SECONDS)
 
 
 def _signals() -> tuple[asyncio.Event, asyncio.Event]:

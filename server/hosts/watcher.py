@@ -1,4 +1,4 @@
-"""Bundles come and go while a server runs: its engines follow what lies in a directory."""
+"""Adds, replaces and removes engines while a server runs, as bundles in a directory change."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from server.bundles.bundle import Bundle
-from server.bundles.scanner import Survey
+from server.bundles.scanner import BundleScanner
 from server.config import ServeConfig
-from server.engine.engine import Engine
 from server.sessions.registry import hand_over
-from server.snapshots.snapshots import Keeper
+from server.sessions.served_model import ServedModel
+from server.snapshots.writer import SnapshotWriter
 
 _log = logging.getLogger(__name__)
 _POLL_S = 0.1
@@ -22,58 +22,56 @@ _POLL_S = 0.1
 
 @dataclass(frozen=True)
 class _Change:
-    """What a look at the directory asks for.
+    """Result of one scan of the directory.
 
-    homes: the folder of every model that stays or comes. opened: engines of those that are new.
+    folders: the folder of every model to serve. opened: new engines, by model name.
     """
 
-    homes: Mapping[str, Path]
-    opened: Mapping[str, Engine] = field(default_factory=dict)
+    folders: Mapping[str, Path]
+    opened: Mapping[str, ServedModel] = field(default_factory=dict)
 
 
 class Watcher:
-    """Opens an engine for every whole bundle in `config.watch`, and closes it when the bundle goes.
+    """Opens an engine for every complete bundle in `config.watch`; closes it if the bundle is gone.
 
-    Nobody else changes `engines`, nor `leaving`: the engines that are sent nothing new and finish
-    what they began. Both change between two steps of the event loop; what takes time runs on
-    another thread. A bundle that cannot be used takes nothing down: what was served before stays.
-    Without a directory to watch, everything stays as it is.
+    models: those that get new streams, by name.
+    draining: those that get no new streams and finish their running ones.
+
+    Only this class changes the two, on the event loop; slow work runs on another thread. If a new
+    bundle cannot be used, the model is served as before. Without `config.watch`, nothing changes.
     """
 
     def __init__(
         self,
         config: ServeConfig,
-        engines: dict[str, Engine],
-        keeper: Keeper | None,
+        models: dict[str, ServedModel],
+        snapshots: SnapshotWriter | None,
         period_s: float = 1.0,
     ) -> None:
-        self.engines = engines
-        self.leaving: set[Engine] = set()
+        self.models = models
+        self.draining: set[ServedModel] = set()
         self._directory = config.watch
         self._config = config.engine
         self._drain_s = config.drain_seconds
-        self._keeper = keeper
+        self._snapshots = snapshots
         self._period_s = period_s
-        self._homes: Mapping[str, Path] = {}
-        self._unusable: dict[Path, Bundle] = {}  # that no engine could be opened for
-        self._doubles: dict[Path, Bundle] = {}  # whose name another one has
+        self._folders: Mapping[str, Path] = {}
+        self._unusable: dict[Path, Bundle] = {}  # no engine could be opened for these
+        self._duplicates: dict[Path, Bundle] = {}  # these have the name of another bundle
         self._is_readable = True
         self._stopping = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._drains: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
-        """Serve what is there now, then follow the directory on the running event loop.
-
-        Blocks until the former is loaded.
-        """
+        """Load the bundles that are there now (this blocks), then watch on the event loop."""
         if self._directory is not None:
-            survey = Survey(self._directory)
-            self._take(self._look(survey))
-            self._task = asyncio.create_task(self._watch(survey))
+            scanner = BundleScanner(self._directory)
+            self._apply(self._scan(scanner))
+            self._task = asyncio.create_task(self._watch(scanner))
 
     async def stop(self) -> None:
-        """Follow it no longer. Every engine stays as it is, those that leave as well."""
+        """Stop watching. All engines stay open, also those that drain."""
         self._stopping.set()
         if self._task is not None:
             await self._task
@@ -83,105 +81,105 @@ class Watcher:
 
     def close(self) -> None:
         """Close every engine."""
-        for engine in self.running:
-            engine.close()
+        for model in self.running:
+            model.close()
 
     @property
-    def running(self) -> list[Engine]:
+    def running(self) -> list[ServedModel]:
         """Every engine that has not been closed."""
-        return [*self.engines.values(), *self.leaving]
+        return [*self.models.values(), *self.draining]
 
-    async def _watch(self, survey: Survey) -> None:
+    async def _watch(self, scanner: BundleScanner) -> None:
         while not await self._has_stopped():
             try:
-                self._take(await asyncio.to_thread(self._look, survey))
+                self._apply(await asyncio.to_thread(self._scan, scanner))
             except Exception:
-                _log.exception("looking at %s failed", self._directory)
+                _log.exception("scanning %s failed", self._directory)
 
     async def _has_stopped(self) -> bool:
-        """Whether it has before the next look is due."""
+        """Wait until the next scan is due; True if `stop` was called before."""
         with suppress(TimeoutError):
             await asyncio.wait_for(self._stopping.wait(), self._period_s)
         return self._stopping.is_set()
 
     # ---- on another thread
 
-    def _look(self, survey: Survey) -> _Change:
+    def _scan(self, scanner: BundleScanner) -> _Change:
         try:
-            found = survey.look()
+            found = scanner.scan()
         except OSError as error:
             if self._is_readable:
-                _log.error("%s cannot be read, models stay as they are: %s", self._directory, error)
+                _log.error("cannot read %s, the models stay unchanged: %s", self._directory, error)
             self._is_readable = False
-            return _Change(self._homes)
+            return _Change(self._folders)
         self._is_readable = True
         wanted = self._wanted(found)
-        homes = {name: bundle.folder for name, bundle in wanted.items()}
-        return _Change(homes, self._opened(wanted))
+        folders = {name: bundle.folder for name, bundle in wanted.items()}
+        return _Change(folders, self._opened(wanted))
 
     def _wanted(self, found: Mapping[Path, Bundle]) -> dict[str, Bundle]:
-        """Bundles by name; of two with one name it is that which was there first."""
+        """Bundles by name. If two have the same name, the one that is already served wins."""
         bundles = sorted(
-            found.values(), key=lambda b: (self._homes.get(b.name) != b.folder, b.folder)
+            found.values(), key=lambda b: (self._folders.get(b.name) != b.folder, b.folder)
         )
         wanted: dict[str, Bundle] = {}
         for bundle in bundles:
             first = wanted.setdefault(bundle.name, bundle)
-            if first is not bundle and self._doubles.get(bundle.folder) is not bundle:
-                self._doubles[bundle.folder] = bundle
+            if first is not bundle and self._duplicates.get(bundle.folder) is not bundle:
+                self._duplicates[bundle.folder] = bundle
                 folder, name = bundle.folder, bundle.name
-                _log.error("not taken: %s is named %r, as is %s", folder, name, first.folder)
+                _log.error("not served: %s has the name %r of %s", folder, name, first.folder)
         return wanted
 
-    def _opened(self, wanted: Mapping[str, Bundle]) -> dict[str, Engine]:
-        opened: dict[str, Engine] = {}
+    def _opened(self, wanted: Mapping[str, Bundle]) -> dict[str, ServedModel]:
+        opened: dict[str, ServedModel] = {}
         for name, bundle in wanted.items():
-            running = self.engines.get(name)
+            running = self.models.get(name)
             if running is not None and _is_same(running.bundle, bundle):
                 continue
             if self._stopping.is_set() or self._unusable.get(bundle.folder) is bundle:
                 continue
             try:
-                opened[name] = Engine(bundle, self._config, self._keeper)
+                opened[name] = ServedModel(bundle, self._config, self._snapshots)
             except Exception:
-                _log.exception("not taken: %s cannot be loaded", bundle.folder)
+                _log.exception("not served: %s cannot be loaded", bundle.folder)
                 self._unusable[bundle.folder] = bundle
         return opened
 
     # ---- on the event loop
 
-    def _take(self, change: _Change) -> None:
-        self._homes = change.homes
-        for name, engine in change.opened.items():
-            _log.info("serving %s of %s", _title(engine.bundle), engine.bundle.folder)
-            if name in self.engines:
-                self._dismiss(self.engines[name])
-            self.engines[name] = engine
-        for name in self.engines.keys() - change.homes.keys():
-            self._dismiss(self.engines.pop(name))
+    def _apply(self, change: _Change) -> None:
+        self._folders = change.folders
+        for name, model in change.opened.items():
+            _log.info("serving %s from %s", _title(model.bundle), model.bundle.folder)
+            if name in self.models:
+                self._retire(self.models[name])
+            self.models[name] = model
+        for name in self.models.keys() - change.folders.keys():
+            self._retire(self.models.pop(name))
 
-    def _dismiss(self, engine: Engine) -> None:
-        _log.info("%s leaves; its streams have %g s to end", _title(engine.bundle), self._drain_s)
-        self.leaving.add(engine)
-        drain = asyncio.create_task(self._drain(engine))
+    def _retire(self, model: ServedModel) -> None:
+        _log.info("draining %s; its streams have %g s to end", _title(model.bundle), self._drain_s)
+        self.draining.add(model)
+        drain = asyncio.create_task(self._drain(model))
         self._drains.add(drain)
         drain.add_done_callback(self._drains.discard)
 
-    async def _drain(self, engine: Engine) -> None:
-        """Close an engine once it holds no session, or has had its time."""
+    async def _drain(self, model: ServedModel) -> None:
+        """Close a model when it holds no session any more, or after `drain_seconds`."""
         with suppress(TimeoutError):
             async with asyncio.timeout(self._drain_s):
-                while engine.holds_sessions:
+                while model.holds_sessions:
                     await asyncio.sleep(_POLL_S)
-        await hand_over([engine], self._keeper)
-        await asyncio.to_thread(engine.close)
-        self.leaving.discard(engine)
-        _log.info("%s is gone", _title(engine.bundle))
+        await hand_over([model], self._snapshots)
+        await asyncio.to_thread(model.close)
+        self.draining.discard(model)
+        _log.info("closed %s", _title(model.bundle))
 
 
 def _is_same(one: Bundle, other: Bundle) -> bool:
-    return bool(one.manifest.fingerprint == other.manifest.fingerprint)
+    return bool(one.fingerprint == other.fingerprint)
 
 
 def _title(bundle: Bundle) -> str:
-    return f"{bundle.name} {bundle.manifest.fingerprint[:16]}"
+    return f"{bundle.name} {bundle.fingerprint[:16]}"

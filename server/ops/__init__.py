@@ -1,1 +1,1 @@
-"""What operators see and processes need: metrics, logs, signals, ports."""
+"""Operations: metrics, logs, and what belongs to a process: signals, child processes, ports."""

@@ -1,6 +1,7 @@
-"""The Prometheus page: the metrics of this process, or of all processes that share a directory.
+"""The HTTP server for Prometheus metrics and for health checks.
 
-Beside it, health over HTTP: what asks for health may speak neither TLS nor gRPC.
+Metrics are those of this process, or of all processes that share a directory. Health is also
+available here because a probe may support neither TLS nor gRPC.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ HEALTH_PATH: Final = "/healthz"
 
 
 class SharedDirectory(Collector):
-    """Metrics that processes keep in one directory (their `PROMETHEUS_MULTIPROC_DIR`).
+    """Metrics of all processes that write to one directory (their `PROMETHEUS_MULTIPROC_DIR`).
 
-    The live gauges of a process that died are left out, its counts stay.
+    Live gauges of a dead process are left out; its counters remain.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -32,7 +33,7 @@ class SharedDirectory(Collector):
         self._metrics = MultiProcessCollector(None, path=str(directory))
 
     def collect(self) -> Iterator[Metric]:
-        """Every metric, taken together over the processes."""
+        """All metrics, aggregated over the processes."""
         # Files are named after the kind of metric and the process: `counter_4711.db`.
         for pid in {int(path.stem.rpartition("_")[2]) for path in self._directory.glob("*.db")}:
             if not psutil.pid_exists(pid):
@@ -44,10 +45,10 @@ class SharedDirectory(Collector):
 def exporting(
     host: str, port: int, is_healthy: Callable[[], bool], directory: Path | None = None
 ) -> Iterator[None]:
-    """Serve `/metrics` while the context lasts, of this process unless a directory is given, and
-    `/healthz`: 200 while `is_healthy`, else 503.
+    """Serve `/metrics` and `/healthz` while the context is open.
 
-    Port 0 serves nothing.
+    Metrics are those of this process, or of `directory` if it is given. `/healthz` answers 200 if
+    `is_healthy()`, else 503. Port 0 serves nothing.
     """
     if port == 0:
         yield

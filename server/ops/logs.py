@@ -1,4 +1,4 @@
-"""Logs as JSON, one object a line, on standard error."""
+"""Logs as JSON on standard error, one object per line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 
 
 class JsonFormatter(logging.Formatter):
-    """`time`, `level`, `logger`, `message`, and `error` with the traceback when there is one."""
+    """Fields: `time`, `level`, `logger`, `message`; `error` has the traceback, if there is one."""
 
     def format(self, record: logging.LogRecord) -> str:
         entry = {
@@ -23,7 +23,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def log_to_stderr() -> None:
-    """Write what the server logs, from level `info` on."""
+    """Write the server's log records of level INFO and above to standard error."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter())
     logger = logging.getLogger("server")

@@ -1,4 +1,4 @@
-"""Every metric of the server, in one table. Names follow vLLM's where the meaning is the same."""
+"""All metrics of the server. Names follow vLLM's where the meaning is the same."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from concertina.bundle.resources import KIND_NAMES
 
-_GAUGE_INTERVAL_S = 0.25
+GAUGE_INTERVAL_S = 0.25
 _MEMORY_INTERVAL_S = 1.0
 
 _TTFT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
@@ -30,11 +30,13 @@ def _histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
 RUNNING = _gauge("concertina_streams_running", "Streams that hold a slot.")
 WAITING = _gauge("concertina_streams_waiting", "Streams that wait for a slot.")
 PAUSED = _gauge("concertina_streams_paused", "Streams parked until their reader catches up.")
-STATE_BYTES = _gauge("concertina_state_bytes", "Live state of the running streams.", "kind")
-PROMISED_BYTES = _gauge(
-    "concertina_state_promised_bytes", "State that the streams taken on may come to hold."
+STATE_BYTES = _gauge("concertina_state_bytes", "State of the running streams.", "kind")
+ADMITTED_BYTES = _gauge(
+    "concertina_state_admitted_bytes", "Largest state that all admitted streams can reach."
 )
-BUFFER_BYTES = _gauge("concertina_state_buffer_bytes", "State memory reserved for all slots.")
+BUFFER_BYTES = _gauge(
+    "concertina_state_buffer_bytes", "Memory reserved for the state of all slots."
+)
 PROCESS_MEMORY = Gauge(
     "concertina_process_resident_memory_bytes",
     "Resident memory of the processes that hold an engine.",
@@ -43,21 +45,23 @@ PROCESS_MEMORY = Gauge(
 PROMPT_TOKENS = Counter("concertina_prompt_tokens", "Prompt tokens pushed.", ("model_name",))
 SHARED_TOKENS = Counter(
     "concertina_prefix_cache_hits",
-    "Prompt tokens that did not have to be pushed: an earlier prompt began with them.",
+    "Prompt tokens taken from the prefix cache instead of being pushed.",
     ("model_name",),
 )
 PREFIX_BYTES = _gauge("concertina_prefix_cache_bytes", "Folded blocks kept for later prompts.")
 DRAFT_TOKENS = Counter(
-    "concertina_draft_tokens", "Tokens guessed ahead.", ("model_name", "outcome")
+    "concertina_draft_tokens", "Draft tokens proposed.", ("model_name", "outcome")
 )
 GENERATION_TOKENS = Counter("concertina_generation_tokens", "Tokens drawn.", ("model_name",))
 FINISHED = Counter(
     "concertina_streams_finished", "Streams that ended.", ("model_name", "finished_reason")
 )
-REJECTED = Counter("concertina_streams_rejected", "Requests refused.", ("model_name", "reason"))
+REFUSED = Counter(
+    "concertina_requests_refused", "Requests refused at admission.", ("model_name", "reason")
+)
 PREEMPTED = Counter(
     "concertina_streams_preempted",
-    "Running streams parked for one of a higher priority.",
+    "Running streams parked for a stream of higher priority.",
     ("model_name",),
 )
 FOLDS = Counter("concertina_folds", "Blocks folded into summaries.", ("model_name",))
@@ -66,11 +70,11 @@ TIME_TO_FIRST_TOKEN = _histogram(
 )
 INTER_TOKEN = _histogram(
     "concertina_inter_token_latency_seconds",
-    "Between two tokens of the running streams; observed once a step, not once a token.",
+    "Time between two tokens of the running streams; observed once per step, not per token.",
     _STEP,
 )
 QUEUE_TIME = _histogram(
-    "concertina_stream_queue_time_seconds", "From acceptance until work on it began.", _TTFT
+    "concertina_stream_queue_time_seconds", "From acceptance to the first work on it.", _TTFT
 )
 STREAM_TIME = _histogram(
     "concertina_e2e_stream_latency_seconds", "From acceptance to the end.", _LONG
@@ -79,20 +83,20 @@ STEP_TIME = Histogram(
     "concertina_step_seconds", "One pass of the model.", ("model_name", "phase"), buckets=_STEP
 )
 SNAPSHOT_TIME = Histogram(
-    "concertina_snapshot_seconds", "One snapshot, from its bytes until it is stored.", buckets=_STEP
+    "concertina_snapshot_seconds", "Time to seal and store one snapshot.", buckets=_STEP
 )
-SNAPSHOT_BYTES = Counter("concertina_snapshot_bytes", "Snapshots stored, sealed.")
+SNAPSHOT_BYTES = Counter("concertina_snapshot_bytes", "Bytes of stored snapshots, sealed.")
 SNAPSHOT_FAILURES = Counter("concertina_snapshot_failures", "Snapshots that could not be stored.")
 RESUMED = Counter(
     "concertina_streams_resumed",
-    "Readers that came back: to a stream held here, or revived from the store.",
+    "Streams resumed by a reader, from memory or from the store.",
     ("model_name", "source"),
 )
 BATCH_SIZE = _histogram("concertina_step_batch_size", "Streams in one decode step.", _BATCH)
 
 
 class EngineMetrics:
-    """The metrics of one engine, its label filled in."""
+    """The metrics of one engine, with its model name as the label."""
 
     def __init__(self, model_name: str) -> None:
         self._name = model_name
@@ -101,7 +105,7 @@ class EngineMetrics:
         self._waiting = WAITING.labels(model_name)
         self._paused = PAUSED.labels(model_name)
         self._state = {kind: STATE_BYTES.labels(model_name, kind) for kind in _STATE_KINDS}
-        self._promised = PROMISED_BYTES.labels(model_name)
+        self._admitted = ADMITTED_BYTES.labels(model_name)
         self._inter_token = INTER_TOKEN.labels(model_name)
         self._batch_size = BATCH_SIZE.labels(model_name)
         self._decode_time = STEP_TIME.labels(model_name, "decode")
@@ -110,22 +114,22 @@ class EngineMetrics:
         self._folds = FOLDS.labels(model_name)
 
     def buffer_bytes(self, size: int) -> None:
-        """State memory was reserved, beside that of an engine of the same name which leaves."""
+        """Add reserved state memory. A draining engine of the same name may still have its own."""
         BUFFER_BYTES.labels(self._name).inc(size)
 
     def closed(self, size: int) -> None:
-        """The engine holds nothing any more, and gave back the state memory it had reserved."""
+        """The engine closed: its gauges become 0 and its `size` bytes of state memory are freed."""
         BUFFER_BYTES.labels(self._name).dec(size)
         PREFIX_BYTES.labels(self._name).set(0)
         self.holding(0, 0, 0, dict.fromkeys(_STATE_KINDS, 0))
         self.promising(0)
 
     def are_due(self, now: float) -> bool:
-        """Whether a busy engine should tell what it holds; it need not after every step."""
-        return now - self._held_at >= _GAUGE_INTERVAL_S
+        """Whether it is time to update the gauges again; a busy engine skips most steps."""
+        return now - self._held_at >= GAUGE_INTERVAL_S
 
     def holding(self, running: int, waiting: int, paused: int, state: dict[str, int]) -> None:
-        """What the engine holds after a turn of its loop."""
+        """Set the gauges: numbers of streams, and bytes of `state` by kind."""
         self._running.set(running)
         self._waiting.set(waiting)
         self._paused.set(paused)
@@ -137,19 +141,20 @@ class EngineMetrics:
             PROCESS_MEMORY.set(psutil.Process().memory_info().rss)
 
     def promising(self, size: int) -> None:
-        """The state that the streams taken on may come to hold."""
-        self._promised.set(size)
+        """Set the largest state, in bytes, that all admitted streams can reach."""
+        self._admitted.set(size)
 
     def preempted(self) -> None:
-        """A running stream was parked for one of a higher priority."""
+        """A running stream was parked for a stream of higher priority."""
         PREEMPTED.labels(self._name).inc()
 
     def stepped(
         self, batch: int, seconds: float, since_last: float | None, tokens: int | None = None
     ) -> None:
-        """A decode step of `batch` streams was done, `since_last` after the one before it.
+        """A decode step of `batch` streams took `seconds`.
 
-        It drew a token for each of them, unless it drew another number of `tokens`.
+        since_last: seconds since the step before; None for the first one. tokens: how many tokens
+        the step drew; None for one per stream.
         """
         self._batch_size.observe(batch)
         self._decode_time.observe(seconds)
@@ -158,39 +163,39 @@ class EngineMetrics:
             self._inter_token.observe(since_last)
 
     def drafted(self, proposed: int, accepted: int) -> None:
-        """So many tokens were guessed ahead, and so many of them were right."""
+        """Of `proposed` draft tokens, `accepted` were right."""
         if proposed:
             DRAFT_TOKENS.labels(self._name, "accepted").inc(accepted)
             DRAFT_TOKENS.labels(self._name, "rejected").inc(proposed - accepted)
 
     def prefilled(self, tokens: int, seconds: float) -> None:
-        """Prompt tokens were pushed."""
+        """A prefill pass pushed prompt tokens."""
         PROMPT_TOKENS.labels(self._name).inc(tokens)
         self._prefill_time.observe(seconds)
 
     def shared(self, tokens: int, kept: int) -> None:
-        """So many tokens of a prompt were found folded; `kept` bytes are held for such prompts."""
+        """The prefix cache held the first `tokens` of a prompt, and now holds `kept` bytes."""
         SHARED_TOKENS.labels(self._name).inc(tokens)
         PREFIX_BYTES.labels(self._name).set(kept)
 
     def folded(self, blocks: int) -> None:
-        """Blocks became summaries."""
+        """Blocks were folded into summaries."""
         if blocks:
             self._folds.inc(blocks)
 
     def started(self, queued_s: float) -> None:
-        """A stream left the queue."""
+        """A stream left the queue after `queued_s` seconds."""
         QUEUE_TIME.labels(self._name).observe(queued_s)
 
     def first_token(self, seconds: float) -> None:
-        """A stream got its first token."""
+        """A stream got its first token, `seconds` after acceptance."""
         TIME_TO_FIRST_TOKEN.labels(self._name).observe(seconds)
 
     def finished(self, reason: str, seconds: float) -> None:
-        """A stream ended, for whatever reason."""
+        """A stream ended, `seconds` after acceptance."""
         FINISHED.labels(self._name, reason).inc()
         STREAM_TIME.labels(self._name).observe(seconds)
 
     def rejected(self, reason: str) -> None:
         """A request was refused."""
-        REJECTED.labels(self._name, reason).inc()
+        REFUSED.labels(self._name, reason).inc()

@@ -14,13 +14,13 @@ _draw: Final = random.SystemRandom()
 
 
 class PortTaken(OSError):
-    """Somebody else listens there."""
+    """Another process listens on the port."""
 
 
 def free_ports(count: int) -> list[int]:
-    """Distinct ports on which nobody listens, and which nobody else gets who asks for any port.
+    """Distinct ports that no process listens on, nor is given when it asks for any port.
 
-    Between here and who is to listen, seconds may pass.
+    Seconds may pass before they are used.
     """
     ports: list[int] = []
     with ExitStack() as stack:
@@ -43,13 +43,13 @@ def free_ports(count: int) -> list[int]:
 
 
 def require_free(host: str, port: int, remedy: str) -> None:
-    """Raise `PortTaken`, which ends with `remedy`, when somebody listens on the port already.
+    """Raise `PortTaken`, with `remedy` in its message, if a process listens on the port.
 
-    gRPC would not notice: its servers share a port by default, and each gets some of the calls.
+    gRPC does not detect this: its servers share a port by default, and each gets some of the calls.
     """
     family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     with socket.socket(family, kind) as probe:
-        # Connections of a server that has just stopped do not count.
+        # Ignore closing connections of a server that has just stopped.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(address)

@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from concertina.bundle.resources import ELEMENT_TYPES
-from concertina.v1 import bundle_pb2 as pb
-from server.runtime.host_state import NEXT, NOTHING, Extent, State
+from server.arrays import State
+from server.bundles.state import StateKind, StateTensor
+from server.runtime.host_state import EMPTY, NEXT, StateLength
 
 _PART = "part."
 
@@ -29,7 +29,7 @@ class DeviceRows:
 
     def __init__(
         self,
-        tensors: Iterable[pb.StateTensor],
+        tensors: Iterable[StateTensor],
         rows: int,
         device: str,
         take: ort.InferenceSession,
@@ -41,7 +41,7 @@ class DeviceRows:
         # Zeros, since a kernel may multiply a dead entry by 0, and fresh memory may hold NaN.
         self._buffers = {
             t.name: ort.OrtValue.ortvalue_from_numpy(
-                np.zeros((rows, *t.shape), ELEMENT_TYPES[t.data_type]), device, 0
+                np.zeros((rows, *t.shape), t.element), device, 0
             )
             for t in self._tensors.values()
         }
@@ -60,10 +60,10 @@ class DeviceRows:
         self,
         session: ort.InferenceSession,
         rows: Sequence[int],
-        begins: Sequence[Extent],
-        ends: Sequence[Extent],
+        begins: Sequence[StateLength],
+        ends: Sequence[StateLength],
     ) -> None:
-        """Run the fold graph on what `rows` hold between two extents."""
+        """Run the fold graph on what `rows` hold between two lengths."""
         parts = self._take(rows, begins, ends)
         io = session.io_binding()
         for value in session.get_inputs():
@@ -71,51 +71,58 @@ class DeviceRows:
         parts |= self._run(session, io, NEXT)
         # A stack has one entry for the part now, a history as many rows as before.
         folded = [
-            Extent(begin.entries + 1, end.tokens) for begin, end in zip(begins, ends, strict=True)
+            StateLength(begin.entries + 1, end.tokens)
+            for begin, end in zip(begins, ends, strict=True)
         ]
         self._put(rows, begins, folded, parts)
 
     def reset(self, row: int) -> None:
         """See HostRows."""
         initial: State = {
-            t.name: np.full(t.shape, t.initial, ELEMENT_TYPES[t.data_type])
+            t.name: np.full(t.shape, t.initial, t.element)
             for t in self._tensors.values()
-            if t.kind == pb.STATE_KIND_RECURRENT
+            if t.kind == StateKind.RECURRENT
         }
-        self.write(row, NOTHING, initial)
+        self.write(row, EMPTY, initial)
 
-    def move(self, source: int, target: int, extent: Extent) -> None:
+    def move(self, source: int, target: int, length: StateLength) -> None:
         """See HostRows."""
-        parts = self._take([source], [NOTHING], [extent])
-        self._put([target], [NOTHING], [extent], parts)
+        parts = self._take([source], [EMPTY], [length])
+        self._put([target], [EMPTY], [length], parts)
 
-    def read(self, row: int, end: Extent, begin: Extent) -> State:
+    def read(self, row: int, end: StateLength, begin: StateLength) -> State:
         """See HostRows. Copies to the host."""
         state: State = {}
         for name, part in self._take([row], [begin], [end]).items():
             values, kind = part.numpy()[0], self._tensors[name].kind
-            if kind == pb.STATE_KIND_STACK:
+            if kind == StateKind.STACK:
                 values = values[:, : end.entries - begin.entries]
-            elif kind == pb.STATE_KIND_HISTORY:
+            elif kind == StateKind.HISTORY:
                 values = values[: end.tokens - begin.tokens]
             state[name] = values.copy()
         return state
 
-    def write(self, row: int, end: Extent, state: State) -> None:
+    def write(self, row: int, end: StateLength, state: State) -> None:
         """See HostRows. Copies from the host; what `state` does not name is put back as it was."""
-        parts = self._take([row], [NOTHING], [end])
+        parts = self._take([row], [EMPTY], [end])
         for name, values in state.items():
             if values.size:
-                element = ELEMENT_TYPES[self._tensors[name].data_type]
+                element = self._tensors[name].element
                 parts[name] = np.ascontiguousarray(values[None], element)
-        self._put([row], [NOTHING], [end], parts)
+        self._put([row], [EMPTY], [end], parts)
 
-    def _take(self, rows: Sequence[int], begins: Sequence[Extent], ends: Sequence[Extent]) -> Parts:
+    def _take(
+        self, rows: Sequence[int], begins: Sequence[StateLength], ends: Sequence[StateLength]
+    ) -> Parts:
         io = self._bind(self._take_session, rows, begins, ends)
         return self._run(self._take_session, io, _PART)
 
     def _put(
-        self, rows: Sequence[int], begins: Sequence[Extent], ends: Sequence[Extent], parts: Parts
+        self,
+        rows: Sequence[int],
+        begins: Sequence[StateLength],
+        ends: Sequence[StateLength],
+        parts: Parts,
     ) -> None:
         io = self._bind(self._put_session, rows, begins, ends)
         for name, part in parts.items():
@@ -131,8 +138,8 @@ class DeviceRows:
         self,
         session: ort.InferenceSession,
         rows: Sequence[int],
-        begins: Sequence[Extent],
-        ends: Sequence[Extent],
+        begins: Sequence[StateLength],
+        ends: Sequence[StateLength],
     ) -> ort.IOBinding:
         places = list(zip(begins, ends, strict=True))
         index = {

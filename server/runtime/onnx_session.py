@@ -1,4 +1,4 @@
-"""The only door to onnxruntime, with `device.py`: sessions, and the passes over bound state.
+"""Sessions of onnxruntime, and the passes over state that is bound to them.
 
 Shapes: `B` streams, `T` tokens.
 """
@@ -12,16 +12,13 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from concertina.bundle.resources import ELEMENT_TYPES
-from concertina.v1 import bundle_pb2 as pb
+from server.arrays import Floats, Ints, State
 from server.bundles.bundle import Bundle
+from server.bundles.state import StateTensor
 from server.config import ConfigError, Provider
 from server.errors import BundleError
 from server.runtime.device_state import DeviceRows
-from server.runtime.host_state import NEXT, NOTHING, Extent, HostRows, State
-
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float32]
+from server.runtime.host_state import EMPTY, NEXT, HostRows, StateLength
 
 _LOGITS = "logits"
 
@@ -33,12 +30,12 @@ _THREADING = {
     "session.force_spinning_stop": "1",
 }
 
-_PROVIDERS: dict[Provider, list[str]] = {
+PROVIDERS: dict[Provider, list[str]] = {
     "cpu": ["CPUExecutionProvider"],
     # The CPU computes the few shapes that the graphs ask for.
     "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
 }
-_DEVICES: dict[Provider, str] = {"cpu": "cpu", "cuda": "cuda"}
+DEVICES: dict[Provider, str] = {"cpu": "cpu", "cuda": "cuda"}
 
 
 class Runtime:
@@ -57,21 +54,21 @@ class Runtime:
                 f"{bundle.folder} keeps its state in float32, and the provider {provider} takes "
                 "float16: export the checkpoint again with --state float16"
             )
-        self._tensors = list(bundle.manifest.state)
+        self._tensors = bundle.state
         self._step_session = _load(bundle.step_path, threads, provider)
         self._fold_session = _load(bundle.fold_path, 1, provider) if bundle.span else None
-        self._rows: HostRows | DeviceRows
+        self.rows: HostRows | DeviceRows
         if provider == "cpu":
-            self._rows = HostRows(self._tensors, rows)
+            self.rows = HostRows(self._tensors, rows)
         else:
             moves = (_load(path, 1, provider) for path in (bundle.take_path, bundle.put_path))
-            self._rows = DeviceRows(self._tensors, rows, _DEVICES[provider], *moves)
+            self.rows = DeviceRows(self._tensors, rows, DEVICES[provider], *moves)
         self._steps: dict[tuple[int, int], _Binding] = {}
 
     @property
     def nbytes(self) -> int:
         """Bytes of all state buffers."""
-        return self._rows.nbytes
+        return self.rows.nbytes
 
     def step(self, tokens: Ints, positions: Ints, lengths: Ints) -> Floats:
         """One token for each of the first B rows: `[B]`, `[B]`, `[B]` to logits `[B, vocabulary]`.
@@ -104,28 +101,30 @@ class Runtime:
             np.arange(time if logits else 0),
         )
 
-    def fold(self, rows: Sequence[int], begins: Sequence[Extent], ends: Sequence[Extent]) -> None:
-        """Fold what each of `rows` holds between two extents; all take parts of the same size."""
-        self._rows.fold(self._fold_session, rows, begins, ends)
+    def fold(
+        self, rows: Sequence[int], begins: Sequence[StateLength], ends: Sequence[StateLength]
+    ) -> None:
+        """Fold what each of `rows` holds between two lengths; all take parts of the same size."""
+        self.rows.fold(self._fold_session, rows, begins, ends)
 
     def reset(self, row: int) -> None:
         """Give `row` the state of a stream that has not begun. What may not be read may stay."""
-        self._rows.reset(row)
+        self.rows.reset(row)
 
-    def move(self, source: int, target: int, extent: Extent) -> None:
-        """Copy a stream's state, which reaches as far as `extent`, to another row."""
-        self._rows.move(source, target, extent)
+    def move(self, source: int, target: int, length: StateLength) -> None:
+        """Copy a stream's state, which is as long as `length`, to another row."""
+        self.rows.move(source, target, length)
 
-    def read(self, row: int, end: Extent, begin: Extent = NOTHING) -> State:
-        """A copy of a stream's state, which reaches as far as `end`, from `begin` on."""
-        return self._rows.read(row, end, begin)
+    def read(self, row: int, end: StateLength, begin: StateLength = EMPTY) -> State:
+        """A copy of a stream's state, which is as long as `end`, from `begin` on."""
+        return self.rows.read(row, end, begin)
 
-    def write(self, row: int, end: Extent, state: State) -> None:
-        """Put those tensors of a state that reaches as far as `end` into `row`."""
-        self._rows.write(row, end, state)
+    def write(self, row: int, end: StateLength, state: State) -> None:
+        """Put those tensors of a state that is as long as `end` into `row`."""
+        self.rows.write(row, end, state)
 
     def _bind(self, first: int, batch: int) -> _Binding:
-        return _Binding(self._step_session, self._tensors, self._rows, first, batch)
+        return _Binding(self._step_session, self._tensors, self.rows, first, batch)
 
 
 class _Binding:
@@ -138,7 +137,7 @@ class _Binding:
     def __init__(
         self,
         session: ort.InferenceSession,
-        tensors: Sequence[pb.StateTensor],
+        tensors: Sequence[StateTensor],
         rows: HostRows | DeviceRows,
         first: int,
         batch: int,
@@ -152,7 +151,7 @@ class _Binding:
         self._logits: Floats | None = None
         self._bound: dict[str, npt.NDArray[np.generic]] = {}
         for tensor in tensors:
-            element, shape = ELEMENT_TYPES[tensor.data_type], [batch, *tensor.shape]
+            element, shape = tensor.element, [batch, *tensor.shape]
             place = (rows.device, 0, element, shape, rows.address(tensor.name, first))
             if tensor.name in self._taken:
                 self._io.bind_input(tensor.name, *place)
@@ -180,7 +179,7 @@ class _Binding:
 
 
 def _require(provider: Provider) -> None:
-    wanted, installed = _PROVIDERS[provider][0], ort.get_available_providers()
+    wanted, installed = PROVIDERS[provider][0], ort.get_available_providers()
     if wanted not in installed:
         raise ConfigError(
             f"provider is {provider}, which needs {wanted}; the onnxruntime that is installed has "
@@ -196,7 +195,7 @@ def _load(path: Path, threads: int, provider: Provider) -> ort.InferenceSession:
     options.log_severity_level = 3
     for entry, value in _THREADING.items():
         options.add_session_config_entry(entry, value)
-    wanted = _PROVIDERS[provider]
+    wanted = PROVIDERS[provider]
     try:
         session = ort.InferenceSession(path, options, providers=wanted)
     except Exception as error:  # onnxruntime raises a dozen unrelated classes here

@@ -1,4 +1,4 @@
-"""The streams of one request under one name, and whether anybody reads them."""
+"""The streams of one request under one name, and the table of those names."""
 
 from __future__ import annotations
 
@@ -7,25 +7,24 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
-from server.engine.stream import Past, Stream, Terms
-from server.sessions.subscriber import Reader
+from server.checkpoint import Checkpoint
+from server.engine.stream import Stream
+from server.request import Lease
+from server.sessions.subscriber import Subscriber
 
 
 @dataclass(eq=False)
 class Session:
     """What an engine holds of a request. Touched by the engine's thread, once it is open.
 
-    left_at: when its last reader went, on the monotonic clock; None while there is one.
+    subscribers: those who read it now, or did last; one for each output.
+    left_at: when its last subscriber went, on the monotonic clock; None while there is one.
     """
 
-    terms: Terms
+    lease: Lease
     streams: tuple[Stream, ...]
+    subscribers: tuple[Subscriber, ...]
     left_at: float | None = None
-
-    @property
-    def readers(self) -> tuple[Reader, ...]:
-        """Those who read it now, or did last; one for each output."""
-        return tuple(stream.reader for stream in self.streams)
 
     @property
     def ended(self) -> bool:
@@ -35,12 +34,12 @@ class Session:
     @property
     def expires_at(self) -> float:
         """When it is forgotten, on the monotonic clock."""
-        return float("inf") if self.left_at is None else self.left_at + self.terms.keep_s
+        return float("inf") if self.left_at is None else self.left_at + self.lease.keep_s
 
     @property
-    def pasts(self) -> tuple[Past, ...]:
-        """What its streams have behind them; of those that ended, also the state."""
-        return tuple(replace(stream.past, parked=stream.parked) for stream in self.streams)
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        """How far its streams are; of those that ended, also the state."""
+        return tuple(replace(stream.checkpoint, saved=stream.saved) for stream in self.streams)
 
 
 class SessionTable:
@@ -54,18 +53,23 @@ class SessionTable:
     def __len__(self) -> int:
         return len(self._by_name)
 
+    @property
+    def num_left(self) -> int:
+        """Sessions that nobody reads."""
+        return len(self._left)
+
     def add(self, session: Session) -> Session | None:
         """Hold a session, in place of one of the same name, which is given back."""
         with self._lock:
-            before = self._by_name.get(session.terms.stream_id)
-            self._by_name[session.terms.stream_id] = session
+            before = self._by_name.get(session.lease.stream_id)
+            self._by_name[session.lease.stream_id] = session
         return before
 
     def find(self, stream_id: str, owner: str) -> Session | None:
         """The owner's session of that name."""
         with self._lock:
             session = self._by_name.get(stream_id)
-        return session if session is not None and session.terms.owner == owner else None
+        return session if session is not None and session.lease.owner == owner else None
 
     def all(self) -> list[Session]:
         """Every session."""
@@ -75,7 +79,7 @@ class SessionTable:
     def holds(self, session: Session) -> bool:
         """Whether this very session is held."""
         with self._lock:
-            return self._by_name.get(session.terms.stream_id) is session
+            return self._by_name.get(session.lease.stream_id) is session
 
     def of(self, stream: Stream) -> Session | None:
         """The session of a stream, if it is held."""
@@ -98,14 +102,14 @@ class SessionTable:
         self._left.discard(session)
         if self.holds(session):
             with self._lock:
-                del self._by_name[session.terms.stream_id]
+                del self._by_name[session.lease.stream_id]
 
     def expired(self, now: float) -> list[Session]:
         """Those that nobody has read for as long as they are kept."""
         return [session for session in self._left if session.expires_at <= now]
 
     @property
-    def soonest_expiry(self) -> float:
+    def next_expiry(self) -> float:
         """When the next one expires."""
         return min((session.expires_at for session in self._left), default=float("inf"))
 

@@ -23,7 +23,7 @@ from server.config import ConfigError
 from server.errors import SnapshotRefused
 
 KEY_VARIABLE = "CONCERTINA_SNAPSHOT_KEY"
-VERSION = 1
+VERSION = 2
 
 _MAGIC = b"CONCERTINA-SNAP\n"
 _NONCE_BYTES = 12

@@ -49,7 +49,7 @@ class Fake(GenerationServiceServicer, ModelServiceServicer, SessionServiceServic
 
     scripts: the same for Resume, one after the other; the last of them again and again.
     times: when Generate and Resume were called.
-    farewells: what Delete and Pause were asked.
+    releases: what Delete and Pause were asked.
     refusal: what Score, ListModels and GetModel end with.
     models: what is served. requests: what was asked, oldest first.
     cancelled: set when the client leaves a stream before its end.
@@ -60,7 +60,7 @@ class Fake(GenerationServiceServicer, ModelServiceServicer, SessionServiceServic
         self.script: list[Line] = []
         self.scripts: list[list[Line]] = []
         self.times: list[float] = []
-        self.farewells: list[Message] = []
+        self.releases: list[Message] = []
         self.refusal: Status | None = None
         self.models = [text_model(), image_model()]
         self.requests: list[Any] = []
@@ -87,13 +87,13 @@ class Fake(GenerationServiceServicer, ModelServiceServicer, SessionServiceServic
     def Delete(
         self, request: session_pb.DeleteRequest, context: grpc.ServicerContext
     ) -> session_pb.DeleteResponse:
-        self.farewells.append(request)
+        self.releases.append(request)
         return session_pb.DeleteResponse()
 
     def Pause(
         self, request: session_pb.PauseRequest, context: grpc.ServicerContext
     ) -> session_pb.PauseResponse:
-        self.farewells.append(request)
+        self.releases.append(request)
         return session_pb.PauseResponse()
 
     def _say(

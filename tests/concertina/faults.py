@@ -17,16 +17,25 @@ from concertina.v1 import generation_service_pb2 as pb
 from concertina.v1 import generation_service_pb2_grpc as generation_grpc
 from concertina.v1 import model_service_pb2_grpc as model_grpc
 from concertina.v1 import session_service_pb2_grpc as session_grpc
-from server.api.generation import GenerationServicer, ModelServicer
-from server.api.sessions import SessionServicer
-from server.auth.api_keys import Callers
-from server.engine.engine import Engine
-from server.sessions.registry import Sessions
-from server.snapshots.snapshots import Keeper
+from server.api.generation import GenerationServicer
+from server.api.servicers import make_servicers
+from server.sessions.served_model import ServedModel
+from server.snapshots.writer import SnapshotWriter
+from tests.server.engines import change_logits
 
 LIMIT_S = 60.0
 STATUSES = ("UNAVAILABLE", "INTERNAL", "UNKNOWN", "CANCELLED")
 FAULTS = (*STATUSES, "EOF", "HANDED_OVER")
+
+
+def slow_down(engine: ServedModel) -> None:
+    """Makes an engine take its time, so that there is something left to break."""
+
+    def take_time(logits: Any, positions: Any) -> Any:
+        time.sleep(0.002)
+        return logits
+
+    change_logits(engine, take_time)
 
 
 class Faulty(generation_grpc.GenerationServiceServicer):
@@ -100,15 +109,15 @@ class Faults:
 
 @asynccontextmanager
 async def serving(
-    engines: Mapping[str, Engine], keeper: Keeper | None = None
+    engines: Mapping[str, ServedModel], keeper: SnapshotWriter | None = None
 ) -> AsyncIterator[Faults]:
     """A real server over these engines, on loopback."""
-    sessions, callers = Sessions(engines, keeper), Callers(None)
-    servicer = Faulty(GenerationServicer(sessions, callers))
+    servicers = make_servicers(None, engines, keeper)
+    servicer = Faulty(servicers.generation)
     server = grpc.aio.server()
     generation_grpc.add_GenerationServiceServicer_to_server(servicer, server)
-    session_grpc.add_SessionServiceServicer_to_server(SessionServicer(sessions, callers), server)
-    model_grpc.add_ModelServiceServicer_to_server(ModelServicer(engines, callers), server)
+    session_grpc.add_SessionServiceServicer_to_server(servicers.sessions, server)
+    model_grpc.add_ModelServiceServicer_to_server(servicers.models, server)
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
     try:

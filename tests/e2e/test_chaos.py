@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.chaos import run
+from loadtest.scenarios.chaos import run
 
 BUNDLE = Path(__file__).parents[2] / "bundles" / "python-4k"
 STREAMS, TOKENS, KILLS = 32, 2_000, 4

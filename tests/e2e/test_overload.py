@@ -57,7 +57,7 @@ def test_ten_times_the_load_costs_no_goodput(limit: str) -> None:
                 assert not report.num_violations, report.violations
             assert set(overload.failures) == {"Overloaded RESOURCE_EXHAUSTED"}
             assert overload.refused > overload.whole
-            assert not overload.untold
+            assert not overload.without_retry_after
             assert overload.refusal_s is not None and overload.refusal_s.p50 < 0.05
             capacity = (before.goodput_tokens_per_s + after.goodput_tokens_per_s) / 2
             goodputs.append(overload.goodput_tokens_per_s / capacity)

@@ -124,7 +124,7 @@ def test_a_folder_that_is_no_bundle_is_not_replaced(fixed_bundle: Path, tmp_path
 
 
 def test_a_folder_without_a_checkpoint_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="has `concertina train` run"):
+    with pytest.raises(FileNotFoundError, match="run `concertina train` first"):
         export_bundle(tmp_path, tmp_path / "bundle", name="new")
     assert not (tmp_path / "bundle").exists()
 

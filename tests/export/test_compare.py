@@ -58,10 +58,10 @@ def test_every_pattern_gets_as_many_weights(name: str) -> None:
     [
         ("fixd", "attention must be one of full, fixed, .* got 'fixd'"),
         ("fixed:median", "pooling must be one of max, mean, deepset-max; got 'median'"),
-        ("full:mean", "pooling mean is an option of fixed attention; full has none"),
-        ("fixed@0", "fixed@0: behind @ comes the number of seeds"),
-        ("fixed@many", "behind @ comes the number of seeds, at least 1"),
-        ("fixed-bidirectional", "guesses masked tokens: its bits cannot be compared"),
+        ("full:mean", "pooling is mean, but full has no pooling"),
+        ("fixed@0", "fixed@0: the number of seeds after @"),
+        ("fixed@many", "after @ must be at least 1"),
+        ("fixed-bidirectional", "predicts masked tokens: its bits cannot be compared"),
     ],
 )
 def test_an_entry_that_cannot_be_compared_is_refused_before_any_training(
@@ -123,7 +123,7 @@ def test_runs_of_another_budget_are_not_mistaken_for_these(
 ) -> None:
     out, _ = trained
     longer = dataclasses.replace(BUDGET, tokens=2 * BUDGET.tokens)
-    with pytest.raises(ValueError, match="holds a run with another configuration"):
+    with pytest.raises(ValueError, match="has a run with another configuration"):
         compare(dataset, BASE, longer, [Entry.parse("full")], out)
 
 

@@ -45,10 +45,10 @@ def report(*records: Record, lags_ns: tuple[int, ...] = (), max_lag_s: float = 1
 
 
 def test_refusals_are_counted_timed_and_no_goodput() -> None:
-    told = record(tokens=(), end=3, failure=REFUSED, retry_after_s=1.0)
-    untold = record(tokens=(), end=9, failure=REFUSED)
-    found = report(record(), told, untold, record(failure="ServerError INTERNAL"))
-    assert (found.refused, found.untold, found.whole) == (2, 1, 1)
+    timed = record(tokens=(), end=3, failure=REFUSED, retry_after_s=1.0)
+    untimed = record(tokens=(), end=9, failure=REFUSED)
+    found = report(record(), timed, untimed, record(failure="ServerError INTERNAL"))
+    assert (found.refused, found.without_retry_after, found.whole) == (2, 1, 1)
     assert found.refusal_s is not None
     assert (found.refusal_s.count, found.refusal_s.max) == (2, 0.009)
     assert found.goodput_tokens_per_s == pytest.approx(2 / 0.2)

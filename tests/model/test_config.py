@@ -28,23 +28,26 @@ NOT_ROWS = "is not two or more whole rows of 8 tokens: {} needs a context that i
         ({"starts": 0}, "starts must be at least 1, got 0"),
         ({"context": 1}, "context must be at least 2, got 1"),
         ({"span": 1}, "span must be at least 2, got 1"),
-        ({"width": 36}, "width 36 over 2 heads: .* a width that is one of 16"),
-        ({"width": 33, "heads": 1}, "width 33 over 1 heads"),
+        ({"width": 36}, "width is 36 with 2 heads: it must be a multiple of 16"),
+        ({"width": 33, "heads": 1}, "width is 33 with 1 heads"),
         ({"attention": "axial"}, "attention must be one of full, fixed, .*; got 'axial'"),
         ({"positions": "rotary"}, "positions must be one of factored, sinusoid; got 'rotary'"),
         ({"pooling": "min"}, "pooling must be one of max, mean, deepset-max; got 'min'"),
-        ({"context": 7}, "a context of 7 does not reach one block of 8 tokens: fixed needs a span"),
+        ({"context": 7}, "context 7 is shorter than one block of 8 tokens: fixed needs a span"),
         *(
-            ({"attention": name, "context": 7}, f"does not reach one block .*: {name} needs a span")
+            ({"attention": name, "context": 7}, f"shorter than one block .*: {name} needs a span")
             for name in ("fixed-bidirectional", "sparse-fixed", "sparse-strided")
         ),
         *(
-            ({"attention": name, "context": context}, f"a context of {context} {NOT_ROWS}")
+            ({"attention": name, "context": context}, f"context {context} {NOT_ROWS}")
             for name in ROWS
             for context in (8, 26)
         ),
         *(
-            ({"attention": name, "context": 32, "pooling": "mean"}, "pooling mean is an option of")
+            (
+                {"attention": name, "context": 32, "pooling": "mean"},
+                "pooling is mean, but {} has no",
+            )
             for name in PATTERNS
             if name not in ("fixed", "fixed-bidirectional")
         ),

@@ -88,7 +88,7 @@ def test_text_windows_reach_both_ends_of_the_data() -> None:
 def test_text_shorter_than_a_window_is_refused() -> None:
     run = np.ones(12, np.uint8)
     dataset = Dataset(DatasetInfo("text", 256, "x", "CC0-1.0"), run, run)
-    with pytest.raises(ValueError, match="12 tokens to train on are fewer than one window of 13"):
+    with pytest.raises(ValueError, match="12 training tokens are fewer than one window of 13"):
         draw_batch(dataset, 13, 1, seed=0, step=0)
 
 

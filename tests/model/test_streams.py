@@ -151,7 +151,7 @@ HELD: dict[Attention, Callable[[int, int], int]] = {
     "sparse-logsparse": lambda t, s: 2 * t,
     "sparse-axial": lambda t, m: 2 * t,
 }
-"""Vectors of all heads after t tokens (combiner.md, section 3)."""
+"""Vectors of all heads after t tokens."""
 
 
 @every_case
@@ -178,7 +178,7 @@ PEAK: dict[Attention, int] = {
     "sparse-logsparse": 2 * 3072,
     "sparse-axial": 2 * 3072,
 }
-"""Vectors for a CIFAR-10 picture in raster order, L = 3072, span 96 (combiner.md 3.9)."""
+"""Vectors for a CIFAR-10 picture in raster order, L = 3072, span 96."""
 
 
 @pytest.mark.parametrize("attention", DECODABLE)
@@ -218,5 +218,5 @@ def test_what_was_not_written_is_never_read(attention: Attention) -> None:
 
 
 def test_a_pattern_that_cannot_decode_says_so() -> None:
-    with pytest.raises(ValueError, match="fixed-bidirectional reads tokens that are not written"):
+    with pytest.raises(ValueError, match="fixed-bidirectional attends to later tokens"):
         Case("fixed-bidirectional").make(LENGTH).state()

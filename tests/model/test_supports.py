@@ -112,7 +112,7 @@ ENTRIES: dict[Attention, Callable[[int, int], int]] = {
     "sparse-logsparse": lambda i, s: 1 + i.bit_length(),
     "sparse-axial": _axial,
 }
-"""Of position i, for spans of s tokens or rows of m (combiner.md, section 3)."""
+"""Of position i, for spans of s tokens or rows of m."""
 
 
 @pytest.mark.parametrize("span", SPANS)

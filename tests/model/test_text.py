@@ -51,14 +51,14 @@ def test_at_least_one_file_is_held_out(tmp_path: Path) -> None:
 
 
 def test_too_few_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="1 files are too few to hold 1 of them out"):
+    with pytest.raises(ValueError, match="cannot hold 1 of 1 files out"):
         split(write_files(tmp_path, 1))
 
 
 def test_a_file_with_byte_0_is_named(tmp_path: Path) -> None:
     files = write_files(tmp_path, 4)
     files[2].write_bytes(b"ELF\0")
-    with pytest.raises(ValueError, match=f"{files[2]} holds byte 0"):
+    with pytest.raises(ValueError, match=f"{files[2]} contains byte 0"):
         split(files)
 
 

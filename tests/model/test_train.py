@@ -105,7 +105,7 @@ def test_another_configuration_is_refused(
     model: ModelConfig, run: TrainConfig, uninterrupted: Path
 ) -> None:
     before = {path.name: path.read_bytes() for path in uninterrupted.iterdir()}
-    with pytest.raises(ValueError, match=f"{uninterrupted} holds a run with another config"):
+    with pytest.raises(ValueError, match=f"{uninterrupted} has a run with another config"):
         train(uninterrupted, model, run, text())
     assert {path.name: path.read_bytes() for path in uninterrupted.iterdir()} == before
 
@@ -119,8 +119,8 @@ def test_another_dataset_is_refused(uninterrupted: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"vocabulary": 5}, "the model's vocabulary is 5, this data needs vocabulary 4"),
-        ({"starts": 2}, "the model's starts is 2, this data needs starts 1"),
+        ({"vocabulary": 5}, "the model's vocabulary is 5, but this data needs 4"),
+        ({"starts": 2}, "the model's starts is 2, but this data needs 1"),
     ],
 )
 def test_a_model_that_does_not_fit_the_data_is_refused(
@@ -134,7 +134,7 @@ def test_a_model_that_does_not_fit_the_data_is_refused(
 def test_an_image_model_needs_a_context_of_all_pixels(tmp_path: Path) -> None:
     info = DatasetInfo("image", 4, "x", "CC0-1.0", 3, 5, ((0, 0, 0),) * 4)
     rows = np.zeros((9, 16), np.int16)
-    with pytest.raises(ValueError, match="the model's context is 16, this data needs context 15"):
+    with pytest.raises(ValueError, match="the model's context is 16, but this data needs 15"):
         train(tmp_path, MODEL, RUN, Dataset(info, rows, rows))
 
 
@@ -142,7 +142,7 @@ def test_an_image_model_needs_a_context_of_all_pixels(tmp_path: Path) -> None:
 def test_rows_of_a_model_are_rows_of_the_pictures(attention: Any, tmp_path: Path) -> None:
     info = DatasetInfo("image", 4, "x", "CC0-1.0", 8, 2, ((0, 0, 0),) * 4)
     rows = np.zeros((9, 17), np.int16)
-    with pytest.raises(ValueError, match=f"{attention} sees rows of 4 tokens, .* of 8 pixels"):
+    with pytest.raises(ValueError, match=f"{attention} has rows of 4 tokens, .* of 8 pixels"):
         train(tmp_path, replace(MODEL, attention=attention), RUN, Dataset(info, rows, rows))
 
 
@@ -277,7 +277,7 @@ def test_no_partial_file_is_left(uninterrupted: Path) -> None:
 
 
 def test_a_folder_without_a_checkpoint_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=f"{tmp_path} holds no {CHECKPOINT}"):
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path} has no {CHECKPOINT}"):
         load_checkpoint(tmp_path)
 
 

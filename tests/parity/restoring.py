@@ -9,13 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from server.arrays import Floats, Ints
 from server.bundles.bundle import load_bundle
+from server.checkpoint import Finish, FinishReason
 from server.config import EngineConfig
-from server.engine.engine import Engine
-from server.engine.events import Delta, Finish, FinishReason
-from server.runtime.onnx_session import Floats, Ints
-from server.sessions.registry import Following, Sessions
-from server.snapshots.snapshots import open_keeper
+from server.sessions.registry import Attachment, SessionRegistry
+from server.sessions.reviver import follow
+from server.sessions.served_model import ServedModel
+from server.sessions.subscriber import Delta
+from server.snapshots.writer import open_writer
 
 LIMIT_S = 60.0
 CONFIG = EngineConfig(
@@ -33,9 +35,9 @@ class Told:
     logits: dict[int, bytes] = field(default_factory=dict)
 
 
-def record_logits(engine: Engine, logits: dict[int, bytes]) -> None:
+def record_logits(model: ServedModel, logits: dict[int, bytes]) -> None:
     """Keeps what each step of a batch of one stream says, by the position it was said at."""
-    runtime: Any = engine._loop.runtime
+    runtime: Any = model.engine.runtime
     step = type(runtime).step
 
     def recorded(tokens: Ints, positions: Ints, lengths: Ints) -> Floats:
@@ -47,11 +49,11 @@ def record_logits(engine: Engine, logits: dict[int, bytes]) -> None:
     runtime.step = recorded
 
 
-async def read(following: Following, told: Told) -> None:
+async def read(attachment: Attachment, told: Told) -> None:
     """Reads a stream of one output to its end."""
-    engine, session = following.engine, following.session
+    model, session = attachment.model, attachment.session
     async with asyncio.timeout(LIMIT_S):
-        async for _, event in engine.events_together(session.streams, following.readers):
+        async for _, event in model.events(session, attachment.subscribers):
             match event:
                 case Delta():
                     told.tokens += event.tokens
@@ -64,19 +66,19 @@ async def read(following: Following, told: Told) -> None:
 
 async def restore(folder: Path, uri: str) -> dict[str, Told]:
     """What the streams in the store at `uri` tell a reader who has nothing of them, by name."""
-    bundle, keeper = load_bundle(folder), open_keeper(uri, 60.0)
-    assert keeper is not None
-    engine = Engine(bundle, CONFIG)
-    sessions = Sessions({bundle.name: engine}, keeper)
+    bundle, writer = load_bundle(folder), open_writer(uri, 60.0)
+    assert writer is not None
+    model = ServedModel(bundle, CONFIG)
+    registry = SessionRegistry({bundle.name: model}, writer)
     told = {}
     try:
-        for name in await sessions.stored(""):
+        for name in await registry.stored(""):
             told[name] = Told()
-            record_logits(engine, told[name].logits)
-            await read(await sessions.follow(name, "", ()), told[name])
+            record_logits(model, told[name].logits)
+            await read(await follow(registry, name, "", ()), told[name])
     finally:
-        engine.close()
-        keeper.close(LIMIT_S)
+        model.close()
+        writer.close(LIMIT_S)
     return told
 
 

@@ -10,9 +10,10 @@ import torch
 
 from concertina.v1 import bundle_pb2 as pb
 from export.weights import load_decoder
+from server.arrays import Floats, Ints
 from server.bundles.bundle import load_bundle
 from server.engine.kv_cache import Cache
-from server.runtime.onnx_session import Floats, Ints, Runtime
+from server.runtime.onnx_session import Runtime
 
 TOLERANCE = 1e-4
 Logits = npt.NDArray[np.float64]
@@ -52,17 +53,17 @@ class Served:
         self.slots = slots
         self.runtime = Runtime(self.bundle, slots + 1, threads=1)
         self.cache = Cache(self.bundle, self.runtime, slots, prefix_bytes)
-        self.bench_in_use = False
+        self.prefilling = False
         self.value = poison
         self.poison()
 
     def poison(self) -> None:
         """Overwrite dead entries of live rows, and all of the others."""
         pushed = dict(enumerate(self.cache.pushed.tolist()))
-        if self.bench_in_use:
-            pushed[self.slots] = self.cache.bench_pushed
+        if self.prefilling:
+            pushed[self.slots] = self.cache.prefill_pushed
         for tensor in self.bundle.manifest.state:
-            buffer = self.runtime._rows.buffers[tensor.name]
+            buffer = self.runtime.rows.buffers[tensor.name]
             for row in range(self.slots + 1):
                 tokens = pushed.get(row, 0)
                 if tensor.kind == pb.STATE_KIND_STACK:
@@ -72,14 +73,14 @@ class Served:
                 elif row not in pushed:
                     buffer[row] = self.value
 
-    def take_bench(self) -> None:
-        """Clear the bench for a new stream."""
-        self.cache.seat()
-        self.bench_in_use = True
+    def start_prefill(self) -> None:
+        """Clear the prefill slot for a new stream."""
+        self.cache.start_prefill()
+        self.prefilling = True
         self.poison()
 
     def prefill(self, tokens: Ints, limit: int | None = None) -> Floats:
-        """Push `tokens[T]` onto the bench in chunks of at most `limit`: `[T, vocabulary]`."""
+        """Prefill `tokens[T]` in chunks of at most `limit`: `[T, vocabulary]`."""
         parts = []
         while len(tokens):
             count = min(limit or len(tokens), self.cache.block_room, len(tokens))
@@ -89,9 +90,9 @@ class Served:
         return np.concatenate(parts)
 
     def join(self) -> int:
-        """Move the bench into the batch."""
+        """Move the prefilled stream into the batch."""
         row = self.cache.join()
-        self.bench_in_use = False
+        self.prefilling = False
         self.poison()
         return row
 
@@ -109,4 +110,4 @@ class Served:
 
     def state(self, row: int) -> dict[str, npt.NDArray[np.generic]]:
         """What a row of the batch holds."""
-        return self.cache.park(row).state
+        return self.cache.save(row).state

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from server.engine.kv_cache import Parked
-from server.runtime.host_state import Extent
-from server.runtime.onnx_session import Ints
+from server.arrays import Ints
+from server.checkpoint import SavedState
+from server.runtime.host_state import StateLength
 from tests.parity.served import Logits, Served, assert_parity, draw_tokens, expected_logits
 
 SPAN, SLOTS = 8, 4
@@ -32,8 +32,8 @@ class Simulation:
         self.served, self.tokens, self.expected = served, tokens, expected
         self.rng = np.random.default_rng(seed)
         self.rows: list[Place] = []
-        self.bench: Place | None = None
-        self.parked: list[tuple[Place, Parked]] = []
+        self.prefilling: Place | None = None
+        self.saved: list[tuple[Place, SavedState]] = []
         self.happened: Counter[str] = Counter()
 
     def run(self, turns: int) -> None:
@@ -51,21 +51,21 @@ class Simulation:
             self.rows.append(self.new())
 
     def prefill(self) -> None:
-        if self.bench is None:
-            self.served.take_bench()
-            self.bench = self.new()
-        at = self.bench
+        if self.prefilling is None:
+            self.served.start_prefill()
+            self.prefilling = self.new()
+        at = self.prefilling
         part = self.tokens[at.stream, at.pushed :][: self.rng.integers(1, 2 * SPAN)]
         if len(part):
             got = self.served.prefill(part, int(self.rng.integers(1, SPAN + 1)))
             assert_parity(got, self.expected[at.stream, at.pushed :][: len(part)])
-            self.bench = replace(at, pushed=at.pushed + len(part))
+            self.prefilling = replace(at, pushed=at.pushed + len(part))
 
     def join(self) -> None:
-        if self.bench is not None and self.served.cache.num_free:
+        if self.prefilling is not None and self.served.cache.num_free:
             assert self.served.join() == len(self.rows)
-            self.rows.append(self.bench)
-            self.bench = None
+            self.rows.append(self.prefilling)
+            self.prefilling = None
 
     def step(self) -> None:
         for row in reversed(range(len(self.rows))):
@@ -89,12 +89,12 @@ class Simulation:
         if self.rows:
             row = int(self.rng.integers(len(self.rows)))
             self.happened["parked in mid-block"] += self.rows[row].pushed % SPAN > 0
-            self.parked.append((self.rows[row], self.served.cache.park(row)))
+            self.saved.append((self.rows[row], self.served.cache.save(row)))
             self.drop(row)
 
     def restore(self) -> None:
-        if self.parked and self.served.cache.num_free:
-            at, parked = self.parked[self.rng.integers(len(self.parked))]
+        if self.saved and self.served.cache.num_free:
+            at, parked = self.saved[self.rng.integers(len(self.saved))]
             assert self.served.cache.restore(parked) == len(self.rows)
             self.served.poison()
             self.rows.append(at)
@@ -122,8 +122,8 @@ def test_any_course_of_events(
     bundle: Path, seed: int, folded_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whether what folds at once is taken together, or one after the other."""
-    monkeypatch.setattr("server.runtime.host_state._FOLDED_BYTES", folded_bytes)
-    monkeypatch.setattr("server.runtime.host_state._KEPT_BYTES", 4 * folded_bytes)
+    monkeypatch.setattr("server.runtime.host_state.FOLDED_BYTES", folded_bytes)
+    monkeypatch.setattr("server.runtime.host_state.KEPT_BYTES", 4 * folded_bytes)
     tokens = draw_tokens(bundle, 5)
     life = Simulation(Served(bundle, SLOTS), tokens, expected_logits(bundle, tokens), seed)
     life.run(turns=600)
@@ -139,7 +139,7 @@ def mixed(fixed_bundle: Path) -> Served:
     """Four streams, of which only the second fills its block with the next token."""
     served = Served(fixed_bundle)
     for row, begun in enumerate((3, 2 * SPAN - 1, SPAN, SPAN + 5)):
-        served.take_bench()
+        served.start_prefill()
         served.prefill(draw_tokens(fixed_bundle, SLOTS)[row, :begun])
         served.join()
     return served
@@ -148,7 +148,12 @@ def mixed(fixed_bundle: Path) -> Served:
 def test_a_fold_leaves_its_neighbours_alone(mixed: Served) -> None:
     tokens = draw_tokens(mixed.bundle.folder, SLOTS)
     mixed.cache.step(tokens[range(SLOTS), mixed.cache.pushed])
-    extents = [Extent(4, 4), Extent(1 + SPAN, 2 * SPAN), Extent(2, SPAN + 1), Extent(7, SPAN + 6)]
+    extents = [
+        StateLength(4, 4),
+        StateLength(1 + SPAN, 2 * SPAN),
+        StateLength(2, SPAN + 1),
+        StateLength(7, SPAN + 6),
+    ]
     before = [mixed.runtime.read(row, extent) for row, extent in enumerate(extents)]
     assert mixed.cache.fold() == 1
     after = [mixed.runtime.read(row, extent) for row, extent in enumerate(extents)]
@@ -163,7 +168,7 @@ def test_a_fold_leaves_its_neighbours_alone(mixed: Served) -> None:
 
 def test_rows_that_ended_are_not_folded(mixed: Served) -> None:
     mixed.cache.step(draw_tokens(mixed.bundle.folder, SLOTS)[range(SLOTS), mixed.cache.pushed])
-    full = Extent(1 + SPAN, 2 * SPAN)
+    full = StateLength(1 + SPAN, 2 * SPAN)
     before = mixed.runtime.read(1, full)
     assert mixed.cache.fold(ended=[1]) == 0
     after = mixed.runtime.read(1, full)
@@ -187,19 +192,19 @@ def test_the_last_row_takes_the_place_of_one_that_leaves(mixed: Served, leaving:
         assert_parity(mixed.step(tokens[streams, at]), expected[streams, at])
 
 
-def test_the_bench_fills_while_the_batch_decodes(fixed_bundle: Path) -> None:
+def test_the_prefill_slot_fills_while_the_batch_decodes(fixed_bundle: Path) -> None:
     tokens = draw_tokens(fixed_bundle, 2)
     expected = expected_logits(fixed_bundle, tokens)
     served = Served(fixed_bundle)
     served.cache.begin()
-    served.take_bench()
+    served.start_prefill()
     for first in range(0, 30, 3):
         assert_parity(served.prefill(tokens[1, first : first + 3]), expected[1, first : first + 3])
         assert_parity(served.step(tokens[:1, first // 3]), expected[:1, first // 3])
 
 
 def test_a_new_stream_knows_nothing_of_the_one_before(fixed_bundle: Path) -> None:
-    """Its query maximum, above all: the bench and the row were left in mid-block."""
+    """Its query maximum, above all: the prefill slot and the row were left in mid-block."""
     tokens = draw_tokens(fixed_bundle, 2)
     expected = expected_logits(fixed_bundle, tokens)
     for poison in (0.0, np.nan):
@@ -209,7 +214,7 @@ def test_a_new_stream_knows_nothing_of_the_one_before(fixed_bundle: Path) -> Non
             got = served.decode(tokens[row : row + 1, : 12 - row])
             assert_parity(got, expected[row : row + 1, : 12 - row])
             served.cache.leave(0)
-            served.cache.seat()
+            served.cache.start_prefill()
             for first, last in ((0, SPAN), (SPAN, SPAN + 4)):
                 got = served.cache.prefill(tokens[row, first:last], logits=True)
                 assert_parity(got, expected[row, first:last])

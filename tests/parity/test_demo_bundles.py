@@ -18,7 +18,7 @@ def test_a_stream_as_long_as_the_context(bundle: Path) -> None:
     expected = expected_logits(bundle, tokens)
     served = Served(bundle, slots=1)
     steps = 2 * (served.bundle.span or 16) + 2  # the end of the context, by single tokens
-    served.take_bench()
+    served.start_prefill()
     first = served.prefill(tokens[0, :-steps])
     served.join()
     got = np.concatenate((first, served.decode(tokens[:, -steps:])[0]))

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from server.runtime.onnx_session import Ints
+from server.arrays import Ints
 from tests.parity.served import Served, assert_parity, draw_tokens, expected_logits
 
 SPAN, LENGTH = 8, 30
@@ -23,11 +23,11 @@ def tokens(bundle: Path) -> Ints:
 
 
 def prompted(served: Served, prompt: Ints) -> int:
-    """Seat a prompt; the tokens of it that need not be pushed."""
-    served.cache.seat(prompt)
-    served.bench_in_use = True
+    """Give a prompt the prefill slot; the tokens of it that need not be pushed."""
+    served.cache.start_prefill(prompt)
+    served.prefilling = True
     served.poison()
-    return served.cache.bench_pushed
+    return served.cache.prefill_pushed
 
 
 def test_a_hit_skips_blocks_and_changes_no_logit(bundle: Path, tokens: Ints) -> None:
@@ -53,7 +53,7 @@ def test_what_is_kept_is_a_copy(fixed_bundle: Path) -> None:
     served = Served(fixed_bundle, prefix_bytes=10**6)
     prompted(served, tokens[0])
     served.prefill(tokens[0])
-    for buffer in served.runtime._rows.buffers.values():
+    for buffer in served.runtime.rows.buffers.values():
         buffer.fill(np.nan)
     skipped = prompted(served, tokens[0])
     assert skipped == 3 * SPAN

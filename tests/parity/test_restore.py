@@ -18,14 +18,15 @@ from typing import Any
 import pytest
 
 from concertina.v1 import generation_service_pb2 as pb
-from server.auth.api_keys import ANYONE
 from server.bundles.bundle import load_bundle
-from server.engine.engine import Engine
-from server.engine.stream import Past
-from server.sessions.registry import Sessions
+from server.checkpoint import Checkpoint
+from server.sessions.opener import SessionOpener
+from server.sessions.registry import SessionRegistry
+from server.sessions.served_model import ServedModel
 from server.snapshots.sealer import KEY_VARIABLE
-from server.snapshots.snapshots import Keeper, open_keeper
+from server.snapshots.writer import SnapshotWriter, open_writer
 from tests.parity.restoring import CONFIG, LIMIT_S, Told, read, record_logits
+from tests.server.replicas import start
 
 ROOT = Path(__file__).parents[2]
 SPAN = 8
@@ -46,18 +47,18 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def record_pasts(engine: Engine, pasts: dict[int, Past]) -> None:
+def record_checkpoints(model: ServedModel, checkpoints: dict[int, Checkpoint]) -> None:
     """Keeps what the only stream has behind it before each pass, by the tokens it has pushed."""
-    runtime: Any = engine._loop.runtime
+    runtime: Any = model.engine.runtime
 
     def recording(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
         def recorded(*args: Any) -> Any:
-            places = engine._loop.places
-            stream = places.bench if name == "prefill" else places.running[0]
+            placement = model.engine.placement
+            stream = placement.prefilling if name == "prefill" else placement.running[0]
             assert stream is not None
-            parked = places.park(stream)
-            assert parked is not None
-            pasts[parked.pushed] = replace(stream.past, parked=parked)
+            saved = placement.save(stream)
+            assert saved is not None
+            checkpoints[saved.pushed] = replace(stream.checkpoint, saved=saved)
             return run(*args)
 
         return recorded
@@ -67,20 +68,21 @@ def record_pasts(engine: Engine, pasts: dict[int, Past]) -> None:
 
 
 async def undisturbed(
-    engine: Engine, keeper: Keeper, name: str, request: pb.GenerateRequest
+    model: ServedModel, writer: SnapshotWriter, name: str, request: pb.GenerateRequest
 ) -> Told:
     """A stream that runs through; of every position of two blocks and one more, one is stored."""
-    told, pasts = Told(), dict[int, Past]()
-    record_logits(engine, told.logits)
-    record_pasts(engine, pasts)
-    following = await Sessions({"": engine}, None).start(engine, request, ANYONE)
-    await read(following, told)
-    await engine.forget(following.session)
-    assert pasts.keys() >= set(range(LAST + 1))
+    told, checkpoints = Told(), dict[int, Checkpoint]()
+    record_logits(model, told.logits)
+    record_checkpoints(model, checkpoints)
+    opener = SessionOpener(SessionRegistry({"": model}))
+    attachment = await start(opener, model, request)
+    await read(attachment, told)
+    await model.forget(attachment.session)
+    assert checkpoints.keys() >= set(range(LAST + 1))
     for pushed in range(LAST + 1):
-        terms = replace(following.session.terms, stream_id=f"{name}-{pushed}")
-        keeper.begin(engine.bundle, terms)
-        keeper.offer(engine.bundle, terms, 0, pasts[pushed])
+        lease = replace(attachment.session.lease, stream_id=f"{name}-{pushed}")
+        writer.begin(model.bundle, lease)
+        writer.offer(model.bundle, lease, 0, checkpoints[pushed])
     return told
 
 
@@ -89,19 +91,19 @@ async def test_every_position_of_two_blocks_goes_on_to_the_bit(
 ) -> None:
     monkeypatch.setenv(KEY_VARIABLE, base64.b64encode(os.urandom(32)).decode())
     uri = f"file://{tmp_path}/store"
-    keeper, engine = open_keeper(uri, 60.0), Engine(load_bundle(bundle), CONFIG)
-    assert keeper is not None
+    writer, model = open_writer(uri, 60.0), ServedModel(load_bundle(bundle), CONFIG)
+    assert writer is not None
     expected = {}
     try:
         for name, fields in CASES.items():
             request = pb.GenerateRequest(
                 **fields, keep={"seconds": 60}, stopping={"ignore_eos": True}
             )
-            expected[name] = await undisturbed(engine, keeper, name, request)
-        assert keeper.flush(LIMIT_S)
+            expected[name] = await undisturbed(model, writer, name, request)
+        assert writer.flush(LIMIT_S)
     finally:
-        engine.close()
-        keeper.close(LIMIT_S)
+        model.close()
+        writer.close(LIMIT_S)
     told = restored(bundle, uri)
     assert told.keys() == {f"{name}-{at}" for name in CASES for at in range(LAST + 1)}
     for key, got in told.items():

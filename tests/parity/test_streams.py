@@ -17,7 +17,7 @@ SPAN, LENGTH = 8, 26
 def test_prefill_in_any_chunks(bundle: Path, limit: int | None) -> None:
     tokens = draw_tokens(bundle, 1)
     served = Served(bundle)
-    served.take_bench()
+    served.start_prefill()
     assert_parity(served.prefill(tokens[0], limit), expected_logits(bundle, tokens)[0])
 
 
@@ -27,7 +27,7 @@ def test_prefill_in_random_chunks(bundle: Path) -> None:
         tokens = draw_tokens(bundle, 1, LENGTH, seed)
         expected = expected_logits(bundle, tokens)[0]
         served = Served(bundle)
-        served.take_bench()
+        served.start_prefill()
         done = 0
         while done < LENGTH:
             part = tokens[0, done : done + int(rng.integers(1, SPAN + 3))]
@@ -47,7 +47,7 @@ def test_any_prefix_on_the_bench_and_the_rest_in_the_batch(bundle: Path) -> None
     expected = expected_logits(bundle, tokens)
     served = Served(bundle)
     for prefix in range(1, LENGTH):
-        served.take_bench()
+        served.start_prefill()
         assert_parity(served.prefill(tokens[0, :prefix]), expected[0, :prefix])
         row = served.join()
         assert_parity(served.decode(tokens[:, prefix:]), expected[:, prefix:])
@@ -61,7 +61,7 @@ def test_prefill_and_steps_leave_the_same_state(bundle: Path) -> None:
     for prefix in range(1, LENGTH):
         slow.step(tokens[:, prefix - 1])
         fast = Served(bundle)
-        fast.take_bench()
+        fast.start_prefill()
         fast.prefill(tokens[0, :prefix])
         at_once = fast.state(fast.join())
         for name, values in slow.state(0).items():
@@ -74,9 +74,9 @@ def test_chunks_without_logits_leave_the_same_state(bundle: Path) -> None:
     states = []
     for logits in (True, False):
         served = Served(bundle)
-        served.take_bench()
-        while served.cache.bench_pushed < LENGTH:
-            part = tokens[0, served.cache.bench_pushed : LENGTH][: served.cache.block_room]
+        served.start_prefill()
+        while served.cache.prefill_pushed < LENGTH:
+            part = tokens[0, served.cache.prefill_pushed : LENGTH][: served.cache.block_room]
             out = served.cache.prefill(part, logits)
             assert len(out) == (len(part) if logits else 0)
         states.append(served.state(served.join()))
@@ -90,7 +90,7 @@ def test_dead_entries_are_never_read(bundle: Path, value: float) -> None:
     results = []
     for poison in (0.0, value):
         served = Served(bundle, poison=poison)
-        served.take_bench()
+        served.start_prefill()
         first = served.prefill(tokens[0, : SPAN + 3], 5)
         served.join()
         results.append(np.concatenate((first, served.decode(tokens[:, SPAN + 3 :])[0])))
@@ -101,10 +101,10 @@ def test_dead_entries_are_never_read(bundle: Path, value: float) -> None:
 def test_the_poison_is_deadly(bundle: Path) -> None:
     tokens = draw_tokens(bundle, 1, 6)
     served = Served(bundle)
-    served.take_bench()
+    served.start_prefill()
     served.prefill(tokens[0, :5])
     row = served.join()
-    buffer = served.runtime._rows.buffers["values.1"][row]
+    buffer = served.runtime.rows.buffers["values.1"][row]
     kinds = {tensor.name: tensor.kind for tensor in served.bundle.manifest.state}
     if kinds["values.1"] == pb.STATE_KIND_STACK:
         buffer[:, served.bundle.entries(5) - 1] = served.value
@@ -118,9 +118,9 @@ def test_a_parked_stream_goes_on_to_the_bit(bundle: Path) -> None:
     for parked_at in (1, 5, SPAN - 1, SPAN, SPAN + 1, 2 * SPAN + 3):
         tokens[1, :parked_at] = tokens[0, :parked_at]
         served = Served(bundle)
-        served.take_bench()
+        served.start_prefill()
         served.prefill(tokens[0, :parked_at])
-        parked = served.cache.park(served.join())
+        parked = served.cache.save(served.join())
         went_on = served.decode(tokens[:1, parked_at:])
         for row, fork in enumerate(("the same", "another", "the same")):
             other = Served(bundle)
@@ -138,7 +138,7 @@ def test_a_parked_state_holds_no_more_than_its_entries(bundle: Path) -> None:
     served.cache.begin()
     for pushed, token in enumerate(tokens[0], start=1):
         served.step(np.array([token]))
-        parked = served.cache.park(0)
+        parked = served.cache.save(0)
         assert parked.pushed == pushed
         sizes = served.bundle.state_bytes(pushed)
         assert sum(sizes.values()) == sum(values.nbytes for values in parked.state.values())

@@ -12,8 +12,7 @@ import pytest
 
 from server.bundles.bundle import Bundle, load_bundle
 from server.config import EngineConfig
-from server.engine.engine import Engine
-from tests.server.engines import is_empty, until
+from tests.server.engines import DrivenModel, is_empty, until
 
 Logits = Callable[[list[int]], npt.NDArray[np.float64]]
 
@@ -60,20 +59,20 @@ def exact_logits() -> Callable[[Bundle], Logits]:
 
 
 @pytest.fixture
-async def start() -> AsyncIterator[Callable[..., Engine]]:
+async def start() -> AsyncIterator[Callable[..., DrivenModel]]:
     """Starts engines; in the end nothing may be left in any that still runs."""
-    engines: list[Engine] = []
+    engines: list[DrivenModel] = []
 
-    def start(bundle: Bundle, **settings: float) -> Engine:
+    def start(bundle: Bundle, **settings: float) -> DrivenModel:
         settings = {"prefix_cache_bytes": 0, **settings}  # prompts are pushed whole, unless asked
-        engines.append(Engine(bundle, EngineConfig(threads=1, **settings)))  # type: ignore[arg-type]
+        engines.append(DrivenModel(bundle, EngineConfig(threads=1, **settings)))  # type: ignore[arg-type]
         return engines[-1]
 
     yield start
     try:
-        for engine in engines:
-            if engine.alive:
-                await until(partial(is_empty, engine), limit_s=10)
+        for model in engines:
+            if model.alive:
+                await until(partial(is_empty, model), limit_s=10)
     finally:
-        for engine in engines:
-            engine.close()
+        for model in engines:
+            model.close()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -12,16 +13,47 @@ from typing import Any
 
 import numpy as np
 
-from server.engine.admission import Weight
-from server.engine.engine import Engine
-from server.engine.events import Delta, Ending, Request
-from server.engine.sampling.sampler import SamplingParameters
+from server.arrays import Floats, Ints
 from server.engine.stream import Stream
-from server.runtime.onnx_session import Floats, Ints
+from server.engine.updates import Ending
+from server.request import Lease, Request, SamplingParameters, prompt_of
+from server.sessions.served_model import ServedModel
+from server.sessions.subscriber import Delta, Event
+from server.sessions.table import Session
 
 LIMIT_S = 60.0
 START = 256
 GREEDY = SamplingParameters(temperature=0)
+
+
+class DrivenModel(ServedModel):
+    """A served model whose streams are opened, read and cancelled one by one."""
+
+    def submit(self, request: Request, owner: str = "") -> Stream:  # type: ignore[override]
+        """Queues a stream."""
+        return self.submit_together([request], owner)[0]
+
+    def submit_together(self, requests: Sequence[Request], owner: str = "") -> tuple[Stream, ...]:
+        """Queues the outputs of one request."""
+        return self.open(Lease(secrets.token_hex(16), tuple(requests), owner)).streams
+
+    async def events(self, *streams: Stream) -> AsyncIterator[Event]:  # type: ignore[override]
+        """What happens to one stream."""
+        async for _, event in self.events_together(streams):
+            yield event
+
+    async def events_together(
+        self, streams: Sequence[Stream]
+    ) -> AsyncIterator[tuple[Stream, Event]]:
+        """What happens to the streams of one request."""
+        lease, subscribers = streams[0].lease, tuple(s.subscriber for s in streams)
+        session = Session(lease, tuple(streams), subscribers)  # type: ignore[arg-type]
+        async for pair in super().events(session):
+            yield pair
+
+    def cancel(self, stream: Stream) -> None:  # type: ignore[override]
+        """Drops a stream."""
+        self.engine.post(lambda: self.engine.streams.cancel(stream))
 
 
 @dataclass(frozen=True)
@@ -36,18 +68,18 @@ class Outcome:
 def ask(prompt: bytes = b"", max_tokens: int = 8, seed: int = 1, **fields: Any) -> Request:
     """A request to a text model."""
     fields.setdefault("sampling", SamplingParameters(seed=seed))
-    return Request(np.array([START, *prompt]), max_tokens=max_tokens, **fields)
+    return Request(prompt_of(START, [*prompt], "B"), max_tokens=max_tokens, **fields)
 
 
-async def read(engine: Engine, stream: Stream) -> Outcome:
+async def read(model: DrivenModel, stream: Stream) -> Outcome:
     """Reads a stream to its end; its deltas must follow each other, and the ending must be last."""
     tokens: list[int] = []
     text, ending = "", None
     async with asyncio.timeout(LIMIT_S):
-        async for event in engine.events(stream):
+        async for event in model.events(stream):
             assert ending is None
             if isinstance(event, Delta):
-                assert event.first_position == len(stream.request.prompt) - 1 + len(tokens)
+                assert event.first_position == len(stream.request.prompt) + len(tokens)
                 assert event.tokens or event.text
                 tokens += event.tokens
                 text += event.text
@@ -57,9 +89,9 @@ async def read(engine: Engine, stream: Stream) -> Outcome:
     return Outcome(tuple(tokens), text, ending)
 
 
-async def generate(engine: Engine, wanted: Request) -> Outcome:
+async def generate(model: DrivenModel, wanted: Request) -> Outcome:
     """Submits a request and reads its stream."""
-    return await read(engine, engine.submit(wanted))
+    return await read(model, model.submit(wanted))
 
 
 async def until(condition: Callable[[], object], limit_s: float = LIMIT_S) -> None:
@@ -69,37 +101,20 @@ async def until(condition: Callable[[], object], limit_s: float = LIMIT_S) -> No
             await asyncio.sleep(0.001)
 
 
-def is_empty(engine: Engine) -> bool:
+def is_empty(model: ServedModel) -> bool:
     """Whether nothing of any stream is left."""
-    held = (
-        engine._loop.places.running,
-        engine._loop.places.waiting,
-        engine._loop.places.paused,
-        engine._loop.limited,
-        engine._loop.places.bench,
-    )
-    named = (engine._loop.sessions, engine._loop.sessions._left)
-    return not any(
-        (
-            *held,
-            *named,
-            engine._loop.ledger.held != Weight(),
-            engine._loop.ledger._weights,
-            engine._loop.cache.num_running,
-            engine._loop._inbox,
-        )
-    )
+    return model.is_empty and not model.table.num_left
 
 
 @contextmanager
-def together(engine: Engine) -> Iterator[None]:
+def together(model: ServedModel) -> Iterator[None]:
     """What is submitted inside reaches the engine at once."""
     ready = threading.Event()
 
     def wait() -> None:
         assert ready.wait(LIMIT_S)
 
-    engine._loop.post(wait)
+    model.engine.post(wait)
     try:
         yield
     finally:
@@ -112,12 +127,12 @@ class Gate:
     While it is held its thread stands still: whatever it owns can be looked at.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, model: ServedModel) -> None:
         self.passes = 0
         self._changed = threading.Condition()
         self._permits = 0.0
-        self._held: str | None = None
-        self._runtime: Any = engine._loop.runtime
+        self.standing: str | None = None
+        self._runtime: Any = model.engine.runtime
         self._passes = {name: getattr(self._runtime, name) for name in ("step", "prefill")}
 
     def __enter__(self) -> Gate:
@@ -138,9 +153,9 @@ class Gate:
     def _gated(self, name: str, run: Callable[..., Floats]) -> Callable[..., Floats]:
         def gated(*args: Any) -> Floats:
             with self._changed:
-                self._held = name
+                self.standing = name
                 assert self._changed.wait_for(lambda: self._permits > 0, LIMIT_S)
-                self._held = None
+                self.standing = None
                 self.passes += 1
                 self._permits -= 1
             return run(*args)
@@ -155,7 +170,7 @@ class Gate:
 
     async def held(self, name: str) -> None:
         """Waits until the engine stands before a pass: a `step` or a `prefill`."""
-        await until(lambda: self._permits == 0 and self._held == name)
+        await until(lambda: self._permits == 0 and self.standing == name)
 
     async def let_one(self, name: str) -> None:
         """Lets one pass through and waits until the engine stands before the next: a `name`."""
@@ -163,7 +178,7 @@ class Gate:
         await self.held(name)
 
 
-def script(engine: Engine, content: bytes) -> None:
+def script(model: ServedModel, content: bytes) -> None:
     """Makes the model want `content`, whatever it saw: the token at position k is `content[k]`."""
     wanted = np.frombuffer(content, np.uint8)
 
@@ -172,12 +187,12 @@ def script(engine: Engine, content: bytes) -> None:
         logits[np.arange(len(positions)), wanted[positions]] = 1e4
         return logits
 
-    change_logits(engine, speak)
+    change_logits(model, speak)
 
 
-def change_logits(engine: Engine, change: Callable[[Floats, Ints], Floats]) -> None:
+def change_logits(model: ServedModel, change: Callable[[Floats, Ints], Floats]) -> None:
     """Puts `change(logits, positions)` in place of what each step says of these positions."""
-    runtime: Any = engine._loop.runtime
+    runtime: Any = model.engine.runtime
     step = runtime.step
 
     def changed(tokens: Ints, positions: Ints, lengths: Ints) -> Floats:

@@ -35,7 +35,7 @@ def prepare(setting: Setting) -> None:
 
 
 def open_session(setting: Setting) -> Session:
-    """See Adapter. There is no way to begin behind a context but to push it."""
+    """See Adapter. A context can only be reached by computing it."""
     return _Generator(setting)
 
 
@@ -51,7 +51,7 @@ def first_token_s(setting: Setting) -> float:
 
 
 class _Generator:
-    """Windows follow each other, since only a single stream can be rewound."""
+    """Windows follow each other: only a single stream can be rewound."""
 
     def __init__(self, setting: Setting) -> None:
         self._setting = setting
@@ -59,7 +59,7 @@ class _Generator:
 
     @property
     def cache_bytes(self) -> int:
-        """See Session. By arithmetic: the buffers are not ours to see."""
+        """See Session. Computed: the buffers cannot be seen from here."""
         return self._setting.shape.entry_bytes * (self._setting.context + self._setting.room)
 
     def decode(self, steps: int) -> Window:
@@ -103,7 +103,7 @@ def _prompt(setting: Setting, tokens: int) -> np.ndarray[tuple[int, ...], np.dty
 
 
 def _byte_tokenizer(shape: Shape) -> PreTrainedTokenizerFast:
-    """The builder asks for one; nobody reads it."""
+    """The builder asks for one; it is not used."""
     words = WordLevel({str(token): token for token in range(shape.vocabulary)}, unk_token="1")
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(words), bos_token="0", eos_token="1", unk_token="1"

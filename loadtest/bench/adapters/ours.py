@@ -1,23 +1,32 @@
-"""Concertina's own engine, or its steps alone, on a bundle with random weights."""
+"""Concertina's own engine, or its steps alone, in this process.
+
+The only module of the load tester that knows the server: what else measures the engine does it with
+the functions of this one.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
-from concertina.v1 import bundle_pb2 as pb
 from loadtest.bench.adapters.adapter import Session, Setting, Window
+from server.arrays import State
 from server.bundles.bundle import Bundle, load_bundle
+from server.bundles.state import StateKind
+from server.checkpoint import Checkpoint, SavedState
 from server.config import EngineConfig
-from server.engine.engine import Engine
-from server.engine.events import Delta, Request
-from server.engine.kv_cache import Cache, Parked
-from server.engine.sampling.sampler import SamplingParameters
-from server.engine.stream import Stream
-from server.runtime.host_state import State
+from server.engine.kv_cache import Cache
+from server.request import Lease, Request, SamplingParameters, prompt_of
 from server.runtime.onnx_session import Runtime
+from server.sessions.served_model import ServedModel
+from server.sessions.subscriber import Delta
+from server.sessions.table import Session as Streams
 
 _FILLER = np.float32(0.01)
 
@@ -39,27 +48,61 @@ def open_session(setting: Setting) -> Session:
 
 def first_token_s(setting: Setting) -> float:
     """See Adapter."""
-    engine = Engine(load_bundle(setting.folder), EngineConfig(slots=1, threads=setting.threads))
-    try:
-        asyncio.run(_generate(engine, _request(engine.bundle, prompt=setting.span or 64)))
-        arrivals = asyncio.run(_generate(engine, _request(engine.bundle, prompt=setting.context)))
-    finally:
-        engine.close()
+    with open_engine(setting.folder, slots=1, threads=setting.threads) as model:
+        asyncio.run(_generate(model, setting.span or 64))
+        arrivals = asyncio.run(_generate(model, setting.context))
     return arrivals[0][0]
+
+
+@contextmanager
+def open_engine(
+    folder: Path, *, slots: int, threads: int, draft_tokens: int = 0
+) -> Iterator[ServedModel]:
+    """The engine on the bundle in `folder`, with its sessions; threads: 0 for every core."""
+    config = EngineConfig(slots=slots, threads=threads, draft_tokens=draft_tokens)
+    model = ServedModel(load_bundle(folder), config)
+    try:
+        yield model
+    finally:
+        model.close()
+
+
+def generate(
+    model: ServedModel,
+    prompt: npt.NDArray[np.int64],
+    *,
+    tokens: int,
+    seed: int = 0,
+    temperature: float = 1.0,
+) -> AsyncIterator[tuple[int, ...]]:
+    """Submit a request for `tokens` tokens after `prompt[T]`; their ids, as they arrive."""
+    request = Request(
+        prompt_of(model.bundle.vocabulary, prompt, model.bundle.typecode),
+        sampling=SamplingParameters(temperature=temperature, seed=seed),
+        max_tokens=tokens,
+    )
+    return _ids(model, model.submit(request))
+
+
+def random_prompt(model: ServedModel, tokens: int, seed: int = 0) -> npt.NDArray[np.int64]:
+    """Ids of `tokens` tokens of the model's vocabulary."""
+    return np.random.default_rng(seed).integers(model.bundle.vocabulary, size=tokens)
 
 
 class _Streams:
     """Streams of an engine, read to their end by asyncio as the servicer reads them."""
 
     def __init__(self, bundle: Bundle, setting: Setting) -> None:
+        config = EngineConfig(slots=setting.streams, threads=setting.threads)
         self._streams = setting.streams
-        self._engine = Engine(bundle, EngineConfig(slots=setting.streams, threads=setting.threads))
-        _begin_at(self._engine._loop.cache, bundle, setting.context)
+        self._model = ServedModel(bundle, config)
+        saved = _made_up(bundle, setting.context)
+        self._checkpoint = Checkpoint(self._model.no_checkpoint.generated, saved)
 
     @property
     def cache_bytes(self) -> int:
         """See Session."""
-        return self._engine.bundle.max_state_bytes
+        return self._model.bundle.max_state_bytes
 
     def decode(self, steps: int) -> Window:
         """See Session. The window is the time in which every stream decodes."""
@@ -67,24 +110,23 @@ class _Streams:
 
     async def _decode(self, steps: int) -> Window:
         epoch = time.perf_counter()
-        reads = [
-            _read(self._engine, self._engine.submit(request), epoch)
-            for request in (
-                _request(self._engine.bundle, tokens=steps + 1, seed=seed)
-                for seed in range(self._streams)
-            )
-        ]
+        prompt = prompt_of(self._model.bundle.vocabulary, [], self._model.bundle.typecode)
+        reads = []
+        for seed in range(self._streams):
+            request = Request(prompt, SamplingParameters(seed=seed), max_tokens=steps + 1)
+            opened = self._model.open(Lease(str(seed), (request,)), [self._checkpoint])
+            reads.append(_arrivals(_ids(self._model, opened), epoch))
         streams = await asyncio.gather(*reads)
         began = max(arrivals[0][0] for arrivals in streams)
         ended = min(arrivals[-1][0] for arrivals in streams)
-        if began >= ended:  # so few steps that the reader got them all at one look
+        if began >= ended:  # so few steps that the reader gets them all at once
             began, ended = 0.0, max(arrivals[-1][0] for arrivals in streams)
         tokens = sum(n for arrivals in streams for at, n in arrivals if began < at <= ended)
         return Window(tokens, ended - began)
 
     def close(self) -> None:
         """See Session."""
-        self._engine.close()
+        self._model.close()
 
 
 class _Steps:
@@ -96,7 +138,7 @@ class _Steps:
         self._cache = Cache(
             bundle, Runtime(bundle, setting.streams + 1, setting.threads), setting.streams
         )
-        _begin_at(self._cache, bundle, setting.context)
+        self._saved = _made_up(bundle, setting.context)
 
     @property
     def cache_bytes(self) -> int:
@@ -107,7 +149,7 @@ class _Steps:
         """See Session."""
         self._cache.clear()
         for _ in range(self._streams):
-            self._cache.begin()
+            self._cache.restore(self._saved)
         tokens = np.zeros(self._streams, np.int64)
         began = time.perf_counter()
         for _ in range(steps):
@@ -119,43 +161,36 @@ class _Steps:
         """See Session."""
 
 
-def _begin_at(cache: Cache, bundle: Bundle, context: int) -> None:
-    """Make streams begin where a prompt of `context` tokens would have left them.
+def _made_up(bundle: Bundle, context: int) -> SavedState:
+    """The state that a prompt of `context` tokens would leave.
 
-    Its place, length and folds are those of a real one; only the content of its state is made up.
+    Position, length and folds are those of a real one; only the content of the state is made up.
     """
     state: State = {}
-    for tensor in bundle.manifest.state:
+    for tensor in bundle.state:
         shape = list(tensor.shape)
-        if tensor.kind == pb.STATE_KIND_STACK:
+        if tensor.kind is StateKind.STACK:
             shape[1] = bundle.entries(context)
-        value = tensor.initial if tensor.kind == pb.STATE_KIND_RECURRENT else _FILLER
+        value = tensor.initial if tensor.kind is StateKind.RECURRENT else _FILLER
         state[tensor.name] = np.broadcast_to(np.float32(value), shape)
-    parked = Parked(state, context)
-    cache.begin = lambda: cache.restore(parked)  # type: ignore[method-assign]
+    return SavedState(state, context)
 
 
-def _request(bundle: Bundle, *, prompt: int = 0, tokens: int = 1, seed: int = 0) -> Request:
-    vocabulary = bundle.manifest.vocabulary
-    ids = np.random.default_rng(seed).integers(vocabulary, size=prompt)
-    return Request(
-        prompt=np.concatenate(([vocabulary], ids)),
-        sampling=SamplingParameters(seed=seed),
-        max_tokens=tokens,
-    )
-
-
-async def _generate(engine: Engine, request: Request) -> list[tuple[float, int]]:
+async def _generate(model: ServedModel, prompt: int) -> list[tuple[float, int]]:
     epoch = time.perf_counter()
-    return await _read(engine, engine.submit(request), epoch)
+    return await _arrivals(generate(model, random_prompt(model, prompt), tokens=1), epoch)
 
 
-async def _read(engine: Engine, stream: Stream, epoch: float) -> list[tuple[float, int]]:
-    """When tokens of a stream arrived, in seconds since `epoch`, and how many each time."""
-    arrivals = []
-    async for event in engine.events(stream):
+async def _arrivals(
+    stream: AsyncIterator[tuple[int, ...]], epoch: float
+) -> list[tuple[float, int]]:
+    """When tokens of a stream arrive, in seconds since `epoch`, and how many each time."""
+    return [(time.perf_counter() - epoch, len(ids)) async for ids in stream]
+
+
+async def _ids(model: ServedModel, session: Streams) -> AsyncIterator[tuple[int, ...]]:
+    async for _, event in model.events(session):
         if isinstance(event, Delta) and event.tokens:
-            arrivals.append((time.perf_counter() - epoch, len(event.tokens)))
+            yield event.tokens
         elif isinstance(event, Exception):
             raise event
-    return arrivals

@@ -1,1 +1,4 @@
-"""The bundle as export writes and the server reads it: manifest, and what a stream costs."""
+"""Reads and writes the manifest of a bundle, and computes from it what a stream costs.
+
+The arithmetic (`resources`) needs the extra `codecs`, for NumPy.
+"""

@@ -1,4 +1,4 @@
-"""The manifest of a bundle on disk: written by the export, read and verified by the server."""
+"""The manifest of a bundle on disk: the export writes it, the server reads and verifies it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def write_manifest(folder: Path, manifest: pb.Manifest, files: Iterable[str]) ->
 def read_manifest(folder: Path) -> pb.Manifest:
     """Read and verify the bundle in `folder`: format, fingerprint, and every file's checksum.
 
-    Raises ManifestError when anything is missing, damaged or altered.
+    Raises ManifestError if anything is missing, damaged or altered.
     """
     path = folder / MANIFEST
     try:
@@ -45,7 +45,7 @@ def read_manifest(folder: Path) -> pb.Manifest:
     except OSError as error:
         raise ManifestError(f"{path} cannot be read: {error.strerror}") from None
     except (json_format.ParseError, UnicodeDecodeError, SystemError) as error:
-        # The last is what protobuf raises for half a surrogate pair in the place of a name.
+        # protobuf raises SystemError for half a surrogate pair in place of a name.
         raise ManifestError(f"{path} cannot be read: {error}") from None
     if manifest.format != FORMAT:
         raise ManifestError(

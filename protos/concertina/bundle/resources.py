@@ -1,7 +1,7 @@
-"""What a stream of a bundle costs at any position: bytes of state, and operations of a step.
+"""The cost of a stream at any position: bytes of state and operations of a step.
 
-All of it is arithmetic on the manifest: nothing is loaded, and a stream can be weighed before it
-starts.
+It is computed from the manifest alone: no graph is loaded, and the cost of a stream is known before
+the stream starts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ KIND_NAMES = {
 
 
 def entries(manifest: pb.Manifest, pushed: Count) -> Count:
-    """Valid entries of every stack after `pushed` tokens and the folds they made due."""
+    """Valid entries of every stack after `pushed` tokens and their folds."""
     if not manifest.HasField("fold"):
         return pushed
     if manifest.fold.binary:
@@ -40,9 +40,9 @@ def entries(manifest: pb.Manifest, pushed: Count) -> Count:
 
 
 def fold_size(manifest: pb.Manifest, pushed: int) -> tuple[int, int]:
-    """Entries of every stack and rows of every history that the fold due after `pushed` takes.
+    """Entries of each stack and rows of each history that the fold after `pushed` tokens takes.
 
-    `(0, 0)` when none is due.
+    `(0, 0)` if no fold is due.
     """
     span = manifest.fold.span
     if not span or not pushed or pushed % span:
@@ -54,7 +54,7 @@ def fold_size(manifest: pb.Manifest, pushed: int) -> tuple[int, int]:
 
 
 def unit_bytes(manifest: pb.Manifest) -> dict[str, int]:
-    """Bytes by kind: of one entry on every stack, one row of every history, all that is fixed."""
+    """Bytes by kind: one entry of every stack, one row of every history, all recurrent tensors."""
     units = dict.fromkeys(KIND_NAMES.values(), 0)
     for tensor in manifest.state:
         shape = list(tensor.shape)
@@ -74,9 +74,9 @@ def state_bytes(manifest: pb.Manifest, pushed: Count) -> Count:
 
 
 def peak_state_bytes(manifest: pb.Manifest, pushed: int) -> int:
-    """The most bytes of state that a stream needs on its way to `pushed` tokens.
+    """The largest state, in bytes, that a stream needs up to `pushed` tokens.
 
-    A stack is largest just before a fold, with the token that makes it due pushed.
+    A stack is largest just before a fold, after the push of the token that makes the fold due.
     """
     units = unit_bytes(manifest)
     return (
@@ -87,11 +87,12 @@ def peak_state_bytes(manifest: pb.Manifest, pushed: int) -> int:
 
 
 def peak_entries(manifest: pb.Manifest, pushed: int) -> int:
-    """The most entries of every stack on the way to `pushed` tokens."""
+    """The largest number of entries of a stack up to `pushed` tokens."""
     if not pushed:
         return 0
     if manifest.HasField("fold") and manifest.fold.binary:
-        # The push onto the most folded entries: no number below has more ones than 2^k - 1.
+        # One more than the most entries before the push: no smaller number has more one bits than
+        # 2^k - 1.
         return pushed.bit_length()
     span = manifest.fold.span if manifest.HasField("fold") else pushed
     last_fold = pushed - pushed % span
@@ -99,9 +100,9 @@ def peak_entries(manifest: pb.Manifest, pushed: int) -> int:
 
 
 def step_flops(manifest: pb.Manifest, position: int) -> int:
-    """Floating-point operations for the token at `position`, and for the fold it makes due.
+    """Floating-point operations for the token at `position`, and for the fold after it, if due.
 
-    Counted are matrix products; a multiply-add is two operations. Positions begin at 0.
+    Counts matrix products; a multiply-add is two operations. Positions begin at 0.
     """
     cost = manifest.cost
     flops = cost.step + cost.step_entry * (entries(manifest, position) + 1)

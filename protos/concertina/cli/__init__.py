@@ -1,1 +1,1 @@
-"""The command `concertina`."""
+"""Runs the command `concertina`. Needs the extra `cli` (typer, rich, and the codecs)."""

@@ -11,7 +11,7 @@ from concertina.client.channel import Access, Tls
 
 
 def png_file(path: Path | None) -> Path | None:
-    """A callback: the path, if a PNG can be written there. Raises BadParameter."""
+    """A callback: the path, if a PNG can be written to it. Raises BadParameter."""
     if path is not None and path.suffix.lower() != ".png":
         raise typer.BadParameter(f"{path} does not end in .png, the only format written")
     if path is not None and not path.parent.is_dir():
@@ -36,7 +36,7 @@ def optional_file(path: Path | None) -> Path | None:
 def access(
     key_file: Path | None, tls: bool, ca: Path | None, cert: Path | None, cert_key: Path | None
 ) -> Access:
-    """What these options say about being let in. Raises BadParameter."""
+    """The key and the TLS settings from these options. Raises BadParameter."""
     if (cert is None) != (cert_key is None):
         raise typer.BadParameter("a certificate needs its key: give both --cert and --cert-key")
     key = None if key_file is None else key_file.read_text().strip()
@@ -67,12 +67,12 @@ KeyFile: TypeAlias = Annotated[
     typer.Option(
         envvar="CONCERTINA_KEY_FILE",
         callback=optional_file,
-        help="File that holds the API key, if the server wants one; or put it in CONCERTINA_KEY.",
+        help="File with the API key, if the server needs one; or put it in CONCERTINA_KEY.",
     ),
 ]
 UseTls: TypeAlias = Annotated[
     bool,
-    typer.Option("--tls", envvar="CONCERTINA_TLS", help="Speak TLS; so do the next three options."),
+    typer.Option("--tls", envvar="CONCERTINA_TLS", help="Use TLS, as the next three options do."),
 ]
 Ca: TypeAlias = Annotated[
     Path | None,
@@ -127,36 +127,36 @@ TypicalP: TypeAlias = Annotated[
 ]
 RepetitionPenalty: TypeAlias = Annotated[
     float | None,
-    typer.Option(min=0, help="Above 1: tokens that prompt or output have become less likely."),
+    typer.Option(min=0, help="Above 1: tokens in the prompt or output become less likely."),
 ]
 PresencePenalty: TypeAlias = Annotated[
     float | None,
-    typer.Option(min=-2, max=2, help="Taken from the logits of tokens that the output has."),
+    typer.Option(min=-2, max=2, help="Subtracted from the logits of tokens in the output."),
 ]
 FrequencyPenalty: TypeAlias = Annotated[
-    float | None, typer.Option(min=-2, max=2, help="The same, for every time it has them.")
+    float | None, typer.Option(min=-2, max=2, help="The same, once per occurrence.")
 ]
 LogitBias: TypeAlias = Annotated[
     list[str] | None,
     typer.Option(metavar="ID=BIAS", help="Added to the logit of a token id. Repeatable."),
 ]
 AllowedTokenIds: TypeAlias = Annotated[
-    list[int] | None, typer.Option(min=0, help="Draw no other token ids. Repeatable.")
+    list[int] | None, typer.Option(min=0, help="Draw only these token ids. Repeatable.")
 ]
 BadWords: TypeAlias = Annotated[
-    list[str] | None, typer.Option(help="Text that is never completed. Repeatable.")
+    list[str] | None, typer.Option(help="Text that the output never contains. Repeatable.")
 ]
 Stop: TypeAlias = Annotated[
-    list[str] | None, typer.Option(help="End before this text. May be given several times.")
+    list[str] | None, typer.Option(help="End before this text. Repeatable.")
 ]
 StopTokenIds: TypeAlias = Annotated[
     list[int] | None, typer.Option(min=0, help="End before this token id. Repeatable.")
 ]
 IncludeStop: TypeAlias = Annotated[
-    bool | None, typer.Option("--include-stop", help="Send what the stream stopped at, too.")
+    bool | None, typer.Option("--include-stop", help="Send the stop text or token too.")
 ]
 MinTokens: TypeAlias = Annotated[
-    int | None, typer.Option(min=0, help="Tokens before which nothing is a reason to stop.")
+    int | None, typer.Option(min=0, help="Fewest tokens to generate before a stop counts.")
 ]
 IgnoreEos: TypeAlias = Annotated[
     bool | None, typer.Option("--ignore-eos", help="Go on past the model's end token.")
@@ -166,7 +166,7 @@ Outputs: TypeAlias = Annotated[
 ]
 Logprobs: TypeAlias = Annotated[
     int | None,
-    typer.Option(min=0, help="Log-probabilities of tokens and of this many of the likeliest."),
+    typer.Option(min=0, help="Log-probabilities of tokens, and of this many of the likeliest."),
 ]
 PromptLogprobs: TypeAlias = Annotated[
     int | None, typer.Option(min=0, help="The same for the tokens of the prompt.")
@@ -175,21 +175,22 @@ StreamInterval: TypeAlias = Annotated[
     int | None, typer.Option(min=1, help="Fewest tokens that the server sends at once.")
 ]
 Priority: TypeAlias = Annotated[
-    int | None, typer.Option(min=-100, max=100, help="Streams of a higher one go first.")
+    int | None, typer.Option(min=-100, max=100, help="Streams with a higher priority go first.")
 ]
 Keep: TypeAlias = Annotated[
     float | None,
     typer.Option(
         min=0,
-        help="Seconds to keep the stream when nobody reads it, and behind its end for "
-        "`concertina sessions`. Default: 60, but not behind its end. 0: do not resume it.",
+        help="Seconds to keep the stream while nobody reads it, and after its end for "
+        "`concertina sessions`. Default: 60, but not after its end. 0: do not resume it.",
     ),
 ]
 Seed: TypeAlias = Annotated[
     int | None, typer.Option(min=0, help="The same seed and prompt give the same stream.")
 ]
 TimeLimit: TypeAlias = Annotated[
-    float | None, typer.Option(min=0, help="Seconds after which to end, with what is there.")
+    float | None,
+    typer.Option(min=0, help="Seconds after which the stream ends early, without an error."),
 ]
 Timeout: TypeAlias = Annotated[
     float | None, typer.Option(min=0, help="Seconds after which to give up and fail.")

@@ -1,4 +1,4 @@
-"""Typed streams from a Concertina server, in blocking and in asyncio code.
+"""Reads typed streams from a Concertina server, in blocking and in asyncio code.
 
 with Client("127.0.0.1:9000") as client, client.generate("def ", seed=1) as stream:
     for event in stream:

@@ -1,4 +1,4 @@
-"""Connections to a server: plaintext, TLS or mTLS, and the API key that goes with every call."""
+"""Connections to a server: plaintext, TLS or mTLS, and the API key sent with every call."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _MAX_MESSAGE_BYTES: Final = 16 * 1024 * 1024
 _OPTIONS: Final = (
     ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
-    # gRPC servers hang up on pings that come more often than every five minutes.
+    # gRPC servers close connections that ping more often than every five minutes.
     ("grpc.keepalive_time_ms", 330_000),
     ("grpc.keepalive_timeout_ms", 20_000),
-    # A server that was restarted is found again within seconds; gRPC would wait up to two minutes.
+    # A restarted server is found again within seconds; gRPC's default is up to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 3_000),
-    # A connection per client: several clients then really spread over several connections.
+    # Each client has its own connection; gRPC would let clients in a process share one.
     ("grpc.use_local_subchannel_pool", 1),
 )
 
@@ -32,10 +32,10 @@ Stub = TypeVar("Stub")
 
 @dataclass(frozen=True)
 class Tls:
-    """How to speak TLS with a server. All files are PEM.
+    """How to use TLS with a server. All files are PEM.
 
-    ca: authorities that may vouch for the server; None for those that gRPC comes with.
-    cert, cert_key: what to show a server that asks for a certificate (mTLS), and its private key.
+    ca: authorities to trust; None for those that gRPC comes with.
+    cert, cert_key: certificate and private key for a server that asks for them (mTLS).
     """
 
     ca: Path | None = None
@@ -43,7 +43,7 @@ class Tls:
     cert_key: Path | None = None
 
     def credentials(self) -> grpc.ChannelCredentials:
-        """The same for gRPC. Raises OSError when a file cannot be read."""
+        """The credentials for gRPC. Raises OSError if a file cannot be read."""
         files = (self.ca, self.cert_key, self.cert)
         authority, key, cert = (None if file is None else file.read_bytes() for file in files)
         return grpc.ssl_channel_credentials(authority, key, cert)
@@ -51,20 +51,20 @@ class Tls:
 
 @dataclass(frozen=True)
 class Access:
-    """What it takes to be let in: a key, TLS, both or nothing."""
+    """What a server needs to let a caller in: a key, TLS, both or nothing."""
 
     key: str | None = field(default=None, repr=False)
     tls: Tls | None = None
 
     def keyed(self, stub: Stub) -> Stub:
-        """The stub, made to send the key with every call.
+        """The same stub; from now on it sends the key with every call.
 
-        Without a key here it is that of `CONCERTINA_KEY`, if there is one. Raises InvalidRequest
-        for a key that no header can carry.
+        If there is no key, `CONCERTINA_KEY` is used, if set. Raises InvalidRequest for a key with
+        characters that a header cannot hold.
         """
         key = (os.environ.get(KEY_VARIABLE, "") if self.key is None else self.key).strip()
         if not (key.isascii() and key.isprintable()):
-            raise InvalidRequest("the API key holds characters that no key has")
+            raise InvalidRequest("the API key has characters that no key has: use printable ASCII")
         if key:
             metadata = (("authorization", f"Bearer {key}"),)
             for method, call in list(vars(stub).items()):

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Self, Unpack
+from typing import Self, Unpack
 
 import grpc
 
 from concertina.client.channel import Access, Tls
 from concertina.client.connection import AsyncConnection, Connection
 from concertina.client.models import Model, Score, model_from, score_from
-from concertina.client.requests import GenerateParameters, score_request
+from concertina.client.requests import GenerateParameters, PromptLike, score_request
 from concertina.client.resuming import begin
 from concertina.client.sessions import AsyncSessions, Sessions
 from concertina.client.streams import AsyncStream, Stream
 from concertina.v1 import model_service_pb2
 
-if TYPE_CHECKING:
-    from concertina.client.requests import PromptLike
-
-
 DEFAULT_ADDRESS = "127.0.0.1:9000"
 
 
 class Client:
-    """Calls one server from blocking code; may be shared between threads. One connection.
+    """Calls one server from blocking code, over one connection. Threads may share it.
 
-    key: the API key, where the server wants one; without it that of the variable CONCERTINA_KEY.
-    tls: how to speak TLS, where the server does; Tls() trusts the authorities gRPC comes with.
-    sessions: what streams have become that were kept.
+    key: the API key, if the server needs one; by default the variable CONCERTINA_KEY.
+    tls: how to use TLS, if the server does; Tls() trusts the authorities that gRPC comes with.
+    sessions: the streams that the server keeps.
     """
 
     def __init__(
@@ -48,15 +44,15 @@ class Client:
     ) -> Stream:
         """Starts a stream. Iterate over it for its events.
 
-        It goes on by itself when its connection or its server is lost: see docs/api.md.
+        It resumes by itself when its connection or its server is lost: see docs/api.md.
 
         prompt: what the stream continues: text, token ids, a PNG or RGB bytes, a Pillow image.
         timeout: seconds after which the stream is given up with DeadlineExceeded.
-        keep: seconds that the server keeps the stream while nobody reads it. It is kept so long
-            behind its end, too, for `sessions`; the default keeps it for 60 seconds, and forgets it
-            as soon as it has ended. 0: it ends with its connection.
-        resume_for: seconds without any event after which a stream that was lost is given up with
-            StreamCut. Default: `keep`.
+        keep: seconds that the server keeps the stream while nobody reads it, and after its end,
+            for `sessions`. By default it is kept for 60 seconds while it runs, and forgotten when
+            it ends. 0: it ends with its connection.
+        resume_for: seconds without any event after which a lost stream is given up with StreamCut.
+            Default: `keep`.
         parameters: see GenerateParameters.
         """
         return Stream(
@@ -72,7 +68,7 @@ class Client:
         label: str | None = None,
         timeout: float | None = None,
     ) -> Score:
-        """Bits that the model needs for each token of the prompt. Generates nothing."""
+        """The bits that the model needs for each token of the prompt. Generates nothing."""
         request = score_request(prompt, model, label)
         try:
             return score_from(self._connection.generation.Score(request, timeout=timeout))
@@ -80,7 +76,7 @@ class Client:
             raise self._connection.error(error) from None
 
     def models(self, *, timeout: float | None = None) -> list[Model]:
-        """Every model served, ordered by name."""
+        """All models that are served, ordered by name."""
         request = model_service_pb2.ListModelsRequest()
         try:
             response = self._connection.models.ListModels(request, timeout=timeout)
@@ -89,7 +85,7 @@ class Client:
         return [model_from(model) for model in response.models]
 
     def model(self, name: str = "", *, timeout: float | None = None) -> Model:
-        """One model; without a name the only one served."""
+        """One model; without a name, the only one that is served."""
         request = model_service_pb2.GetModelRequest(model=name)
         try:
             return model_from(self._connection.models.GetModel(request, timeout=timeout).model)
@@ -108,7 +104,7 @@ class Client:
 
 
 class AsyncClient:
-    """Calls one server from asyncio code, as Client does. One connection."""
+    """Calls one server from asyncio code, as Client does, over one connection."""
 
     def __init__(
         self, address: str = DEFAULT_ADDRESS, *, key: str | None = None, tls: Tls | None = None
@@ -140,7 +136,7 @@ class AsyncClient:
         label: str | None = None,
         timeout: float | None = None,
     ) -> Score:
-        """Bits that the model needs for each token of the prompt. Generates nothing."""
+        """The bits that the model needs for each token of the prompt. Generates nothing."""
         request = score_request(prompt, model, label)
         try:
             return score_from(await self._connection.generation.Score(request, timeout=timeout))
@@ -148,7 +144,7 @@ class AsyncClient:
             raise self._connection.error(error) from None
 
     async def models(self, *, timeout: float | None = None) -> list[Model]:
-        """Every model served, ordered by name."""
+        """All models that are served, ordered by name."""
         request = model_service_pb2.ListModelsRequest()
         try:
             response = await self._connection.models.ListModels(request, timeout=timeout)
@@ -157,7 +153,7 @@ class AsyncClient:
         return [model_from(model) for model in response.models]
 
     async def model(self, name: str = "", *, timeout: float | None = None) -> Model:
-        """One model; without a name the only one served."""
+        """One model; without a name, the only one that is served."""
         request = model_service_pb2.GetModelRequest(model=name)
         try:
             return model_from(

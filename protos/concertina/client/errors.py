@@ -1,18 +1,18 @@
-"""What a caller can catch.
+"""The errors that a caller can catch.
 
 ConcertinaError
 ├── ServerUnavailable     nobody answers, or the server is going away
 ├── AccessDenied          the key is missing or wrong, or is not for this model
 ├── ModelNotFound         the server has no model of this name
-├── SessionNotFound       the server has no stream of this name, or no longer
-├── SessionUnsuitable     the session is running, or ended, or cannot go on, where this cannot be
-├── SnapshotRefused       a snapshot that is damaged, foreign, or of another bundle
-├── InvalidRequest        a parameter or the prompt is wrong; sending it again will not help
-├── Overloaded            refused for now; wait `retry_after` seconds
-├── DeadlineExceeded      the caller's own `timeout` passed
-├── GenerationFailed      an accepted stream ended with an error event
-├── StreamCut             a stream ended without its terminal event, and could not be resumed
-├── ContractViolation     the server broke the stream protocol
+├── SessionNotFound       the server has no stream of this name, or has forgotten it
+├── SessionUnsuitable     the session is in a state that does not allow the call
+├── SnapshotRefused       the snapshot is damaged, sealed with another key, or of another bundle
+├── InvalidRequest        a parameter or the prompt is wrong; trying again does not help
+├── Overloaded            the server refuses the request for now; wait `retry_after` seconds
+├── DeadlineExceeded      the `timeout` of the call has passed
+├── GenerationFailed      an accepted stream ends with an error event
+├── StreamCut             a stream ends without its terminal event, and is not resumed
+├── ContractViolation     the server breaks the stream protocol
 └── ServerError           any other status
 """
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 
 class ConcertinaError(Exception):
-    """Base of everything this package raises.
+    """Base of all errors of this package.
 
-    code: name of the gRPC status behind it, for example `NOT_FOUND`; empty when there is none.
+    code: name of the gRPC status behind it, for example `NOT_FOUND`; empty if there is none.
     retryable: whether the same request may succeed later.
-    retry_after: seconds to wait before, None when not known.
+    retry_after: seconds to wait before that; None if not known.
     """
 
     def __init__(
@@ -59,39 +59,39 @@ class ModelNotFound(ConcertinaError):
 
 
 class SessionNotFound(ConcertinaError):
-    """The server has no stream of this name, or no longer."""
+    """The server has no stream of this name, or has forgotten it."""
 
 
 class SessionUnsuitable(ConcertinaError):
-    """The session is running, or ended, or cannot go on, where this cannot be."""
+    """The session is in a state that does not allow the call."""
 
 
 class SnapshotRefused(ConcertinaError):
-    """A snapshot that is damaged, foreign, or of another bundle."""
+    """The snapshot is damaged, sealed with another key, or of another bundle."""
 
 
 class InvalidRequest(ConcertinaError):
-    """A parameter or the prompt is wrong; sending it again will not help."""
+    """A parameter or the prompt is wrong; trying again does not help."""
 
 
 class Overloaded(ConcertinaError):
-    """The server refused the request for now."""
+    """The server refuses the request for now."""
 
 
 class DeadlineExceeded(ConcertinaError):
-    """The `timeout` of the call passed."""
+    """The `timeout` of the call has passed."""
 
 
 class GenerationFailed(ConcertinaError):
-    """An accepted stream ended with an error event."""
+    """An accepted stream ends with an error event."""
 
 
 class StreamCut(ConcertinaError):
-    """A stream ended without its terminal event, and did not go on.
+    """A stream ends without its terminal event, and is not resumed.
 
-    stream_id: name of the stream, empty when it was never accepted.
-    last_sequence: number of the last event that arrived, 0 for none.
-    details: what the server, or whoever stands between, said to it.
+    stream_id: name of the stream; empty if it was never accepted.
+    last_sequence: number of the last event that arrived; 0 for none.
+    details: the message of the gRPC status.
     """
 
     def __init__(self, stream_id: str, last_sequence: int, code: str, details: str) -> None:
@@ -108,11 +108,11 @@ class StreamCut(ConcertinaError):
 
 
 class ContractViolation(ConcertinaError):
-    """The server broke the stream protocol; what arrived so far cannot be trusted."""
+    """The server breaks the stream protocol; the events so far cannot be trusted."""
 
 
 class ServerError(ConcertinaError):
-    """The server failed in a way that no other class describes."""
+    """The server fails in a way that no other class describes."""
 
 
 _BY_CODE: dict[str, type[ConcertinaError]] = {
@@ -135,7 +135,7 @@ _NO_CONNECTION = ("failed to connect", "dns resolution failed", "connection refu
 def refusal(
     code: str, message: str, *, retryable: bool | None = None, retry_after: float | None = None
 ) -> ConcertinaError:
-    """The error for a request that was refused with `code`, the name of a gRPC status."""
+    """The error for a request that is refused with `code`, the name of a gRPC status."""
     kind = _BY_CODE.get(code, ServerError)
     return kind(
         message if kind is not ServerError else f"the server failed with {code}: {message}",
@@ -146,18 +146,18 @@ def refusal(
 
 
 def is_unreachable(code: grpc.StatusCode, details: str) -> bool:
-    """Whether a call ended because no connection could be made, so that nothing was sent."""
-    said = details.lower()
-    return code.name == "UNAVAILABLE" and any(phrase in said for phrase in _NO_CONNECTION)
+    """Whether a call ended because no connection could be made, so nothing was sent."""
+    message = details.lower()
+    return code.name == "UNAVAILABLE" and any(phrase in message for phrase in _NO_CONNECTION)
 
 
 def status_error(address: str, code: grpc.StatusCode, details: str) -> ConcertinaError:
     """The error for a call to `address` that ended with a status other than OK."""
     if code.name == "UNAVAILABLE":
-        said = details.lower()
-        if "failed to connect" in said and any(phrase in said for phrase in _NO_TLS):
+        message = details.lower()
+        if "failed to connect" in message and any(phrase in message for phrase in _NO_TLS):
             details = f"{address} and --tls, --ca, --cert here do not fit together ({details})"
-        elif any(phrase in said for phrase in _NO_CONNECTION):
+        elif any(phrase in message for phrase in _NO_CONNECTION):
             details = (
                 f"no Concertina server answers at {address}; start one with `concertina serve`"
             )
@@ -171,7 +171,7 @@ def status_error(address: str, code: grpc.StatusCode, details: str) -> Concertin
 
 
 def session_error(address: str, code: grpc.StatusCode, details: str) -> ConcertinaError:
-    """The same for a call about a session."""
+    """The error for a call about a session that ended with a status other than OK."""
     if code.name == "NOT_FOUND":
         return SessionNotFound(details, code=code.name)
     return status_error(address, code, details)

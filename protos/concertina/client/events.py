@@ -1,25 +1,10 @@
-"""The events of a stream, and the contract they keep."""
+"""The events of a stream, as plain values."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeAlias
-
-import grpc
-from google.protobuf.duration_pb2 import Duration
-
-from concertina.client.errors import (
-    ConcertinaError,
-    ContractViolation,
-    GenerationFailed,
-    StreamCut,
-    refusal,
-    status_error,
-)
-from concertina.v1 import generation_service_pb2 as pb
 
 
 class FinishReason(StrEnum):
@@ -30,12 +15,12 @@ class FinishReason(StrEnum):
     MAX_TOKENS = "max_tokens"
     TIME_LIMIT = "time_limit"
     PAUSED = "paused"  # `sessions.pause` stopped it; `sessions.continue_` goes on
-    UNKNOWN = "unknown"  # a reason that only a newer client knows
+    UNKNOWN = "unknown"  # a reason that only newer clients know
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the tokens of a stream are drawn, every default filled in."""
+    """How the tokens of a stream are drawn, with all defaults filled in."""
 
     temperature: float
     top_k: int
@@ -53,7 +38,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Stopping:
-    """When a stream ends, every default filled in; `time_limit` in seconds, None for never."""
+    """When a stream ends, with all defaults filled in. `time_limit`: seconds, None for no limit."""
 
     max_tokens: int
     min_tokens: int
@@ -66,7 +51,7 @@ class Stopping:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What is sent, every default filled in; None for log-probabilities that are not."""
+    """What is sent, with all defaults filled in. None: no log-probabilities."""
 
     n: int
     logprobs: int | None
@@ -76,10 +61,10 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """The request was admitted; always the first event.
+    """The server has accepted the request; always the first event.
 
-    keep: seconds that the stream is kept without a reader, 0 if it is not.
-    durable: whether it survives the replica that serves it.
+    keep: seconds that the stream is kept without a reader; 0 if it is not kept.
+    durable: whether it survives the loss of the replica that serves it.
     """
 
     sequence: int
@@ -96,13 +81,13 @@ class Accepted:
 
     @property
     def seed(self) -> int:
-        """Seed in force; the same seed, prompt and bundle give the same stream."""
+        """The seed in use; the same seed, prompt and bundle give the same stream."""
         return self.sampling.seed
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Natural logarithms of how probable the model held a token and those it held likeliest."""
+    """Natural logarithms of the probabilities of a token, and of the likeliest tokens there."""
 
     logprob: float
     top_ids: tuple[int, ...]
@@ -111,7 +96,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class PromptLogprobs:
-    """Log-probabilities of more tokens of the prompt, from `first_position` on."""
+    """Log-probabilities of further tokens of the prompt, from `first_position` on."""
 
     sequence: int
     first_position: int
@@ -120,12 +105,12 @@ class PromptLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """More tokens, a delta. `first_position` counts from the prompt's first token, which is 0.
+    """Further tokens. `first_position` counts from the prompt's first token, which is 0.
 
     text: whole characters that the tokens complete, for text models.
     rgb: three bytes per token, for image models.
     output: which of the `n` outputs they belong to.
-    logprobs: one for each token, if they were asked for.
+    logprobs: one for each token, if they are requested.
     """
 
     sequence: int
@@ -139,7 +124,7 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Counts, times in seconds since acceptance, and bytes of one stream."""
+    """Counts, times in seconds since the stream was accepted, and bytes of one stream."""
 
     prompt_tokens: int
     generated_tokens: int
@@ -151,7 +136,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """An output is complete; always its last event. `stop` is the stop string that was met."""
+    """An output is complete; always its last event. stop: the stop string that ended it."""
 
     sequence: int
     reason: FinishReason
@@ -161,260 +146,3 @@ class Finished:
 
 
 Event: TypeAlias = Accepted | PromptLogprobs | Tokens | Finished
-
-_REASONS = {
-    pb.FINISH_REASON_END: FinishReason.END,
-    pb.FINISH_REASON_STOP: FinishReason.STOP,
-    pb.FINISH_REASON_MAX_TOKENS: FinishReason.MAX_TOKENS,
-    pb.FINISH_REASON_TIME_LIMIT: FinishReason.TIME_LIMIT,
-    pb.FINISH_REASON_PAUSED: FinishReason.PAUSED,
-}
-
-
-_LAST_IDS = 1024  # of each output, told when a stream is resumed; the contract allows 4096
-
-
-def seconds(duration: Duration) -> float:
-    """A protobuf duration in seconds."""
-    return duration.seconds + duration.nanos / 1e9
-
-
-@dataclass(slots=True)
-class _Output:
-    """What has come of one output. first_position: where its tokens begin, None if not known."""
-
-    first_position: int | None
-    tokens: int = 0
-    characters: int = 0
-    last_ids: deque[int] = field(default_factory=lambda: deque(maxlen=_LAST_IDS))
-    reason: FinishReason | None = None
-
-
-class EventReader:
-    """Turns the messages of one stream into events and holds the stream to its contract.
-
-    The messages may come by several calls.
-
-    address: where they come from, named in errors.
-    continues: whether tokens that the stream had before it was paused lie before the first.
-    accepted: the stream's first event, once it came.
-    sequence: number of the last event, 0 for none.
-    is_complete: whether the last terminal event came.
-    """
-
-    def __init__(self, address: str, continues: bool = False) -> None:
-        self._address = address
-        self._continues = continues
-        self.accepted: Accepted | None = None
-        self.sequence = 0
-        self.is_complete = False
-        self._prompt_position = 0
-        self._outputs: list[_Output] = []  # empty before the stream is accepted
-
-    @property
-    def stream_id(self) -> str:
-        """Name of the stream; empty before it is accepted."""
-        return self.accepted.stream_id if self.accepted else ""
-
-    @property
-    def was_paused(self) -> bool:
-        """Whether an output ended because somebody paused the stream."""
-        return any(output.reason is FinishReason.PAUSED for output in self._outputs)
-
-    def received(self) -> list[pb.Received]:
-        """What has come of every output, as `Resume` is told it."""
-        return [
-            pb.Received(
-                output=index,
-                tokens=output.tokens,
-                characters=output.characters,
-                prompt_logprobs=self._prompt_position,
-                ended=output.reason is not None,
-                last_ids=output.last_ids,
-            )
-            for index, output in enumerate(self._outputs)
-        ]
-
-    def read(self, message: pb.GenerateResponse) -> Event | None:
-        """The event in `message`; None where the stream goes on in another call.
-
-        Raises ContractViolation for a gap, a repetition, or an event out of place, and
-        GenerationFailed (or the class of its code, if nothing was accepted) for an error event.
-        """
-        kind = message.WhichOneof("event")
-        if self.is_complete:
-            raise self._violation(f"`{kind}` follows the terminal event")
-        if message.sequence != self.sequence + 1:
-            raise self._violation(
-                f"event {message.sequence} follows event {self.sequence}, "
-                f"{self.sequence + 1} was due"
-            )
-        if (kind == "accepted") != (self.sequence == 0) and kind != "error":
-            raise self._violation(f"event {message.sequence} is `{kind}`")
-        self.sequence = message.sequence
-        output = message.output
-        if kind in ("tokens", "finished") and output >= len(self._outputs):
-            raise self._violation(
-                f"event {message.sequence} is of output {output}, {len(self._outputs)} were due"
-            )
-        ended = output < len(self._outputs) and self._outputs[output].reason is not None
-        if ended and kind != "handed_over":
-            raise self._violation(f"`{kind}` follows the terminal event of output {output}")
-        match kind:
-            case "accepted":
-                return self._accepted(message.accepted)
-            case "prompt_logprobs":
-                return self._prompt_logprobs(message.prompt_logprobs)
-            case "tokens":
-                return self._tokens(message.tokens, output)
-            case "finished":
-                finished = _finished(self.sequence, message.finished, output)
-                self._outputs[output].reason = finished.reason
-                self.is_complete = all(output.reason is not None for output in self._outputs)
-                return finished
-            case "error":
-                self.is_complete = True
-                raise self._failure(message.error)
-            case "handed_over":
-                return None
-        raise self._violation(f"event {message.sequence} is of no kind this client knows")
-
-    def end(self, code: grpc.StatusCode, details: str) -> ConcertinaError | None:
-        """What is wrong with a call that ends here, with this status; None if the stream is over.
-
-        A status after the terminal event says nothing. StreamCut if the terminal event is missing,
-        DeadlineExceeded if the caller's timeout is why, and the class of the status if nothing was
-        accepted.
-        """
-        if self.is_complete:
-            return None
-        refused = self.sequence == 0 and code is not grpc.StatusCode.OK
-        if refused or code is grpc.StatusCode.DEADLINE_EXCEEDED:
-            return status_error(self._address, code, details)
-        return StreamCut(self.stream_id, self.sequence, code.name, details)
-
-    def _accepted(self, accepted: pb.Accepted) -> Accepted:
-        sampling, stopping, options = accepted.sampling, accepted.stopping, accepted.output
-        first_position = None if self._continues else accepted.prompt_tokens
-        self._outputs = [_Output(first_position) for _ in range(max(1, options.n))]
-        self.accepted = Accepted(
-            sequence=self.sequence,
-            stream_id=accepted.stream_id,
-            model=accepted.model,
-            fingerprint=accepted.fingerprint,
-            sampling=Sampling(
-                temperature=_shortest(sampling.temperature),
-                top_k=sampling.top_k,
-                top_p=_shortest(sampling.top_p),
-                min_p=_shortest(sampling.min_p),
-                typical_p=_shortest(sampling.typical_p),
-                repetition_penalty=_shortest(sampling.repetition_penalty),
-                presence_penalty=_shortest(sampling.presence_penalty),
-                frequency_penalty=_shortest(sampling.frequency_penalty),
-                logit_bias={id_: _shortest(bias) for id_, bias in sampling.logit_bias.items()},
-                allowed_token_ids=tuple(sampling.allowed_token_ids),
-                bad_words=tuple(sampling.bad_words),
-                seed=sampling.seed,
-            ),
-            stopping=Stopping(
-                max_tokens=stopping.max_tokens,
-                min_tokens=stopping.min_tokens,
-                stop=tuple(stopping.stop),
-                stop_token_ids=tuple(stopping.stop_token_ids),
-                include_stop=stopping.include_stop,
-                ignore_eos=stopping.ignore_eos,
-                time_limit=(
-                    seconds(stopping.time_limit) if stopping.HasField("time_limit") else None
-                ),
-            ),
-            prompt_tokens=accepted.prompt_tokens,
-            output=Output(
-                n=len(self._outputs),
-                logprobs=options.logprobs if options.HasField("logprobs") else None,
-                prompt_logprobs=(
-                    options.prompt_logprobs if options.HasField("prompt_logprobs") else None
-                ),
-                stream_interval=options.stream_interval,
-            ),
-            priority=accepted.priority,
-            keep=seconds(accepted.keep),
-            durable=accepted.durable,
-        )
-        return self.accepted
-
-    def _prompt_logprobs(self, told: pb.PromptLogprobs) -> PromptLogprobs:
-        self._check_position(told.first_position, self._prompt_position)
-        self._prompt_position += len(told.logprobs)
-        return PromptLogprobs(self.sequence, told.first_position, _logprobs(told.logprobs))
-
-    def _tokens(self, tokens: pb.Tokens, output: int) -> Tokens:
-        came = self._outputs[output]
-        if came.first_position is None:
-            came.first_position = tokens.first_position
-        self._check_position(tokens.first_position, came.first_position + came.tokens)
-        if tokens.rgb and len(tokens.rgb) != 3 * len(tokens.ids):
-            raise self._violation(
-                f"event {self.sequence} has {len(tokens.rgb)} bytes of colour "
-                f"for {len(tokens.ids)} tokens"
-            )
-        came.tokens += len(tokens.ids)
-        came.characters += len(tokens.text)
-        came.last_ids.extend(tokens.ids)
-        return Tokens(
-            self.sequence,
-            tokens.first_position,
-            tuple(tokens.ids),
-            tokens.text,
-            tokens.rgb,
-            output,
-            _logprobs(tokens.logprobs),
-        )
-
-    def _check_position(self, position: int, due: int) -> None:
-        if position != due:
-            raise self._violation(
-                f"event {self.sequence} starts at position {position}, {due} was due"
-            )
-
-    def _failure(self, error: pb.Error) -> Exception:
-        retry_after = seconds(error.retry_after) if error.HasField("retry_after") else None
-        if not self.stream_id:
-            return refusal(
-                error.code, error.message, retryable=error.retryable, retry_after=retry_after
-            )
-        return GenerationFailed(
-            error.message, code=error.code, retryable=error.retryable, retry_after=retry_after
-        )
-
-    def _violation(self, what: str) -> ContractViolation:
-        stream = f"stream {self.stream_id or '(not accepted)'}"
-        return ContractViolation(f"{self._address} broke the contract of {stream}: {what}")
-
-
-def _finished(sequence: int, finished: pb.Finished, output: int) -> Finished:
-    usage = finished.usage
-    return Finished(
-        sequence=sequence,
-        reason=_REASONS.get(finished.reason, FinishReason.UNKNOWN),
-        stop=finished.stop if finished.HasField("stop") else None,
-        usage=Usage(
-            prompt_tokens=usage.prompt_tokens,
-            generated_tokens=usage.generated_tokens,
-            queue_time=seconds(usage.queue_time),
-            time_to_first_token=seconds(usage.time_to_first_token),
-            total_time=seconds(usage.total_time),
-            state_bytes=usage.state_bytes,
-        ),
-        output=output,
-    )
-
-
-def _logprobs(told: Iterable[pb.TokenLogprobs]) -> tuple[TokenLogprobs, ...]:
-    return tuple(
-        TokenLogprobs(one.logprob, tuple(one.top_ids), tuple(one.top_logprobs)) for one in told
-    )
-
-
-def _shortest(value: float) -> float:
-    # A float32 of the wire as the decimal that was meant: 0.8, not 0.800000011920929.
-    return float(f"{value:.7g}")

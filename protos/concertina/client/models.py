@@ -1,4 +1,4 @@
-"""What a server says about its models, and what a model says about given tokens."""
+"""The models of a server, and the scores that they give to tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from concertina.v1 import bundle_pb2, generation_service_pb2, model_service_pb2
 
 @dataclass(frozen=True, slots=True)
 class ImageFormat:
-    """Pixels of an image, and three bytes of colour per palette index."""
+    """Size of an image in pixels, and its palette: three bytes of colour per index."""
 
     width: int
     height: int
@@ -18,16 +18,16 @@ class ImageFormat:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model as it is served.
+    """A model that is served.
 
     modality: `text` or `image`.
-    vocabulary: ids below this number are predicted.
-    context: most tokens of one stream, prompt included.
-    slots: streams that decode at once; `queue_limit` more may wait.
-    max_state_bytes: state of one stream at its largest.
-    metrics: what training measured on held-out data, for example `bits/byte`.
+    vocabulary: the model predicts ids below this number.
+    context: most tokens of one stream, with its prompt.
+    slots: streams that decode at the same time; `queue_limit` more may wait.
+    max_state_bytes: size of one stream's state at its largest.
+    metrics: measured on held-out data in training, for example `bits/byte`.
     weights: how matrices are stored: `float16`, `int8` or `int4`.
-    weights_loss: bits per held-out token that this costs, compared with `float16`.
+    weights_loss: bits per held-out token that this costs compared with `float16`.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """How well a model predicts given tokens: bits of each, and their mean."""
+    """How well a model predicts given tokens: the bits of each, and their mean."""
 
     model: str
     fingerprint: str
@@ -69,7 +69,7 @@ def score_from(response: generation_service_pb2.ScoreResponse) -> Score:
 
 
 def model_from(model: model_service_pb2.Model) -> Model:
-    """The model that a server describes."""
+    """The model in a response."""
     manifest, quantisation = model.manifest, model.manifest.quantisation
     image = None
     if manifest.HasField("image"):

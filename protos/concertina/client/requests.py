@@ -1,4 +1,4 @@
-"""Requests from plain Python values."""
+"""Makes requests from plain Python values."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeAlias, TypedDict, TypeVar
+from typing import IO, Protocol, TypeAlias, TypedDict, TypeVar
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
@@ -15,11 +15,15 @@ from concertina.client.errors import InvalidRequest
 from concertina.v1 import generation_service_pb2 as pb
 from concertina.v1 import session_service_pb2 as session_pb
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
-    PromptLike: TypeAlias = str | bytes | Sequence[int] | Image
-    """Text; a PNG, or three bytes per pixel in raster order; token ids; or a Pillow image."""
+class PillowImage(Protocol):
+    """The part of `PIL.Image.Image` that a prompt needs: the client works without Pillow."""
+
+    def save(self, fp: IO[bytes], format: str | None = ...) -> None: ...
+
+
+PromptLike: TypeAlias = str | bytes | Sequence[int] | PillowImage
+"""Text; a PNG, or three bytes per pixel in raster order; token ids; or a Pillow image."""
 
 _Message = TypeVar("_Message", bound=Message)
 _KEY_BYTES = 16
@@ -27,28 +31,28 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 
 
 class ContinueParameters(TypedDict, total=False):
-    """Keyword arguments of `sessions.continue_`. What is absent or None is the server's to choose.
+    """Keyword arguments of `sessions.continue_`. For what is absent or None, the server chooses.
 
     temperature: divides the logits; 0 takes the likeliest token.
     top_k: keep this many of the likeliest tokens; 0 keeps all.
     top_p: keep the fewest likeliest tokens whose probabilities reach this sum, in (0, 1].
     min_p: keep tokens at least this probable relative to the likeliest, in [0, 1].
     typical_p: keep the tokens of the most typical surprise that reach this sum, in (0, 1].
-    repetition_penalty: divides positive and multiplies negative logits of tokens that the prompt or
-        the output has, above 0.
-    presence_penalty: taken from the logits of tokens that the output has, in [-2, 2].
-    frequency_penalty: the same once for every time it has them, in [-2, 2].
+    repetition_penalty: divides positive and multiplies negative logits of tokens in the prompt or
+        the output; above 0.
+    presence_penalty: subtracted from the logits of tokens in the output, in [-2, 2].
+    frequency_penalty: subtracted once per occurrence, in [-2, 2].
     logit_bias: added to the logits of token ids, each in [-100, 100].
-    allowed_token_ids: no other ids are drawn.
-    bad_words: strings that the output never holds.
-    seed: of the random numbers; the seed in force comes back in `Accepted`.
+    allowed_token_ids: only these ids are drawn.
+    bad_words: strings that the output never contains.
+    seed: of the random numbers; `Accepted` holds the seed in use.
     max_tokens: most tokens to generate.
-    min_tokens: tokens before which nothing but `max_tokens` or `time_limit` ends the stream.
+    min_tokens: before this many tokens only `max_tokens` or `time_limit` ends the stream.
     stop: the stream ends before the first of these strings.
     stop_token_ids: the stream ends before the first of these ids.
-    include_stop: send the stop string's text, or the stop id, that ended the stream.
+    include_stop: send the stop string or stop id that ended the stream too.
     ignore_eos: go on past the model's end token.
-    time_limit: seconds after which the stream ends cleanly, with what is there.
+    time_limit: seconds after which the stream ends early, without an error.
     """
 
     temperature: float | None
@@ -77,11 +81,11 @@ class GenerateParameters(ContinueParameters, total=False):
 
     model: name of the model; empty for the only one served.
     label: one of the model's labels; None for unconditional.
-    n: outputs to generate side by side; each event says which it is about.
+    n: outputs to generate side by side; each event names its output.
     logprobs: send the log-probability of each token and of this many of the likeliest, or 0.
     prompt_logprobs: the same for the tokens of the prompt.
-    stream_interval: fewest tokens of an event that is neither the first nor the last.
-    priority: streams of a higher one go first, in [-100, 100].
+    stream_interval: fewest tokens in an event, except for the first and the last.
+    priority: streams with a higher priority go first, in [-100, 100].
     """
 
     model: str
@@ -96,9 +100,9 @@ class GenerateParameters(ContinueParameters, total=False):
 def generate_request(
     prompt: PromptLike | None, parameters: GenerateParameters, keep: float = 0.0
 ) -> pb.GenerateRequest:
-    """A stream to generate; one to `keep` so many seconds gets a key, so that asking twice is safe.
+    """A request to generate. With `keep` (seconds) it has a key, so that it is safe to send twice.
 
-    Raises InvalidRequest, naming the parameter, for a value that the wire cannot carry.
+    Raises InvalidRequest, naming the parameter, for a value that the message cannot hold.
     """
     return _message(
         pb.GenerateRequest,
@@ -122,7 +126,10 @@ def generate_request(
 def continue_request(
     stream_id: str, prompt: PromptLike | None, parameters: ContinueParameters
 ) -> session_pb.ContinueRequest:
-    """Raises InvalidRequest, naming the parameter, for a value that the wire cannot carry."""
+    """A request to continue a stream.
+
+    Raises InvalidRequest, naming the parameter, for a value that the message cannot hold.
+    """
     sampling, stopping = _sampling(parameters), _stopping(parameters)
     return _message(
         session_pb.ContinueRequest,
@@ -134,17 +141,17 @@ def continue_request(
 
 
 def fork_request(stream_id: str, n: int) -> session_pb.ForkRequest:
-    """Raises InvalidRequest for a number that the wire cannot carry."""
+    """A request for copies. Raises InvalidRequest for a number that the message cannot hold."""
     return _message(session_pb.ForkRequest, stream_id=stream_id, n=n)
 
 
 def score_request(prompt: PromptLike, model: str, label: str | None) -> pb.ScoreRequest:
-    """Raises InvalidRequest for a prompt that the wire cannot carry."""
+    """A request for a score. Raises InvalidRequest for a prompt that the message cannot hold."""
     return _message(pb.ScoreRequest, model=model, prompt=prompt_message(prompt, label))
 
 
 def prompt_message(prompt: PromptLike | None, label: str | None) -> pb.Prompt | None:
-    """None for no prompt at all: an unconditional start."""
+    """The message for a prompt; None for no prompt and no label: an unconditional start."""
     if prompt is None:
         return None if label is None else _message(pb.Prompt, label=label)
     if isinstance(prompt, str):
@@ -197,7 +204,7 @@ def _stopping(parameters: ContinueParameters) -> pb.StoppingCriteria:
 
 
 def _message(kind: type[_Message], **fields: object) -> _Message:
-    """A message with the fields that are not None, filled one by one so that errors name one."""
+    """A message with the fields that are not None, set one by one so that an error names one."""
     message = kind()
     for name, value in fields.items():
         if value is None:

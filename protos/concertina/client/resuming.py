@@ -1,20 +1,16 @@
 """How a stream goes on when a call breaks: what to ask next, how long to wait, when to give up.
 
-Nothing here does I/O: the blocking and the asyncio stream make the calls that are asked for here.
+Nothing here does I/O: the blocking and the asyncio stream make the calls that this plans.
 """
 
 from __future__ import annotations
 
+from enum import Enum, auto
+from random import uniform
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import Final, TypeAlias
 
 import grpc
-from tenacity import (
-    RetryCallState,
-    retry_if_exception_type,
-    stop_before_delay,
-    wait_random_exponential,
-)
 
 from concertina.client.errors import (
     ConcertinaError,
@@ -24,19 +20,19 @@ from concertina.client.errors import (
     session_error,
     status_error,
 )
-from concertina.client.events import Event, EventReader, seconds
-from concertina.client.requests import GenerateParameters, generate_request
+from concertina.client.event_reader import EventReader, seconds
+from concertina.client.events import Event
+from concertina.client.requests import GenerateParameters, PromptLike, generate_request
 from concertina.v1 import generation_service_pb2 as pb
 from concertina.v1 import session_service_pb2 as session_pb
 
-if TYPE_CHECKING:
-    from concertina.client.requests import PromptLike
-
 StreamRequest: TypeAlias = pb.GenerateRequest | pb.ResumeRequest | session_pb.ContinueRequest
-Farewell: TypeAlias = session_pb.DeleteRequest | session_pb.PauseRequest
+Release: TypeAlias = session_pb.DeleteRequest | session_pb.PauseRequest
 
 DEFAULT_KEEP_S: Final = 60.0
-_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 5.0
+FIRST_WAIT_S = 0.1  # the longest wait before the first try; it doubles from try to try
+_LONGEST_WAIT_S: Final = 5.0
+_MOST_DOUBLINGS: Final = 16
 
 # What a lost connection, a dying server, or a proxy between may end a call with.
 _BROKEN = frozenset(
@@ -48,7 +44,7 @@ _BROKEN = frozenset(
         grpc.StatusCode.UNAVAILABLE,
     }
 )
-# In a NOT_FOUND of Ray's own proxy, which stands in while no replica of ours is there.
+# In a NOT_FOUND of Ray's own proxy, which answers while no replica of ours does.
 _RAY_WITHOUT_US = "RayServeAPIService"
 _NOT_DURABLE = (
     "the replica that held it is gone, and the stream was not durable: serve with --snapshots, "
@@ -57,11 +53,18 @@ _NOT_DURABLE = (
 
 
 class CallBroken(Exception):
-    """A call ended before its stream. error: what it comes to, if the stream does not go on."""
+    """A call ended before its stream. error: what to raise if the stream does not go on."""
 
     def __init__(self, error: ConcertinaError) -> None:
         super().__init__(str(error))
         self.error = error
+
+
+class _State(Enum):
+    STARTING = auto()  # the first call is made; no event has arrived
+    READING = auto()  # the current call sends events
+    RESUMING = auto()  # a later call is made; no event has arrived by it
+    TAKEN = auto()  # another reader has taken the stream over
 
 
 def begin(
@@ -84,11 +87,12 @@ def begin(
 
 
 class Resumption:
-    """One stream over several calls: the first, and those that went on with it.
+    """One stream over several calls: the first, and those that resume it.
 
     request: of the first call. timeout: seconds that all calls together may take.
     resume_for: seconds without any event after which to give up.
-    forget: whether a stream that ended well shall leave nothing on the server.
+    forget: whether the server keeps nothing of a stream that ended well.
+    resumed: how many times the stream went on in another call.
     """
 
     def __init__(
@@ -107,21 +111,24 @@ class Resumption:
         self._resume_for = resume_for
         self._forget = forget
         self._reader = EventReader(address, isinstance(request, session_pb.ContinueRequest))
-        self._calls = 0
-        self._is_fresh = True  # nothing has come by this call
-        self._displaced = False
+        self._state = _State.STARTING
+        self._failures = 0  # calls that broke since the last event
+        self._broken_since = 0.0  # when the first of them did
+
+    def first_call(self) -> tuple[StreamRequest, float | None]:
+        """The request to start with, and the call's timeout. Raises DeadlineExceeded."""
+        return self._request, self._remaining()
 
     def next_call(self) -> tuple[StreamRequest, float | None]:
-        """What to ask now, and the call's timeout. Raises DeadlineExceeded."""
+        """The request to go on with, and the call's timeout. Raises DeadlineExceeded."""
         remaining = self._remaining()
-        self._calls += 1
-        self._is_fresh = True
+        self._state = _State.RESUMING
         if self._reader.accepted is None:
             return self._request, remaining
         request = pb.ResumeRequest(
             stream_id=self._reader.stream_id,
             after_sequence=self._reader.sequence,
-            received=self._reader.received(),
+            cursors=self._reader.cursors(),
         )
         return request, remaining
 
@@ -133,57 +140,56 @@ class Resumption:
         if event is None:
             handed_over = self._cut("UNAVAILABLE", "the replica handed the stream over")
             raise CallBroken(handed_over) if self._is_kept else handed_over
-        if self._is_fresh and self._calls > 1:
-            self.resumed += 1
-        self._is_fresh = False
+        self.resumed += self._state is _State.RESUMING
+        self._state = _State.READING
+        self._failures = 0
         return event
 
     def end(self, code: grpc.StatusCode, details: str) -> None:
-        """What the end of a call means: nothing if the stream is over.
+        """Takes note that the call ended with this status; does nothing if the stream is over.
 
-        Raises CallBroken where the stream may go on, or the error that it ends with.
+        Raises CallBroken where the stream may go on, or else the error that it ends with.
         """
         error = self._reader.end(code, details)
         if error is None:
             return
         if self._may_go_on(code, details):
             raise CallBroken(error)
-        if code is grpc.StatusCode.ABORTED:
-            self._displaced = True
-        if code is grpc.StatusCode.NOT_FOUND and self._calls > 1 and not self._is_durable:
+        if (
+            code is grpc.StatusCode.NOT_FOUND
+            and self._state is _State.RESUMING
+            and not self._is_durable
+        ):
             raise self._cut(code.name, _NOT_DURABLE)
+        if code is grpc.StatusCode.ABORTED:
+            self._state = _State.TAKEN
         if self._reader.accepted is None and isinstance(self._request, session_pb.ContinueRequest):
             raise session_error(self._address, code, details)
         raise error
 
-    def policy(self) -> dict[str, Any]:
-        """When to try again, in tenacity's words: for Retrying and AsyncRetrying."""
-        return {
-            "retry": retry_if_exception_type(CallBroken),
-            "wait": self._wait,
-            "stop": stop_before_delay(self._resume_for),
-            "reraise": True,
-        }
+    def wait_s(self, broken: CallBroken) -> float:
+        """Seconds to wait before the next call: random ones, after those the server asks for.
 
-    def given_up(self, broken: CallBroken) -> ConcertinaError:
-        """What a stream ends with that did not go on."""
-        error = broken.error
-        reason = f"it did not go on within {self._resume_for:g} s"
-        if isinstance(error, StreamCut):
-            return self._cut(error.code, f"{error.details}; {reason}".removeprefix("; "))
-        if self._reader.accepted is not None:
-            return self._cut(error.code, f"{error}; {reason}")
-        return type(error)(
-            f"{error}; {reason}",
-            code=error.code,
-            retryable=error.retryable,
-            retry_after=error.retry_after,
-        )
+        Raises the error that the stream ends with once it has not gone on for too long, and
+        DeadlineExceeded.
+        """
+        now = monotonic()
+        if self._failures == 0:
+            self._broken_since = now
+        longest = min(FIRST_WAIT_S * 2 ** min(self._failures, _MOST_DOUBLINGS), _LONGEST_WAIT_S)
+        self._failures += 1
+        wait = uniform(0, longest) + (broken.error.retry_after or 0.0)
+        remaining = self._remaining()
+        if remaining is not None:
+            wait = min(wait, remaining)
+        if now - self._broken_since + wait >= self._resume_for:
+            raise self._given_up(broken.error) from None
+        return wait
 
-    def farewell(self) -> Farewell | None:
-        """What to tell the server when nobody reads on, so that it holds nothing for us."""
+    def release(self) -> Release | None:
+        """What to ask of the server when nobody reads on, so that it holds nothing for us."""
         stream_id = self._reader.stream_id
-        if not self._is_kept or self._displaced or self._reader.was_paused:
+        if not self._is_kept or self._state is _State.TAKEN or self._reader.was_paused:
             return None
         if self._reader.is_complete:
             return session_pb.DeleteRequest(stream_id=stream_id) if self._forget else None
@@ -199,46 +205,58 @@ class Resumption:
     def _is_durable(self) -> bool:
         return self._reader.accepted is not None and self._reader.accepted.durable
 
-    def _may_go_on(self, code: grpc.StatusCode, details: str) -> bool:
+    @property
+    def _is_resumable(self) -> bool:
+        """Whether another call takes up this stream, and does not begin a second one."""
         if self._reader.accepted is not None:
-            safe = self._is_kept
-        else:  # only with a key does asking again not begin a second stream
-            safe = isinstance(self._request, pb.GenerateRequest) and bool(
-                self._request.idempotency_key
-            )
-        if self._calls == 1 and is_unreachable(code, details):
-            safe = self._reader.accepted is not None  # nobody is there, and nothing was lost
-        if code is grpc.StatusCode.NOT_FOUND and _RAY_WITHOUT_US in details and self._calls > 1:
-            return safe
-        full = code is grpc.StatusCode.RESOURCE_EXHAUSTED and self._is_fresh and self._calls > 1
-        return safe and (full or code in _BROKEN)
+            return self._is_kept
+        return isinstance(self._request, pb.GenerateRequest) and bool(self._request.idempotency_key)
+
+    def _may_go_on(self, code: grpc.StatusCode, details: str) -> bool:
+        """Whether the stream may go on after a call that ended with this status."""
+        if not self._is_resumable:
+            return False
+        if self._state is _State.STARTING and is_unreachable(code, details):
+            return False  # nobody is there, and nothing was lost
+        if code in _BROKEN:
+            return True
+        if self._state is not _State.RESUMING:
+            return False
+        no_replica = code is grpc.StatusCode.NOT_FOUND and _RAY_WITHOUT_US in details
+        return no_replica or code is grpc.StatusCode.RESOURCE_EXHAUSTED
 
     def _check_error(self, error: pb.Error) -> None:
-        """Raises CallBroken for an error event that does not end the stream.
+        """Raises CallBroken for an error event that ends the call, but not the stream.
 
-        A server that cannot take a stream over now says so in place of its next event; one that
-        stops under a durable stream leaves it to the others.
+        A server that cannot take a stream over now sends it as the first event of the call; one
+        that stops under a durable stream sends it too, and another replica goes on.
         """
         if error.code == "ABORTED":
-            self._displaced = True
+            self._state = _State.TAKEN
         if error.code not in ("UNAVAILABLE", "RESOURCE_EXHAUSTED"):
             return
-        if self._is_fresh or (self._is_durable and error.code == "UNAVAILABLE"):
-            if not self._may_go_on(grpc.StatusCode[error.code], ""):
-                return
+        stops = error.code == "UNAVAILABLE" and self._is_durable
+        if self._state is _State.READING and not stops:
+            return
+        if self._may_go_on(grpc.StatusCode[error.code], ""):
             after = seconds(error.retry_after) if error.HasField("retry_after") else None
             raise CallBroken(
                 refusal(error.code, error.message, retryable=error.retryable, retry_after=after)
             )
 
-    def _wait(self, state: RetryCallState) -> float:
-        """Seconds until the next try: random ones, behind those that the server asks for."""
-        broken = state.outcome.exception() if state.outcome else None
-        asked = broken.error.retry_after if isinstance(broken, CallBroken) else None
-        random_s = wait_random_exponential(_FIRST_WAIT_S, _LONGEST_WAIT_S)(state)
-        remaining = self._remaining()
-        wait = random_s + (asked or 0.0)
-        return wait if remaining is None else min(wait, remaining)
+    def _given_up(self, error: ConcertinaError) -> ConcertinaError:
+        """The error of a stream that did not go on after this one."""
+        reason = f"it did not go on within {self._resume_for:g} s"
+        if isinstance(error, StreamCut):
+            return self._cut(error.code, f"{error.details}; {reason}".removeprefix("; "))
+        if self._reader.accepted is not None:
+            return self._cut(error.code, f"{error}; {reason}")
+        return type(error)(
+            f"{error}; {reason}",
+            code=error.code,
+            retryable=error.retryable,
+            retry_after=error.retry_after,
+        )
 
     def _remaining(self) -> float | None:
         """Seconds until the caller's timeout. Raises DeadlineExceeded."""

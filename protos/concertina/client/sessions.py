@@ -1,4 +1,4 @@
-"""Sessions: streams that were kept. Pause, go on, copy, carry away, bring back and forget them."""
+"""Sessions: streams that the server keeps. Pause, continue, copy, export, import, delete them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from concertina.client.resuming import DEFAULT_KEEP_S, Resumption
 from concertina.client.streams import AsyncStream, Stream
 from concertina.v1 import session_service_pb2 as pb
 
-_PART_BYTES = 1024 * 1024
-_PAGE = 1000
+PART_BYTES = 1024 * 1024
+PAGE_SIZE = 1000
 
 
 class SessionPhase(StrEnum):
@@ -28,16 +28,16 @@ class SessionPhase(StrEnum):
     RUNNING = "running"  # its stream waits or runs
     PAUSED = "paused"  # it was paused, forked or imported
     FINISHED = "finished"
-    STORED = "stored"  # it lies in the store; another replica may know more
-    UNKNOWN = "unknown"  # a phase that only a newer client knows
+    STORED = "stored"  # it is in the store; another replica may know more
+    UNKNOWN = "unknown"  # a phase that only newer clients know
 
 
 @dataclass(frozen=True, slots=True)
 class Session:
     """A stream and its state.
 
-    generated_tokens, state_bytes: over all outputs. expires: when it is forgotten, None while a
-    reader follows it. Of what is STORED nothing is known but its name.
+    generated_tokens, state_bytes: over all outputs. expires: when the server forgets it; None while
+    somebody reads it. If it is STORED, only its name is known.
     """
 
     stream_id: str
@@ -53,8 +53,8 @@ class Session:
 class Sessions:
     """The sessions of a server, for blocking code: `client.sessions`.
 
-    All raise ConcertinaError: SessionNotFound for a name that is not known, SessionUnsuitable for a
-    session that is not in a state for this. timeout: seconds after which a call is given up.
+    Every method raises ConcertinaError: SessionNotFound for an unknown name, SessionUnsuitable for
+    a session whose state does not allow the call. timeout: seconds after which a call is given up.
     """
 
     def __init__(self, connection: Connection) -> None:
@@ -75,22 +75,23 @@ class Sessions:
         resume_for: float = DEFAULT_KEEP_S,
         **parameters: Unpack[ContinueParameters],
     ) -> Stream:
-        """Goes on with what is paused or finished, behind a `prompt` if one is given.
+        """Continues a paused or finished stream, after a `prompt` if one is given.
 
-        The stream keeps its name. It is paused, not forgotten, when it is left before its end.
-        parameters: see ContinueParameters. If one of those that say how tokens are drawn is given,
-        the others of them have their defaults, but for the seed; so with when the stream ends.
+        The stream keeps its name. If it is cancelled before its end, it is paused, not forgotten.
+        parameters: see ContinueParameters. If any of the sampling parameters is given, the others
+        have their defaults, except for the seed. The same holds for those that say when to stop.
         """
         request = continue_request(stream_id, prompt, parameters)
-        return Stream(self._connection, _goes_on(self._connection, request, timeout, resume_for))
+        resumption = _resumption(self._connection, request, timeout, resume_for)
+        return Stream(self._connection, resumption)
 
     def fork(self, stream_id: str, n: int = 1, *, timeout: float | None = None) -> list[str]:
-        """Makes `n` paused copies, each with a seed of its own. Their names."""
+        """Makes `n` paused copies, each with its own seed, and returns their names."""
         request = fork_request(stream_id, n)
         return [*self._answer(self._stub.Fork, request, timeout).stream_ids]
 
     def export(self, stream_id: str, *, timeout: float | None = None) -> bytes:
-        """The snapshot of a session, sealed: only a server with the same key opens it."""
+        """The snapshot of a session, sealed: only a server with the same key can open it."""
         snapshot = _Snapshot(self._connection.address)
         try:
             for part in self._stub.Export(pb.ExportRequest(stream_id=stream_id), timeout=timeout):
@@ -100,16 +101,16 @@ class Sessions:
         return snapshot.whole()
 
     def import_(self, snapshot: bytes, *, timeout: float | None = None) -> Session:
-        """Makes a session, with a name of its own, of an exported snapshot."""
+        """Makes a session, with a new name, from an exported snapshot."""
         return _session(self._answer(self._stub.Import, _parts(snapshot), timeout).session)
 
     def delete(self, stream_id: str, *, timeout: float | None = None) -> None:
-        """Ends a stream, if it runs, and forgets it. What is not there is no error."""
+        """Ends a stream if it runs, and forgets it. An unknown name is no error."""
         self._answer(self._stub.Delete, pb.DeleteRequest(stream_id=stream_id), timeout)
 
     def list(self, *, timeout: float | None = None) -> tuple[Session, ...]:
-        """The caller's sessions, by name: those of the replica that answers and of the store."""
-        request, found = pb.ListSessionsRequest(page_size=_PAGE), []
+        """The caller's sessions in the replica that answers and in the store, by name."""
+        request, found = pb.ListSessionsRequest(page_size=PAGE_SIZE), []
         while True:
             page = self._answer(self._stub.ListSessions, request, timeout)
             found += [_session(session) for session in page.sessions]
@@ -125,7 +126,7 @@ class Sessions:
 
 
 class AsyncSessions:
-    """The sessions of a server, as Sessions has them, for asyncio code."""
+    """The sessions of a server, for asyncio code: what Sessions does."""
 
     def __init__(self, connection: AsyncConnection) -> None:
         self._connection = connection
@@ -145,18 +146,18 @@ class AsyncSessions:
         resume_for: float = DEFAULT_KEEP_S,
         **parameters: Unpack[ContinueParameters],
     ) -> AsyncStream:
-        """Goes on with what is paused or finished, as Sessions.continue_ does."""
+        """Continues a paused or finished stream, as Sessions.continue_ does."""
         request = continue_request(stream_id, prompt, parameters)
-        going_on = _goes_on(self._connection, request, timeout, resume_for)
-        return AsyncStream(self._connection, going_on)
+        resumption = _resumption(self._connection, request, timeout, resume_for)
+        return AsyncStream(self._connection, resumption)
 
     async def fork(self, stream_id: str, n: int = 1, *, timeout: float | None = None) -> list[str]:
-        """Makes `n` paused copies, each with a seed of its own. Their names."""
+        """Makes `n` paused copies, each with its own seed, and returns their names."""
         request = fork_request(stream_id, n)
         return [*(await self._answer(self._stub.Fork, request, timeout)).stream_ids]
 
     async def export(self, stream_id: str, *, timeout: float | None = None) -> bytes:
-        """The snapshot of a session, sealed: only a server with the same key opens it."""
+        """The snapshot of a session, sealed: only a server with the same key can open it."""
         snapshot = _Snapshot(self._connection.address)
         request = pb.ExportRequest(stream_id=stream_id)
         try:
@@ -167,17 +168,17 @@ class AsyncSessions:
         return snapshot.whole()
 
     async def import_(self, snapshot: bytes, *, timeout: float | None = None) -> Session:
-        """Makes a session, with a name of its own, of an exported snapshot."""
+        """Makes a session, with a new name, from an exported snapshot."""
         response = await self._answer(self._stub.Import, _parts(snapshot), timeout)
         return _session(response.session)
 
     async def delete(self, stream_id: str, *, timeout: float | None = None) -> None:
-        """Ends a stream, if it runs, and forgets it. What is not there is no error."""
+        """Ends a stream if it runs, and forgets it. An unknown name is no error."""
         await self._answer(self._stub.Delete, pb.DeleteRequest(stream_id=stream_id), timeout)
 
     async def list(self, *, timeout: float | None = None) -> tuple[Session, ...]:
-        """The caller's sessions, by name: those of the replica that answers and of the store."""
-        request, found = pb.ListSessionsRequest(page_size=_PAGE), []
+        """The caller's sessions in the replica that answers and in the store, by name."""
+        request, found = pb.ListSessionsRequest(page_size=PAGE_SIZE), []
         while True:
             page = await self._answer(self._stub.ListSessions, request, timeout)
             found += [_session(session) for session in page.sessions]
@@ -193,7 +194,7 @@ class AsyncSessions:
 
 
 class _Snapshot:
-    """Puts a snapshot together from its parts. address: where they come from, named in errors."""
+    """Joins the parts of a snapshot. address: of the server, named in errors."""
 
     def __init__(self, address: str) -> None:
         self._address = address
@@ -205,25 +206,25 @@ class _Snapshot:
         self._sha256 = response.sha256
 
     def whole(self) -> bytes:
-        """Raises ContractViolation when a part is missing or damaged."""
+        """The joined parts. Raises ContractViolation if one is missing or damaged."""
         whole = b"".join(self._parts)
         if hashlib.sha256(whole).digest() != self._sha256:
             raise ContractViolation(
-                f"the snapshot that {self._address} sent was cut or damaged: {len(whole)} bytes "
-                "came, and their checksum is not the one sent with them; export it again"
+                f"the snapshot from {self._address} was cut or damaged: {len(whole)} bytes "
+                "arrived, and their checksum is not the one sent with them; export it again"
             )
         return whole
 
 
 def _parts(snapshot: bytes) -> Iterator[pb.ImportRequest]:
     digest = hashlib.sha256(snapshot).digest()
-    for at in range(0, len(snapshot) or 1, _PART_BYTES):
-        last = at + _PART_BYTES >= len(snapshot)
-        part = snapshot[at : at + _PART_BYTES]
+    for at in range(0, len(snapshot) or 1, PART_BYTES):
+        last = at + PART_BYTES >= len(snapshot)
+        part = snapshot[at : at + PART_BYTES]
         yield pb.ImportRequest(part=part, sha256=digest if last else b"")
 
 
-def _goes_on(
+def _resumption(
     stubs: Stubs, request: pb.ContinueRequest, timeout: float | None, resume_for: float
 ) -> Resumption:
     return Resumption(stubs.address, request, timeout=timeout, resume_for=resume_for, forget=False)

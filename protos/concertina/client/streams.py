@@ -1,4 +1,4 @@
-"""Streams of events, for blocking and for asyncio code, which go on when their calls break."""
+"""Streams of events, for blocking and for asyncio code, that resume when their calls break."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from contextlib import suppress
 from typing import Any, Self
 
 import grpc
-from tenacity import AsyncRetrying, Retrying
 
 from concertina.client.connection import AsyncConnection, Connection
 from concertina.client.events import Event
@@ -18,18 +17,18 @@ from concertina.v1 import generation_service_pb2 as pb
 
 
 class Stream:
-    """The events of one stream, checked against the contract while they are read.
+    """The events of one stream, checked against the contract as they are read.
 
-    A context manager: leaving it cancels a stream that still runs, and the server forgets it. After
-    `cancel` the iteration ends without an error.
+    A context manager: its end cancels a stream that still runs, and the server forgets the stream.
+    After `cancel` the iteration ends without an error.
     """
 
     def __init__(self, connection: Connection, resumption: Resumption) -> None:
         self._connection = connection
         self._resumption = resumption
         self._cancelled = threading.Event()
-        self._leaving = threading.Lock()
-        self._call: Any = connection.stream(*resumption.next_call())
+        self._cancelling = threading.Lock()
+        self._call: Any = connection.stream(*resumption.first_call())
 
     @property
     def resumed(self) -> int:
@@ -51,23 +50,16 @@ class Stream:
         return event
 
     def _next(self) -> Event | None:
-        try:
-            return self._read()
-        except CallBroken as broken:
-            first = broken
-        try:
-            for attempt in Retrying(**self._resumption.policy(), sleep=self._sleep):
-                with attempt:
-                    if attempt.retry_state.attempt_number == 1:
-                        raise first
-                    self._call_again()
-                    return self._read()
-        except CallBroken as broken:
-            raise self._resumption.given_up(broken) from None
-        raise AssertionError("tenacity ends with a result or an error")
+        while True:
+            try:
+                return self._read()
+            except CallBroken as broken:
+                wait_s = self._resumption.wait_s(broken)
+            self._cancelled.wait(wait_s)
+            self._call_again()
 
     def _read(self) -> Event | None:
-        """The next event of the call; None when the stream is over, or was cancelled."""
+        """The next event of the call; None if the stream is over or cancelled."""
         message, code, details = None, grpc.StatusCode.OK, ""
         try:
             message = None if self._cancelled.is_set() else next(self._call, None)
@@ -83,20 +75,17 @@ class Stream:
     def _call_again(self) -> None:
         self._call.cancel()
         self._call = self._connection.stream(*self._resumption.next_call())
-        if self._cancelled.is_set():  # it may have been the old call that `cancel` cancelled
+        if self._cancelled.is_set():  # `cancel` may have cancelled the old call
             self._call.cancel()
 
-    def _sleep(self, seconds: float) -> None:
-        self._cancelled.wait(seconds)
-
     def cancel(self) -> None:
-        """Stops the stream; may be called from any thread, and more than once."""
-        with self._leaving:
-            farewell = None if self._cancelled.is_set() else self._resumption.farewell()
+        """Stops the stream. Any thread may call it, and more than once."""
+        with self._cancelling:  # the reading thread returns after the release has begun
+            release = None if self._cancelled.is_set() else self._resumption.release()
             self._cancelled.set()
-        self._call.cancel()
-        if farewell is not None:
-            self._connection.leave(farewell)
+            self._call.cancel()
+            if release is not None:
+                self._connection.release(release)
 
     close = cancel
 
@@ -108,13 +97,13 @@ class Stream:
 
 
 class AsyncStream:
-    """The events of one stream, as Stream gives them, for `async for` and `async with`."""
+    """The events of one stream, for `async for` and `async with`: what Stream does."""
 
     def __init__(self, connection: AsyncConnection, resumption: Resumption) -> None:
         self._connection = connection
         self._resumption = resumption
         self._cancelled = asyncio.Event()
-        self._call: Any = connection.stream(*resumption.next_call())
+        self._call: Any = connection.stream(*resumption.first_call())
 
     @property
     def resumed(self) -> int:
@@ -136,31 +125,26 @@ class AsyncStream:
         return event
 
     async def _next(self) -> Event | None:
-        try:
-            return await self._read()
-        except CallBroken as broken:
-            first = broken
-        try:
-            async for attempt in AsyncRetrying(**self._resumption.policy(), sleep=self._sleep):
-                with attempt:
-                    if attempt.retry_state.attempt_number == 1:
-                        raise first
-                    self._call_again()
-                    return await self._read()
-        except CallBroken as broken:
-            raise self._resumption.given_up(broken) from None
-        raise AssertionError("tenacity ends with a result or an error")
+        while True:
+            try:
+                return await self._read()
+            except CallBroken as broken:
+                wait_s = self._resumption.wait_s(broken)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    await self._cancelled.wait()
+            self._call_again()
 
     async def _read(self) -> Event | None:
-        """The next event of the call; None when the stream is over, or was cancelled."""
+        """The next event of the call; None if the stream is over or cancelled."""
         message, code, details = None, grpc.StatusCode.OK, ""
         try:
             message = None if self._cancelled.is_set() else await self._call.read()
         except grpc.aio.AioRpcError as error:
             code, details = error.code(), error.details() or ""
         except asyncio.CancelledError:
-            # grpc.aio reports our own cancel in the same way as the cancellation of this task, and
-            # cancels the call with the task, which may come back to read on.
+            # grpc.aio reports our own cancel like a cancellation of this task, and it cancels the
+            # call with the task; but the task may read again later.
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise
@@ -176,18 +160,13 @@ class AsyncStream:
         self._call.cancel()
         self._call = self._connection.stream(*self._resumption.next_call())
 
-    async def _sleep(self, seconds: float) -> None:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._cancelled.wait()
-
     def cancel(self) -> None:
-        """Stops the stream; may be called more than once."""
-        farewell = None if self._cancelled.is_set() else self._resumption.farewell()
+        """Stops the stream. May be called more than once."""
+        release = None if self._cancelled.is_set() else self._resumption.release()
         self._cancelled.set()
         self._call.cancel()
-        if farewell is not None:
-            self._connection.leave(farewell)
+        if release is not None:
+            self._connection.release(release)
 
     async def close(self) -> None:
         """Cancels a stream that still runs."""

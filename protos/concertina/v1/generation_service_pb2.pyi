@@ -46,16 +46,16 @@ class GenerateRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ..., prompt: _Optional[_Union[Prompt, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParameters, _Mapping]] = ..., stopping: _Optional[_Union[StoppingCriteria, _Mapping]] = ..., output: _Optional[_Union[OutputOptions, _Mapping]] = ..., priority: _Optional[int] = ..., idempotency_key: _Optional[str] = ..., keep: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class ResumeRequest(_message.Message):
-    __slots__ = ("stream_id", "after_sequence", "received")
+    __slots__ = ("stream_id", "after_sequence", "cursors")
     STREAM_ID_FIELD_NUMBER: _ClassVar[int]
     AFTER_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
-    RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    CURSORS_FIELD_NUMBER: _ClassVar[int]
     stream_id: str
     after_sequence: int
-    received: _containers.RepeatedCompositeFieldContainer[Received]
-    def __init__(self, stream_id: _Optional[str] = ..., after_sequence: _Optional[int] = ..., received: _Optional[_Iterable[_Union[Received, _Mapping]]] = ...) -> None: ...
+    cursors: _containers.RepeatedCompositeFieldContainer[ResumeCursor]
+    def __init__(self, stream_id: _Optional[str] = ..., after_sequence: _Optional[int] = ..., cursors: _Optional[_Iterable[_Union[ResumeCursor, _Mapping]]] = ...) -> None: ...
 
-class Received(_message.Message):
+class ResumeCursor(_message.Message):
     __slots__ = ("output", "tokens", "characters", "ended", "last_ids", "prompt_logprobs")
     OUTPUT_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]

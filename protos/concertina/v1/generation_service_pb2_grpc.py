@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class GenerationServiceStub:
-    """Turns prompts into streams of tokens.
+    """Generates streams of tokens from prompts, and scores given tokens.
     """
 
     def __init__(self, channel):
@@ -53,14 +53,15 @@ class GenerationServiceStub:
 
 
 class GenerationServiceServicer:
-    """Turns prompts into streams of tokens.
+    """Generates streams of tokens from prompts, and scores given tokens.
     """
 
     def Generate(self, request, context):
         """Generates one stream, or several outputs of one prompt side by side. The first event is
-        `accepted`; the last of every output is `finished` or `error`. A stream in which an output lacks
-        one of these two was cut, whatever its status says. A refused request ends by status; when the
-        same request may succeed later, an `error` that says when is sent before.
+        `accepted`; the last event of each output is `finished` or `error`. If an output has neither,
+        the stream was cut off, even if the gRPC status is OK. A refused request ends with a gRPC
+        status; if the same request may succeed later, an `error` event with `retry_after` comes before
+        the status.
         buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -68,9 +69,9 @@ class GenerationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Resume(self, request, context):
-        """Goes on with a stream whose reader lost it, on any replica: nothing is missing and nothing comes
-        twice. Only for streams that were asked to `keep`. Where the state of the stream is held by
-        another replica, it goes on from its last snapshot.
+        """Continues a stream after its reader lost the connection, on any replica: no token is missing
+        and none is sent twice. Works only for streams whose request set `keep`. If another replica
+        holds the state of the stream, the stream continues from its last snapshot.
         buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
         buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
         """
@@ -79,7 +80,7 @@ class GenerationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Score(self, request, context):
-        """Log-likelihood of given tokens under a model, in bits. Nothing is generated.
+        """Computes the log-likelihood of given tokens under a model, in bits. Generates nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -112,7 +113,7 @@ def add_GenerationServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class GenerationService:
-    """Turns prompts into streams of tokens.
+    """Generates streams of tokens from prompts, and scores given tokens.
     """
 
     @staticmethod

@@ -27,9 +27,9 @@ if _version_not_supported:
 
 
 class SessionServiceStub:
-    """Holds what streams have become: a session is a stream together with its state. It is there while
-    the stream runs and, if it was asked to `keep`, for as long behind its end; a session that was
-    paused, forked or imported is kept likewise, and in the store as long as snapshots are.
+    """Manages sessions. A session is a stream together with its state. It exists while the stream runs
+    and, if the request set `keep`, for that long after the end. A session that was paused, forked or
+    imported is kept for the same time, and in the store for as long as its snapshots.
     """
 
     def __init__(self, channel):
@@ -76,21 +76,21 @@ class SessionServiceStub:
 
 
 class SessionServiceServicer:
-    """Holds what streams have become: a session is a stream together with its state. It is there while
-    the stream runs and, if it was asked to `keep`, for as long behind its end; a session that was
-    paused, forked or imported is kept likewise, and in the store as long as snapshots are.
+    """Manages sessions. A session is a stream together with its state. It exists while the stream runs
+    and, if the request set `keep`, for that long after the end. A session that was paused, forked or
+    imported is kept for the same time, and in the store for as long as its snapshots.
     """
 
     def Pause(self, request, context):
-        """Stops a stream where it is and keeps its state; its reader gets `finished`. Its slot is free.
+        """Stops a stream, keeps its state and frees its slot. The reader of the stream gets `finished`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Continue(self, request, context):
-        """Goes on with a session that is paused or finished, behind new prompt tokens if any are given:
-        what is in its state is not computed again. The stream has the same name.
+        """Continues a paused or finished session, after new prompt tokens if the request has any. What
+        the state already holds is not computed again. The stream keeps its name.
         buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
         buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
         """
@@ -99,36 +99,38 @@ class SessionServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Fork(self, request, context):
-        """Makes paused copies of a paused or finished session. Until they go on, they share its state.
+        """Makes paused copies of a paused or finished session. The copies share its state until they
+        continue.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Export(self, request, context):
-        """The snapshot of a paused or finished session, sealed: only a server with the same key opens it.
+        """Returns the snapshot of a paused or finished session. It is sealed: only a server with the same
+        key can open it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Import(self, request_iterator, context):
-        """Makes a session of an exported snapshot, paused or finished as it was.
+        """Makes a session from an exported snapshot. It is paused or finished, as it was at the export.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Delete(self, request, context):
-        """Ends a stream, if it runs, and forgets its session, snapshots included. What is not there is no
-        error.
+        """Ends a stream, if it runs, and deletes its session and its snapshots. Deleting a session that
+        does not exist is not an error.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListSessions(self, request, context):
-        """The caller's sessions that this replica holds and those in the store, by name.
+        """Lists the caller's sessions that this replica holds or the store has, ordered by name.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -181,9 +183,9 @@ def add_SessionServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class SessionService:
-    """Holds what streams have become: a session is a stream together with its state. It is there while
-    the stream runs and, if it was asked to `keep`, for as long behind its end; a session that was
-    paused, forked or imported is kept likewise, and in the store as long as snapshots are.
+    """Manages sessions. A session is a stream together with its state. It exists while the stream runs
+    and, if the request set `keep`, for that long after the end. A session that was paused, forked or
+    imported is kept for the same time, and in the store for as long as its snapshots.
     """
 
     @staticmethod

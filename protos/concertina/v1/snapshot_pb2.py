@@ -22,25 +22,40 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
-from concertina.v1 import generation_service_pb2 as concertina_dot_v1_dot_generation__service__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x63oncertina/v1/snapshot.proto\x12\rconcertina.v1\x1a&concertina/v1/generation_service.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"k\n\x08Snapshot\x12/\n\x07request\x18\x01 \x01(\x0b\x32\x1e.concertina.v1.GenerateRequest\x12.\n\x07outputs\x18\x02 \x03(\x0b\x32\x1d.concertina.v1.OutputSnapshot\"\x9b\x03\n\x0eOutputSnapshot\x12\x0e\n\x06output\x18\x01 \x01(\r\x12\x11\n\tgenerated\x18\x02 \x01(\x0c\x12\x0e\n\x06pushed\x18\x03 \x01(\x04\x12\x37\n\x05state\x18\x04 \x03(\x0b\x32(.concertina.v1.OutputSnapshot.StateEntry\x12)\n\x08\x66inished\x18\x05 \x01(\x0b\x32\x17.concertina.v1.Finished\x12.\n\x08logprobs\x18\x06 \x03(\x0b\x32\x1c.concertina.v1.TokenLogprobs\x12\x13\n\x0b\x62\x61se_tokens\x18\x07 \x01(\x04\x12\x17\n\x0f\x62\x61se_characters\x18\x08 \x01(\x04\x12\x1a\n\rqueue_seconds\x18\t \x01(\x01H\x00\x88\x01\x01\x12 \n\x13\x66irst_token_seconds\x18\n \x01(\x01H\x01\x88\x01\x01\x1a,\n\nStateEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\x42\x10\n\x0e_queue_secondsB\x16\n\x14_first_token_seconds\"\xd8\x01\n\x0eSnapshotHeader\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x11\n\tstream_id\x18\x02 \x01(\t\x12\r\n\x05owner\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x05 \x01(\t\x12,\n\x08\x61\x63\x63\x65pted\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x07\x65xpires\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0ckeep_seconds\x18\x08 \x01(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x63oncertina/v1/snapshot.proto\x12\rconcertina.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"o\n\x08Snapshot\x12.\n\x07outputs\x18\x02 \x03(\x0b\x32\x1d.concertina.v1.OutputSnapshot\x12-\n\x07request\x18\x03 \x01(\x0b\x32\x1c.concertina.v1.StoredRequestJ\x04\x08\x01\x10\x02\"\xbc\x03\n\rStoredRequest\x12\x0f\n\x07outputs\x18\x01 \x01(\r\x12\x13\n\x0bstart_token\x18\x02 \x01(\r\x12\x0e\n\x06prompt\x18\x03 \x01(\x0c\x12/\n\x08sampling\x18\x04 \x01(\x0b\x32\x1d.concertina.v1.StoredSampling\x12\x12\n\nmax_tokens\x18\x05 \x01(\x04\x12\x12\n\nmin_tokens\x18\x06 \x01(\x04\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x13\n\x0bstop_tokens\x18\x08 \x03(\r\x12\x14\n\x0cinclude_stop\x18\t \x01(\x08\x12\x16\n\tend_token\x18\n \x01(\rH\x00\x88\x01\x01\x12\x1f\n\x12time_limit_seconds\x18\x0b \x01(\x01H\x01\x88\x01\x01\x12\x18\n\x0b\x63omplete_at\x18\x0c \x01(\x04H\x02\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\r \x01(\rH\x03\x88\x01\x01\x12\x17\n\x0fstream_interval\x18\x0e \x01(\x04\x12\x10\n\x08priority\x18\x0f \x01(\x05\x42\x0c\n\n_end_tokenB\x15\n\x13_time_limit_secondsB\x0e\n\x0c_complete_atB\x12\n\x10_prompt_logprobs\"\xcc\x01\n\x0eStoredSampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_k\x18\x02 \x01(\x04\x12\r\n\x05top_p\x18\x03 \x01(\x01\x12\r\n\x05min_p\x18\x04 \x01(\x01\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x11\n\ttypical_p\x18\x06 \x01(\x01\x12\x15\n\x08logprobs\x18\x07 \x01(\rH\x00\x88\x01\x01\x12\x33\n\nprocessors\x18\x08 \x01(\x0b\x32\x1f.concertina.v1.StoredProcessorsB\x0b\n\t_logprobs\"\xae\x02\n\x10StoredProcessors\x12\x37\n\x04\x62ias\x18\x01 \x03(\x0b\x32).concertina.v1.StoredProcessors.BiasEntry\x12\x0f\n\x07\x61llowed\x18\x02 \x03(\r\x12,\n\tbad_words\x18\x03 \x03(\x0b\x32\x19.concertina.v1.StoredWord\x12\x12\n\nmin_tokens\x18\x04 \x01(\x04\x12\x10\n\x08withheld\x18\x05 \x03(\r\x12\x1a\n\x12repetition_penalty\x18\x06 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x08 \x01(\x01\x1a+\n\tBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x1c\n\nStoredWord\x12\x0e\n\x06tokens\x18\x01 \x03(\r\"\xaa\x03\n\x0eOutputSnapshot\x12\x0e\n\x06output\x18\x01 \x01(\r\x12\x11\n\tgenerated\x18\x02 \x01(\x0c\x12\x0e\n\x06pushed\x18\x03 \x01(\x04\x12\x37\n\x05state\x18\x04 \x03(\x0b\x32(.concertina.v1.OutputSnapshot.StateEntry\x12\x13\n\x0b\x62\x61se_tokens\x18\x07 \x01(\x04\x12\x17\n\x0f\x62\x61se_characters\x18\x08 \x01(\x04\x12\x1a\n\rqueue_seconds\x18\t \x01(\x01H\x00\x88\x01\x01\x12 \n\x13\x66irst_token_seconds\x18\n \x01(\x01H\x01\x88\x01\x01\x12+\n\x06\x66inish\x18\x0b \x01(\x0b\x32\x1b.concertina.v1.StoredFinish\x12/\n\x08logprobs\x18\x0c \x03(\x0b\x32\x1d.concertina.v1.StoredLogprobs\x1a,\n\nStateEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\x42\x10\n\x0e_queue_secondsB\x16\n\x14_first_token_secondsJ\x04\x08\x05\x10\x06J\x04\x08\x06\x10\x07\"\xad\x01\n\x0cStoredFinish\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x11\n\x04stop\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x11\n\tgenerated\x18\x03 \x01(\x04\x12\x15\n\rqueue_seconds\x18\x04 \x01(\x01\x12\x1b\n\x13\x66irst_token_seconds\x18\x05 \x01(\x01\x12\x15\n\rtotal_seconds\x18\x06 \x01(\x01\x12\x13\n\x0bstate_bytes\x18\x07 \x01(\x04\x42\x07\n\x05_stop\"H\n\x0eStoredLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12\x0f\n\x07top_ids\x18\x02 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x03 \x03(\x02\"\xd8\x01\n\x0eSnapshotHeader\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x11\n\tstream_id\x18\x02 \x01(\t\x12\r\n\x05owner\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x05 \x01(\t\x12,\n\x08\x61\x63\x63\x65pted\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x07\x65xpires\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0ckeep_seconds\x18\x08 \x01(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'concertina.v1.snapshot_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_STOREDPROCESSORS_BIASENTRY']._loaded_options = None
+  _globals['_STOREDPROCESSORS_BIASENTRY']._serialized_options = b'8\001'
   _globals['_OUTPUTSNAPSHOT_STATEENTRY']._loaded_options = None
   _globals['_OUTPUTSNAPSHOT_STATEENTRY']._serialized_options = b'8\001'
-  _globals['_SNAPSHOT']._serialized_start=120
-  _globals['_SNAPSHOT']._serialized_end=227
-  _globals['_OUTPUTSNAPSHOT']._serialized_start=230
-  _globals['_OUTPUTSNAPSHOT']._serialized_end=641
-  _globals['_OUTPUTSNAPSHOT_STATEENTRY']._serialized_start=555
-  _globals['_OUTPUTSNAPSHOT_STATEENTRY']._serialized_end=599
-  _globals['_SNAPSHOTHEADER']._serialized_start=644
-  _globals['_SNAPSHOTHEADER']._serialized_end=860
+  _globals['_SNAPSHOT']._serialized_start=80
+  _globals['_SNAPSHOT']._serialized_end=191
+  _globals['_STOREDREQUEST']._serialized_start=194
+  _globals['_STOREDREQUEST']._serialized_end=638
+  _globals['_STOREDSAMPLING']._serialized_start=641
+  _globals['_STOREDSAMPLING']._serialized_end=845
+  _globals['_STOREDPROCESSORS']._serialized_start=848
+  _globals['_STOREDPROCESSORS']._serialized_end=1150
+  _globals['_STOREDPROCESSORS_BIASENTRY']._serialized_start=1107
+  _globals['_STOREDPROCESSORS_BIASENTRY']._serialized_end=1150
+  _globals['_STOREDWORD']._serialized_start=1152
+  _globals['_STOREDWORD']._serialized_end=1180
+  _globals['_OUTPUTSNAPSHOT']._serialized_start=1183
+  _globals['_OUTPUTSNAPSHOT']._serialized_end=1609
+  _globals['_OUTPUTSNAPSHOT_STATEENTRY']._serialized_start=1511
+  _globals['_OUTPUTSNAPSHOT_STATEENTRY']._serialized_end=1555
+  _globals['_STOREDFINISH']._serialized_start=1612
+  _globals['_STOREDFINISH']._serialized_end=1785
+  _globals['_STOREDLOGPROBS']._serialized_start=1787
+  _globals['_STOREDLOGPROBS']._serialized_end=1859
+  _globals['_SNAPSHOTHEADER']._serialized_start=1862
+  _globals['_SNAPSHOTHEADER']._serialized_end=2078
 # @@protoc_insertion_point(module_scope)

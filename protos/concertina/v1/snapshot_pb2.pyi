@@ -1,6 +1,5 @@
 import datetime
 
-from concertina.v1 import generation_service_pb2 as _generation_service_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
@@ -11,15 +10,102 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Snapshot(_message.Message):
-    __slots__ = ("request", "outputs")
-    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("outputs", "request")
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
-    request: _generation_service_pb2.GenerateRequest
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
     outputs: _containers.RepeatedCompositeFieldContainer[OutputSnapshot]
-    def __init__(self, request: _Optional[_Union[_generation_service_pb2.GenerateRequest, _Mapping]] = ..., outputs: _Optional[_Iterable[_Union[OutputSnapshot, _Mapping]]] = ...) -> None: ...
+    request: StoredRequest
+    def __init__(self, outputs: _Optional[_Iterable[_Union[OutputSnapshot, _Mapping]]] = ..., request: _Optional[_Union[StoredRequest, _Mapping]] = ...) -> None: ...
+
+class StoredRequest(_message.Message):
+    __slots__ = ("outputs", "start_token", "prompt", "sampling", "max_tokens", "min_tokens", "stop", "stop_tokens", "include_stop", "end_token", "time_limit_seconds", "complete_at", "prompt_logprobs", "stream_interval", "priority")
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    START_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MIN_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STOP_FIELD_NUMBER: _ClassVar[int]
+    STOP_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    INCLUDE_STOP_FIELD_NUMBER: _ClassVar[int]
+    END_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    TIME_LIMIT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    COMPLETE_AT_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    STREAM_INTERVAL_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    outputs: int
+    start_token: int
+    prompt: bytes
+    sampling: StoredSampling
+    max_tokens: int
+    min_tokens: int
+    stop: _containers.RepeatedScalarFieldContainer[str]
+    stop_tokens: _containers.RepeatedScalarFieldContainer[int]
+    include_stop: bool
+    end_token: int
+    time_limit_seconds: float
+    complete_at: int
+    prompt_logprobs: int
+    stream_interval: int
+    priority: int
+    def __init__(self, outputs: _Optional[int] = ..., start_token: _Optional[int] = ..., prompt: _Optional[bytes] = ..., sampling: _Optional[_Union[StoredSampling, _Mapping]] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_tokens: _Optional[_Iterable[int]] = ..., include_stop: _Optional[bool] = ..., end_token: _Optional[int] = ..., time_limit_seconds: _Optional[float] = ..., complete_at: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., stream_interval: _Optional[int] = ..., priority: _Optional[int] = ...) -> None: ...
+
+class StoredSampling(_message.Message):
+    __slots__ = ("temperature", "top_k", "top_p", "min_p", "seed", "typical_p", "logprobs", "processors")
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    TOP_P_FIELD_NUMBER: _ClassVar[int]
+    MIN_P_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    TYPICAL_P_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    PROCESSORS_FIELD_NUMBER: _ClassVar[int]
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    seed: int
+    typical_p: float
+    logprobs: int
+    processors: StoredProcessors
+    def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., typical_p: _Optional[float] = ..., logprobs: _Optional[int] = ..., processors: _Optional[_Union[StoredProcessors, _Mapping]] = ...) -> None: ...
+
+class StoredProcessors(_message.Message):
+    __slots__ = ("bias", "allowed", "bad_words", "min_tokens", "withheld", "repetition_penalty", "frequency_penalty", "presence_penalty")
+    class BiasEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: int
+        value: float
+        def __init__(self, key: _Optional[int] = ..., value: _Optional[float] = ...) -> None: ...
+    BIAS_FIELD_NUMBER: _ClassVar[int]
+    ALLOWED_FIELD_NUMBER: _ClassVar[int]
+    BAD_WORDS_FIELD_NUMBER: _ClassVar[int]
+    MIN_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    WITHHELD_FIELD_NUMBER: _ClassVar[int]
+    REPETITION_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    FREQUENCY_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    PRESENCE_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    bias: _containers.ScalarMap[int, float]
+    allowed: _containers.RepeatedScalarFieldContainer[int]
+    bad_words: _containers.RepeatedCompositeFieldContainer[StoredWord]
+    min_tokens: int
+    withheld: _containers.RepeatedScalarFieldContainer[int]
+    repetition_penalty: float
+    frequency_penalty: float
+    presence_penalty: float
+    def __init__(self, bias: _Optional[_Mapping[int, float]] = ..., allowed: _Optional[_Iterable[int]] = ..., bad_words: _Optional[_Iterable[_Union[StoredWord, _Mapping]]] = ..., min_tokens: _Optional[int] = ..., withheld: _Optional[_Iterable[int]] = ..., repetition_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ...) -> None: ...
+
+class StoredWord(_message.Message):
+    __slots__ = ("tokens",)
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    tokens: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, tokens: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class OutputSnapshot(_message.Message):
-    __slots__ = ("output", "generated", "pushed", "state", "finished", "logprobs", "base_tokens", "base_characters", "queue_seconds", "first_token_seconds")
+    __slots__ = ("output", "generated", "pushed", "state", "base_tokens", "base_characters", "queue_seconds", "first_token_seconds", "finish", "logprobs")
     class StateEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -31,23 +117,51 @@ class OutputSnapshot(_message.Message):
     GENERATED_FIELD_NUMBER: _ClassVar[int]
     PUSHED_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
-    FINISHED_FIELD_NUMBER: _ClassVar[int]
-    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     BASE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     BASE_CHARACTERS_FIELD_NUMBER: _ClassVar[int]
     QUEUE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    FINISH_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     output: int
     generated: bytes
     pushed: int
     state: _containers.ScalarMap[str, bytes]
-    finished: _generation_service_pb2.Finished
-    logprobs: _containers.RepeatedCompositeFieldContainer[_generation_service_pb2.TokenLogprobs]
     base_tokens: int
     base_characters: int
     queue_seconds: float
     first_token_seconds: float
-    def __init__(self, output: _Optional[int] = ..., generated: _Optional[bytes] = ..., pushed: _Optional[int] = ..., state: _Optional[_Mapping[str, bytes]] = ..., finished: _Optional[_Union[_generation_service_pb2.Finished, _Mapping]] = ..., logprobs: _Optional[_Iterable[_Union[_generation_service_pb2.TokenLogprobs, _Mapping]]] = ..., base_tokens: _Optional[int] = ..., base_characters: _Optional[int] = ..., queue_seconds: _Optional[float] = ..., first_token_seconds: _Optional[float] = ...) -> None: ...
+    finish: StoredFinish
+    logprobs: _containers.RepeatedCompositeFieldContainer[StoredLogprobs]
+    def __init__(self, output: _Optional[int] = ..., generated: _Optional[bytes] = ..., pushed: _Optional[int] = ..., state: _Optional[_Mapping[str, bytes]] = ..., base_tokens: _Optional[int] = ..., base_characters: _Optional[int] = ..., queue_seconds: _Optional[float] = ..., first_token_seconds: _Optional[float] = ..., finish: _Optional[_Union[StoredFinish, _Mapping]] = ..., logprobs: _Optional[_Iterable[_Union[StoredLogprobs, _Mapping]]] = ...) -> None: ...
+
+class StoredFinish(_message.Message):
+    __slots__ = ("reason", "stop", "generated", "queue_seconds", "first_token_seconds", "total_seconds", "state_bytes")
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    STOP_FIELD_NUMBER: _ClassVar[int]
+    GENERATED_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    STATE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    stop: str
+    generated: int
+    queue_seconds: float
+    first_token_seconds: float
+    total_seconds: float
+    state_bytes: int
+    def __init__(self, reason: _Optional[str] = ..., stop: _Optional[str] = ..., generated: _Optional[int] = ..., queue_seconds: _Optional[float] = ..., first_token_seconds: _Optional[float] = ..., total_seconds: _Optional[float] = ..., state_bytes: _Optional[int] = ...) -> None: ...
+
+class StoredLogprobs(_message.Message):
+    __slots__ = ("logprob", "top_ids", "top_logprobs")
+    LOGPROB_FIELD_NUMBER: _ClassVar[int]
+    TOP_IDS_FIELD_NUMBER: _ClassVar[int]
+    TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    logprob: float
+    top_ids: _containers.RepeatedScalarFieldContainer[int]
+    top_logprobs: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, logprob: _Optional[float] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class SnapshotHeader(_message.Message):
     __slots__ = ("version", "stream_id", "owner", "model", "fingerprint", "accepted", "expires", "keep_seconds")

@@ -1,8 +1,8 @@
-"""What changes logits before anything is drawn: biases, tokens that may not be, and penalties.
+"""What changes logits before anything is drawn: biases, forbidden tokens, and penalties.
 
-A stream with rules has a `Memory` of the tokens it has seen. Those of a batch lie in one array for
-each of their fields, so that a step updates and applies all of them at once.
-Shapes: `B` streams, `E` of them with rules, `V` vocabulary, `T` tokens remembered in their order,
+A stream with processors has a `PenaltyState`: the tokens it has seen. Those of a batch lie in one
+array for each field, so that a step updates and applies all of them at once.
+Shapes: `B` streams, `E` of them with processors, `V` vocabulary, `T` tokens in their order,
 `W` bad words, `H` withheld tokens.
 """
 
@@ -12,47 +12,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
-Doubles = npt.NDArray[np.float64]
-Floats = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
-
-LONGEST_WORD = 64
-"""Most tokens of a bad word."""
+from server.arrays import Bools, Doubles, Floats, Ints
+from server.request import LONGEST_BAD_WORD, LogitsProcessors, Prompt
 
 _ANY = -1  # in a bad word: nothing has to stand here
-_NOTHING = -2  # in a memory: no token yet
-
-
-@dataclass(frozen=True)
-class LogitRules:
-    """How the logits of one stream are changed; see SamplingParameters in generation_service.proto.
-
-    bad_words: the tokens of each. withheld: what is not drawn before `min_tokens`.
-    """
-
-    bias: tuple[tuple[int, float], ...] = ()
-    allowed: tuple[int, ...] = ()
-    bad_words: tuple[tuple[int, ...], ...] = ()
-    min_tokens: int = 0
-    withheld: tuple[int, ...] = ()
-    repetition_penalty: float = 1.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
+_NO_TOKEN = -2  # in a tail: none yet
 
 
 @dataclass
-class Memory:
-    """What the rules of one stream have to know of it; kept while the stream is parked.
+class PenaltyState:
+    """What the processors of one stream know of it; kept while the stream is parked.
 
     offset: what is added to every logit whatever was drawn, `[V]`. counts: how often the output has
     each token, `[V]`. seen: whether prompt or output have it, `[V]`. tail: the last tokens of the
     output, `[T]`. first: position of the output's first token.
     """
 
-    rules: LogitRules
+    processors: LogitsProcessors
     offset: Doubles
     counts: Ints
     seen: Bools
@@ -60,22 +37,22 @@ class Memory:
     first: int
 
     @staticmethod
-    def of(rules: LogitRules, prompt: Ints, vocabulary: int) -> Memory:
-        """Of a stream that has generated nothing; `prompt[0]` is its start token."""
+    def of(processors: LogitsProcessors, prompt: Prompt, vocabulary: int) -> PenaltyState:
+        """Of a stream that has generated nothing."""
         offset = np.zeros(vocabulary)
-        for token, bias in rules.bias:
+        for token, bias in processors.bias:
             offset[token] = bias
-        if rules.allowed:
-            offset[np.setdiff1d(np.arange(vocabulary), rules.allowed)] = -np.inf
+        if processors.allowed:
+            offset[np.setdiff1d(np.arange(vocabulary), processors.allowed)] = -np.inf
         seen = np.zeros(vocabulary, np.bool_)
-        seen[prompt[1:]] = True
-        return Memory(
-            rules,
+        seen[prompt.tokens] = True
+        return PenaltyState(
+            processors,
             offset,
             np.zeros(vocabulary, np.int64),
             seen,
-            np.full(LONGEST_WORD - 1, _NOTHING, np.int64),
-            len(prompt) - 1,
+            np.full(LONGEST_BAD_WORD - 1, _NO_TOKEN, np.int64),
+            len(prompt),
         )
 
     def recall(self, tokens: Ints) -> None:
@@ -86,8 +63,8 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class RuleBatch:
-    """The rules and memories of those streams of a batch that have any."""
+class ProcessorBatch:
+    """The processors and penalty states of those streams of a batch that have any."""
 
     rows: Ints
     """Their rows of the batch, `[E]`."""
@@ -115,31 +92,31 @@ class RuleBatch:
     """Position from which each withheld token may be drawn, `[H]`."""
 
     @staticmethod
-    def of(memories: Sequence[Memory | None]) -> RuleBatch | None:
-        """None if no stream of the batch has rules. The memories become views of the batch's."""
-        rows = [row for row, memory in enumerate(memories) if memory is not None]
+    def of(states: Sequence[PenaltyState | None]) -> ProcessorBatch | None:
+        """None if no stream of the batch has any. The states become views of the batch's arrays."""
+        rows = [row for row, state in enumerate(states) if state is not None]
         if not rows:
             return None
-        owned = [memory for memory in memories if memory is not None]
-        rules = [memory.rules for memory in owned]
-        words = [(owner, word) for owner, r in enumerate(rules) for word in r.bad_words]
+        owned = [state for state in states if state is not None]
+        processors = [state.processors for state in owned]
+        words = [(owner, word) for owner, p in enumerate(processors) for word in p.bad_words]
         held = [
-            (owner, token, owned[owner].first + r.min_tokens)
-            for owner, r in enumerate(rules)
-            for token in r.withheld
+            (owner, token, owned[owner].first + p.min_tokens)
+            for owner, p in enumerate(processors)
+            for token in p.withheld
         ]
-        starts = np.full((len(words), LONGEST_WORD - 1), _ANY, np.int64)
+        starts = np.full((len(words), LONGEST_BAD_WORD - 1), _ANY, np.int64)
         for start, (_, word) in zip(starts, words, strict=True):
             start[len(start) - len(word) + 1 :] = word[:-1]
-        batch = RuleBatch(
+        batch = ProcessorBatch(
             rows=np.array(rows),
-            offset=np.stack([memory.offset for memory in owned]),
-            counts=np.stack([memory.counts for memory in owned]),
-            seen=np.stack([memory.seen for memory in owned]),
-            tails=np.stack([memory.tail for memory in owned]),
-            repetition=np.array([[r.repetition_penalty] for r in rules]),
-            frequency=np.array([[r.frequency_penalty] for r in rules]),
-            presence=np.array([[r.presence_penalty] for r in rules]),
+            offset=np.stack([state.offset for state in owned]),
+            counts=np.stack([state.counts for state in owned]),
+            seen=np.stack([state.seen for state in owned]),
+            tails=np.stack([state.tail for state in owned]),
+            repetition=np.array([[p.repetition_penalty] for p in processors]),
+            frequency=np.array([[p.frequency_penalty] for p in processors]),
+            presence=np.array([[p.presence_penalty] for p in processors]),
             word_owner=np.array([owner for owner, _ in words], np.int64),
             word_start=starts,
             word_last=np.array([word[-1] for _, word in words], np.int64),
@@ -147,9 +124,9 @@ class RuleBatch:
             withheld=np.array([token for _, token, _ in held], np.int64),
             withheld_until=np.array([until for _, _, until in held], np.int64),
         )
-        for owner, memory in enumerate(owned):
-            memory.counts, memory.seen = batch.counts[owner], batch.seen[owner]
-            memory.tail = batch.tails[owner]
+        for owner, state in enumerate(owned):
+            state.counts, state.seen = batch.counts[owner], batch.seen[owner]
+            state.tail = batch.tails[owner]
         return batch
 
     def apply(self, logits: Floats, positions: Ints) -> Doubles:
@@ -170,7 +147,7 @@ class RuleBatch:
         return changed
 
     def remember(self, tokens: Ints) -> None:
-        """Take the tokens `[B]` that the batch drew into the memories."""
+        """Take the tokens `[B]` that the batch drew into the penalty states."""
         drawn, owners = tokens[self.rows], np.arange(len(self.rows))
         self.counts[owners, drawn] += 1
         self.seen[owners, drawn] = True

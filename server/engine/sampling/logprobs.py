@@ -1,22 +1,13 @@
-"""How likely the model held a token: of its own distribution, whatever changes what is drawn."""
+"""How likely the model held a token: by its own distribution, before any logits change."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from server.engine.sampling.logits_processors import Doubles, Floats, Ints
-
-
-@dataclass(frozen=True)
-class TokenLogprobs:
-    """Natural logarithms: of the token, and of the tokens that the model held likeliest."""
-
-    logprob: float
-    top_ids: tuple[int, ...]
-    top_logprobs: tuple[float, ...]
+from server.arrays import Doubles, Floats, Ints
+from server.checkpoint import TokenLogprobs
 
 
 def token_logprobs(logits: Floats, tokens: Ints, top: Sequence[int]) -> list[TokenLogprobs]:

@@ -14,24 +14,19 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from server.engine.sampling.logits_processors import (
-    Bools,
-    Doubles,
-    Floats,
-    Ints,
-    LogitRules,
-    Memory,
-    RuleBatch,
-)
-from server.engine.sampling.logprobs import TokenLogprobs, token_logprobs
+from server.arrays import Bools, Doubles, Floats, Ints
+from server.checkpoint import TokenLogprobs
+from server.engine.sampling.logits_processors import PenaltyState, ProcessorBatch
+from server.engine.sampling.logprobs import token_logprobs
 from server.errors import InvalidRequest, RequestError, StepFailed
+from server.request import SamplingParameters
 
 _Words = npt.NDArray[np.uint64]
 
 _MOST_AHEAD = 64  # positions for which random numbers are made at once
 
-NOTHING_LEFT = -1
-"""Drawn where the rules leave no token to draw."""
+NO_TOKEN_LEFT = -1
+"""Drawn where the processors leave no token to draw."""
 
 # Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 _MULTIPLIERS = np.array([[0xD2511F53], [0xCD9E8D57]], np.uint64)
@@ -39,25 +34,6 @@ _WEYL = np.array([[0x9E3779B9], [0xBB67AE85]], np.uint64)
 _ROUNDS = np.arange(10, dtype=np.uint64)[:, None, None]
 _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
-
-
-@dataclass(frozen=True)
-class SamplingParameters:
-    """How one stream draws its tokens; see the field comments in generation_service.proto.
-
-    logprobs: how many of the likeliest tokens are reported with each token, None for no report.
-    rules: what changes its logits, None for a stream that asks for nothing of the kind.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0
-    typical_p: float = 1.0
-    output: int = 0
-    logprobs: int | None = None
-    rules: LogitRules | None = None
 
 
 class Numbers:
@@ -97,7 +73,7 @@ class SamplingBatch:
     min_p: Doubles
     typical_p: Doubles
     numbers: Numbers
-    rules: RuleBatch | None
+    processors: ProcessorBatch | None
     reported: Ints
     """Rows that report log-probabilities, `[R]`."""
     top: tuple[int, ...]
@@ -105,9 +81,9 @@ class SamplingBatch:
 
     @staticmethod
     def of(
-        parameters: Sequence[SamplingParameters], memories: Sequence[Memory | None] = ()
+        parameters: Sequence[SamplingParameters], states: Sequence[PenaltyState | None] = ()
     ) -> SamplingBatch:
-        """Columns from rows; a row whose parameters have rules needs its memory."""
+        """Columns from rows; a row whose parameters have processors needs its penalty state."""
         reports = [(row, p.logprobs) for row, p in enumerate(parameters) if p.logprobs is not None]
         return SamplingBatch(
             np.array([p.temperature for p in parameters], np.float64),
@@ -119,7 +95,7 @@ class SamplingBatch:
                 np.array([p.seed for p in parameters], np.uint64),
                 np.array([p.output for p in parameters], np.uint64),
             ),
-            RuleBatch.of(memories),
+            ProcessorBatch.of(states),
             np.array([row for row, _ in reports], np.int64),
             tuple(top for _, top in reports),
         )
@@ -150,30 +126,30 @@ class SamplingBatch:
         return np.flatnonzero(self.typical_p < 1)
 
     def remember(self, tokens: Ints) -> None:
-        """Take the tokens `[B]` that were drawn into the memories of the rows that have one."""
-        if self.rules is not None:
-            self.rules.remember(tokens)
+        """Take the tokens `[B]` that were drawn into the penalty states."""
+        if self.processors is not None:
+            self.processors.remember(tokens)
 
     def logprobs(self, logits: Floats, tokens: Ints) -> dict[int, TokenLogprobs]:
-        """By row, what those that report say of `tokens[B]`, drawn from `logits[B, vocabulary]`."""
+        """By row that reports them: of `tokens[B]`, drawn from `logits[B, vocabulary]`."""
         rows = self.reported
         if not len(rows):
             return {}
-        said = token_logprobs(logits[rows], tokens[rows], self.top)
-        return dict(zip(rows.tolist(), said, strict=True))
+        logprobs = token_logprobs(logits[rows], tokens[rows], self.top)
+        return dict(zip(rows.tolist(), logprobs, strict=True))
 
 
 def sample(logits: Floats, batch: SamplingBatch, positions: Ints) -> Ints:
     """Draw one token a row from `logits[B, vocabulary]`; `positions[B]` are those of the tokens.
 
-    In this order: rules, temperature, top_k, top_p, min_p, typical_p, each on what the ones before
-    it left. Ties at a border are kept. A row whose rules leave nothing gets `NOTHING_LEFT`.
+    In this order: processors, temperature, top_k, top_p, min_p, typical_p, each on what the ones
+    before it left. Ties at a border are kept. A row that is left nothing gets `NO_TOKEN_LEFT`.
     """
-    if batch.rules is None:
+    if batch.processors is None:
         return _draw(logits, batch, positions)
-    changed = batch.rules.apply(logits, positions)
+    changed = batch.processors.apply(logits, positions)
     possible = (changed > -np.inf).any(axis=1)
-    return np.where(possible, _draw(changed, batch, positions), NOTHING_LEFT)
+    return np.where(possible, _draw(changed, batch, positions), NO_TOKEN_LEFT)
 
 
 def _draw(logits: Floats | Doubles, batch: SamplingBatch, positions: Ints) -> Ints:
@@ -195,12 +171,12 @@ def _draw(logits: Floats | Doubles, batch: SamplingBatch, positions: Ints) -> In
 
 
 def failures(logits: Floats, tokens: Ints, positions: Ints) -> dict[int, RequestError]:
-    """By row, why `tokens[B]`, drawn from `logits[B, vocabulary]` for `positions[B]`, are none."""
+    """By row, why `tokens[B]` of `logits[B, vocabulary]` for `positions[B]` cannot be used."""
     failed: dict[int, RequestError] = {}
     extremes = logits.max(initial=0), logits.min(initial=0)
     if all(map(math.isfinite, extremes)) and tokens.min(initial=0) >= 0:
         return failed  # as nearly always, and cheaper to see than row by row
-    for row in np.flatnonzero(tokens == NOTHING_LEFT).tolist():
+    for row in np.flatnonzero(tokens == NO_TOKEN_LEFT).tolist():
         failed[row] = InvalidRequest(
             "sampling.allowed_token_ids, bad_words and stopping.min_tokens leave no token for "
             f"position {positions[row]}: allow more, or forbid less"
@@ -252,10 +228,10 @@ def _keep(
 
 def _likeliest(weights: Doubles, top_k: Ints, top_p: Doubles) -> Bools:
     """What each row keeps under its top_k, then its top_p, `[B, vocabulary]`."""
-    return weights >= _floors(weights, top_k, top_p)[:, None]
+    return weights >= floors(weights, top_k, top_p)[:, None]
 
 
-def _floors(weights: Doubles, top_k: Ints, top_p: Doubles) -> Doubles:
+def floors(weights: Doubles, top_k: Ints, top_p: Doubles) -> Doubles:
     """Smallest weight that each row keeps under its top_k, then top_p, `[B]`."""
     size = weights.shape[1]
     kept = np.where((top_k > 0) & (top_k < size), top_k, size)

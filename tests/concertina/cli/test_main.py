@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
-from typing import Annotated
+from typing import Annotated, Any
 
 import pytest
 import typer
 
+import concertina
 from concertina.cli import main as cli
-from concertina.cli.main import COMMANDS, Command, main
+from concertina.cli.group import Command
+from concertina.cli.main import COMMANDS, main
 
 WAIT = 60.0
 
 Run = Callable[..., tuple[int, str, str]]
+Add = Callable[[Any], None]
 
 
 @pytest.fixture
@@ -39,13 +43,18 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.fixture
-def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """An empty module that the commands `probe` and `probes` come from."""
-    module = ModuleType("probe_command")
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    probes = {name: Command(module.__name__, name, f"The {name}.") for name in ("probe", "probes")}
-    monkeypatch.setattr(cli, "COMMANDS", {**COMMANDS, **probes})
-    return module
+def add(monkeypatch: pytest.MonkeyPatch) -> Add:
+    """Adds the command `probe`: a function, an app, or the error that importing it raises."""
+
+    def add(target: Any) -> None:
+        def load() -> Any:
+            if isinstance(target, Exception):
+                raise target
+            return target
+
+        monkeypatch.setattr(cli, "COMMANDS", {**COMMANDS, "probe": Command("The probe.", load)})
+
+    return add
 
 
 def test_help_lists_every_command_and_imports_none() -> None:
@@ -67,13 +76,21 @@ def test_help_lists_every_command_and_imports_none() -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_is_where_the_table_says(name: str) -> None:
-    module, attribute, _ = COMMANDS[name]
-    found = find_spec(module)
+    lines = ast.parse(textwrap.dedent(inspect.getsource(COMMANDS[name].load)))
+    (loaded,) = (line for line in ast.walk(lines) if isinstance(line, ast.ImportFrom))
+    (alias,) = loaded.names
+    assert loaded.module is not None
+    found = find_spec(loaded.module)
     assert found is not None and found.origin is not None
     defined = ast.parse(Path(found.origin).read_text()).body
     functions = {line.name for line in defined if isinstance(line, ast.FunctionDef)}
     groups = {ast.unparse(line.targets[0]) for line in defined if isinstance(line, ast.Assign)}
-    assert attribute in functions | groups
+    assert alias.name == name
+    assert name in functions | groups
+
+
+def test_the_version_is_shown(run: Run) -> None:
+    assert run("--version") == (0, f"concertina {concertina.__version__}\n", "")
 
 
 @pytest.mark.parametrize("name", ["generate", "paint", "score", "models"])
@@ -85,7 +102,7 @@ def test_every_help_page_has_examples(run: Run, name: str) -> None:
     assert "--address" in out
 
 
-def test_a_function_becomes_a_command(run: Run, module: ModuleType) -> None:
+def test_a_function_becomes_a_command(run: Run, add: Add) -> None:
     def probe(count: Annotated[int, typer.Argument(help="How many.")], loud: bool = False) -> None:
         """Probes [things].
 
@@ -99,7 +116,7 @@ def test_a_function_becomes_a_command(run: Run, module: ModuleType) -> None:
         """
         print(count, loud)
 
-    module.probe = probe
+    add(probe)
     assert run("probe", "3", "--loud") == (0, "3 True\n", "")
     assert run("probe", "x")[0] == 2
     code, out, _ = run("probe", "-h")
@@ -115,39 +132,37 @@ def test_a_function_becomes_a_command(run: Run, module: ModuleType) -> None:
     assert out.count("$") == 2
 
 
-def test_an_app_becomes_a_group(run: Run, module: ModuleType) -> None:
-    module.probes = typer.Typer()
+def test_an_app_becomes_a_group(run: Run, add: Add) -> None:
+    probes = typer.Typer()
 
-    @module.probes.command()
+    @probes.command()
     def first() -> None:
         print("first")
 
-    @module.probes.command()
+    @probes.command()
     def second() -> None:
         print("second")
 
-    assert run("probes", "second") == (0, "second\n", "")
+    add(probes)
+    assert run("probe", "second") == (0, "second\n", "")
 
 
-def test_an_exit_code_is_passed_on(run: Run, module: ModuleType) -> None:
+def test_an_exit_code_is_passed_on(run: Run, add: Add) -> None:
     def probe() -> None:
         raise typer.Exit(3)
 
-    module.probe = probe
+    add(probe)
     assert run("probe")[0] == 3
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_a_missing_extra_is_named(
-    run: Run, module: ModuleType, monkeypatch: pytest.MonkeyPatch, late: bool
-) -> None:
-    def probe() -> None:
-        raise ModuleNotFoundError("No module named 'torch.nn'", name="torch.nn")
+def test_a_missing_extra_is_named(run: Run, add: Add, late: bool) -> None:
+    missing = ModuleNotFoundError("No module named 'torch.nn'", name="torch.nn")
 
-    if late:
-        module.probe = probe
-    else:
-        monkeypatch.setattr(cli, "import_module", lambda _: probe())
+    def probe() -> None:
+        raise missing
+
+    add(probe if late else missing)
     code, out, err = run("probe")
     assert (code, out) == (1, "")
     assert err == (
@@ -156,11 +171,35 @@ def test_a_missing_extra_is_named(
     )
 
 
-def test_a_missing_part_of_ours_is_named(run: Run, module: ModuleType) -> None:
-    del sys.modules[module.__name__]
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("probe_command", "is not installed completely (No module named 'probe_command')"),
+        (
+            "PIL.Image",
+            "needs the 'cli' extra (No module named 'PIL.Image'): run pip install './pro",
+        ),
+        ("server", "is part of the server, which is not installed (No module named 'server'): run"),
+    ],
+)
+def test_a_missing_part_of_ours_is_named(run: Run, add: Add, name: str, message: str) -> None:
+    add(ModuleNotFoundError(f"No module named '{name}'", name=name))
     code, _, err = run("probe")
     assert code == 1
-    assert "is not installed completely (No module named 'probe_command')" in err
+    assert message in err
+
+
+@pytest.mark.parametrize("package", ["typer", "rich"])
+def test_a_command_line_without_its_packages_says_what_to_install(package: str) -> None:
+    code = (
+        f"import sys; sys.modules[{package!r}] = None\n"
+        "from concertina.cli.__main__ import main; main()"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=WAIT)
+    assert ran.returncode == 1
+    assert ran.stderr.startswith("error: the command concertina needs the 'cli' extra (")
+    assert ran.stderr.endswith(": run pip install './protos[cli]' in its checkout\n")
+    assert ran.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -173,31 +212,31 @@ def test_a_missing_part_of_ours_is_named(run: Run, module: ModuleType) -> None:
         ),
     ],
 )
-def test_an_error_is_one_line(run: Run, module: ModuleType, error: Exception, message: str) -> None:
+def test_an_error_is_one_line(run: Run, add: Add, error: Exception, message: str) -> None:
     def probe() -> None:
         raise error
 
-    module.probe = probe
+    add(probe)
     assert run("probe") == (1, "", message)
 
 
-def test_errors_of_our_folders_need_no_class_name(run: Run, module: ModuleType) -> None:
+def test_errors_of_our_folders_need_no_class_name(run: Run, add: Add) -> None:
     failure = type("BundleError", (Exception,), {"__module__": "server.errors"})
 
     def probe() -> None:
         raise failure("step.onnx [a] is missing")
 
-    module.probe = probe
+    add(probe)
     assert run("probe") == (1, "", "error: step.onnx [a] is missing\n")
 
 
 def test_the_traceback_is_there_for_those_who_ask(
-    module: ModuleType, monkeypatch: pytest.MonkeyPatch
+    add: Add, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def probe() -> None:
         raise KeyError("x")
 
-    module.probe = probe
+    add(probe)
     monkeypatch.setenv("CONCERTINA_TRACEBACK", "1")
     monkeypatch.setattr(sys, "argv", ["concertina", "probe"])
     with pytest.raises(KeyError):

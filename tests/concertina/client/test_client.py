@@ -309,37 +309,40 @@ def test_a_value_the_wire_cannot_carry_is_named(parameters: Any, named: str) -> 
 @pytest.mark.parametrize(
     ("script", "complaint"),
     [
-        ([Fake.accepted(), Fake.text(3, 0, "a")], "event 3 follows event 1, 2 was due"),
+        ([Fake.accepted(), Fake.text(3, 0, "a")], "event 3 follows event 1, 2 was expected"),
         (
             [Fake.accepted(), Fake.text(2, 0, "a"), Fake.text(2, 1, "b")],
-            "event 2 follows event 2, 3 was due",
+            "event 2 follows event 2, 3 was expected",
         ),
         ([Fake.accepted(2)], "event 2 follows event 0"),
         ([Fake.text(1, 0, "a")], "event 1 is `tokens`"),
         ([Fake.finished(1)], "event 1 is `finished`"),
         ([Fake.accepted(), Fake.accepted(2)], "event 2 is `accepted`"),
-        ([Fake.accepted(), Fake.text(2, 1, "a")], "starts at position 1, 0 was due"),
+        ([Fake.accepted(), Fake.text(2, 1, "a")], "starts at position 1, 0 was expected"),
         (
             [Fake.accepted(), Fake.text(2, 0, "ab"), Fake.text(3, 1, "b")],
-            "starts at position 1, 2 was due",
+            "starts at position 1, 2 was expected",
         ),
         ([Fake.accepted(), Fake.finished(2), Fake.finished(3)], "follows the terminal event"),
         ([Fake.accepted(), Fake.finished(2), Fake.text(3, 0, "a")], "follows the terminal event"),
-        ([Fake.accepted(), pb.GenerateResponse(sequence=2)], "no kind"),
-        ([Fake.accepted(), Fake.text(2, 0, "a", output=1)], "of output 1, 1 were due"),
-        ([Fake.accepted(outputs=2), Fake.finished(2, output=2)], "of output 2, 2 were due"),
+        (
+            [Fake.accepted(), pb.GenerateResponse(sequence=2)],
+            "a kind that this client does not know",
+        ),
+        ([Fake.accepted(), Fake.text(2, 0, "a", output=1)], "of output 1, 1 were expected"),
+        ([Fake.accepted(outputs=2), Fake.finished(2, output=2)], "of output 2, 2 were expected"),
         (
             [Fake.accepted(outputs=2), Fake.finished(2, output=1), Fake.text(3, 0, "a", output=1)],
             "`tokens` follows the terminal event of output 1",
         ),
         (
             [Fake.accepted(outputs=2), Fake.text(2, 0, "a", output=1), Fake.text(3, 1, "a")],
-            "starts at position 1, 0 was due",
+            "starts at position 1, 0 was expected",
         ),
-        ([Fake.accepted(), _prompt(2, 1, -1.0)], "starts at position 1, 0 was due"),
+        ([Fake.accepted(), _prompt(2, 1, -1.0)], "starts at position 1, 0 was expected"),
         (
             [Fake.accepted(), _prompt(2, 0, -1.0, -2.0), _prompt(3, 0, -1.0)],
-            "starts at position 0, 2 was due",
+            "starts at position 0, 2 was expected",
         ),
         (
             [

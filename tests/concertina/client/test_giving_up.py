@@ -27,6 +27,7 @@ from concertina.client import (
     StreamCut,
     Tokens,
 )
+from concertina.client.resuming import CallBroken, begin
 from concertina.v1 import generation_service_pb2 as pb
 from concertina.v1 import session_service_pb2 as session_pb
 from tests.concertina.conftest import WAIT, Fake, Status
@@ -76,16 +77,16 @@ def test_what_was_received_is_told(fake: Fake, collect: Collect) -> None:
     assert fake.requests[1] == pb.ResumeRequest(
         stream_id="s1",
         after_sequence=5,
-        received=[
-            pb.Received(output=0, prompt_logprobs=2),
-            pb.Received(
+        cursors=[
+            pb.ResumeCursor(output=0, prompt_logprobs=2),
+            pb.ResumeCursor(
                 output=1,
                 tokens=2400,
                 characters=1200,
                 prompt_logprobs=2,
                 last_ids=long.encode()[-1024:],
             ),
-            pb.Received(
+            pb.ResumeCursor(
                 output=2, tokens=2, characters=2, prompt_logprobs=2, ended=True, last_ids=b"ab"
             ),
         ],
@@ -113,7 +114,7 @@ def test_without_keep_nothing_is_tried_again(fake: Fake, collect: Collect) -> No
     with pytest.raises(StreamCut):
         collect(fake.address, keep=0)
     assert len(fake.requests) == 2
-    assert not fake.farewells
+    assert not fake.releases
 
 
 def test_a_server_that_does_not_keep_is_not_asked_to_resume(fake: Fake, collect: Collect) -> None:
@@ -219,7 +220,7 @@ def test_another_reader_keeps_the_stream(fake: Fake, collect: Collect) -> None:
     with pytest.raises(StreamCut, match="another reader"):
         collect(fake.address)
     assert len(fake.requests) == 2
-    assert not fake.farewells
+    assert not fake.releases
 
 
 def test_a_failed_step_stays_a_failure(fake: Fake, collect: Collect) -> None:
@@ -227,7 +228,7 @@ def test_a_failed_step_stays_a_failure(fake: Fake, collect: Collect) -> None:
     with pytest.raises(GenerationFailed, match="it broke"):
         collect(fake.address)
     assert len(fake.requests) == 1
-    assert fake.farewells == [DELETED]
+    assert fake.releases == [DELETED]
 
 
 def test_a_durable_stream_leaves_a_server_that_stops(fake: Fake, collect: Collect) -> None:
@@ -259,24 +260,24 @@ def test_the_timeout_is_for_all_tries_together(
 
 
 @pytest.mark.parametrize(
-    ("parameters", "farewells"),
+    ("parameters", "releases"),
     [({}, [DELETED]), ({"keep": 30}, []), ({"keep": 0}, [])],
     ids=["default", "kept", "not kept"],
 )
 def test_what_ended_is_forgotten_unless_it_was_to_be_kept(
-    fake: Fake, collect: Collect, parameters: Any, farewells: Any
+    fake: Fake, collect: Collect, parameters: Any, releases: Any
 ) -> None:
     keep = parameters.get("keep", 60)
     fake.script = [fake.accepted(keep=keep), fake.finished(2)]
     collect(fake.address, **parameters)
-    assert fake.farewells == farewells
+    assert fake.releases == releases
 
 
 def test_what_was_paused_is_kept(fake: Fake, collect: Collect) -> None:
     fake.script = [fake.accepted(keep=60), fake.finished(2, pb.FINISH_REASON_PAUSED)]
     (_, end) = collect(fake.address)
     assert isinstance(end, Finished) and end.reason == "paused"
-    assert not fake.farewells
+    assert not fake.releases
 
 
 @pytest.mark.parametrize("keep", [None, 30])
@@ -287,7 +288,7 @@ def test_what_is_left_early_is_forgotten(fake: Fake, keep: float | None) -> None
             next(stream)
         stream.cancel()
         assert fake.cancelled.wait(WAIT)
-    assert fake.farewells == [DELETED]
+    assert fake.releases == [DELETED]
 
 
 async def test_what_is_left_early_is_forgotten_by_asyncio(fake: Fake) -> None:
@@ -296,7 +297,7 @@ async def test_what_is_left_early_is_forgotten_by_asyncio(fake: Fake) -> None:
         async with client.generate() as stream:
             await anext(aiter(stream))
         stream.cancel()
-    assert fake.farewells == [DELETED]
+    assert fake.releases == [DELETED]
 
 
 def test_cancel_wakes_a_stream_that_waits_to_try_again(fake: Fake) -> None:
@@ -310,7 +311,7 @@ def test_cancel_wakes_a_stream_that_waits_to_try_again(fake: Fake) -> None:
         started = time.monotonic()
         list(stream)
         assert time.monotonic() - started < 10
-    assert fake.farewells == [DELETED]
+    assert fake.releases == [DELETED]
 
 
 async def test_cancel_wakes_an_asyncio_stream_too(fake: Fake) -> None:
@@ -321,7 +322,7 @@ async def test_cancel_wakes_an_asyncio_stream_too(fake: Fake) -> None:
         stream = client.generate()
         asyncio.get_running_loop().call_later(0.5, stream.cancel)
         _ = [event async for event in stream]
-    assert fake.farewells == [DELETED]
+    assert fake.releases == [DELETED]
 
 
 async def test_a_task_that_was_cancelled_can_read_on(fake: Fake) -> None:
@@ -357,7 +358,7 @@ def test_a_continued_session_is_paused_when_it_is_left(fake: Fake) -> None:
         stopping=pb.StoppingCriteria(max_tokens=5),
         sampling=pb.SamplingParameters(seed=2),
     )
-    assert fake.farewells == [session_pb.PauseRequest(stream_id="s1")]
+    assert fake.releases == [session_pb.PauseRequest(stream_id="s1")]
 
 
 def test_a_session_that_may_not_have_gone_on_is_not_asked_twice(fake: Fake) -> None:
@@ -365,3 +366,21 @@ def test_a_session_that_may_not_have_gone_on_is_not_asked_twice(fake: Fake) -> N
     with Client(fake.address) as client, pytest.raises(ConcertinaError, match="gone"):
         list(client.sessions.continue_("s1"))
     assert len(fake.requests) == 1
+
+
+def test_waits_are_random_and_grow_to_a_limit() -> None:
+    resumption = begin("server", "a", {}, timeout=None, keep=60, resume_for=float("inf"))
+    broken = CallBroken(ConcertinaError("gone"))
+    waits = [resumption.wait_s(broken) for _ in range(2000)]
+    assert 0 <= waits[0] <= 0.1
+    assert max(waits[:4]) <= 0.8
+    assert 4.5 < max(waits) <= 5
+    assert len(set(waits)) == len(waits)
+    asked = CallBroken(ConcertinaError("full", retry_after=30.0))
+    assert 30 <= resumption.wait_s(asked) <= 35
+
+
+def test_no_wait_goes_past_the_timeout() -> None:
+    resumption = begin("server", "a", {}, timeout=10, keep=60, resume_for=None)
+    asked = CallBroken(ConcertinaError("full", retry_after=30.0))
+    assert 9 < resumption.wait_s(asked) <= 10

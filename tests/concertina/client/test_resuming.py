@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from pathlib import Path
@@ -12,12 +11,11 @@ from typing import Any
 import pytest
 
 from concertina.client import AsyncClient, resuming
-from server.api.generation import open_engines
 from server.config import EngineConfig
-from server.engine.engine import Engine
+from server.sessions.served_model import ServedModel, serve_bundles
 from server.snapshots.sealer import Sealer
-from server.snapshots.snapshots import Keeper
 from server.snapshots.store import Store
+from server.snapshots.writer import SnapshotWriter
 from tests.concertina.faults import (
     FAULTS,
     Content,
@@ -27,9 +25,10 @@ from tests.concertina.faults import (
     read_async,
     read_blocking,
     serving,
+    slow_down,
     wire,
 )
-from tests.server.engines import change_logits, is_empty, until
+from tests.server.engines import is_empty, until
 
 SEALER = Sealer([bytes(range(32))])
 TEXT, IMAGE = "tiny-text", "tiny-image"
@@ -48,20 +47,10 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def slow_down(engine: Engine) -> None:
-    """Makes an engine take its time, so that there is something left to break."""
-
-    def take_time(logits: Any, positions: Any) -> Any:
-        time.sleep(0.002)
-        return logits
-
-    change_logits(engine, take_time)
-
-
 @pytest.fixture(scope="module")
-def engines(text_bundle: Path, image_bundle: Path) -> Iterator[dict[str, Engine]]:
+def engines(text_bundle: Path, image_bundle: Path) -> Iterator[dict[str, ServedModel]]:
     """An engine for each of the bundles."""
-    opened = open_engines([text_bundle, image_bundle], EngineConfig(threads=1))
+    opened = serve_bundles([text_bundle, image_bundle], EngineConfig(threads=1))
 
     for engine in opened.values():
         slow_down(engine)
@@ -72,10 +61,10 @@ def engines(text_bundle: Path, image_bundle: Path) -> Iterator[dict[str, Engine]
 
 @pytest.fixture
 async def server(
-    engines: dict[str, Engine], monkeypatch: pytest.MonkeyPatch
+    engines: dict[str, ServedModel], monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Faults]:
     """Its engines hold nothing in the end: what was kept is deleted."""
-    monkeypatch.setattr(resuming, "_FIRST_WAIT_S", 0.002)
+    monkeypatch.setattr(resuming, "FIRST_WAIT_S", 0.002)
     async with serving(engines) as server:
         yield server
         await until(lambda: all(is_empty(engine) for engine in engines.values()), 10)
@@ -139,8 +128,8 @@ async def test_another_replica_goes_on(
 ) -> None:
     """The first one dies under the stream, at the same address the second answers."""
     config = EngineConfig(threads=1, snapshot_interval=8)
-    keepers = [Keeper(Store(f"file://{tmp_path}"), SEALER, 60.0) for _ in range(2)]
-    first, second = (open_engines([text_bundle], config, keeper) for keeper in keepers)
+    keepers = [SnapshotWriter(Store(f"file://{tmp_path}"), SEALER, 60.0) for _ in range(2)]
+    first, second = (serve_bundles([text_bundle], config, keeper) for keeper in keepers)
     slow_down(first[TEXT])
     try:
         async with (

@@ -27,13 +27,12 @@ from concertina.client import (
     SnapshotRefused,
     Tokens,
 )
-from server.api.generation import open_engines
 from server.config import EngineConfig
-from server.engine.engine import Engine
+from server.sessions.served_model import ServedModel, serve_bundles
 from server.snapshots.sealer import Sealer
-from server.snapshots.snapshots import Keeper
 from server.snapshots.store import Store
-from tests.concertina.faults import LIMIT_S, serving
+from server.snapshots.writer import SnapshotWriter
+from tests.concertina.faults import LIMIT_S, serving, slow_down
 from tests.server.engines import is_empty, until
 
 SEALER = Sealer([bytes(range(32))])
@@ -41,18 +40,20 @@ TEXT: dict[str, Any] = {"prompt": "An abacus", "seed": 3, "max_tokens": 20}
 
 
 @pytest.fixture(scope="module")
-def engines(text_bundle: Path) -> Iterator[dict[str, Engine]]:
-    """One engine of a text model."""
-    opened = open_engines([text_bundle], EngineConfig(threads=1))
+def engines(text_bundle: Path) -> Iterator[dict[str, ServedModel]]:
+    """One engine of a text model, slow enough to be paused before it ends."""
+    opened = serve_bundles([text_bundle], EngineConfig(threads=1))
+    for engine in opened.values():
+        slow_down(engine)
     yield opened
     for engine in opened.values():
         engine.close()
 
 
 @pytest.fixture
-async def address(engines: dict[str, Engine], tmp_path: Path) -> AsyncIterator[str]:
+async def address(engines: dict[str, ServedModel], tmp_path: Path) -> AsyncIterator[str]:
     """A server that holds nothing in the end."""
-    keeper = Keeper(Store(f"memory:/{tmp_path}"), SEALER, 60.0)
+    keeper = SnapshotWriter(Store(f"memory:/{tmp_path}"), SEALER, 60.0)
     async with serving(engines, keeper) as server:
         yield server.address
         await until(lambda: all(is_empty(engine) for engine in engines.values()), 10)
@@ -196,9 +197,9 @@ async def test_copies_and_exports_go_on_alike(client: Any) -> None:
 async def test_long_lists_and_long_snapshots_come_in_parts(
     client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("concertina.client.sessions._PAGE", 2)
-    monkeypatch.setattr("concertina.client.sessions._PART_BYTES", 1000)
-    monkeypatch.setattr("server.api.sessions._PART_BYTES", 1000)
+    monkeypatch.setattr("concertina.client.sessions.PAGE_SIZE", 2)
+    monkeypatch.setattr("concertina.client.sessions.PART_BYTES", 1000)
+    monkeypatch.setattr("server.api.sessions.SessionServicer.part_bytes", 1000)
     name = name_of(await client.generate(**TEXT, keep=60))
     copies = await client.fork(name, 4)
     names = [session.stream_id for session in await client.list()]

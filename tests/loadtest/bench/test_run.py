@@ -12,7 +12,7 @@ import pytest
 from loadtest.bench.plan import CONTESTANTS, Cell, Contestant, Plan, Shape
 from loadtest.bench.report import as_json
 from loadtest.bench.run import Measure, Report, in_process, run
-from loadtest.bench.worker import FAILED, NOT_INSTALLED, OK, OUT_OF_MEMORY, Job, Outcome
+from loadtest.bench.worker import ADAPTERS, FAILED, NOT_INSTALLED, OK, OUT_OF_MEMORY, Job, Outcome
 
 NAMED = {contestant.name: contestant for contestant in CONTESTANTS}
 SMALL = Shape(layers=1, width=16, heads=2, mlp=32)
@@ -33,6 +33,11 @@ def plan(*names: str, rounds: int = 2, memory_bytes: int = 8 << 30) -> Plan:
 
 def made_up(wanted: Plan, measure: Measure) -> Report:
     return run(wanted, measure, Path("models"), lambda what: None)
+
+
+def test_every_contestant_has_an_adapter() -> None:
+    assert {contestant.adapter for contestant in CONTESTANTS} == set(ADAPTERS)
+    assert hasattr(ADAPTERS["ours"](), "open_session")
 
 
 def test_contestants_take_turns_and_each_cell_is_the_median_of_all_windows() -> None:

@@ -22,19 +22,16 @@ from concertina.v1 import generation_service_pb2 as pb
 from concertina.v1 import generation_service_pb2_grpc as generation_grpc
 from concertina.v1 import model_service_pb2 as model_pb
 from concertina.v1 import model_service_pb2_grpc as model_grpc
-from server.api import context as calls
-from server.api import generation as servicer
-from server.api.generation import GenerationServicer, ModelServicer, open_engines
-from server.auth.api_keys import Callers
+from server.api import generation
+from server.api.servicers import make_servicers
 from server.bundles.bundle import Bundle
 from server.config import EngineConfig
-from server.engine.engine import Engine
-from server.engine.events import Delta, Event
 from server.engine.stream import Stream
 from server.errors import BundleError
-from server.sessions import registry as sessions
-from server.sessions.registry import Sessions
-from server.sessions.subscriber import Reader
+from server.sessions import served_model
+from server.sessions.served_model import ServedModel, serve_bundles
+from server.sessions.subscriber import Delta, Event, Subscriber
+from server.sessions.table import Session
 from tests.server.engines import LIMIT_S, Gate, change_logits, is_empty, script, until
 
 TEXT, IMAGE = "tiny-text", "tiny-image"
@@ -45,7 +42,7 @@ SECRET = "a secret of /the/server"
 class Served:
     """A server, seen from both sides."""
 
-    engines: dict[str, Engine]
+    served: dict[str, ServedModel]
     channel: grpc.aio.Channel
 
     @property
@@ -85,29 +82,27 @@ async def serve(text_bundle: Path, image_bundle: Path) -> AsyncIterator[Serve]:
     async def serve(*names: str, **settings: float) -> Served:
         folders = {TEXT: text_bundle, IMAGE: image_bundle}
         chosen = [folders[name] for name in names or (TEXT, IMAGE)]
-        engines = open_engines(chosen, EngineConfig(threads=1, **settings))  # type: ignore[arg-type]
-        server = grpc.aio.server()
-        generation_grpc.add_GenerationServiceServicer_to_server(
-            GenerationServicer(Sessions(engines, None), Callers(None)), server
-        )
-        model_grpc.add_ModelServiceServicer_to_server(ModelServicer(engines, Callers(None)), server)
+        models = serve_bundles(chosen, EngineConfig(threads=1, **settings))  # type: ignore[arg-type]
+        server, servicers = grpc.aio.server(), make_servicers(None, models)
+        generation_grpc.add_GenerationServiceServicer_to_server(servicers.generation, server)
+        model_grpc.add_ModelServiceServicer_to_server(servicers.models, server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         servers.append(server)
-        served.append(Served(engines, grpc.aio.insecure_channel(f"127.0.0.1:{port}")))
+        served.append(Served(models, grpc.aio.insecure_channel(f"127.0.0.1:{port}")))
         return served[-1]
 
     yield serve
-    engines = [engine for one in served for engine in one.engines.values()]
+    models = [model for one in served for model in one.served.values()]
     try:
         for one in served:
             await one.channel.close()
-        await until(lambda: all(is_empty(e) for e in engines if e.alive), limit_s=10)
+        await until(lambda: all(is_empty(model) for model in models if model.alive), limit_s=10)
     finally:
         for server in servers:
             await server.stop(None)
-        for engine in engines:
-            engine.close()
+        for model in models:
+            model.close()
 
 
 def _ids(events: list[pb.GenerateResponse]) -> list[int]:
@@ -200,7 +195,7 @@ async def test_the_echo_asks_for_the_same_stream_again(serve: Serve, model: str)
 
 async def test_the_end_of_a_text(serve: Serve) -> None:
     served = await serve(TEXT)
-    script(served.engines[TEXT], b"one two\0".ljust(96))
+    script(served.served[TEXT], b"one two\0".ljust(96))
     end = await served.generate(pb.GenerateRequest())
     assert (_text(end), bytes(_ids(end))) == ("one two", b"one two")
     assert end[-1].finished.reason == pb.FINISH_REASON_END
@@ -288,7 +283,7 @@ async def test_every_output_ends_when_the_servicer_fails(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served = await serve(TEXT)
-    respond = calls.response_message
+    respond = generation.response_message
 
     def fail(*arguments: Any) -> pb.GenerateResponse:
         response = respond(*arguments)
@@ -296,7 +291,7 @@ async def test_every_output_ends_when_the_servicer_fails(
             raise RuntimeError("secret")
         return response
 
-    monkeypatch.setattr(calls, "response_message", fail)
+    monkeypatch.setattr(generation, "response_message", fail)
     request = pb.GenerateRequest(
         stopping=pb.StoppingCriteria(max_tokens=96, ignore_eos=True), output=pb.OutputOptions(n=3)
     )
@@ -316,63 +311,64 @@ def _long(max_tokens: int = 96) -> pb.GenerateRequest:
 
 async def test_a_cancelled_call_frees_its_slot_before_the_next_step(serve: Serve) -> None:
     served = await serve(TEXT, slots=1)
-    engine = served.engines[TEXT]
-    with Gate(engine) as gate:
+    model = served.served[TEXT]
+    with Gate(model) as gate:
         call = served.generation.Generate(_long())
         await call.read()
         await gate.held("step")
         await gate.let_one("step")
-        assert len(engine._loop.places.running) == 1
+        assert len(model.engine.placement.running) == 1
         call.cancel()
-        await until(lambda: engine._loop._inbox)  # the server has heard of it
+        await until(lambda: model.engine.num_actions)  # the server has heard of it
         gate.let(1)
-        await until(lambda: is_empty(engine))
+        await until(lambda: is_empty(model))
         assert gate.passes == 2
 
 
 @pytest.mark.parametrize("after", [0, 1, 3])
 async def test_a_client_that_goes_away_leaves_nothing(serve: Serve, after: int) -> None:
     served = await serve(TEXT, slots=4)
-    engine = served.engines[TEXT]
-    with Gate(engine) as gate:
+    model = served.served[TEXT]
+    with Gate(model) as gate:
         calls = [served.generation.Generate(_long()) for _ in range(4)]
-        await until(lambda: engine._loop.ledger.held.streams == 4)
+        await until(lambda: model.engine.ledger.held.streams == 4)
         for call in calls[:2]:
             for _ in range(after):
                 gate.let(1)
                 await asyncio.wait_for(call.read(), LIMIT_S)
         await served.channel.close()
         gate.let(20)
-        await until(lambda: engine._loop.ledger.held.streams == 0)
+        await until(lambda: model.engine.ledger.held.streams == 0)
 
 
 async def test_a_generator_that_is_dropped_in_the_middle_cancels(serve: Serve) -> None:
     """Not every home cancels the handler: some just stop asking it."""
     served = await serve(TEXT, slots=1, stream_buffer=4)
-    engine = served.engines[TEXT]
-    events = GenerationServicer(Sessions(served.engines, None), Callers(None)).Generate(
-        _long(), _Context()
-    )
+    model = served.served[TEXT]
+    events = make_servicers(None, served.served).generation.Generate(_long(), _Context())
     kinds = [(await anext(events)).WhichOneof("event") for _ in range(2)]
     assert kinds == ["accepted", "tokens"]
-    await until(lambda: engine._loop.places.paused)
+    await until(lambda: model.engine.placement.paused)
     await events.aclose()  # type: ignore[attr-defined]
-    await until(lambda: is_empty(engine))
+    await until(lambda: is_empty(model))
 
 
 async def test_a_cancelled_score_leaves_nothing(serve: Serve) -> None:
     served = await serve(TEXT)
-    engine = served.engines[TEXT]
-    with Gate(engine) as gate:
+    model = served.served[TEXT]
+    with Gate(model) as gate:
         call = served.generation.Score(pb.ScoreRequest(prompt=pb.Prompt(text="x" * 90)))
         await gate.held("prefill")
         call.cancel()
-        await until(lambda: engine._loop._inbox)
+        await until(lambda: model.engine.num_actions)
         gate.let(1)
-        await until(lambda: is_empty(engine))
+        await until(lambda: is_empty(model))
 
 
 class _Context:
+    def invocation_metadata(self) -> Sequence[tuple[str, str]]:
+        return ()
+
     def set_code(self, code: grpc.StatusCode) -> None:
         raise AssertionError(code)
 
@@ -429,7 +425,7 @@ async def test_a_bad_request_is_refused_by_status_and_takes_no_slot(
     served = await serve()
     status, details = await _refusal(served.generation.Generate(request_).read())
     assert (status.name, named in details) == (code, True), details
-    assert all(engine._loop.ledger.held.streams == 0 for engine in served.engines.values())
+    assert all(model.engine.ledger.held.streams == 0 for model in served.served.values())
     assert await served.generate(_long(3))
 
 
@@ -445,8 +441,8 @@ async def test_scoring_refuses_alike(serve: Serve) -> None:
 async def test_a_full_queue_is_told_at_once(serve: Serve) -> None:
     """With an event that says when to try again, for a status says nothing but its text."""
     served = await serve(TEXT, slots=1, queue_limit=0)
-    engine = served.engines[TEXT]
-    with Gate(engine) as gate:
+    model = served.served[TEXT]
+    with Gate(model) as gate:
         running = asyncio.create_task(served.generate(_long()))
         await gate.held("step")
         refused = served.generation.Generate(_long())
@@ -479,11 +475,11 @@ async def test_every_refusal_is_told_within_50_ms_while_the_engine_is_busy(
 ) -> None:
     """The engine stands still in a pass of the model, and those it took on fill it."""
     served = await serve(TEXT, **settings)
-    engine = served.engines[TEXT]
+    model = served.served[TEXT]
     request = pb.GenerateRequest(
         prompt=pb.Prompt(text="x" * 60), stopping=pb.StoppingCriteria(max_tokens=20)
     )
-    with Gate(engine) as gate:
+    with Gate(model) as gate:
         taken, seconds = [], []
         while len(seconds) < 30:
             began = time.perf_counter()
@@ -517,24 +513,24 @@ async def test_a_request_that_never_fits_is_not_to_be_tried_again(serve: Serve) 
 async def test_a_call_whose_deadline_passes_frees_its_slot_at_once(serve: Serve) -> None:
     """Running or waiting: the caller is told by status, the engine goes on."""
     served = await serve(TEXT, slots=1)
-    engine = served.engines[TEXT]
+    model = served.served[TEXT]
     prompted = pb.GenerateRequest(
         prompt=pb.Prompt(text="x" * 60), stopping=pb.StoppingCriteria(max_tokens=20)
     )
-    with Gate(engine) as gate:
+    with Gate(model) as gate:
         calls = [served.generation.Generate(_long(), timeout=0.5)]
         await asyncio.wait_for(calls[0].read(), LIMIT_S)
         await gate.held("step")
         calls += [served.generation.Generate(prompted, timeout=0.4) for _ in range(2)]
-        await until(lambda: engine._loop.ledger.held.streams == 3)
+        await until(lambda: model.engine.ledger.held.streams == 3)
         for call in calls:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 while True:
                     await asyncio.wait_for(call.read(), LIMIT_S)
             assert caught.value.code().name == "DEADLINE_EXCEEDED"
-        await until(lambda: len(engine._loop._inbox) == 2 + 3)  # two came, all three are gone
+        await until(lambda: model.engine.num_actions == 2 + 3)  # two came, all three are gone
         gate.let(1)
-        await until(lambda: is_empty(engine))
+        await until(lambda: is_empty(model))
         assert gate.passes == 1
     assert len(_ids(await served.generate(_long()))) == 96
 
@@ -548,14 +544,14 @@ async def test_the_priority_in_force_is_echoed(serve: Serve) -> None:
 
 async def test_an_engine_that_stops_is_told_to_running_and_new_streams(serve: Serve) -> None:
     served = await serve(TEXT)
-    engine = served.engines[TEXT]
-    with Gate(engine) as gate:
+    model = served.served[TEXT]
+    with Gate(model) as gate:
         running = asyncio.create_task(served.generate(_long()))
         score = pb.ScoreRequest(prompt=pb.Prompt(text="x" * 60))
         scored = asyncio.ensure_future(served.generation.Score(score))
-        await until(lambda: engine._loop.ledger.held.streams == 2)
-        closing = asyncio.create_task(asyncio.to_thread(engine.close))
-        await until(lambda: engine._loop._closing)
+        await until(lambda: model.engine.ledger.held.streams == 2)
+        closing = asyncio.create_task(asyncio.to_thread(model.close))
+        await until(lambda: model.engine.closing)
         gate.let(1)
     await closing
     error = (await running)[-1].error
@@ -574,7 +570,7 @@ async def test_a_failure_of_ours_before_the_stream_leaks_nothing(
     what: str,
 ) -> None:
     served = await serve(TEXT)
-    monkeypatch.setattr(sessions if what == "generate_request" else servicer, what, _raise)
+    monkeypatch.setattr(generation, what, _raise)
     if what != "score_request":
         status, details = await _refusal(served.generation.Generate(_long()).read())
         assert (status.name, details) == ("INTERNAL", "internal error; see the server's log")
@@ -598,15 +594,15 @@ async def test_a_failure_of_ours_in_a_stream_is_its_last_event_and_leaks_nothing
 ) -> None:
     """Whether the engine's events fail, or what becomes of them."""
     served = await serve(TEXT, stream_buffer=2)
-    engine, events = served.engines[TEXT], Engine.events_together
-    response = calls.response_message
+    model, events = served.served[TEXT], ServedModel.events
+    response = generation.response_message
     told = 0
 
     async def break_off(
-        self: Engine, streams: Sequence[Stream], readers: Sequence[Reader]
+        self: ServedModel, session: Session, subscribers: Sequence[Subscriber]
     ) -> AsyncIterator[tuple[Stream, Event]]:
         seen = 0
-        async for event in events(self, streams, readers):
+        async for event in events(self, session, subscribers):
             if seen == after:
                 raise RuntimeError(SECRET)
             yield event
@@ -619,7 +615,7 @@ async def test_a_failure_of_ours_in_a_stream_is_its_last_event_and_leaks_nothing
             raise RuntimeError(SECRET)
         return response(*args)  # type: ignore[arg-type]
 
-    for patch in ((Engine, "events_together", break_off), (calls, "response_message", answer)):
+    for patch in ((ServedModel, "events", break_off), (generation, "response_message", answer)):
         with monkeypatch.context() as patched:
             patched.setattr(*patch)
             all_events = await served.generate(_long())
@@ -628,7 +624,7 @@ async def test_a_failure_of_ours_in_a_stream_is_its_last_event_and_leaks_nothing
         assert (error.code, error.message) == ("INTERNAL", "internal error; see the server's log")
         assert SECRET in caplog.text
         caplog.clear()
-        await until(lambda: is_empty(engine))
+        await until(lambda: is_empty(model))
     assert len(_ids(await served.generate(_long(9)))) == 9
 
 
@@ -638,7 +634,7 @@ async def test_a_step_that_fails_is_told_in_the_stream(serve: Serve) -> None:
     def spoil(logits: np.ndarray, positions: np.ndarray) -> np.ndarray:
         return np.where(positions[:, None] == 5, np.nan, logits)
 
-    change_logits(served.engines[TEXT], spoil)
+    change_logits(served.served[TEXT], spoil)
     events = await served.generate(_long())
     error = events[-1].error
     assert (error.code, error.retryable, len(_ids(events))) == ("INTERNAL", True, 5)
@@ -691,7 +687,7 @@ def _alive() -> int:
 
 def test_two_bundles_of_one_name_are_refused(text_bundle: Path) -> None:
     with pytest.raises(BundleError, match=r"another bundle is named 'tiny-text'"):
-        open_engines([text_bundle, text_bundle], EngineConfig())
+        serve_bundles([text_bundle, text_bundle], EngineConfig())
     assert _alive() == 0
 
 
@@ -699,15 +695,15 @@ def test_a_bundle_that_cannot_be_opened_leaves_no_engine_running(
     text_bundle: Path, image_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(BundleError, match=r"is not a bundle"):
-        open_engines([text_bundle, tmp_path], EngineConfig())
+        serve_bundles([text_bundle, tmp_path], EngineConfig())
     assert _alive() == 0
 
-    def only_one(bundle: Bundle, config: EngineConfig, keeper: None) -> Engine:
+    def only_one(bundle: Bundle, config: EngineConfig, snapshots: None) -> ServedModel:
         if bundle.is_image:
             raise BundleError("broken")
-        return Engine(bundle, config)
+        return ServedModel(bundle, config)
 
-    monkeypatch.setattr(servicer, "Engine", only_one)
+    monkeypatch.setattr(served_model, "ServedModel", only_one)
     with pytest.raises(BundleError, match="broken"):
-        open_engines([text_bundle, image_bundle], EngineConfig(threads=1))
+        serve_bundles([text_bundle, image_bundle], EngineConfig(threads=1))
     assert _alive() == 0

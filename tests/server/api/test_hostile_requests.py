@@ -7,6 +7,7 @@ import random
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +19,18 @@ from hypothesis import strategies as st
 from concertina.v1 import generation_service_pb2 as pb
 from concertina.v1 import generation_service_pb2_grpc as generation_grpc
 from concertina.v1 import session_service_pb2 as session_pb
-from server.api.generation import GenerationServicer
-from server.api.sessions import SessionServicer
+from server.api.servicers import make_servicers
 from server.api.validate import generate_request, resume_request, score_request
-from server.auth.api_keys import Callers
 from server.bundles.bundle import Bundle
 from server.config import EngineConfig, ServeConfig
-from server.engine.engine import Engine
 from server.errors import RequestError
 from server.hosts.local import make_server
 from server.ops.ports import free_ports
-from server.sessions.registry import Sessions
+from server.sessions.registry import SessionRegistry
+from server.sessions.served_model import ServedModel
 from server.snapshots.sealer import Sealer
-from server.snapshots.snapshots import Keeper
 from server.snapshots.store import Store
+from server.snapshots.writer import SnapshotWriter
 from tests.server.engines import LIMIT_S, is_empty, until
 from tests.server.hostile import CASES, FORMS, Caller, Tally, examples, harmless, messages, mutated
 
@@ -59,13 +58,13 @@ def test_requests_are_checked_or_refused(form: str, text: Bundle, image: Bundle)
             match request:
                 case pb.GenerateRequest():
                     outputs = generate_request(bundle, request, CONFIG)
-                    assert all(len(o.prompt) - 1 + o.max_tokens <= bundle.context for o in outputs)
+                    assert all(len(o.prompt) + o.max_tokens <= bundle.context for o in outputs)
                 case pb.ScoreRequest():
-                    assert len(score_request(bundle, request).prompt) - 1 <= bundle.context
+                    assert len(score_request(bundle, request).prompt) <= bundle.context
                 case pb.ResumeRequest():
                     resume_request(request)
         except RequestError as error:
-            assert error.code is grpc.StatusCode.INVALID_ARGUMENT
+            assert error.status == "INVALID_ARGUMENT"
             assert harmless(error.message)
 
     kinds = messages(pb.GenerateRequest), messages(pb.ScoreRequest), messages(pb.ResumeRequest)
@@ -77,7 +76,7 @@ class Home:
     """The servicers over real engines, on a loop of their own."""
 
     runner: asyncio.Runner
-    sessions: Sessions
+    registry: SessionRegistry
     stream_ids: list[str] = field(default_factory=list)
 
     def call(self, method: str, request: Any) -> None:
@@ -85,10 +84,13 @@ class Home:
         self.runner.run(asyncio.wait_for(self._call(method, request), SOON_S))
 
     async def _call(self, method: str, request: Any) -> None:
-        callers, caller = Callers(None), Caller()
-        service: Any = GenerationServicer(self.sessions, callers)
+        servicers, caller = (
+            make_servicers(None, self.registry.models, self.registry.snapshots),
+            Caller(),
+        )
+        service: Any = servicers.generation
         if not hasattr(generation_grpc.GenerationServiceServicer, method):
-            service = SessionServicer(self.sessions, callers)
+            service = servicers.sessions
         if method == "Import":
             request = _once(request)
         answer = getattr(service, method)(request, caller)
@@ -105,12 +107,12 @@ class Home:
 
     async def clear(self) -> None:
         """Forgets every session, in the store too; nothing may be left in an engine."""
-        for name in {*self.stream_ids, *await self.sessions.stored("")}:
-            await self.sessions.delete(name, "")
-        for engine in self.sessions.engines.values():
-            for session in engine.sessions(""):
-                await self.sessions.delete(session.terms.stream_id, "")
-            await until(lambda engine=engine: is_empty(engine))
+        for name in {*self.stream_ids, *await self.registry.stored("")}:
+            await self.registry.delete(name, "")
+        for model in self.registry.models.values():
+            for session in model.sessions(""):
+                await self.registry.delete(session.lease.stream_id, "")
+            await until(partial(is_empty, model))
         self.stream_ids.clear()
 
 
@@ -123,12 +125,12 @@ def home(text: Bundle, image: Bundle, tmp_path: Path) -> Iterator[Home]:
     """Engines of two bundles, that share a store."""
     with ExitStack() as opened:
         runner = opened.enter_context(asyncio.Runner())
-        keeper = Keeper(Store(f"file://{tmp_path}/store"), Sealer.for_this_process(), 60.0)
+        keeper = SnapshotWriter(Store(f"file://{tmp_path}/store"), Sealer.for_this_process(), 60.0)
         opened.callback(keeper.close, LIMIT_S)
-        engines = {bundle.name: Engine(bundle, CONFIG, keeper) for bundle in (text, image)}
-        for engine in engines.values():
-            opened.callback(engine.close)
-        yield Home(runner, Sessions(engines, keeper))
+        engines = {bundle.name: ServedModel(bundle, CONFIG, keeper) for bundle in (text, image)}
+        for model in engines.values():
+            opened.callback(model.close)
+        yield Home(runner, SessionRegistry(engines, keeper))
 
 
 def _kept(model: str) -> pb.GenerateRequest:
@@ -139,7 +141,7 @@ def _kept(model: str) -> pb.GenerateRequest:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_calls_are_answered_or_refused(form: str, home: Home) -> None:
-    models = [*home.sessions.engines]
+    models = [*home.registry.models]
     rounds = 0
 
     def call(method: str, data: st.DataObject) -> None:
@@ -163,14 +165,14 @@ def test_calls_are_answered_or_refused(form: str, home: Home) -> None:
 async def test_bytes_are_answered_or_refused(form: str, text: Bundle, tmp_path: Path) -> None:
     """What is no message is refused by gRPC itself, before any of our code sees it."""
     (port,) = free_ports(1)
-    engines = {text.name: Engine(text, CONFIG)}
-    server = make_server(ServeConfig((text.folder,), port=port), engines)
+    engines = {text.name: ServedModel(text, CONFIG)}
+    server = make_server(ServeConfig((text.folder,), port=port), make_servicers(None, engines))
     await server.start()
     tally, rng = Tally("bytes", form), random.Random(5)
     seeds = [
         _kept(text.name).SerializeToString(),
         pb.ResumeRequest(
-            stream_id="a", received=[{"tokens": 3, "last_ids": [1, 2]}]
+            stream_id="a", cursors=[{"tokens": 3, "last_ids": [1, 2]}]
         ).SerializeToString(),
         pb.ScoreRequest(prompt={"text": "abc"}).SerializeToString(),
     ]

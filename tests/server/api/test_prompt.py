@@ -36,7 +36,8 @@ def _image(png: bytes) -> pb.Prompt:
 
 
 def _tokens(bundle: Bundle, prompt: pb.Prompt, room: int = 1) -> list[int]:
-    return list(map(int, prompt_tokens(bundle, prompt, room=room)))
+    read = prompt_tokens(bundle, prompt, room=room)
+    return [read.start, *read.tokens.tolist()]
 
 
 def _refusal(bundle: Bundle, prompt: pb.Prompt, room: int = 1) -> str:

@@ -13,17 +13,15 @@ import pytest
 from concertina.v1 import generation_service_pb2 as generation_pb
 from concertina.v1 import session_service_pb2 as pb
 from server.api.sessions import SessionServicer
-from server.auth.api_keys import ANYONE, Callers
+from server.auth.api_keys import Callers
 from server.bundles.bundle import Bundle
-from server.sessions.registry import Sessions
 from tests.server.engines import Gate, is_empty, until
+from tests.server.replicas import Replica
 from tests.server.sessions.test_registry import (
     Cluster,
     Had,
     cluster,
-    engine_of,
     follow,
-    kill,
     request,
     whole,
 )
@@ -59,9 +57,9 @@ class Context:
 class Caller:
     """Calls a replica, and raises Refused."""
 
-    def __init__(self, sessions: Sessions) -> None:
+    def __init__(self, sessions: Replica) -> None:
         self.sessions = sessions
-        self._servicer = SessionServicer(sessions, Callers(None))
+        self._servicer = SessionServicer(sessions.registry, sessions.opener, Callers(None))
 
     async def call(self, method: str, **fields: Any) -> Any:
         context = Context()
@@ -91,7 +89,7 @@ class Caller:
 
     async def generate(self, wanted: generation_pb.GenerateRequest) -> Had:
         had = Had()
-        await follow(await self.sessions.start(engine_of(self.sessions), wanted, ANYONE), had, 9)
+        await follow(await self.sessions.start(wanted), had, 9)
         return had
 
     async def go_on(self, had: Had, first: int, **fields: Any) -> Had:
@@ -104,13 +102,13 @@ class Caller:
 
 async def paused(caller: Caller, wanted: generation_pb.GenerateRequest, after: int) -> Had:
     """A stream that was paused while it generated."""
-    engine, had = engine_of(caller.sessions), Had()
-    with Gate(engine) as gate:
-        following = await caller.sessions.start(engine, wanted, ANYONE)
+    model, had = caller.sessions.model, Had()
+    with Gate(model) as gate:
+        following = await caller.sessions.start(wanted)
         gate.let(after)
         await gate.held("step")
         gate.let(1)
-        answer = await caller.call("Pause", stream_id=following.session.terms.stream_id)
+        answer = await caller.call("Pause", stream_id=following.session.lease.stream_id)
         gate.let(float("inf"))
         await follow(following, had, 9)
     assert answer.session.phase == pb.SESSION_PHASE_PAUSED
@@ -132,9 +130,9 @@ async def test_a_pause_changes_nothing(
     expected = await whole(last.sessions, wanted)
     first = Caller(cluster())
     had = await paused(first, wanted, 21)
-    assert not engine_of(first.sessions)._loop.places.running
+    assert not first.sessions.model.engine.placement.running
     if elsewhere:
-        kill(first.sessions)
+        first.sessions.kill()
         first = last
     then = await first.go_on(had, 9 + len(had.ids[0]))
     assert had.ids[0] + then.ids[0] == expected.ids[0]
@@ -163,7 +161,7 @@ async def test_what_went_on_is_not_held_twice(cluster: Cluster) -> None:
     had = await paused(caller, request(80), 21)
     await caller.go_on(had, 9 + len(had.ids[0]))
     await caller.call("Delete", stream_id=had.stream_id)
-    await until(lambda: is_empty(engine_of(caller.sessions)), 5)
+    await until(lambda: is_empty(caller.sessions.model), 5)
 
 
 async def test_what_goes_on_after_a_pause_goes_on_elsewhere(cluster: Cluster) -> None:
@@ -174,15 +172,15 @@ async def test_what_goes_on_after_a_pause_goes_on_elsewhere(cluster: Cluster) ->
     first = Caller(cluster(snapshot_interval=1_000))
     had = await paused(first, wanted, 21)
     before, then = len(had.ids[0]), Had()
-    with Gate(engine_of(first.sessions)) as gate:
+    with Gate(first.sessions.model) as gate:
         going = asyncio.create_task(first.stream("Continue", stream_id=had.stream_id))
         gate.let(5)
         await gate.held("step")
-        engine_of(first.sessions)._loop._keeper = None
+        first.sessions.die()
         gate.let(float("inf"))
         for event in (await going)[:3]:
             then.take(event, 9 + before)
-    kill(first.sessions)
+    first.sessions.kill()
     following = await last.sessions.follow(had.stream_id, "", then.received(1))
     await follow(following, then, 9 + before)
     assert had.ids[0] + then.ids[0] == expected.ids[0]
@@ -197,18 +195,18 @@ async def test_what_is_added_needs_no_prefill_of_the_old(
     caller = Caller(cluster())
     had = await caller.generate(request(30))
     if elsewhere:
-        kill(caller.sessions)
+        caller.sessions.kill()
         caller = Caller(cluster())
-    engine = engine_of(caller.sessions)
+    model = caller.sessions.model
     pushed = 0
-    prefill = engine._loop.cache.prefill
+    prefill = model.engine.cache.prefill
 
     def count(tokens: Any, logits: bool = False) -> Any:
         nonlocal pushed
         pushed += len(tokens)
         return prefill(tokens, logits)
 
-    engine._loop.cache.prefill = count  # type: ignore[method-assign]
+    model.engine.cache.prefill = count  # type: ignore[method-assign]
     then = await caller.go_on(
         had, 9 + 30 + 5, prompt={"text": " and "}, stopping={"max_tokens": 20}
     )
@@ -225,14 +223,14 @@ async def test_forks_share_what_was_and_differ_in_what_comes(cluster: Cluster) -
     had = await caller.generate(request(30))
     forked = (await caller.call("Fork", stream_id=had.stream_id, n=3)).stream_ids
     assert len(set(forked)) == 3
-    engine = engine_of(caller.sessions)
-    states = [engine.find(name, "").streams[0].parked for name in (had.stream_id, *forked)]  # type: ignore[union-attr]
+    model = caller.sessions.model
+    states = [model.find(name, "").streams[0].saved for name in (had.stream_id, *forked)]  # type: ignore[union-attr]
     assert all(state is states[0] for state in states)
     outcomes = [
         await caller.go_on(Had(name), 9 + 30, stopping={"max_tokens": 20}) for name in forked
     ]
     assert len({tuple(each.ids[0]) for each in outcomes}) == 3
-    kill(caller.sessions)
+    caller.sessions.kill()
     second = Caller(cluster())
     again = Had(forked[0], 1)
     await follow(await second.sessions.follow(forked[0], "", again.received(1)), again, 9 + 30)
@@ -278,7 +276,7 @@ async def test_what_is_not_whole_is_not_brought(cluster: Cluster, fault: str) ->
 async def test_sessions_are_listed_by_page(cluster: Cluster) -> None:
     first, second = Caller(cluster()), Caller(cluster())
     names = sorted([(await first.generate(request(10))).stream_id for _ in range(5)])
-    await until(lambda: len(engine_of(first.sessions)._loop.sessions._left) == 5)
+    await until(lambda: first.sessions.model.table.num_left == 5)
     page = await first.call("ListSessions", page_size=3)
     assert [session.stream_id for session in page.sessions] == names[:3]
     assert {session.phase for session in page.sessions} == {pb.SESSION_PHASE_FINISHED}
@@ -287,8 +285,8 @@ async def test_sessions_are_listed_by_page(cluster: Cluster) -> None:
     rest = await first.call("ListSessions", page_size=3, page_token=page.next_page_token)
     assert [session.stream_id for session in rest.sessions] == names[3:]
     assert not rest.next_page_token
-    assert first.sessions.keeper is not None
-    first.sessions.keeper.flush(10)
+    assert first.sessions.snapshots is not None
+    first.sessions.snapshots.flush(10)
     stored = (await second.call("ListSessions")).sessions
     assert [session.stream_id for session in stored] == names
     assert {session.phase for session in stored} == {pb.SESSION_PHASE_STORED}
@@ -296,17 +294,17 @@ async def test_sessions_are_listed_by_page(cluster: Cluster) -> None:
         await second.call("Delete", stream_id=name)
         await first.call("Delete", stream_id=name)
     assert not (await first.call("ListSessions")).sessions
-    await until(lambda: is_empty(engine_of(first.sessions)))
+    await until(lambda: is_empty(first.sessions.model))
     with pytest.raises(Refused, match="page_size is 1001"):
         await first.call("ListSessions", page_size=1001)
 
 
 async def test_what_does_not_rest_cannot_go_on(cluster: Cluster) -> None:
     caller = Caller(cluster())
-    engine = engine_of(caller.sessions)
-    with Gate(engine) as gate:
-        following = await caller.sessions.start(engine, request(80), ANYONE)
-        name = following.session.terms.stream_id
+    model = caller.sessions.model
+    with Gate(model) as gate:
+        following = await caller.sessions.start(request(80))
+        name = following.session.lease.stream_id
         for call in (
             caller.call("Fork", stream_id=name, n=1),
             caller.stream("Continue", stream_id=name),
@@ -315,16 +313,16 @@ async def test_what_does_not_rest_cannot_go_on(cluster: Cluster) -> None:
             with pytest.raises(Refused, match=r"FAILED_PRECONDITION: the stream is running: pause"):
                 await call
         gate.let(float("inf"))
-        await engine.forget(following.session)
+        await model.forget(following.session)
     wanted = request(80)
     wanted.ClearField("keep")
-    with Gate(engine) as gate:
-        following = await caller.sessions.start(engine, wanted, ANYONE)
-        name = following.session.terms.stream_id
+    with Gate(model) as gate:
+        following = await caller.sessions.start(wanted)
+        name = following.session.lease.stream_id
         with pytest.raises(Refused, match=r"FAILED_PRECONDITION: .*generate it with keep"):
             await caller.call("Pause", stream_id=name)
         gate.let(float("inf"))
-        await engine.forget(following.session)
+        await model.forget(following.session)
 
 
 async def test_wrong_calls_are_refused_with_the_reason(cluster: Cluster) -> None:
@@ -350,10 +348,10 @@ async def test_states_that_rest_have_a_limit(cluster: Cluster, text: Bundle) -> 
     size = sum(text.state_bytes(9 + 20).values())
     caller = Caller(cluster(session_bytes=3 * size))
     names = [(await caller.generate(request(20))).stream_id for _ in range(5)]
-    engine = engine_of(caller.sessions)
+    model = caller.sessions.model
 
     def held() -> list[bool]:
-        return [engine.find(name, "") is not None for name in names]
+        return [model.find(name, "") is not None for name in names]
 
     await until(lambda: held() == [False] * 2 + [True] * 3)
     # What was forgotten here still lies in the store.

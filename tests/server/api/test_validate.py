@@ -12,10 +12,8 @@ from server.api.validate import generate_request as generate_requests
 from server.api.validate import score_request
 from server.bundles.bundle import Bundle
 from server.config import EngineConfig
-from server.engine.events import Request
-from server.engine.sampling.logits_processors import LogitRules
-from server.engine.sampling.sampler import SamplingParameters
 from server.errors import InvalidRequest
+from server.request import LogitsProcessors, Request, SamplingParameters, prompt_of
 
 CONFIG = EngineConfig(slots=4, queue_limit=6, stream_buffer=32)
 
@@ -28,7 +26,7 @@ def generate_request(bundle: Bundle, request: pb.GenerateRequest) -> Request:
 
 def test_every_default_is_filled_in(text: Bundle) -> None:
     request = generate_request(text, pb.GenerateRequest())
-    assert request.prompt.tolist() == [256]
+    assert request.prompt == prompt_of(256, [], "B")
     assert replace(request.sampling, seed=0) == SamplingParameters(1.0, 0, 1.0, 0.0, 0)
     assert (request.max_tokens, request.stop, request.stop_tokens) == (96, (), frozenset())
     assert (request.end_token, request.time_limit_s, request.complete_at) == (0, None, None)
@@ -37,7 +35,7 @@ def test_every_default_is_filled_in(text: Bundle) -> None:
 
 def test_an_image_is_complete_when_its_context_is_full(image: Bundle) -> None:
     request = generate_request(image, pb.GenerateRequest(prompt=pb.Prompt(label="star")))
-    assert request.prompt.tolist() == [19]
+    assert request.prompt == prompt_of(19, [], "B")
     assert (request.max_tokens, request.complete_at, request.end_token) == (64, 64, None)
 
 
@@ -79,7 +77,7 @@ def test_everything_that_is_given_is_taken(text: Bundle) -> None:
             ),
         ),
     )
-    rules = LogitRules(
+    processors = LogitsProcessors(
         bias=((0, 100), (255, -100)),
         allowed=(8, 9),
         bad_words=((0xC3, 0xA9), (ord("x"),) * 64),
@@ -90,12 +88,12 @@ def test_everything_that_is_given_is_taken(text: Bundle) -> None:
         presence_penalty=-2,
     )
     assert request.sampling == SamplingParameters(
-        0.5, 3, 0.25, 0.125, (1 << 64) - 1, typical_p=0.75, logprobs=0, rules=rules
+        0.5, 3, 0.25, 0.125, (1 << 64) - 1, typical_p=0.75, logprobs=0, processors=processors
     )
     assert (request.min_tokens, request.include_stop) == (93, True)
     assert (request.prompt_logprobs, request.stream_interval) == (20, 32)
     assert request.priority == -100
-    assert request.prompt.tolist() == [256, 97, 98, 99]
+    assert request.prompt == prompt_of(256, [97, 98, 99], "B")
     assert (request.max_tokens, request.stop) == (93, ("\n", "x" * 256))
     assert (request.stop_tokens, request.end_token) == (frozenset({7, 255}), None)
     assert request.time_limit_s == 1.5
@@ -128,18 +126,19 @@ def test_tokens_that_end_the_stream_are_withheld_before_min_tokens(text: Bundle)
     for ignore_eos, stop, withheld in [(False, [], (0,)), (False, [9, 3], (0, 3, 9)),
                                        (True, [9, 3], (3, 9))]:  # fmt: skip
         asked = _stopping(min_tokens=2, ignore_eos=ignore_eos, stop_token_ids=stop)
-        rules = generate_request(text, asked).sampling.rules
-        assert rules == LogitRules(min_tokens=2, withheld=withheld)
-    assert generate_request(text, _stopping(min_tokens=2, ignore_eos=True)).sampling.rules is None
+        processors = generate_request(text, asked).sampling.processors
+        assert processors == LogitsProcessors(min_tokens=2, withheld=withheld)
+    endless = generate_request(text, _stopping(min_tokens=2, ignore_eos=True))
+    assert endless.sampling.processors is None
 
 
-def test_a_stream_that_asks_for_nothing_has_no_rules(text: Bundle) -> None:
+def test_a_stream_that_asks_for_nothing_has_no_processors(text: Bundle) -> None:
     neutral = pb.SamplingParameters(
         repetition_penalty=1, presence_penalty=0, frequency_penalty=0, top_k=5
     )
     for sampling in (pb.SamplingParameters(), neutral):
         asked = pb.GenerateRequest(sampling=sampling)
-        assert generate_request(text, asked).sampling.rules is None
+        assert generate_request(text, asked).sampling.processors is None
 
 
 def _output(**fields: int) -> pb.GenerateRequest:
@@ -267,11 +266,10 @@ def test_the_longest_time_limit(text: Bundle) -> None:
 def test_scoring_takes_the_whole_context(text: Bundle, image: Bundle) -> None:
     request = score_request(text, pb.ScoreRequest(prompt=pb.Prompt(text="x" * 96)))
     assert request.score
-    assert len(request.prompt) == 97
+    assert len(request.prompt) == 96
     rows = pb.ImageRows(rgb=bytes(192))
     whole = score_request(image, pb.ScoreRequest(prompt=pb.Prompt(image=rows, label="star")))
-    assert len(whole.prompt) == 65
-    assert whole.prompt[0] == 19
+    assert (len(whole.prompt), whole.prompt.start) == (64, 19)
 
 
 @pytest.mark.parametrize(

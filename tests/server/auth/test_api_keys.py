@@ -19,18 +19,9 @@ READER = Caller("reader", ("tiny-text",), 2)
 WRITER = Caller("writer")
 
 
-class Call:
-    """The context of a call with this metadata."""
-
-    def __init__(self, *metadata: tuple[str, str]) -> None:
-        self._metadata = [("user-agent", "test"), *metadata]
-
-    def invocation_metadata(self) -> list[tuple[str, str]]:
-        return self._metadata
-
-
-def call(secret: str, scheme: str = "Bearer") -> Any:
-    return Call(("authorization", f"{scheme} {secret}"))
+def call(secret: str, scheme: str = "Bearer") -> list[tuple[str, str]]:
+    """The metadata of a call."""
+    return [("user-agent", "test"), ("authorization", f"{scheme} {secret}")]
 
 
 def save(path: Path, callers: Sequence[Caller]) -> list[str]:
@@ -46,7 +37,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_a_server_without_keys_serves_anyone() -> None:
-    anyone: Any = Call()
+    anyone: Any = [("user-agent", "test")]
     assert Callers(None).of(anyone) is ANYONE
     assert Callers(None).of(call("whatever")) is ANYONE
     assert ANYONE.may_use("any model") and ANYONE.max_streams is None
@@ -66,12 +57,12 @@ def test_whoever_has_no_secret_is_refused(path: Path) -> None:
     digest = read_keys(path)[0].digest.hex()
     callers = Callers(path)
     strangers: list[Any] = [
-        Call(),
-        Call(("authorization", secret)),
-        Call(("authorization", f"Basic {secret}")),
-        Call(("authorization", "Bearer")),
-        Call(("x-authorization", f"Bearer {secret}")),
-        Call(*[("authorization", f"Bearer {secret}")] * 2),
+        [("user-agent", "test")],
+        [("user-agent", "test"), ("authorization", secret)],
+        [("user-agent", "test"), ("authorization", f"Basic {secret}")],
+        [("user-agent", "test"), ("authorization", "Bearer")],
+        [("user-agent", "test"), ("x-authorization", f"Bearer {secret}")],
+        [("user-agent", "test"), *[("authorization", f"Bearer {secret}")] * 2],
         *map(call, ("", secret[:-1], secret + "x", secret.upper(), digest, "\udcff", READER.name)),
     ]
     for stranger in strangers:
@@ -155,19 +146,19 @@ def entry(**changes: object) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        ("{", "is not a file of keys"),
-        ([], "is not a file of keys"),
-        ({}, "is not a file of keys: 'keys'"),
+        ("{", "is not a keys file"),
+        ([], "is not a keys file"),
+        ({}, "is not a keys file: 'keys'"),
         ({"keys": [{"name": "reader"}]}, "sha256"),
         ({"keys": [entry(sha256="abcd")]}, "sha256 of reader has 2 bytes"),
-        ({"keys": [entry(sha256="no")]}, "is not a file of keys"),
+        ({"keys": [entry(sha256="no")]}, "is not a keys file"),
         ({"keys": [entry(modles=["a"])]}, "unknown field modles"),
         ({"keys": [entry(models="tiny-text")]}, "models is 'tiny-text': it must be a list"),
         ({"keys": [entry(models=[1])]}, "models of reader"),
         ({"keys": [entry(max_streams=0)]}, "max_streams of reader is 0"),
         ({"keys": [entry(max_streams=True)]}, "max_streams of reader is True"),
-        ({"keys": [entry(name="a b")]}, "'a b' cannot name a key"),
-        ({"keys": [entry(name="")]}, "cannot name a key"),
+        ({"keys": [entry(name="a b")]}, "'a b' is not a valid key name"),
+        ({"keys": [entry(name="")]}, "is not a valid key name"),
         ({"keys": [entry(), entry()]}, "several keys named reader"),
     ],
 )

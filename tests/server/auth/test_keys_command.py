@@ -71,8 +71,8 @@ def test_a_key_that_was_removed_is_gone(keys: Any, path: Path) -> None:
 def test_a_name_is_not_given_twice(keys: Any, path: Path) -> None:
     keys("add", "writer")
     before = path.read_bytes()
-    with pytest.raises(KeysError, match="writer already"):
+    with pytest.raises(KeysError, match="already has a key named writer"):
         keys("add", "writer")
-    with pytest.raises(KeysError, match="cannot name a key"):
+    with pytest.raises(KeysError, match="is not a valid key name"):
         keys("add", "two words")
     assert path.read_bytes() == before

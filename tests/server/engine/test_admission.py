@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from array import array
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 
 from concertina.bundle.resources import peak_state_bytes
 from concertina.v1 import bundle_pb2 as pb
+from server.bundles.bundle import Bundle
 from server.config import EngineConfig
 from server.engine.admission import Ledger, Pace, Refusal, Weight, check, limits, weigh
-from server.engine.events import Request
-from server.engine.stream import Past, Stream, Terms
+from server.engine.stream import Stream
 from server.errors import InvalidRequest, Overloaded
-from server.sessions.subscriber import Reader
+from server.request import Lease, Request, prompt_of
+from server.sessions.subscriber import Deliveries, Subscriber
 from tests.server.engines import ask
 
 MANIFEST = pb.Manifest(name="m", fold=pb.FoldSchedule(span=4))
@@ -26,6 +27,7 @@ MANIFEST.state.add(
     name="k", kind=pb.STATE_KIND_STACK, shape=[2, 9, 4], data_type=pb.DATA_TYPE_FLOAT32
 )
 ENTRY = 2 * 4 * 4
+BUNDLE = Bundle(Path("nowhere"), MANIFEST)
 LIMITS = Weight(streams=3, queue_tokens=100, state_bytes=1000)
 
 
@@ -38,15 +40,15 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
 
 def test_a_stream_weighs_its_prompt_and_the_most_state_on_its_way() -> None:
     # A prompt of 5 and 5 more: the largest stack is that before the fold at 8.
-    (weight,) = weigh(MANIFEST, [ask(b"12345", max_tokens=5)])
+    (weight,) = weigh(BUNDLE, [ask(b"12345", max_tokens=5)])
     assert weight == Weight(1, 5, (1 + 4) * ENTRY)
-    (scored,) = weigh(MANIFEST, [ask(b"12345", max_tokens=90, score=True)])
+    (scored,) = weigh(BUNDLE, [ask(b"12345", max_tokens=90, score=True)])
     assert scored == Weight(1, 5, 4 * ENTRY)
 
 
 def test_outputs_of_one_prompt_queue_it_once() -> None:
-    prompt = np.arange(6)
-    outputs = weigh(MANIFEST, [Request(prompt), Request(prompt), Request(np.arange(4))])
+    prompt, other = (prompt_of(256, range(size), "B") for size in (5, 3))
+    outputs = weigh(BUNDLE, [Request(prompt), Request(prompt), Request(other)])
     assert [weight.queue_tokens for weight in outputs] == [5, 0, 3]
 
 
@@ -114,16 +116,16 @@ def test_the_books_are_exact_whatever_happens(
     loop: asyncio.AbstractEventLoop, data: st.DataObject
 ) -> None:
     """Any mix of requests, begun or not, ended in any order: the sums are those of who is open."""
-    ledger = Ledger(MANIFEST, Weight(8, 60, 4000))
+    ledger = Ledger(BUNDLE, Weight(8, 60, 4000))
     queued, begun = list[Stream](), list[Stream]()
     for now in range(data.draw(st.integers(1, 30))):
         act = data.draw(st.sampled_from(["submit", "submit", "begin", "end"]))
         if act == "submit":
-            prompt = np.zeros(data.draw(st.integers(1, 30)), np.int64)
+            prompt = prompt_of(256, [0] * data.draw(st.integers(0, 29)), "B")
             tokens, outputs = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 3))
             wanted = Request(prompt, max_tokens=tokens)
             streams = [
-                Stream(Terms(""), wanted, Reader(wanted, loop), Past(array("B")))
+                Stream(Lease("", (wanted,)), wanted, Subscriber(wanted, loop, Deliveries()), "B")
                 for _ in range(outputs)
             ]
             before = ledger.held
@@ -146,7 +148,7 @@ def test_the_books_are_exact_whatever_happens(
         assert (
             0
             <= ledger.held.queue_tokens
-            <= min(60, sum(len(stream.request.prompt) - 1 for stream in queued))
+            <= min(60, sum(len(stream.request.prompt) for stream in queued))
         )
         assert ledger.held.state_bytes == sum(
             peak_state_bytes(MANIFEST, stream.request.last_position) for stream in open_now

@@ -6,13 +6,13 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from server.engine.detokenizer import TextStream
+from server.engine.detokenizer import Detokenizer
 
 SAMPLE = "aé€𝄞ñ中👩‍👩‍👧z"
 
 
-def _pushes(content: bytes, stop: Iterable[str] = ()) -> tuple[list[str], TextStream]:
-    stream = TextStream(tuple(stop))
+def _pushes(content: bytes, stop: Iterable[str] = ()) -> tuple[list[str], Detokenizer]:
+    stream = Detokenizer(tuple(stop))
     pieces = []
     for byte in content:
         pieces.append(stream.push(byte))
@@ -113,7 +113,7 @@ def test_any_bytes_give_the_text_before_the_first_stop_string(
 def test_text_is_sent_as_soon_as_no_stop_string_can_begin_with_it(
     text: str, stops: list[str]
 ) -> None:
-    stream = TextStream(tuple(stops))
+    stream = Detokenizer(tuple(stops))
     sent = ""
     for end, character in enumerate(text, 1):
         sent += "".join(stream.push(byte) for byte in character.encode())
@@ -144,7 +144,7 @@ def _whole(text: str, stops: list[str]) -> tuple[str, str | None]:
     ],
 )
 def test_the_stop_string_can_be_included(stop: list[str], pieces: str, released: list[str]) -> None:
-    stream = TextStream(stop, include_stop=True)
+    stream = Detokenizer(stop, include_stop=True)
     assert [stream.push(byte) for byte in pieces.encode()[: len(released)]] == released
     assert stream.matched is not None
     assert stream.flush() == ""
@@ -166,7 +166,7 @@ def test_the_stop_string_can_be_included(stop: list[str], pieces: str, released:
 def test_what_is_complete_before_it_may_stop_is_text(
     stop: list[str], text: str, free: int, expected: str, matched: str | None
 ) -> None:
-    stream, sent = TextStream(stop), ""
+    stream, sent = Detokenizer(stop), ""
     for index, byte in enumerate(text.encode()):
         sent += stream.push(byte, may_stop=index >= free)
         if stream.matched is not None:

@@ -11,14 +11,25 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from server.arrays import Floats, Ints
 from server.bundles.bundle import Bundle
-from server.engine.engine import Engine
-from server.engine.events import Finish, FinishReason, Request, Scored
-from server.engine.sampling.sampler import SamplingBatch, SamplingParameters, sample
-from server.runtime.onnx_session import Floats, Ints
-from tests.server.engines import LIMIT_S, Gate, Outcome, ask, change_logits, generate, script, until
+from server.checkpoint import Finish, FinishReason
+from server.engine.sampling.sampler import SamplingBatch, sample
+from server.engine.updates import Scored
+from server.request import Request, SamplingParameters, prompt_of
+from tests.server.engines import (
+    LIMIT_S,
+    DrivenModel,
+    Gate,
+    Outcome,
+    ask,
+    change_logits,
+    generate,
+    script,
+    until,
+)
 
-Start = Callable[..., Engine]
+Start = Callable[..., DrivenModel]
 Logits = Callable[[list[int]], npt.NDArray[np.float64]]
 
 
@@ -37,7 +48,11 @@ def _requests(bundle: Bundle, count: int) -> list[Request]:
             seed=seed,
         )
         made.append(
-            Request(np.array([start, *tokens]), sampling, max_tokens=int(rng.integers(1, 34)))
+            Request(
+                prompt_of(start, tokens, bundle.typecode),
+                sampling,
+                max_tokens=int(rng.integers(1, 34)),
+            )
         )
     return made
 
@@ -46,31 +61,32 @@ async def test_tokens_are_those_of_the_model_and_the_seed(
     bundle: Bundle, start: Start, exact_logits: Callable[[Bundle], Logits]
 ) -> None:
     """The whole path against its definition: the parallel model, then the sampler."""
-    engine, model = start(bundle), exact_logits(bundle)
+    model, exact = start(bundle), exact_logits(bundle)
     for wanted in _requests(bundle, 16):
-        outcome = await generate(engine, wanted)
+        outcome = await generate(model, wanted)
         count, length = len(outcome.tokens), len(wanted.prompt)
         assert count == wanted.max_tokens
-        logits = model([*wanted.prompt.tolist(), *outcome.tokens[:-1]])[-count:]
+        prompt = [wanted.prompt.start, *wanted.prompt.tokens.tolist()]
+        logits = exact([*prompt, *outcome.tokens[:-1]])[-count:]
         expected = sample(
             logits.astype(np.float32),
             SamplingBatch.of([wanted.sampling] * count),
-            np.arange(length - 1, length - 1 + count),
+            np.arange(length, length + count),
         )
         assert outcome.tokens == tuple(expected.tolist())
 
 
 async def test_a_stream_is_the_same_alone_and_in_a_crowd(bundle: Bundle, start: Start) -> None:
     """Sixteen streams share four slots, join and leave in turns, and none is moved by another."""
-    engine, requests = start(bundle, slots=4), _requests(bundle, 16)
-    alone = [await generate(engine, wanted) for wanted in requests]
+    model, requests = start(bundle, slots=4), _requests(bundle, 16)
+    alone = [await generate(model, wanted) for wanted in requests]
     assert len({outcome.tokens for outcome in alone}) == len(requests)
     order = random.Random(3)
 
     async def late(wanted: Request) -> Outcome:
         for _ in range(order.randrange(20)):
             await asyncio.sleep(0)
-        return await generate(engine, wanted)
+        return await generate(model, wanted)
 
     for _ in range(3):
         shuffled = order.sample(range(16), 16)
@@ -80,15 +96,15 @@ async def test_a_stream_is_the_same_alone_and_in_a_crowd(bundle: Bundle, start: 
 
 
 async def test_the_batch_is_as_large_as_it_can_be(text: Bundle, start: Start) -> None:
-    engine = start(text, slots=3)
+    model = start(text, slots=3)
     batches: list[int] = []
 
     def count(logits: Floats, positions: Ints) -> Floats:
         batches.append(len(positions))
         return logits
 
-    change_logits(engine, count)
-    await asyncio.gather(*[generate(engine, ask(max_tokens=20)) for _ in range(7)])
+    change_logits(model, count)
+    await asyncio.gather(*[generate(model, ask(max_tokens=20)) for _ in range(7)])
     assert max(batches) == 3
     assert sum(batches) == 7 * 20
     assert len(batches) < 70
@@ -97,30 +113,28 @@ async def test_the_batch_is_as_large_as_it_can_be(text: Bundle, start: Start) ->
 async def test_scores_are_the_surprise_of_the_model(
     bundle: Bundle, start: Start, exact_logits: Callable[[Bundle], Logits]
 ) -> None:
-    engine, model = start(bundle), exact_logits(bundle)
+    model, exact = start(bundle), exact_logits(bundle)
     rng = np.random.default_rng(1)
     for length in (1, 7, 8, 9, bundle.context):
-        tokens = [
-            bundle.manifest.vocabulary,
-            *rng.integers(bundle.manifest.vocabulary, size=length),
-        ]
-        outcome = await generate(engine, Request(np.array(tokens), score=True))
-        logits = model(tokens[:-1])
+        vocabulary = bundle.manifest.vocabulary
+        prompt = prompt_of(vocabulary, rng.integers(vocabulary, size=length), bundle.typecode)
+        outcome = await generate(model, Request(prompt, score=True))
+        logits = exact(prompt.inputs().tolist())
         logits -= logits.max(axis=1, keepdims=True)
         logs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-        expected = -logs[np.arange(length), tokens[1:]] / np.log(2)
+        expected = -logs[np.arange(length), prompt.tokens] / np.log(2)
         assert isinstance(outcome.ending, Scored)
         assert outcome.ending.bits == pytest.approx(expected.tolist(), abs=1e-4)
 
 
 async def test_scoring_needs_no_slot(text: Bundle, start: Start) -> None:
     """It gets done while the only slot is taken, and disturbs nobody."""
-    engine = start(text, slots=1)
-    expected = await generate(engine, ask(max_tokens=90))
+    model = start(text, slots=1)
+    expected = await generate(model, ask(max_tokens=90))
     order: list[str] = []
 
     async def noted(name: str, wanted: Request) -> Outcome:
-        outcome = await generate(engine, wanted)
+        outcome = await generate(model, wanted)
         order.append(name)
         return outcome
 
@@ -135,13 +149,13 @@ async def test_scoring_needs_no_slot(text: Bundle, start: Start) -> None:
 
 
 async def test_two_event_loops_share_an_engine(text: Bundle, start: Start) -> None:
-    engine, requests = start(text, slots=4), _requests(text, 12)
-    expected = [(await generate(engine, wanted)).tokens for wanted in requests]
+    model, requests = start(text, slots=4), _requests(text, 12)
+    expected = [(await generate(model, wanted)).tokens for wanted in requests]
     outcomes: dict[str, list[Outcome]] = {}
 
     async def main(name: str) -> None:
         for _ in range(3):
-            outcomes[name] = await asyncio.gather(*[generate(engine, w) for w in requests])
+            outcomes[name] = await asyncio.gather(*[generate(model, w) for w in requests])
 
     def run(name: str) -> None:
         asyncio.run(main(name))
@@ -153,18 +167,18 @@ async def test_two_event_loops_share_an_engine(text: Bundle, start: Start) -> No
 
 async def test_a_loop_that_is_gone_leaves_nothing_behind(text: Bundle, start: Start) -> None:
     """Its streams end with the first token that nobody can take, and not with their last."""
-    engine = start(text, slots=2)
+    model = start(text, slots=2)
 
     async def forgetful() -> None:
         for _ in range(3):
-            engine.submit(ask(max_tokens=90))
+            model.submit(ask(max_tokens=90))
 
-    with Gate(engine) as gate:
+    with Gate(model) as gate:
         await asyncio.to_thread(lambda: asyncio.run(forgetful()))
         gate.let(3)
-        await until(lambda: engine._loop.ledger.held.streams == 0)
+        await until(lambda: model.engine.ledger.held.streams == 0)
         assert gate.passes <= 3
-    assert (await generate(engine, ask())).tokens
+    assert (await generate(model, ask())).tokens
 
 
 # ---- when a stream ends
@@ -206,9 +220,9 @@ async def test_a_stream_ends_where_it_was_asked_to(
     stop: str | None,
     generated: int,
 ) -> None:
-    engine = start(text)
-    script(engine, b"one two three".ljust(text.context))
-    outcome = await generate(engine, ask(max_tokens=10, **fields))
+    model = start(text)
+    script(model, b"one two three".ljust(text.context))
+    outcome = await generate(model, ask(max_tokens=10, **fields))
     assert (bytes(outcome.tokens), outcome.text) == (tokens, sent)
     finish = _finish(outcome)
     assert (finish.reason, finish.stop, finish.generated) == (reason, stop, generated)
@@ -217,22 +231,22 @@ async def test_a_stream_ends_where_it_was_asked_to(
 
 
 async def test_characters_arrive_whole(text: Bundle, start: Start) -> None:
-    engine = start(text)
-    script(engine, "aé€😀".encode().ljust(text.context))
+    model = start(text)
+    script(model, "aé€😀".encode().ljust(text.context))
     for count, expected in [(1, "a"), (3, "aé"), (6, "aé€"), (8, "aé€\ufffd"), (10, "aé€😀")]:
-        outcome = await generate(engine, ask(max_tokens=count))
+        outcome = await generate(model, ask(max_tokens=count))
         assert (len(outcome.tokens), outcome.text) == (count, expected)
 
 
 async def test_the_context_can_be_filled_to_the_last_token(bundle: Bundle, start: Start) -> None:
-    engine, vocabulary = start(bundle), bundle.manifest.vocabulary
+    model, vocabulary = start(bundle), bundle.manifest.vocabulary
     for length in (0, 9, bundle.context - 1):
         wanted = Request(
-            np.array([vocabulary, *[1] * length]),
+            prompt_of(vocabulary, [1] * length, bundle.typecode),
             max_tokens=bundle.context - length,
             complete_at=bundle.context if bundle.is_image else None,
         )
-        outcome = await generate(engine, wanted)
+        outcome = await generate(model, wanted)
         assert len(outcome.tokens) == bundle.context - length
         whole = FinishReason.END if bundle.is_image else FinishReason.MAX_TOKENS
         assert _finish(outcome).reason == whole
@@ -240,7 +254,7 @@ async def test_the_context_can_be_filled_to_the_last_token(bundle: Bundle, start
 
 
 async def test_an_image_that_is_cut_short_is_not_complete(image: Bundle, start: Start) -> None:
-    wanted = Request(np.array([17]), max_tokens=63, complete_at=64)
+    wanted = Request(prompt_of(17, [], "B"), max_tokens=63, complete_at=64)
     outcome = await generate(start(image), wanted)
     assert _finish(outcome).reason == FinishReason.MAX_TOKENS
 

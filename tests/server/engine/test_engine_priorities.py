@@ -11,20 +11,28 @@ from typing import Any
 import pytest
 
 from server.bundles.bundle import Bundle
-from server.engine.engine import Engine
-from server.engine.events import Finish, FinishReason
-from server.engine.sampling.logits_processors import LogitRules
-from server.engine.sampling.sampler import SamplingParameters
+from server.checkpoint import Finish, FinishReason
 from server.engine.stream import Stream
-from tests.server.engines import LIMIT_S, Gate, ask, generate, is_empty, read, together, until
-from tests.server.ops.test_metrics import _value
+from server.request import LogitsProcessors, SamplingParameters
+from tests.server.engines import (
+    LIMIT_S,
+    DrivenModel,
+    Gate,
+    ask,
+    generate,
+    is_empty,
+    read,
+    together,
+    until,
+)
+from tests.server.ops.test_metrics import value_of
 
-Start = Callable[..., Engine]
+Start = Callable[..., DrivenModel]
 
 
-def _count_pushed(engine: Engine) -> list[int]:
+def _count_pushed(model: DrivenModel) -> list[int]:
     """How many tokens each pass of prefill from now on pushes."""
-    cache: Any = engine._loop.cache
+    cache: Any = model.engine.cache
     prefill, pushed = cache.prefill, list[int]()
 
     def noted(tokens: Any, logits: bool = False) -> Any:
@@ -40,79 +48,85 @@ async def test_a_preempted_stream_equals_its_undisturbed_twin(
     text: Bundle, start: Start, prompt: bytes
 ) -> None:
     """Parked at any point of its block, and restored without a token of it pushed again."""
-    engine = start(text, slots=1)
-    counting = SamplingParameters(seed=3, rules=LogitRules(frequency_penalty=2))  # remembers
+    model = start(text, slots=1)
+    counting = SamplingParameters(
+        seed=3, processors=LogitsProcessors(frequency_penalty=2)
+    )  # remembers
     low = ask(b"low", max_tokens=60, sampling=counting)
     high = ask(prompt, max_tokens=5, seed=4, priority=1)
-    twin, other = await generate(engine, low), await generate(engine, high)
-    before, pushed = _value("streams_preempted_total"), _count_pushed(engine)
-    step = engine._loop.runtime.step
+    twin, other = await generate(model, low), await generate(model, high)
+    before, pushed = value_of("streams_preempted_total"), _count_pushed(model)
+    step = model.engine.runtime.step
 
     def unhurried(*batch: Any) -> Any:
         time.sleep(0.01)  # so that it still runs when the next of the others comes
         return step(*batch)
 
-    engine._loop.runtime.step = unhurried  # type: ignore[method-assign]
-    stream = engine.submit(low)
-    reading = asyncio.create_task(read(engine, stream))
+    model.engine.runtime.step = unhurried  # type: ignore[method-assign]
+    stream = model.submit(low)
+    reading = asyncio.create_task(read(model, stream))
     times = 6
     for tokens in range(times):
         await until(lambda n=7 * tokens: stream.generated > n)  # type: ignore[misc]
-        assert (await generate(engine, high)).tokens == other.tokens
+        assert (await generate(model, high)).tokens == other.tokens
     outcome = await reading
     assert (outcome.tokens, outcome.text) == (twin.tokens, twin.text)
-    assert _value("streams_preempted_total") - before == pytest.approx(times, abs=2)
+    assert value_of("streams_preempted_total") - before == pytest.approx(times, abs=2)
     assert sum(pushed) == 3 + times * len(prompt)
 
 
 async def test_a_higher_priority_gets_the_slot_before_the_next_step(
     text: Bundle, start: Start
 ) -> None:
-    engine = start(text, slots=2)
-    with Gate(engine) as gate:
-        first, latest = engine.submit_together([ask(max_tokens=9), ask(max_tokens=9)])
+    model = start(text, slots=2)
+    with Gate(model) as gate:
+        first, latest = model.submit_together([ask(max_tokens=9), ask(max_tokens=9)])
         await gate.held("step")
         await gate.let_one("step")
-        high = engine.submit(ask(max_tokens=3, priority=5))
+        high = model.submit(ask(max_tokens=3, priority=5))
         await gate.let_one("step")
         # The lowest and latest gave way, and waits before those that came after it.
-        assert engine._loop.places.running == [first, high] and engine._loop.places.waiting == [
-            latest
-        ]
-        equal, higher = engine.submit(ask()), engine.submit(ask(max_tokens=2, priority=6))
+        assert model.engine.placement.running == [
+            first,
+            high,
+        ] and model.engine.placement.waiting == [latest]
+        equal, higher = model.submit(ask()), model.submit(ask(max_tokens=2, priority=6))
         await gate.let_one("step")
-        assert engine._loop.places.running == [high, higher] or engine._loop.places.running == [
+        assert model.engine.placement.running == [
+            high,
+            higher,
+        ] or model.engine.placement.running == [
             higher,
             high,
         ]
-        assert engine._loop.places.waiting == [first, latest, equal]
-        assert latest.generated == 2 and latest.parked is not None
+        assert model.engine.placement.waiting == [first, latest, equal]
+        assert latest.generated == 2 and latest.saved is not None
     for stream in (first, latest, high, equal, higher):
-        await read(engine, stream)
+        await read(model, stream)
 
 
 async def test_equals_never_displace_each_other(text: Bundle, start: Start) -> None:
-    engine, before = start(text, slots=2, stream_buffer=4), _value("streams_preempted_total")
-    streams = [engine.submit(ask(b"x" * (n % 3), max_tokens=12, priority=3)) for n in range(12)]
-    await asyncio.gather(*[read(engine, stream) for stream in streams])
-    assert _value("streams_preempted_total") == before
+    model, before = start(text, slots=2, stream_buffer=4), value_of("streams_preempted_total")
+    streams = [model.submit(ask(b"x" * (n % 3), max_tokens=12, priority=3)) for n in range(12)]
+    await asyncio.gather(*[read(model, stream) for stream in streams])
+    assert value_of("streams_preempted_total") == before
 
 
 async def test_the_queue_is_ordered_by_priority_then_arrival(text: Bundle, start: Start) -> None:
-    engine, begun = start(text, slots=1), list[Stream]()
-    begin = engine._loop._start
+    model, begun = start(text, slots=1), list[Stream]()
+    begin = model.engine.streams.start
 
     def noted(stream: Stream) -> None:
         begun.append(stream)
         begin(stream)
 
-    engine._loop._start = noted  # type: ignore[method-assign]
-    with together(engine):
+    model.engine.streams.start = noted  # type: ignore[method-assign]
+    with together(model):
         streams = [
-            engine.submit(ask(b"x" * (n % 2), max_tokens=2, priority=priority))
+            model.submit(ask(b"x" * (n % 2), max_tokens=2, priority=priority))
             for n, priority in enumerate((0, -5, 3, 0, 3, -5, 100))
         ]
-    await asyncio.gather(*[read(engine, stream) for stream in streams])
+    await asyncio.gather(*[read(model, stream) for stream in streams])
     first_time = list(dict.fromkeys(begun))
     assert first_time == sorted(streams, key=lambda s: (-s.request.priority, streams.index(s)))
 
@@ -120,46 +134,46 @@ async def test_the_queue_is_ordered_by_priority_then_arrival(text: Bundle, start
 async def test_a_preempted_stream_keeps_its_time_limit_and_can_be_cancelled(
     text: Bundle, start: Start
 ) -> None:
-    engine = start(text, slots=1)
-    with Gate(engine) as gate:
-        limited = engine.submit(ask(max_tokens=90, time_limit_s=0.3))
+    model = start(text, slots=1)
+    with Gate(model) as gate:
+        limited = model.submit(ask(max_tokens=90, time_limit_s=0.3))
         await gate.held("step")
         await gate.let_one("step")
-        high = engine.submit(ask(max_tokens=90, priority=1))
+        high = model.submit(ask(max_tokens=90, priority=1))
         await gate.let_one("step")
-        assert engine._loop.places.waiting == [limited]
-        dropped = engine.submit(ask(max_tokens=90, priority=2))
-        highest = engine.submit(ask(max_tokens=3, priority=3))
+        assert model.engine.placement.waiting == [limited]
+        dropped = model.submit(ask(max_tokens=90, priority=2))
+        highest = model.submit(ask(max_tokens=3, priority=3))
         await gate.let_one("step")
         await asyncio.sleep(0.4)
-        engine.cancel(high)
-        engine.cancel(dropped)
+        model.cancel(high)
+        model.cancel(dropped)
         gate.let(float("inf"))
-        ending = (await read(engine, limited)).ending
+        ending = (await read(model, limited)).ending
         assert isinstance(ending, Finish) and ending.reason == FinishReason.TIME_LIMIT
         assert (ending.generated, ending.state_bytes) == (2, sum(text.state_bytes(2).values()))
-    await read(engine, highest)
-    await until(lambda: is_empty(engine))
+    await read(model, highest)
+    await until(lambda: is_empty(model))
 
 
 async def test_priorities_slow_readers_and_prompts_together(text: Bundle, start: Start) -> None:
     """Everything that parks and restores at once: each reader gets what it would get alone."""
-    engine, chance = start(text, slots=2, stream_buffer=5), random.Random(2)
+    model, chance = start(text, slots=2, stream_buffer=5), random.Random(2)
     wanted = [
         ask(b"p" * chance.choice([0, 1, 9, 30]), max_tokens=30, seed=n, priority=n % 4)
         for n in range(16)
     ]
-    expected = [(await generate(engine, one)).tokens for one in wanted]
-    before = _value("streams_preempted_total")
+    expected = [(await generate(model, one)).tokens for one in wanted]
+    before = value_of("streams_preempted_total")
 
     async def slowly(number: int) -> tuple[int, ...]:
         await asyncio.sleep(0.003 * number)
-        stream, tokens = engine.submit(wanted[number]), list[int]()
-        async for event in engine.events(stream):
+        stream, tokens = model.submit(wanted[number]), list[int]()
+        async for event in model.events(stream):
             tokens += getattr(event, "tokens", ())
             await asyncio.sleep(0.004 if number % 3 == 0 else 0)
         return tuple(tokens)
 
     async with asyncio.timeout(LIMIT_S):
         assert await asyncio.gather(*map(slowly, range(16))) == expected
-    assert _value("streams_preempted_total") > before
+    assert value_of("streams_preempted_total") > before

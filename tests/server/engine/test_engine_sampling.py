@@ -11,17 +11,18 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from server.arrays import Floats, Ints
 from server.bundles.bundle import Bundle
-from server.engine.engine import Engine
-from server.engine.events import Delta, Finish, FinishReason, PromptLogprobs, Request
-from server.engine.sampling.logits_processors import LogitRules
-from server.engine.sampling.sampler import SamplingParameters, uniform
+from server.checkpoint import Finish, FinishReason
+from server.engine.sampling.sampler import uniform
 from server.engine.stream import Stream
 from server.errors import InvalidRequest, Overloaded, StepFailed
-from server.runtime.onnx_session import Floats, Ints
+from server.request import LogitsProcessors, Request, SamplingParameters, prompt_of
+from server.sessions.subscriber import Delta, PromptLogprobs
 from tests.server.engine.sampling import plain_sampler
 from tests.server.engines import (
     LIMIT_S,
+    DrivenModel,
     Gate,
     ask,
     change_logits,
@@ -32,10 +33,10 @@ from tests.server.engines import (
     until,
 )
 
-Start = Callable[..., Engine]
+Start = Callable[..., DrivenModel]
 Logits = Callable[[list[int]], npt.NDArray[np.float64]]
 
-EVERYTHING = LogitRules(
+EVERYTHING = LogitsProcessors(
     bias=((32, 1.0), (101, -2.0)),
     allowed=tuple(range(1, 200)),
     bad_words=((5,), (60, 61), (1, 2, 3)),
@@ -54,11 +55,11 @@ def _outputs(request: Request, count: int) -> list[Request]:
     ]
 
 
-async def _read_together(engine: Engine, streams: Sequence[Stream]) -> list[list[Any]]:
+async def _read_together(model: DrivenModel, streams: Sequence[Stream]) -> list[list[Any]]:
     """The events of each stream."""
     events: dict[Stream, list[Any]] = {stream: [] for stream in streams}
     async with asyncio.timeout(LIMIT_S):
-        async for stream, event in engine.events_together(streams):
+        async for stream, event in model.events_together(streams):
             events[stream].append(event)
     return list(events.values())
 
@@ -71,23 +72,21 @@ async def test_every_option_at_once_gives_the_tokens_of_the_definition(
     text: Bundle, start: Start
 ) -> None:
     """Beside others that come and go, and parked whenever its reader lags."""
-    engine = start(text, slots=3, stream_buffer=4)
+    model = start(text, slots=3, stream_buffer=4)
     seen: dict[int, list[float]] = {}
 
     def note(logits: Floats, positions: Ints) -> Floats:
-        for row, stream in enumerate(engine._loop.places.running):
+        for row, stream in enumerate(model.engine.placement.running):
             if stream is watched:
                 seen[int(positions[row])] = logits[row].tolist()
         return logits
 
-    change_logits(engine, note)
-    sampling = SamplingParameters(0.9, 150, 0.97, 0.001, 5, typical_p=0.98, rules=EVERYTHING)
-    watched = engine.submit(ask(b"\x01\x02<", max_tokens=60, sampling=sampling))
-    others = [
-        asyncio.create_task(generate(engine, ask(max_tokens=7 + n, seed=n))) for n in range(9)
-    ]
+    change_logits(model, note)
+    sampling = SamplingParameters(0.9, 150, 0.97, 0.001, 5, typical_p=0.98, processors=EVERYTHING)
+    watched = model.submit(ask(b"\x01\x02<", max_tokens=60, sampling=sampling))
+    others = [asyncio.create_task(generate(model, ask(max_tokens=7 + n, seed=n))) for n in range(9)]
     events, pauses = [], 0
-    async for event in engine.events(watched):
+    async for event in model.events(watched):
         events.append(event)
         await asyncio.sleep(0.01)
         pauses += watched.paused
@@ -107,18 +106,18 @@ async def test_every_option_at_once_gives_the_tokens_of_the_definition(
 async def test_a_stream_with_rules_is_the_same_alone_and_in_a_crowd(
     text: Bundle, start: Start
 ) -> None:
-    engine = start(text, slots=3)
+    model = start(text, slots=3)
     rng = np.random.default_rng(2)
     requests = [
         ask(
             bytes(rng.integers(1, 99, size=int(rng.integers(9))).tolist()),
             max_tokens=int(rng.integers(5, 40)),
-            sampling=SamplingParameters(seed=n, rules=EVERYTHING if n % 3 else None),
+            sampling=SamplingParameters(seed=n, processors=EVERYTHING if n % 3 else None),
         )
         for n in range(12)
     ]
-    alone = [(await generate(engine, wanted)).tokens for wanted in requests]
-    crowd = await asyncio.gather(*[generate(engine, wanted) for wanted in requests])
+    alone = [(await generate(model, wanted)).tokens for wanted in requests]
+    crowd = await asyncio.gather(*[generate(model, wanted) for wanted in requests])
     assert [outcome.tokens for outcome in crowd] == alone
 
 
@@ -129,81 +128,81 @@ async def test_a_stream_with_rules_is_the_same_alone_and_in_a_crowd(
 async def test_outputs_share_one_prefill_and_nothing_else(
     text: Bundle, start: Start, prompt: bytes
 ) -> None:
-    engine = start(text, slots=3)
+    model = start(text, slots=3)
     pushed: list[int] = []
-    prefill = engine._loop.runtime.prefill
+    prefill = model.engine.runtime.prefill
 
     def count(row: int, tokens: Ints, *rest: Any) -> Floats:
         pushed.append(len(tokens))
         return prefill(row, tokens, *rest)
 
-    engine._loop.runtime.prefill = count  # type: ignore[method-assign]
-    sampling = SamplingParameters(seed=3, rules=LogitRules(frequency_penalty=1.0))
+    model.engine.runtime.prefill = count  # type: ignore[method-assign]
+    sampling = SamplingParameters(seed=3, processors=LogitsProcessors(frequency_penalty=1.0))
     requests = _outputs(ask(prompt, max_tokens=30, sampling=sampling), 7)
-    alone = [(await generate(engine, wanted)).tokens for wanted in requests]
+    alone = [(await generate(model, wanted)).tokens for wanted in requests]
     assert len(set(alone)) == 7
     assert sum(pushed) == 7 * len(prompt)
     pushed.clear()
-    together = await _read_together(engine, engine.submit_together(requests))
+    together = await _read_together(model, model.submit_together(requests))
     assert [tuple(_tokens(events)) for events in together] == alone
     assert sum(pushed) == len(prompt)
     assert all(isinstance(events[-1], Finish) for events in together)
 
 
 async def test_outputs_are_admitted_all_or_none(text: Bundle, start: Start) -> None:
-    engine = start(text, slots=2, queue_limit=2)
-    with Gate(engine):
-        kept = [*engine.submit_together(_outputs(ask(b"x", max_tokens=2), 3))]
+    model = start(text, slots=2, queue_limit=2)
+    with Gate(model):
+        kept = [*model.submit_together(_outputs(ask(b"x", max_tokens=2), 3))]
         with pytest.raises(Overloaded):
-            engine.submit_together(_outputs(ask(max_tokens=2), 2))
-        kept.append(engine.submit(ask(max_tokens=2)))
-        assert engine._loop.ledger.held.streams == 4
+            model.submit_together(_outputs(ask(max_tokens=2), 2))
+        kept.append(model.submit(ask(max_tokens=2)))
+        assert model.engine.ledger.held.streams == 4
     for stream in kept:
-        assert len((await read(engine, stream)).tokens) == 2
+        assert len((await read(model, stream)).tokens) == 2
 
 
 async def test_when_the_first_output_goes_the_next_prefills(text: Bundle, start: Start) -> None:
-    engine = start(text, slots=2)
+    model = start(text, slots=2)
     requests = _outputs(ask(b"b" * 20, max_tokens=3), 3)
-    alone = [(await generate(engine, wanted)).tokens for wanted in requests]
-    with Gate(engine) as gate:
-        first, *others = engine.submit_together(requests)
+    alone = [(await generate(model, wanted)).tokens for wanted in requests]
+    with Gate(model) as gate:
+        first, *others = model.submit_together(requests)
         await gate.held("prefill")
         await gate.let_one("prefill")
-        assert engine._loop.places.bench is first
-        engine.cancel(first)
+        assert model.engine.placement.prefilling is first
+        model.cancel(first)
         await gate.let_one("prefill")
-        assert engine._loop.places.bench is others[0]
-    assert [(await read(engine, stream)).tokens for stream in others] == alone[1:]
+        assert model.engine.placement.prefilling is others[0]
+    assert [(await read(model, stream)).tokens for stream in others] == alone[1:]
 
 
 async def test_outputs_dropped_at_any_moment_leave_nothing(text: Bundle, start: Start) -> None:
-    engine = start(text, slots=2, stream_buffer=4)
+    model = start(text, slots=2, stream_buffer=4)
     for passes in range(14):
-        with Gate(engine) as gate:
-            streams = engine.submit_together(_outputs(ask(b"c" * 12, max_tokens=9), 4))
+        with Gate(model) as gate:
+            streams = model.submit_together(_outputs(ask(b"c" * 12, max_tokens=9), 4))
             gate.let(passes)
-            await until(lambda gate=gate: gate._held or len(engine._loop.places.paused) == 4)
+            await until(lambda gate=gate: gate.standing or len(model.engine.placement.paused) == 4)
             for stream in streams:
-                engine.cancel(stream)
-        await until(lambda: is_empty(engine))
-        assert all(stream.parked is None for stream in streams)
+                model.cancel(stream)
+        await until(lambda: is_empty(model))
+        assert all(stream.saved is None for stream in streams)
 
 
 async def test_one_output_that_is_not_read_does_not_stop_the_others(
     text: Bundle, start: Start
 ) -> None:
     """A reader that takes turns gets from each; none is more than a buffer ahead."""
-    engine = start(text, slots=4, stream_buffer=4)
+    model = start(text, slots=4, stream_buffer=4)
     requests = _outputs(ask(b"d", max_tokens=40), 3)
-    alone = [(await generate(engine, wanted)).tokens for wanted in requests]
-    streams = engine.submit_together(requests)
+    alone = [(await generate(model, wanted)).tokens for wanted in requests]
+    streams = model.submit_together(requests)
     got: dict[Stream, list[int]] = {stream: [] for stream in streams}
-    async for stream, event in engine.events_together(streams):
+    async for stream, event in model.events_together(streams):
         if isinstance(event, Delta):
             got[stream] += event.tokens
             await asyncio.sleep(0.002)
-            assert max(s.unread for s in streams) <= 4
+            assert max(s.subscriber.unread for s in streams) <= 4
     assert [tuple(tokens) for tokens in got.values()] == alone
 
 
@@ -215,22 +214,23 @@ async def test_logprobs_are_those_of_the_model(
     bundle: Bundle, start: Start, exact_logits: Callable[[Bundle], Logits], length: int
 ) -> None:
     """Of its own distribution, whatever temperature, filters and rules make of it."""
-    engine, model = start(bundle), exact_logits(bundle)
+    model, exact = start(bundle), exact_logits(bundle)
     vocabulary = bundle.manifest.vocabulary
-    prompt = np.array([vocabulary, *np.random.default_rng(length).integers(1, 16, size=length)])
-    rules = LogitRules(bias=((3, 5.0),), repetition_penalty=2.0)
-    sampling = SamplingParameters(0.3, 5, seed=1, logprobs=4, rules=rules)
+    ids = np.random.default_rng(length).integers(1, 16, size=length)
+    prompt = prompt_of(vocabulary, ids, bundle.typecode)
+    rules = LogitsProcessors(bias=((3, 5.0),), repetition_penalty=2.0)
+    sampling = SamplingParameters(0.3, 5, seed=1, logprobs=4, processors=rules)
     wanted = Request(prompt, sampling, max_tokens=12, prompt_logprobs=2)
-    (events,) = await _read_together(engine, engine.submit_together([wanted]))
+    (events,) = await _read_together(model, model.submit_together([wanted]))
     told = [event for event in events if isinstance(event, PromptLogprobs)]
     deltas = [event for event in events if isinstance(event, Delta)]
     assert events[: len(told)] == told
     starts = np.cumsum([0, *(len(event.logprobs) for event in told)])
     assert [event.first_position for event in told] == starts[:-1].tolist()
     said = [one for event in [*told, *deltas] for one in event.logprobs]
-    tokens = [*prompt.tolist(), *_tokens(events)]
+    tokens = [vocabulary, *ids.tolist(), *_tokens(events)]
     assert len(said) == len(tokens) - 1 == length + 12
-    logits = model(tokens[:-1])
+    logits = exact(tokens[:-1])
     for index, (row, token, one) in enumerate(zip(logits, tokens[1:], said, strict=True)):
         expected = plain_sampler.logprobs(row.tolist(), token, 2 if index < length else 4)
         assert one.logprob == pytest.approx(expected.logprob, abs=1e-4)
@@ -242,14 +242,14 @@ async def test_logprobs_are_those_of_the_model(
 
 
 async def test_logprobs_come_only_to_those_who_ask(text: Bundle, start: Start) -> None:
-    engine = start(text, slots=3)
+    model = start(text, slots=3)
     asked = [None, 0, None, 3, 20]
     requests = [
         ask(b"p", max_tokens=5 + n, sampling=SamplingParameters(seed=n, logprobs=top))
         for n, top in enumerate(asked)
     ]
-    streams = [engine.submit(wanted) for wanted in requests]
-    everything = await asyncio.gather(*[_read_together(engine, [s]) for s in streams])
+    streams = [model.submit(wanted) for wanted in requests]
+    everything = await asyncio.gather(*[_read_together(model, [s]) for s in streams])
     for n, (top, (events,)) in enumerate(zip(asked, everything, strict=True)):
         assert not any(isinstance(event, PromptLogprobs) for event in events)
         said = [one for event in events if isinstance(event, Delta) for one in event.logprobs]
@@ -258,30 +258,30 @@ async def test_logprobs_come_only_to_those_who_ask(text: Bundle, start: Start) -
 
 
 async def test_a_stop_token_that_is_not_sent_has_no_logprobs(text: Bundle, start: Start) -> None:
-    engine = start(text)
-    script(engine, b"ab\0".ljust(text.context))
+    model = start(text)
+    script(model, b"ab\0".ljust(text.context))
     for include_stop, count in [(False, 2), (True, 3)]:
         wanted = ask(
             sampling=SamplingParameters(logprobs=1),
             stop_tokens=frozenset({0}),
             include_stop=include_stop,
         )
-        (events,) = await _read_together(engine, [engine.submit(wanted)])
+        (events,) = await _read_together(model, [model.submit(wanted)])
         said = [one for event in events if isinstance(event, Delta) for one in event.logprobs]
         assert len(said) == len(_tokens(events)) == count
 
 
 async def test_a_prompt_that_breaks_the_model_ends_its_stream(text: Bundle, start: Start) -> None:
-    engine = start(text)
-    prefill = engine._loop.runtime.prefill
+    model = start(text)
+    prefill = model.engine.runtime.prefill
 
     def broken(*args: Any) -> Floats:
         logits = prefill(*args).copy()
         logits[-1, 3] = np.nan
         return logits
 
-    engine._loop.runtime.prefill = broken  # type: ignore[method-assign]
-    outcome = await generate(engine, ask(b"abc", prompt_logprobs=0))
+    model.engine.runtime.prefill = broken  # type: ignore[method-assign]
+    outcome = await generate(model, ask(b"abc", prompt_logprobs=0))
     assert isinstance(outcome.ending, StepFailed)
     assert "position 2" in outcome.ending.message
 
@@ -307,9 +307,9 @@ async def test_include_stop_sends_what_the_stream_stopped_at(
     sent: str,
     stop: str | None,
 ) -> None:
-    engine = start(text)
-    script(engine, b"one two three".ljust(text.context))
-    outcome = await generate(engine, ask(max_tokens=10, include_stop=True, **fields))
+    model = start(text)
+    script(model, b"one two three".ljust(text.context))
+    outcome = await generate(model, ask(max_tokens=10, include_stop=True, **fields))
     assert (bytes(outcome.tokens), outcome.text) == (tokens, sent)
     assert isinstance(outcome.ending, Finish)
     assert outcome.ending.stop == stop
@@ -320,23 +320,23 @@ async def test_no_stop_before_min_tokens(
     text: Bundle, start: Start, min_tokens: int, count: int
 ) -> None:
     """The model wants to end at once: it gets its second choice until it may."""
-    engine = start(text)
+    model = start(text)
 
     def end(logits: Floats, positions: Ints) -> Floats:
         logits = np.zeros_like(logits)
         logits[:, [0, 7, ord("x")]] = [30, 20, 10]
         return logits
 
-    change_logits(engine, end)
-    rules = LogitRules(min_tokens=min_tokens, withheld=(0, 7))
+    change_logits(model, end)
+    rules = LogitsProcessors(min_tokens=min_tokens, withheld=(0, 7))
     wanted = ask(
         max_tokens=8,
-        sampling=SamplingParameters(temperature=0, rules=rules),
+        sampling=SamplingParameters(temperature=0, processors=rules),
         min_tokens=min_tokens,
         end_token=0,
         stop_tokens=frozenset({7}),
     )
-    outcome = await generate(engine, wanted)
+    outcome = await generate(model, wanted)
     assert outcome.text == "x" * count
     assert isinstance(outcome.ending, Finish)
     expected = FinishReason.MAX_TOKENS if count == 8 else FinishReason.END
@@ -346,11 +346,11 @@ async def test_no_stop_before_min_tokens(
 async def test_rules_that_leave_nothing_end_their_stream_and_no_other(
     text: Bundle, start: Start
 ) -> None:
-    engine = start(text)
-    rules = LogitRules(allowed=(65, 66), bad_words=((65, 65), (66,)))
-    wanted = ask(b"prompt", sampling=SamplingParameters(seed=3, rules=rules))
-    beside = asyncio.create_task(generate(engine, ask(max_tokens=20)))
-    outcome = await generate(engine, wanted)
+    model = start(text)
+    rules = LogitsProcessors(allowed=(65, 66), bad_words=((65, 65), (66,)))
+    wanted = ask(b"prompt", sampling=SamplingParameters(seed=3, processors=rules))
+    beside = asyncio.create_task(generate(model, ask(max_tokens=20)))
+    outcome = await generate(model, wanted)
     assert outcome.tokens == (65,)
     assert isinstance(outcome.ending, InvalidRequest)
     assert "bad_words" in outcome.ending.message
@@ -365,10 +365,10 @@ async def test_rules_that_leave_nothing_end_their_stream_and_no_other(
 async def test_events_hold_at_least_an_interval(
     text: Bundle, start: Start, interval: int, count: int
 ) -> None:
-    engine = start(text, stream_buffer=30)
-    expected = await generate(engine, ask(max_tokens=count))
+    model = start(text, stream_buffer=30)
+    expected = await generate(model, ask(max_tokens=count))
     (events,) = await _read_together(
-        engine, [engine.submit(ask(max_tokens=count, stream_interval=interval))]
+        model, [model.submit(ask(max_tokens=count, stream_interval=interval))]
     )
     assert tuple(_tokens(events)) == expected.tokens
     *deltas, ending = events
@@ -378,17 +378,17 @@ async def test_events_hold_at_least_an_interval(
 
 
 async def test_first_and_last_tokens_are_never_held_back(text: Bundle, start: Start) -> None:
-    engine = start(text, slots=1)
-    with Gate(engine) as gate:
-        stream = engine.submit(ask(max_tokens=7, stream_interval=4))
-        events = engine.events(stream)
+    model = start(text, slots=1)
+    with Gate(model) as gate:
+        stream = model.submit(ask(max_tokens=7, stream_interval=4))
+        events = model.events(stream)
         await gate.held("step")
         await gate.let_one("step")
         sizes = [len((await asyncio.wait_for(anext(events), LIMIT_S)).tokens)]
         for _ in range(3):
             await gate.let_one("step")
         await asyncio.sleep(0.05)
-        assert stream.reader.take() is None  # three wait for a fourth
+        assert stream.subscriber.take() is None  # three wait for a fourth
         await gate.let_one("step")
         sizes.append(len((await asyncio.wait_for(anext(events), LIMIT_S)).tokens))
         gate.let(2)
@@ -400,6 +400,6 @@ async def test_first_and_last_tokens_are_never_held_back(text: Bundle, start: St
 async def test_an_interval_as_large_as_the_buffer_never_gets_stuck(
     text: Bundle, start: Start
 ) -> None:
-    engine = start(text, slots=1, stream_buffer=5)
+    model = start(text, slots=1, stream_buffer=5)
     wanted = ask(max_tokens=33, stream_interval=5)
-    assert len((await generate(engine, wanted)).tokens) == 33
+    assert len((await generate(model, wanted)).tokens) == 33

@@ -6,8 +6,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from server.engine.kv_cache import Cache, Parked
-from server.runtime.host_state import Extent
+from server.checkpoint import SavedState
+from server.engine.kv_cache import Cache
+from server.runtime.host_state import StateLength
 from tests.fakes import FakeRuntime, bare_bundle
 
 SLOTS, CONTEXT = 3, 24
@@ -23,7 +24,7 @@ class Streams:
         self.chance = chance
         self.rows: list[list[int]] = []
         self.bench: list[int] | None = None
-        self.parked: list[tuple[Parked, list[int]]] = []
+        self.saved: list[tuple[SavedState, list[int]]] = []
 
     def possible(self) -> list[Callable[[], None]]:
         """What could be done now; stepping and prefilling are likelier than the rest."""
@@ -37,7 +38,7 @@ class Streams:
         if len(self.rows) < SLOTS:
             actions += [self.begin]
             actions += [self.join] * 2 if self.bench is not None else []
-            actions += [self.restore] if self.parked else []
+            actions += [self.restore] if self.saved else []
         if self.chance.random() < 0.05:
             actions += [self.clear]
         return actions
@@ -47,7 +48,7 @@ class Streams:
         self.rows.append([])
 
     def clear_bench(self) -> None:
-        self.cache.seat()
+        self.cache.start_prefill()
         self.bench = []
 
     def prefill(self) -> None:
@@ -83,10 +84,10 @@ class Streams:
 
     def park(self) -> None:
         row = self.chance.randrange(len(self.rows))
-        self.parked.append((self.cache.park(row), list(self.rows[row])))
+        self.saved.append((self.cache.save(row), list(self.rows[row])))
 
     def restore(self) -> None:
-        parked, history = self.chance.choice(self.parked)
+        parked, history = self.chance.choice(self.saved)
         assert self.cache.restore(parked) == len(self.rows)
         self.rows.append(list(history))
 
@@ -115,11 +116,11 @@ class Streams:
         for row, history in enumerate(self.rows):
             assert self.runtime.seen(row, self.extent(history)) == history
         if self.bench is not None:
-            assert self.cache.bench_pushed == len(self.bench)
+            assert self.cache.prefill_pushed == len(self.bench)
             assert self.runtime.seen(SLOTS, self.extent(self.bench)) == self.bench
 
-    def extent(self, history: list[int]) -> Extent:
-        return Extent(self.bundle.entries(len(history)), len(history))
+    def extent(self, history: list[int]) -> StateLength:
+        return StateLength(self.bundle.entries(len(history)), len(history))
 
 
 @pytest.mark.parametrize("span", [None, 2, 3, 5, CONTEXT, "binary"])

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 import numpy as np
 import pytest
 
+from server.arrays import Ints, State
 from server.engine.prefix_cache import PrefixCache
-from server.runtime.host_state import State
-from server.runtime.onnx_session import Ints
 
 SPAN = 3
 
@@ -90,15 +93,29 @@ def test_a_prompt_that_was_pushed_elsewhere_is_followed_if_it_is_known(known: st
     assert found(cache, "abcdefghi") == ("abcdefghi" if known == "abcdef" else known)
 
 
+@contextmanager
+def moves() -> Iterator[list[int]]:
+    """One for each block that moves in the order of use."""
+    seen: list[int] = []
+
+    def profile(_: FrameType, event: str, called: object) -> None:
+        if event == "c_call" and getattr(called, "__name__", "") == "move_to_end":
+            seen.append(1)
+
+    sys.setprofile(profile)
+    try:
+        yield seen
+    finally:
+        sys.setprofile(None)
+
+
 def test_a_block_costs_the_same_wherever_it_lies() -> None:
     """Of a long prompt, the last insert looks at no more blocks than the first."""
     cache = PrefixCache(SPAN, 10**6)
-    looked: list[int] = []
-    move = cache._by_use.move_to_end
-    cache._by_use.move_to_end = lambda node: (looked.append(1), move(node))[1]  # type: ignore[method-assign]
-    keep(cache, "abc" * 200)
-    assert looked == []
-    assert found(cache, "abc" * 200) == "abc" * 200
+    with moves() as looked:
+        keep(cache, "abc" * 200)
+        assert looked == []
+        assert found(cache, "abc" * 200) == "abc" * 200
     assert len(looked) == 2 * 200, "once for the prompt that ended, once for the one that begins"
 
 
@@ -122,4 +139,4 @@ def test_any_course_of_events(seed: int) -> None:
             known |= {text[:end] for end in range(SPAN, len(text) + 1, SPAN)}
             assert found(cache, text) == text[: len(text) // SPAN * SPAN]
         assert cache.nbytes <= 6 * size
-        assert cache.nbytes == size * len(cache._by_use)
+        assert cache.nbytes == size * len(cache)

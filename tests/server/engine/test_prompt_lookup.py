@@ -14,15 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.bundles.bundle import Bundle, load_bundle
+from server.checkpoint import FinishReason
 from server.config import EngineConfig
-from server.engine.engine import Engine
-from server.engine.events import FinishReason
 from server.engine.prompt_lookup import propose
-from server.engine.sampling.logits_processors import LogitRules
-from server.engine.sampling.sampler import SamplingParameters
+from server.request import LogitsProcessors, SamplingParameters, prompt_of
+from server.sessions.served_model import ServedModel
 from tests.server.engines import LIMIT_S, ask, generate, read, until
 
-Start = Callable[..., Engine]
+Start = Callable[..., ServedModel]
 
 
 @pytest.mark.parametrize(
@@ -54,7 +53,7 @@ def test_tokens_of_several_bytes_are_not_torn() -> None:
     assert propose(wide, 3).tolist() == [7, 0x0101, 0x0101]
 
 
-RULES = LogitRules(repetition_penalty=1.2, frequency_penalty=0.3, bad_words=((1, 2),))
+RULES = LogitsProcessors(repetition_penalty=1.2, frequency_penalty=0.3, bad_words=((1, 2),))
 
 
 @pytest.mark.parametrize("attention", ["fixed_bundle", "full_bundle", "text_bundle"])
@@ -63,7 +62,7 @@ RULES = LogitRules(repetition_penalty=1.2, frequency_penalty=0.3, bad_words=((1,
     [
         SamplingParameters(temperature=0),
         SamplingParameters(seed=3, temperature=0.3),
-        SamplingParameters(seed=5, temperature=0.5, logprobs=2, rules=RULES),
+        SamplingParameters(seed=5, temperature=0.5, logprobs=2, processors=RULES),
     ],
 )
 async def test_tokens_are_the_same_with_drafts_and_without(
@@ -71,8 +70,8 @@ async def test_tokens_are_the_same_with_drafts_and_without(
 ) -> None:
     """Text that repeats itself makes drafts; some are right and some are not."""
     bundle = load_bundle(request.getfixturevalue(attention))
-    prompt = np.array([bundle.manifest.vocabulary, *[1, 2, 3, 4, 5, 6] * 2])
-    most = bundle.context - len(prompt)
+    prompt = prompt_of(bundle.manifest.vocabulary, [1, 2, 3, 4, 5, 6] * 2, bundle.typecode)
+    most = bundle.context - len(prompt) - 1
     wanted = replace(ask(max_tokens=most), prompt=prompt, sampling=sampling)
     plain = await generate(start(bundle), wanted)
     drafted = await generate(start(bundle, draft_tokens=5), wanted)
@@ -81,10 +80,10 @@ async def test_tokens_are_the_same_with_drafts_and_without(
 
 
 async def test_text_that_repeats_itself_takes_fewer_passes(text: Bundle, start: Start) -> None:
-    engine = start(text, draft_tokens=6)
+    model = start(text, draft_tokens=6)
     content = b"the cat the cat the cat the cat the cat the cat the cat the cat the cat "
     said = content * 2
-    passes, runtime = 0, engine._loop.runtime
+    passes, runtime = 0, model.engine.runtime
     run = runtime.prefill
 
     def wants(row: int, tokens: Any, position: int, length: int, logits: bool = False) -> Any:
@@ -96,7 +95,7 @@ async def test_text_that_repeats_itself_takes_fewer_passes(text: Bundle, start: 
         return out
 
     runtime.prefill = wants  # type: ignore[method-assign]
-    outcome = await generate(engine, ask(max_tokens=90))
+    outcome = await generate(model, ask(max_tokens=90))
     assert outcome.text == said[:90].decode()
     assert passes < 45
 
@@ -107,12 +106,12 @@ async def test_a_second_stream_ends_the_drafts_and_changes_nothing(
     """In the middle of a draft that was wrong, too."""
     wanted = [ask(b"abcabcabcabc", 60, seed=seed) for seed in range(4)]
     plain = [await generate(start(text), each) for each in wanted]
-    engine = start(text, draft_tokens=7)
-    first = engine.submit(wanted[0])
-    reading = [asyncio.create_task(read(engine, first))]
+    model = start(text, draft_tokens=7)
+    first = model.submit(wanted[0])
+    reading = [asyncio.create_task(read(model, first))]
     for each in wanted[1:]:
         await asyncio.sleep(0.01)
-        reading.append(asyncio.create_task(generate(engine, each)))
+        reading.append(asyncio.create_task(generate(model, each)))
     outcomes = await asyncio.wait_for(asyncio.gather(*reading), LIMIT_S)
     assert [outcome.tokens for outcome in outcomes] == [outcome.tokens for outcome in plain]
 
@@ -130,10 +129,10 @@ async def test_a_stop_string_is_met_within_a_draft(text: Bundle, start: Start) -
 async def test_a_draft_is_paused_and_goes_on(text: Bundle, start: Start) -> None:
     wanted = ask(b"abcabcabcabc", 70, seed=2, sampling=SamplingParameters(temperature=0))
     plain = await generate(start(text), wanted)
-    engine = start(text, draft_tokens=7, stream_buffer=4)
-    stream = engine.submit(wanted)
-    await until(lambda: engine._loop.places.paused == [stream])
-    assert (await read(engine, stream)).tokens == plain.tokens
+    model = start(text, draft_tokens=7, stream_buffer=4)
+    stream = model.submit(wanted)
+    await until(lambda: model.engine.placement.paused == [stream])
+    assert (await read(model, stream)).tokens == plain.tokens
 
 
 def test_drafts_are_off_unless_asked_for() -> None:

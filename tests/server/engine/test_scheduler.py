@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.engine.scheduler import Bench, Load, Plan, Waiting, next_credit, plan
+from server.engine.scheduler import Load, Plan, Prefilling, Waiting, next_credit, plan
 
 EMPTY = Load(
     num_running=0,
@@ -14,7 +14,7 @@ EMPTY = Load(
     yielding=(),
     returning=(),
     waiting=(),
-    bench=None,
+    prefilling=None,
     prefill_room=8,
     prefill_credit_s=0.0,
 )
@@ -31,47 +31,56 @@ def _plan(**changes: object) -> Plan:
     [
         ({}, Plan()),
         ({"waiting": (NO_PROMPT, NO_PROMPT)}, Plan(begin=2, decode=True)),
-        ({"waiting": (PROMPT,)}, Plan(seat=True)),
-        ({"waiting": (NO_PROMPT, PROMPT, NO_PROMPT)}, Plan(begin=1, seat=True, decode=True)),
+        ({"waiting": (PROMPT,)}, Plan(start_prefill=True)),
+        (
+            {"waiting": (NO_PROMPT, PROMPT, NO_PROMPT)},
+            Plan(begin=1, start_prefill=True, decode=True),
+        ),
         ({"num_free": 1, "waiting": (NO_PROMPT, PROMPT)}, Plan(begin=1, decode=True)),
-        ({"num_free": 1, "waiting": (NO_PROMPT, SCORE)}, Plan(begin=1, seat=True, decode=True)),
+        (
+            {"num_free": 1, "waiting": (NO_PROMPT, SCORE)},
+            Plan(begin=1, start_prefill=True, decode=True),
+        ),
         # Full: nobody joins, but scoring needs no slot.
         ({"num_free": 0, "num_running": 4, "waiting": (NO_PROMPT,)}, Plan(decode=True)),
         ({"num_free": 0, "num_running": 4, "waiting": (PROMPT,)}, Plan(decode=True)),
-        ({"num_free": 0, "num_running": 4, "waiting": (SCORE,)}, Plan(seat=True, decode=True)),
-        # The bench: pushed up to its block's end, then joins and makes room for the next.
-        ({"bench": Bench(20, True)}, Plan(prefill=8)),
-        ({"bench": Bench(5, True)}, Plan(prefill=5)),
-        ({"bench": Bench(0, True)}, Plan(join=True, decode=True)),
         (
-            {"bench": Bench(0, True), "waiting": (PROMPT,)},
-            Plan(join=True, seat=True, decode=True),
+            {"num_free": 0, "num_running": 4, "waiting": (SCORE,)},
+            Plan(start_prefill=True, decode=True),
+        ),
+        # The prefill slot: pushed up to its block's end, then joins and makes room for the next.
+        ({"prefilling": Prefilling(20, True)}, Plan(prefill=8)),
+        ({"prefilling": Prefilling(5, True)}, Plan(prefill=5)),
+        ({"prefilling": Prefilling(0, True)}, Plan(join=True, decode=True)),
+        (
+            {"prefilling": Prefilling(0, True), "waiting": (PROMPT,)},
+            Plan(join=True, start_prefill=True, decode=True),
         ),
         (
-            {"bench": Bench(0, True), "num_free": 0, "num_running": 4},
+            {"prefilling": Prefilling(0, True), "num_free": 0, "num_running": 4},
             Plan(decode=True),
         ),
-        ({"bench": Bench(20, True), "waiting": (SCORE,)}, Plan(prefill=8)),
-        # One slot is spoken for by whoever is on the bench.
+        ({"prefilling": Prefilling(20, True), "waiting": (SCORE,)}, Plan(prefill=8)),
+        # One slot is kept for the stream in the prefill slot.
         (
-            {"num_free": 1, "num_running": 3, "bench": Bench(9, True),
+            {"num_free": 1, "num_running": 3, "prefilling": Prefilling(9, True),
              "waiting": (NO_PROMPT,)},
             Plan(decode=True),
         ),
         (
-            {"num_free": 2, "num_running": 2, "bench": Bench(9, True),
+            {"num_free": 2, "num_running": 2, "prefilling": Prefilling(9, True),
              "waiting": (NO_PROMPT, NO_PROMPT)},
             Plan(begin=1, decode=True),
         ),
         (
-            {"num_free": 1, "num_running": 3, "bench": Bench(9, False),
+            {"num_free": 1, "num_running": 3, "prefilling": Prefilling(9, False),
              "waiting": (NO_PROMPT,)},
             Plan(begin=1, decode=True),
         ),
         # Those who come back go before those who are new.
         (
-            {"num_free": 1, "num_running": 3, "returning": (0, 0), "bench": Bench(0, True),
-             "waiting": (NO_PROMPT,)},
+            {"num_free": 1, "num_running": 3, "returning": (0, 0),
+             "prefilling": Prefilling(0, True), "waiting": (NO_PROMPT,)},
             Plan(restore=1, decode=True),
         ),
         # A higher priority takes the slot of a lower one, an equal one does not.
@@ -94,36 +103,37 @@ def _plan(**changes: object) -> Plan:
         ),
         # One with a prompt pushes it first, and parks another only then.
         ({**FULL, "yielding": (0,), "waiting": (Waiting(9, True, 1),)},
-         Plan(seat=True, decode=True)),
-        ({**FULL, "yielding": (0,), "bench": Bench(9, True, 1)}, Plan(decode=True)),
-        ({**FULL, "yielding": (0,), "bench": Bench(0, True, 1)},
+         Plan(start_prefill=True, decode=True)),
+        ({**FULL, "yielding": (0,), "prefilling": Prefilling(9, True, 1)}, Plan(decode=True)),
+        ({**FULL, "yielding": (0,), "prefilling": Prefilling(0, True, 1)},
          Plan(preempt=1, join=True, decode=True)),
         (
-            {**FULL, "yielding": (0, 1), "bench": Bench(0, True, 1),
+            {**FULL, "yielding": (0, 1), "prefilling": Prefilling(0, True, 1),
              "waiting": (Waiting(0, True, 2),)},
             Plan(preempt=1, begin=1, decode=True),
         ),
-        # What the bench claims is free for those of a higher priority only.
+        # What the prefilled stream claims is free for those of a higher priority only.
         (
-            {"num_free": 1, "num_running": 3, "bench": Bench(9, True, 0),
+            {"num_free": 1, "num_running": 3, "prefilling": Prefilling(9, True, 0),
              "waiting": (Waiting(0, True, 1), Waiting(0, True, 1))},
             Plan(begin=1, decode=True),
         ),
         (
-            {"num_free": 1, "num_running": 3, "bench": Bench(9, True, 1), "returning": (0,)},
+            {"num_free": 1, "num_running": 3, "prefilling": Prefilling(9, True, 1),
+             "returning": (0,)},
             Plan(decode=True),
         ),
         # While somebody decodes, prefill has to have credit.
         (
-            {"num_free": 3, "num_running": 1, "bench": Bench(9, True)},
+            {"num_free": 3, "num_running": 1, "prefilling": Prefilling(9, True)},
             Plan(decode=True),
         ),
         (
-            {"num_free": 3, "num_running": 1, "bench": Bench(9, True),
+            {"num_free": 3, "num_running": 1, "prefilling": Prefilling(9, True),
              "prefill_credit_s": 1e-9},
             Plan(prefill=8, decode=True),
         ),
-        ({"bench": Bench(9, True), "prefill_credit_s": -1.0}, Plan(prefill=8)),
+        ({"prefilling": Prefilling(9, True), "prefill_credit_s": -1.0}, Plan(prefill=8)),
     ],
 )  # fmt: skip
 def test_plan(load: dict[str, object], expected: Plan) -> None:
@@ -132,7 +142,7 @@ def test_plan(load: dict[str, object], expected: Plan) -> None:
 
 def test_only_an_empty_plan_is_idle() -> None:
     assert Plan().idle
-    busy = (Plan(restore=1), Plan(begin=1), Plan(seat=True), Plan(join=True))
+    busy = (Plan(restore=1), Plan(begin=1), Plan(start_prefill=True), Plan(join=True))
     assert not any(p.idle for p in (*busy, Plan(prefill=1), Plan(decode=True)))
 
 
@@ -171,7 +181,7 @@ class World:
     waiting: list[Job] = field(default_factory=list)
     running: list[Job] = field(default_factory=list)
     paused: list[Job] = field(default_factory=list)
-    bench: Job | None = None
+    prefilling: Job | None = None
     pushed: int = 0
     credit_s: float = 0.0
     seated: list[Job] = field(default_factory=list)
@@ -188,7 +198,7 @@ class World:
         self.coming = [job for job in self.coming if job.arrives > self.turn]
         self.waiting = sorted(self.waiting + arrived, key=lambda job: job.place)
         self.turn += 1
-        bench = self.bench
+        prefilling = self.prefilling
         return Load(
             num_running=len(self.running),
             num_free=self.slots - len(self.running),
@@ -198,7 +208,10 @@ class World:
                 Waiting(0 if job.ready else job.prompt, not job.score, job.priority)
                 for job in self.waiting[: self.slots + 1]
             ),
-            bench=bench and Bench(bench.prompt - self.pushed, not bench.score, bench.priority),
+            prefilling=prefilling
+            and Prefilling(
+                prefilling.prompt - self.pushed, not prefilling.score, prefilling.priority
+            ),
             prefill_room=self.span - self.pushed % self.span,
             prefill_credit_s=self.credit_s,
         )
@@ -216,10 +229,10 @@ class World:
             self._begin(job)
             joined.append(job)
         if todo.join:
-            assert self.bench is not None
-            assert self.pushed == self.bench.prompt
-            joined.append(self.bench)
-            self.bench = None
+            assert self.prefilling is not None
+            assert self.pushed == self.prefilling.prompt
+            joined.append(self.prefilling)
+            self.prefilling = None
         self.running += joined
         # Everyone who gave way did so for somebody of a higher priority.
         highest = sorted(joined, key=lambda job: -job.priority)
@@ -227,15 +240,15 @@ class World:
         assert all(p.priority < j.priority for p, j in zip(parked[::-1], highest, strict=False))
         self.preempted += len(parked)
         if todo.prefill:
-            assert self.bench is not None
+            assert self.prefilling is not None
             assert self.pushed // self.span == (self.pushed + todo.prefill - 1) // self.span
             self.pushed += todo.prefill
-            if self.bench.score and self.pushed == self.bench.prompt:
-                self.bench = None
-        if todo.seat and not self.waiting[0].ready:
-            assert self.bench is None
-            self.bench, self.pushed = self.waiting.pop(0), 0
-            self._begin(self.bench)
+            if self.prefilling.score and self.pushed == self.prefilling.prompt:
+                self.prefilling = None
+        if todo.start_prefill and not self.waiting[0].ready:
+            assert self.prefilling is None
+            self.prefilling, self.pushed = self.waiting.pop(0), 0
+            self._begin(self.prefilling)
         assert len(self.running) <= self.slots
         if todo.decode:
             assert self.running
@@ -284,7 +297,7 @@ def _serve(world: World, token_s: float) -> None:
             # With nobody running there is no reason to wait for anybody but a reader.
             assert not world.running
             assert not world.waiting
-            assert world.bench is None
+            assert world.prefilling is None
             assert not load.returning
             if not world.paused and not world.coming:
                 return
@@ -327,10 +340,14 @@ PRIORITIES = st.integers(-2, 2)
     st.lists(PRIORITIES, max_size=4).map(sorted),
     st.lists(PRIORITIES, max_size=3).map(lambda them: sorted(them, reverse=True)),
     st.lists(PRIORITIES, max_size=6).map(lambda them: sorted(them, reverse=True)),
-    st.none() | st.builds(Bench, st.sampled_from([0, 5]), st.booleans(), PRIORITIES),
+    st.none() | st.builds(Prefilling, st.sampled_from([0, 5]), st.booleans(), PRIORITIES),
 )
 def test_nobody_ready_waits_behind_a_lower_priority(
-    free: int, running: list[int], returning: list[int], waiting: list[int], bench: Bench | None
+    free: int,
+    running: list[int],
+    returning: list[int],
+    waiting: list[int],
+    prefilling: Prefilling | None,
 ) -> None:
     todo = _plan(
         num_running=len(running),
@@ -338,18 +355,18 @@ def test_nobody_ready_waits_behind_a_lower_priority(
         yielding=tuple(running),
         returning=tuple(returning),
         waiting=tuple(Waiting(0, True, priority) for priority in waiting),
-        bench=bench,
+        prefilling=prefilling,
     )
     left = [*returning[todo.restore :], *waiting[todo.begin :]]
-    if bench is not None and bench.joins and not bench.left and not todo.join:
-        left.append(bench.priority)
+    if prefilling is not None and prefilling.joins and not prefilling.left and not todo.join:
+        left.append(prefilling.priority)
     joined = [*returning[: todo.restore], *waiting[: todo.begin]]
-    joined += [bench.priority] if bench is not None and todo.join else []
+    joined += [prefilling.priority] if prefilling is not None and todo.join else []
     kept = running[todo.preempt :]
     assert len(kept) + len(joined) <= len(running) + free
     assert max(left, default=-9) <= min([*kept, *joined], default=9)
-    # Nobody is parked for a slot that is free, unless the bench has a claim to that.
-    claimed = bench is not None and bench.joins and not todo.join
+    # Nobody is parked for a slot that is free, unless the prefilled stream has a claim to that.
+    claimed = prefilling is not None and prefilling.joins and not todo.join
     assert not todo.preempt or len(joined) - todo.preempt >= free - claimed
 
 
@@ -358,7 +375,9 @@ def test_prefill_gets_its_share_of_the_time(share: float) -> None:
     """Endless prompts beside endless streams; a chunk takes three times a decode step."""
     credit_s = prefill_s = decode_s = 0.0
     for _ in range(3000):
-        todo = _plan(num_running=3, num_free=1, bench=Bench(8, True), prefill_credit_s=credit_s)
+        todo = _plan(
+            num_running=3, num_free=1, prefilling=Prefilling(8, True), prefill_credit_s=credit_s
+        )
         assert todo.decode
         spent = 0.03 if todo.prefill else 0.0
         credit_s = next_credit(credit_s, share, spent, 0.01)

@@ -3,23 +3,26 @@ from __future__ import annotations
 import asyncio
 from array import array
 
-import numpy as np
 import pytest
 
-from server.engine.events import Finish, FinishReason, Request
-from server.engine.kv_cache import Parked
-from server.engine.stream import Past, Stream, Terms
-from server.sessions.subscriber import Reader, Received
+from server.checkpoint import Checkpoint, Finish, FinishReason, SavedState
+from server.engine.restore import BEGINNING, ResumeCursor, restore
+from server.engine.stream import Stream
+from server.request import Lease, Request, prompt_of
+from server.sessions.subscriber import Deliveries, Subscriber
 
-KEPT = Terms("s", keep_s=60.0)
+START = 256
 
 
 async def _stream(
-    past: Past | None = None, received: Received | None = None, **fields: object
+    checkpoint: Checkpoint | None = None, cursor: ResumeCursor = BEGINNING, **fields: object
 ) -> Stream:
-    request = Request(np.array([256, 7, 8]), **{"max_tokens": 50, **fields})  # type: ignore[arg-type]
-    reader = Reader(request, asyncio.get_running_loop(), received=received or Received())
-    return Stream(KEPT, request, reader, past or Past(array("B")))
+    prompt = prompt_of(START, [7, 8], "B")
+    request = Request(prompt, **{"max_tokens": 50, **fields})  # type: ignore[arg-type]
+    loop = asyncio.get_running_loop()
+    subscriber = Subscriber(request, loop, Deliveries(), cursor=cursor)
+    lease = Lease("s", (request,), keep_s=60.0)
+    return restore(lease, request, subscriber, checkpoint or Checkpoint(array("B")), cursor)
 
 
 @pytest.mark.parametrize(
@@ -66,9 +69,9 @@ async def test_why_a_stream_ends(
 
 async def test_the_first_step_pushes_the_last_token_of_the_prompt() -> None:
     stream = await _stream()
-    assert stream.unpushed(0).tolist() == [256, 7]
-    assert stream.unpushed(1).tolist() == [7]
-    assert stream.unpushed(2).tolist() == []
+    assert stream.request.prompt.inputs().tolist() == [256, 7]
+    assert stream.request.prompt.inputs(1).tolist() == [7]
+    assert stream.request.prompt.inputs(2).tolist() == []
     assert stream.last_token == 8
 
 
@@ -85,60 +88,64 @@ async def test_times_count_from_acceptance() -> None:
     assert (late.generated, late.state_bytes, late.stop) == (2, 77, None)
 
 
-def _past(tokens: bytes, pushed: int, **fields: object) -> Past:
+def _checkpoint(tokens: bytes, pushed: int, **fields: object) -> Checkpoint:
     """Of a stream that generated `tokens`, and whose state has seen `pushed` tokens."""
-    return Past(array("B", tokens), Parked({}, pushed), **fields)  # type: ignore[arg-type]
+    return Checkpoint(array("B", tokens), SavedState({}, pushed), **fields)  # type: ignore[arg-type]
 
 
 async def test_what_a_revived_stream_holds_follows_from_its_tokens() -> None:
     lived = await _stream(stop=("de!",))
     for token in "abcdé".encode()[:-1]:
         lived.accept_token(token, 1.0)
-    revived = await _stream(_past(bytes(lived.history), pushed=2 + 5), stop=("de!",))
+    revived = await _stream(_checkpoint(bytes(lived.history), pushed=2 + 5), stop=("de!",))
     assert (
         (revived.generated, revived.last_token) == (lived.generated, lived.last_token) == (5, 0xC3)
     )
     assert revived.history == lived.history
-    assert not revived.forced
+    assert not revived.replay_tokens
     for token in ("é".encode()[-1], *b"de!"):
         assert revived.accept_token(token, 2.0) == lived.accept_token(token, 2.0)
-    assert revived.text.matched == "de!"
+    assert revived.detokenizer.matched == "de!"
 
 
 @pytest.mark.parametrize("pushed", [0, 1, 2, 3, 4, 5])
 async def test_tokens_whose_state_is_lost_are_drawn_again_as_they_were(pushed: int) -> None:
-    parked = Parked({}, pushed) if pushed else None
-    stream = await _stream(Past(array("B", b"abc"), parked))
+    parked = SavedState({}, pushed) if pushed else None
+    stream = await _stream(Checkpoint(array("B", b"abc"), parked))
     seen = max(0, pushed - 2)
     assert bytes(stream.history) == b"abc"[:seen]
-    assert bytes(stream.forced) == b"abc"[seen:]
+    assert bytes(stream.replay_tokens) == b"abc"[seen:]
     assert stream.last_token == (b"abc"[seen - 1] if seen else 8)
     assert stream.to_prefill == max(0, 2 - pushed)
 
 
 @pytest.mark.parametrize(
-    ("received", "forced"),
+    ("cursor", "replayed"),
     [
-        (Received(tokens=6, last_ids=tuple(b"cdef")), b"cdef"),
-        (Received(tokens=6, last_ids=tuple(b"abcdef")), b"cdef"),
-        (Received(tokens=6, last_ids=tuple(b"ef")), b""),  # nobody knows what stands between
-        (Received(tokens=2, last_ids=tuple(b"ab")), b""),
-        (Received(tokens=5), b""),
+        (ResumeCursor(tokens=6, last_ids=tuple(b"cdef")), b"cdef"),
+        (ResumeCursor(tokens=6, last_ids=tuple(b"abcdef")), b"cdef"),
+        (ResumeCursor(tokens=6, last_ids=tuple(b"ef")), b""),  # nobody knows what stands between
+        (ResumeCursor(tokens=2, last_ids=tuple(b"ab")), b""),
+        (ResumeCursor(tokens=5), b""),
     ],
 )
-async def test_a_reader_knows_what_follows_a_snapshot(received: Received, forced: bytes) -> None:
-    stream = await _stream(_past(b"ab", pushed=4), received)
-    assert bytes(stream.forced) == forced
+async def test_a_reader_knows_what_follows_a_snapshot(
+    cursor: ResumeCursor, replayed: bytes
+) -> None:
+    stream = await _stream(_checkpoint(b"ab", pushed=4), cursor)
+    assert bytes(stream.replay_tokens) == replayed
 
 
 async def test_lost_logprobs_of_the_prompt_are_made_again() -> None:
-    told = Received(prompt_logprobs=1)
-    stream = await _stream(_past(b"ab", pushed=4), told, prompt_logprobs=0)
-    assert stream.parked is None
+    cursor = ResumeCursor(prompt_logprobs=1)
+    stream = await _stream(_checkpoint(b"ab", pushed=4), cursor, prompt_logprobs=0)
+    assert stream.saved is None
     assert stream.to_prefill == 2
-    assert bytes(stream.forced) == b"ab"
-    complete = await _stream(_past(b"ab", pushed=4), Received(prompt_logprobs=2), prompt_logprobs=0)
-    assert complete.parked is not None
+    assert bytes(stream.replay_tokens) == b"ab"
+    complete = await _stream(
+        _checkpoint(b"ab", pushed=4), ResumeCursor(prompt_logprobs=2), prompt_logprobs=0
+    )
+    assert complete.saved is not None
 
 
 @pytest.mark.parametrize(
@@ -156,6 +163,7 @@ async def test_the_backlog_of_a_stream_that_ended_is_all_that_was_said(
     fields: dict[str, object], tokens: bytes, reason: FinishReason, stop: str | None, text: str
 ) -> None:
     finish = Finish(reason, stop, len(tokens), 0, 0, 0, 0)
-    stream = await _stream(_past(tokens, 2 + len(tokens), finish=finish), **fields)
+    stream = await _stream(_checkpoint(tokens, 2 + len(tokens), finish=finish), **fields)
     assert stream.ended
+    assert stream.backlog is not None
     assert (bytes(stream.backlog.tokens), stream.backlog.text) == (tokens, text)

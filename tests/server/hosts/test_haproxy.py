@@ -1,18 +1,35 @@
 from __future__ import annotations
 
+import asyncio
 import http.server
+import subprocess
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
 
+import grpc
 import pytest
 
-from server.hosts.haproxy import wait_for_replicas
+from concertina.client.channel import Access, Tls
+from concertina.client.errors import status_error
+from server.config import TlsConfig
+from server.hosts.haproxy import haproxy_program, wait_for_replicas, write_tls_script
 from server.ops.ports import free_ports
+from tests.certificates import Certificates
+
+SOON = 10.0
+SERVED = "UNIMPLEMENTED"  # of a server without services
+IDLE_S = 60
+# The configuration that Ray writes begins with `global`, which must come first.
+RAYS = "global\n    nbthread 1\ndefaults\n    mode http\n    timeout client 1s\n"
+
+PROGRAM = haproxy_program()
+needs_haproxy = pytest.mark.skipif(PROGRAM is None, reason="no HAProxy here")
 
 HEADER = "# pxname,svname,qcur,status,weight,act,bck,chkfail"
 REPLICA = "grpc-concertina,replica-{},0,{},1,1,0,0"
-STAND_IN = "grpc-concertina,proxy,0,UP,1,0,1,0"
+PYTHON_PROXY = "grpc-concertina,proxy,0,UP,1,0,1,0"
 REST = "grpc-concertina,BACKEND,0,UP,1,1,0,0\nhttp-concertina,replica-1,0,UP,1,1,0,0"
 
 
@@ -47,17 +64,84 @@ def page(*rows: str) -> str:
 
 def test_all_replicas_must_be_up() -> None:
     one, two = REPLICA.format(1, "UP"), REPLICA.format(2, "UP 1/2")
-    with stats(page(STAND_IN), page(one, STAND_IN), page(one, two, STAND_IN)) as port:
+    with stats(page(PYTHON_PROXY), page(one, PYTHON_PROXY), page(one, two, PYTHON_PROXY)) as port:
         wait_for_replicas(port, "grpc-concertina", 2, 20.0)
 
 
-@pytest.mark.parametrize("rows", [(), (STAND_IN,), (REPLICA.format(1, "DOWN"), STAND_IN)])
-def test_a_stand_in_is_no_replica(rows: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("rows", [(), (PYTHON_PROXY,), (REPLICA.format(1, "DOWN"), PYTHON_PROXY)])
+def test_the_python_proxy_is_not_a_replica(rows: tuple[str, ...]) -> None:
     with stats(page(*rows)) as port, pytest.raises(TimeoutError, match="reaches 0 of 1"):
         wait_for_replicas(port, "grpc-concertina", 1, 0.3)
 
 
-def test_no_haproxy_at_all() -> None:
+def test_no_haproxy_runs() -> None:
     (port,) = free_ports(1)
     with pytest.raises(TimeoutError, match="reaches 0 of 1"):
         wait_for_replicas(port, "grpc-concertina", 1, 0.3)
+
+
+@asynccontextmanager
+async def tls_listener(tls: TlsConfig, folder: Path) -> AsyncIterator[str]:
+    """Address of HAProxy with TLS, in front of a server that answers all calls with `SERVED`."""
+    assert PROGRAM is not None
+    folder.mkdir()
+    server = grpc.aio.server()
+    plaintext = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    address = f"127.0.0.1:{free_ports(1)[0]}"
+    script = write_tls_script(tls, address, plaintext, IDLE_S, PROGRAM, folder)
+    (folder / "rays.cfg").write_text(RAYS)
+    rays = ["-db", "-f", str(folder / "rays.cfg"), "-dR"]
+    with subprocess.Popen([script, *rays], stderr=subprocess.PIPE) as haproxy:
+        try:
+            async with asyncio.timeout(SOON):
+                while not await listens(address):
+                    assert haproxy.poll() is None, haproxy.communicate()
+                    await asyncio.sleep(0.05)
+            yield address
+        finally:
+            haproxy.kill()
+            haproxy.communicate(timeout=SOON)
+            await server.stop(None)
+
+
+async def listens(address: str) -> bool:
+    host, port = address.split(":")
+    try:
+        _, writer = await asyncio.open_connection(host, int(port))
+    except OSError:
+        return False
+    writer.close()
+    return True
+
+
+async def answer(address: str, tls: Tls | None) -> tuple[str, str]:
+    """Status of a call over a new connection, and what the client reports to its user."""
+    async with Access(tls=tls).async_channel(address) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await channel.unary_unary("/some.Service/Method")(b"", timeout=SOON)
+    error = raised.value
+    return error.code().name, str(status_error(address, error.code(), str(error.details())))
+
+
+@needs_haproxy
+async def test_tls(certificates: Certificates, tmp_path: Path) -> None:
+    tls = certificates.server()
+    async with tls_listener(tls, tmp_path / "a folder") as address:
+        assert (await answer(address, Tls(certificates.trusted.file)))[0] == SERVED
+        for stranger in (None, Tls(), Tls(certificates.strange.file)):
+            status, message = await answer(address, stranger)
+            assert (status, "--tls" in message) == ("UNAVAILABLE", True), message
+
+
+@needs_haproxy
+async def test_mtls(certificates: Certificates, tmp_path: Path) -> None:
+    trusted = certificates.trusted
+    caller, stranger = trusted.issue("caller"), certificates.strange.issue("stranger")
+    expired = trusted.issue("late", days=0)
+    async with tls_listener(certificates.server(mutual=True), tmp_path / "folder") as address:
+        assert (await answer(address, Tls(trusted.file, *caller)))[0] == SERVED
+        others = [Tls(trusted.file), *(Tls(trusted.file, *pair) for pair in (stranger, expired))]
+        for other in (None, *others):
+            status, message = await answer(address, other)
+            assert (status, "--cert" in message) == ("UNAVAILABLE", True), message

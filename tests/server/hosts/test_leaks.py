@@ -18,14 +18,15 @@ from concertina.v1 import generation_service_pb2 as pb
 from concertina.v1 import session_service_pb2 as session_pb
 from concertina.v1.generation_service_pb2_grpc import GenerationServiceStub
 from concertina.v1.session_service_pb2_grpc import SessionServiceStub
+from server.api.servicers import make_servicers
 from server.bundles.bundle import Bundle
 from server.config import EngineConfig, ServeConfig
-from server.engine.engine import Engine
 from server.hosts.local import make_server
 from server.ops.ports import free_ports
+from server.sessions.served_model import ServedModel
 from server.snapshots.sealer import Sealer
-from server.snapshots.snapshots import Keeper
 from server.snapshots.store import Store
+from server.snapshots.writer import SnapshotWriter
 from tests.server.engines import LIMIT_S, is_empty, until
 
 KEEP_MS, TTL_S = 50, 0.05
@@ -105,12 +106,14 @@ async def test_nothing_is_left_of_those_who_left(
 ) -> None:
     (port,) = free_ports(1)
     store = Store(f"file://{tmp_path}/store")
-    keeper = Keeper(store, Sealer.for_this_process(), 60.0)
+    keeper = SnapshotWriter(store, Sealer.for_this_process(), 60.0)
     # Blocks of prompts are kept for those who begin alike, up to a limit: that is no leak.
-    engine = Engine(
+    model = ServedModel(
         text, EngineConfig(slots=4, threads=1, snapshot_interval=8, prefix_cache_bytes=0), keeper
     )
-    server = make_server(ServeConfig((text.folder,), port=port), {text.name: engine}, keeper)
+    server = make_server(
+        ServeConfig((text.folder,), port=port), make_servicers(None, {text.name: model}, keeper)
+    )
     await server.start()
     channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")
 
@@ -120,7 +123,7 @@ async def test_nothing_is_left_of_those_who_left(
         await callers.come_and_go(count)
         assert callers.left["cut"] == callers.left["deleted"] == count // 2
         assert min(callers.left.values()) >= count // 20, callers.left
-        await until(lambda: is_empty(engine), 20)
+        await until(lambda: is_empty(model), 20)
         assert await asyncio.to_thread(keeper.flush, LIMIT_S)
         assert not callers.deleted & {path.name for path in tmp_path.rglob("*")}
         await asyncio.sleep(TTL_S * 2)
@@ -137,5 +140,5 @@ async def test_nothing_is_left_of_those_who_left(
     finally:
         await channel.close()
         await server.stop(None)
-        engine.close()
+        model.close()
         keeper.close(LIMIT_S)

@@ -21,12 +21,12 @@ from concertina.v1 import generation_service_pb2 as pb
 from concertina.v1 import generation_service_pb2_grpc as generation_grpc
 from concertina.v1 import model_service_pb2 as model_pb
 from concertina.v1 import model_service_pb2_grpc as model_grpc
-from server.api.generation import open_engines
+from server.api.servicers import make_servicers
 from server.auth.api_keys import Caller, new_key, write_keys
 from server.config import MEBIBYTE, EngineConfig, ServeConfig
-from server.engine.engine import Engine
 from server.hosts.local import make_server
 from server.ops.ports import free_ports
+from server.sessions.served_model import ServedModel, serve_bundles
 from tests.server.engines import LIMIT_S, Gate, is_empty, script, until
 
 TEXT, IMAGE = "tiny-text", "tiny-image"
@@ -38,7 +38,7 @@ class Served:
     """A running server."""
 
     config: ServeConfig
-    engines: dict[str, Engine]
+    engines: dict[str, ServedModel]
 
 
 Serve = Callable[..., Awaitable[Served]]
@@ -46,28 +46,28 @@ Serve = Callable[..., Awaitable[Served]]
 
 @pytest.fixture(scope="module")
 def engines(text_bundle: Path, image_bundle: Path) -> Any:
-    opened = open_engines([text_bundle, image_bundle], EngineConfig(threads=1))
+    opened = serve_bundles([text_bundle, image_bundle], EngineConfig(threads=1))
     yield opened
-    for engine in opened.values():
-        engine.close()
+    for model in opened.values():
+        model.close()
 
 
 @pytest.fixture
-async def serve(engines: dict[str, Engine], text_bundle: Path) -> AsyncIterator[Serve]:
+async def serve(engines: dict[str, ServedModel], text_bundle: Path) -> AsyncIterator[Serve]:
     """Starts servers with these settings; in the end no engine may hold anything."""
     servers: list[grpc.aio.Server] = []
 
     async def serve(**settings: Any) -> Served:
         (port,) = free_ports(1)
         config = replace(ServeConfig((text_bundle,), port=port), **settings)
-        servers.append(make_server(config, engines))
+        servers.append(make_server(config, make_servicers(config.keys, engines)))
         await servers[-1].start()
         return Served(config, engines)
 
     yield serve
     for server in servers:
         await server.stop(None)
-    await until(lambda: all(is_empty(engine) for engine in engines.values()), limit_s=10)
+    await until(lambda: all(is_empty(model) for model in engines.values()), limit_s=10)
 
 
 class Calls:
@@ -218,7 +218,7 @@ async def test_a_key_has_a_quota_of_streams(serve: Serve, connect: Any, keys: An
         events = reader.stream(IMAGE)
         first = await events.read()
         assert (first.error.code, first.error.retryable) == ("RESOURCE_EXHAUSTED", True)
-        assert "3 streams are running" in first.error.message
+        assert "3 streams run or wait" in first.error.message
         assert await events.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
         assert (await refusal(reader.score(IMAGE)))[0] == "RESOURCE_EXHAUSTED"
         assert await connect(served, other).generate(IMAGE, outputs=4) == IMAGE
@@ -282,7 +282,7 @@ async def test_nothing_of_a_stream_is_told_to_anyone_else(
 ) -> None:
     path, secret = keys(Caller("writer"))
     served = await serve(keys=path)
-    runtime: Any = served.engines[TEXT]._loop.runtime
+    runtime: Any = served.engines[TEXT].engine.runtime
     monkeypatch.setattr(runtime, "step", runtime.step)
     asked, written = b"Xanthippe asks, ", b"Zebedee writes; "
     script(served.engines[TEXT], (asked + written * 5)[:96])
@@ -303,7 +303,7 @@ async def test_nothing_of_a_stream_is_told_to_anyone_else(
         request.prompt.text *= 100
         del request.stopping.stop[:]
         told.append((await refusal(anext(aiter(calls.send(request)))))[1])
-        monkeypatch.setattr("server.sessions.registry.generate_request", lambda *_: {}[0])
+        monkeypatch.setattr("server.api.generation.generate_request", lambda *_: {}[0])
         told.append((await refusal(anext(aiter(calls.send(request)))))[1])
     assert "the log is being read" in caplog.text and "ZeroDivisionError" in caplog.text
     assert all(told), told

@@ -1,4 +1,4 @@
-"""The parts of the Ray home that need no cluster; tests/e2e has the rest."""
+"""The parts of the Ray host that need no cluster; tests/e2e has the rest."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ app: Any = pytest.importorskip("server.hosts.ray_app")
 def replica(**parts: object) -> Any:
     """A replica that has only these parts."""
     found = object.__new__(app.Replica)
-    vars(found).update(_engines={}, _watcher=None, _keeper=None, **parts)
+    vars(found).update(served={}, watcher=None, snapshots=None, **parts)
     return found
 
 
@@ -35,15 +35,15 @@ class Refusing:
 
 def test_a_dead_engine_makes_a_replica_unhealthy() -> None:
     ours = replica()
-    ours._engines = {"a": SimpleNamespace(alive=True, close=lambda: None)}
+    ours.served = {"a": SimpleNamespace(alive=True, close=lambda: None)}
     ours.check_health()
-    ours._engines["b"] = SimpleNamespace(alive=False, close=lambda: None)
+    ours.served["b"] = SimpleNamespace(alive=False, close=lambda: None)
     with pytest.raises(RuntimeError, match="the engine of b has died"):
         ours.check_health()
 
 
 async def test_ray_gets_a_response_even_for_a_refused_call() -> None:
-    ours, codes = replica(_generation=Refusing(), _models=Refusing()), []
+    ours, codes = replica(generation=Refusing(), models=Refusing()), []
     context: Any = SimpleNamespace(set_code=codes.append)
     assert await ours.Score(pb.ScoreRequest(), context) == pb.ScoreResponse()
     assert await ours.GetModel(model_pb.GetModelRequest(), context) == model_pb.GetModelResponse()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from server.config import MEBIBYTE, ConfigError, ServeConfig
-from server.hosts import ray_environment as switches
+from server.hosts import ray_environment as environment
 from server.hosts.ray_environment import DIRECT, GRPC_HOST, HAPROXY, PORTS, PYTHON_PROXY, data_path
 from tests.certificates import Certificates
 
@@ -19,21 +19,21 @@ def installed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     """Whether Ray would find an HAProxy."""
     found: bool = request.param
     monkeypatch.delenv("RAY_SERVE_ENABLE_HA_PROXY", raising=False)
-    monkeypatch.setattr(switches, "find_spec", lambda name: object() if found else None)
-    monkeypatch.setattr(switches.shutil, "which", lambda name: None)
+    monkeypatch.setattr(environment, "find_spec", lambda name: object() if found else None)
+    monkeypatch.setattr(environment.shutil, "which", lambda name: None)
     return found
 
 
 def test_the_data_path(installed: bool, tmp_path: Path) -> None:
-    one = switches.switches(CONFIG, tmp_path)
-    two = switches.switches(ServeConfig(CONFIG.bundles, replicas=2), tmp_path)
+    one = environment.ray_environment(CONFIG, tmp_path)
+    two = environment.ray_environment(ServeConfig(CONFIG.bundles, replicas=2), tmp_path)
     assert data_path(one) == (HAPROXY if installed else DIRECT)
     assert data_path(two) == (HAPROXY if installed else PYTHON_PROXY)
 
 
 def test_haproxy_can_be_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "0")
-    values = switches.switches(CONFIG, tmp_path)
+    values = environment.ray_environment(CONFIG, tmp_path)
     assert data_path(values) == DIRECT
     assert values["RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT"] == "9012"
 
@@ -41,13 +41,16 @@ def test_haproxy_can_be_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_replica_listens_where_it_has_to(installed: bool, tmp_path: Path) -> None:
     """Behind HAProxy on loopback, whatever the host; without it, it is what callers connect to."""
     config = ServeConfig(CONFIG.bundles, host="0.0.0.0")
-    host = switches.switches(config, tmp_path)[GRPC_HOST]
+    host = environment.ray_environment(config, tmp_path)[GRPC_HOST]
     assert host == ("127.0.0.1" if installed else "0.0.0.0")
 
 
 def test_servers_on_one_machine_do_not_meet(tmp_path: Path) -> None:
     here, there = tmp_path / "here", tmp_path / "there"
-    one, other = switches.switches(CONFIG, here), switches.switches(CONFIG, there)
+    one, other = (
+        environment.ray_environment(CONFIG, here),
+        environment.ray_environment(CONFIG, there),
+    )
     assert len({one[port] for port in PORTS}) == len(PORTS)
     paths = [name for name, value in one.items() if value.startswith(str(here))]
     assert len(paths) == 5
@@ -59,13 +62,16 @@ def test_tls_is_at_the_public_port_and_plaintext_on_loopback(
     certificates: Certificates, tmp_path: Path
 ) -> None:
     config = replace(CONFIG, host="0.0.0.0", tls=certificates.server())
-    values = switches.switches(config, tmp_path)
-    plain = switches.plain_port(config, values)
-    assert plain != config.port == switches.plain_port(CONFIG, {})
-    edge = (tmp_path / "tls.cfg").read_text()
-    assert "bind 0.0.0.0:9012 ssl " in edge and f"server plaintext 127.0.0.1:{plain}" in edge
-    assert "verify required" not in edge
-    switches.switches(replace(config, tls=certificates.server(mutual=True)), tmp_path)
+    values = environment.ray_environment(config, tmp_path)
+    plain = environment.plain_port(config, values)
+    assert plain != config.port == environment.plain_port(CONFIG, {})
+    config_file = (tmp_path / "tls.cfg").read_text()
+    assert (
+        "bind 0.0.0.0:9012 ssl " in config_file
+        and f"server plaintext 127.0.0.1:{plain}" in config_file
+    )
+    assert "verify required" not in config_file
+    environment.ray_environment(replace(config, tls=certificates.server(mutual=True)), tmp_path)
     assert "verify required" in (tmp_path / "tls.cfg").read_text()
     for file in ("certificate.pem", "haproxy"):
         assert (tmp_path / file).stat().st_mode & 0o077 == 0
@@ -76,21 +82,21 @@ def test_tls_needs_haproxy(
 ) -> None:
     monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "0")
     with pytest.raises(ConfigError, match="needs HAProxy"):
-        switches.switches(replace(CONFIG, tls=certificates.server()), tmp_path)
+        environment.ray_environment(replace(CONFIG, tls=certificates.server()), tmp_path)
 
 
 def test_messages_have_the_size_that_was_asked_for(tmp_path: Path) -> None:
     config = ServeConfig(CONFIG.bundles, max_message_bytes=3 * MEBIBYTE)
-    values = switches.switches(config, tmp_path)
+    values = environment.ray_environment(config, tmp_path)
     assert values["RAY_SERVE_GRPC_MAX_MESSAGE_SIZE"] == str(3 * MEBIBYTE)
 
 
-def test_ray_knows_every_switch(installed: bool, tmp_path: Path) -> None:
+def test_ray_knows_every_variable(installed: bool, tmp_path: Path) -> None:
     """They are internals of Ray: one that a new release renames would be ignored without a word."""
     ray = find_spec("ray")
     assert ray is not None and ray.origin is not None
     source = (Path(ray.origin).parent / "serve/_private/constants.py").read_text()
-    values = [*switches.switches(CONFIG, tmp_path), switches.HAPROXY_PROGRAM]
+    values = [*environment.ray_environment(CONFIG, tmp_path), environment.HAPROXY_PROGRAM]
     names = [name for name in values if name.startswith("RAY_SERVE_")]
     assert len(names) > 15
     assert [name for name in names if f'"{name}"' not in source] == []

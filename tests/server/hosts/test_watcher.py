@@ -23,21 +23,22 @@ from concertina.v1 import generation_service_pb2 as pb
 from concertina.v1 import generation_service_pb2_grpc as generation_grpc
 from concertina.v1 import model_service_pb2 as model_pb
 from concertina.v1 import model_service_pb2_grpc as model_grpc
+from server.api.servicers import make_servicers
 from server.bundles.bundle import load_bundle
 from server.config import EngineConfig, ServeConfig
-from server.engine.engine import Engine
 from server.hosts.local import make_server
 from server.hosts.watcher import Watcher
 from server.ops.ports import free_ports
+from server.sessions.served_model import ServedModel
 from server.snapshots.sealer import Sealer
-from server.snapshots.snapshots import Keeper
 from server.snapshots.store import Store
+from server.snapshots.writer import SnapshotWriter
 from tests.server.bundle_folders import damage, put
 from tests.server.engines import LIMIT_S, Gate, until
 
 TEXT, IMAGE = "tiny-text", "tiny-image"
 CONFIG = EngineConfig(threads=1, slots=2, snapshot_interval=8)
-LOOKS_S = 0.3  # enough for many looks
+SCANS_S = 0.3  # enough for many scans
 SEALER = Sealer([bytes(range(32))])
 
 
@@ -52,8 +53,8 @@ class Home:
     health: Any
 
     @property
-    def engines(self) -> dict[str, Engine]:
-        return self.watcher.engines
+    def engines(self) -> dict[str, ServedModel]:
+        return self.watcher.models
 
     def stream(self, model: str, tokens: int = 20, **fields: Any) -> Any:
         stopping = pb.StoppingCriteria(max_tokens=tokens, ignore_eos=True)
@@ -76,16 +77,16 @@ class Home:
         assert await self.listed() == wanted
 
 
-def _listed(engines: dict[str, Engine]) -> dict[str, str]:
-    return {name: engine.bundle.manifest.fingerprint for name, engine in engines.items()}
+def _listed(engines: dict[str, ServedModel]) -> dict[str, str]:
+    return {name: model.bundle.manifest.fingerprint for name, model in engines.items()}
 
 
 Start = Callable[..., Awaitable[Home]]
 
 
 @pytest.fixture
-async def keeper(tmp_path: Path) -> AsyncIterator[Keeper]:
-    keeper = Keeper(Store(f"file://{tmp_path}/store"), SEALER, 60.0)
+async def keeper(tmp_path: Path) -> AsyncIterator[SnapshotWriter]:
+    keeper = SnapshotWriter(Store(f"file://{tmp_path}/store"), SEALER, 60.0)
     yield keeper
     keeper.close(LIMIT_S)
 
@@ -97,7 +98,7 @@ def directory(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-async def start(directory: Path, keeper: Keeper) -> AsyncIterator[Start]:
+async def start(directory: Path, keeper: SnapshotWriter) -> AsyncIterator[Start]:
     """Starts servers of the directory; in the end none of their threads may be left."""
     homes: list[tuple[Watcher, grpc.aio.Server, grpc.aio.Channel]] = []
     before = set(threading.enumerate())
@@ -106,7 +107,8 @@ async def start(directory: Path, keeper: Keeper) -> AsyncIterator[Start]:
         (port,) = free_ports(1)
         config = ServeConfig((), directory, port=port, drain_seconds=drain_seconds, engine=CONFIG)
         watcher = Watcher(config, {}, keeper, period_s=0.02)
-        server = make_server(config, watcher.engines, keeper, watcher.leaving)
+        servicers = make_servicers(None, watcher.models, keeper, watcher.draining)
+        server = make_server(config, servicers)
         channel = grpc.aio.insecure_channel(config.address)
         homes.append((watcher, server, channel))
         watcher.start()
@@ -190,55 +192,55 @@ async def test_a_bundle_that_goes_ends_its_streams_well(
     image = put(image_bundle, directory / "b")
     home = await start()
     alone = await home.generate(TEXT)
-    engine = home.engines[TEXT]
-    with Gate(engine) as gate:
+    model = home.engines[TEXT]
+    with Gate(model) as gate:
         running = home.stream(TEXT)
         await gate.held("step")
         shutil.rmtree(directory / "a")
         await home.serves(tiny_image=image)
         status, details = await refused(home.stream(TEXT))
         assert status == "NOT_FOUND" and IMAGE in details
-        await asyncio.sleep(LOOKS_S)
-        assert engine.alive and reserved(TEXT)
+        await asyncio.sleep(SCANS_S)
+        assert model.alive and reserved(TEXT)
         gate.let(float("inf"))
         assert tokens(await rest(running)) == tokens(alone)
-    await until(lambda: not home.watcher.leaving)
-    assert not engine.alive and not reserved(TEXT)
+    await until(lambda: not home.watcher.draining)
+    assert not model.alive and not reserved(TEXT)
     assert names(await home.generate(IMAGE)) == ["accepted", "tokens", "finished"]
-    gone = weakref.ref(engine._loop.runtime)
-    del engine, gate
+    gone = weakref.ref(model.engine.runtime)
+    del model, gate
     await until(lambda: (gc.collect(), gone() is None)[1])
 
 
 async def test_those_who_do_not_end_in_time_are_told(
-    start: Start, directory: Path, text_bundle: Path, keeper: Keeper
+    start: Start, directory: Path, text_bundle: Path, keeper: SnapshotWriter
 ) -> None:
     """What is kept and stored goes on wherever the same bundle is; what is not, ends."""
     put(text_bundle, directory / "a")
     home = await start(drain_seconds=0)
     alone = tokens(await home.generate(TEXT))
-    engine = home.engines[TEXT]
-    with Gate(engine) as gate:
+    model = home.engines[TEXT]
+    with Gate(model) as gate:
         plain, kept = home.stream(TEXT), home.stream(TEXT, keep={"seconds": 60})
         await gate.held("step")
-        await until(lambda: len(engine._loop.sessions) == 2)
+        await until(lambda: len(model.table) == 2)
         gate.let(5)
         await gate.held("step")
         shutil.rmtree(directory / "a")
         await home.serves()
-        await until(lambda: engine._loop._inbox)  # it is to hand over
+        await until(lambda: model.engine.num_actions)  # it is to hand over
         gate.let(2)  # it publishes at the end of a turn
         had = await rest(kept)
-        await until(lambda: engine._loop._closing)
+        await until(lambda: model.engine.closing)
         gate.let(float("inf"))
         told = await rest(plain)
     assert names(told)[-1] == "error" and "taken down" in told[-1].error.message
     assert names(had)[-1] == "handed_over"
-    await until(lambda: not home.watcher.leaving)
+    await until(lambda: not home.watcher.draining)
     resume = pb.ResumeRequest(
         stream_id=had[0].accepted.stream_id,
         after_sequence=had[-1].sequence,
-        received=[pb.Received(tokens=len(tokens(had)))],
+        cursors=[pb.ResumeCursor(tokens=len(tokens(had)))],
     )
     status, _ = await refused(home.generation.Resume(resume, timeout=LIMIT_S))
     assert status == "NOT_FOUND"
@@ -261,7 +263,7 @@ async def test_an_upgrade_ends_what_began_before_it_on_the_old_bundle(
         await gate.held("step")
         new = put(text_bundle, directory / "a", version="2")
         await home.serves(tiny_text=new)
-        assert reserved(TEXT) == 2 * before._loop.runtime.nbytes
+        assert reserved(TEXT) == 2 * before.engine.runtime.nbytes
         assert (await home.generate(TEXT))[0].accepted.fingerprint == new
         accepted = await running.read()
         assert accepted.accepted.fingerprint == old
@@ -271,9 +273,9 @@ async def test_an_upgrade_ends_what_began_before_it_on_the_old_bundle(
         resume = pb.ResumeRequest(stream_id=stream_id, after_sequence=1)
         back = await rest(home.generation.Resume(resume, timeout=LIMIT_S))
         assert tokens(back) == alone and names(back)[-1] == "finished"
-    await until(lambda: not home.watcher.leaving)
+    await until(lambda: not home.watcher.draining)
     assert not before.alive and home.engines[TEXT].alive
-    assert reserved(TEXT) == home.engines[TEXT]._loop.runtime.nbytes
+    assert reserved(TEXT) == home.engines[TEXT].engine.runtime.nbytes
     status, details = await refused(home.generation.Resume(resume, timeout=LIMIT_S))
     assert status == "DATA_LOSS" and "another bundle" in details
 
@@ -290,17 +292,17 @@ async def test_a_bundle_that_cannot_be_used_takes_nothing_down(
     """Damaged, or no graph; in place of one that was served, or new."""
     text = put(text_bundle, directory / "a")
     home = await start()
-    engine = home.engines[TEXT]
+    model = home.engines[TEXT]
     with caplog.at_level(logging.ERROR, logger="server"):
         put(text_bundle, directory / "a", version, graph=b"not a graph")
         put(image_bundle, directory / "b", version)
         damage(directory / "b")
         await until(lambda: len(caplog.records) >= 2)
-        await asyncio.sleep(LOOKS_S)
+        await asyncio.sleep(SCANS_S)
     reasons = " ".join(record.getMessage() + (record.exc_text or "") for record in caplog.records)
     assert len(caplog.records) == 2
     assert "step.onnx has" in reasons and "step.onnx cannot be loaded" in reasons
-    assert home.engines == {TEXT: engine}
+    assert home.engines == {TEXT: model}
     assert names(await home.generate(TEXT)) == ["accepted", "tokens", "finished"]
     assert await home.listed() == {TEXT: text}
     text = put(text_bundle, directory / "a", version="3")
@@ -316,9 +318,9 @@ async def test_of_two_with_one_name_the_first_stays(
     with caplog.at_level(logging.ERROR, logger="server"):
         second = put(text_bundle, directory / "a", version="2")
         await until(lambda: caplog.records)
-        await asyncio.sleep(LOOKS_S)
+        await asyncio.sleep(SCANS_S)
     (record,) = caplog.records
-    assert f"{directory / 'a'} is named 'tiny-text', as is" in record.getMessage()
+    assert f"{directory / 'a'} has the name 'tiny-text' of" in record.getMessage()
     await home.serves(tiny_text=first)
     shutil.rmtree(directory / "b")
     await home.serves(tiny_text=second)
@@ -329,10 +331,10 @@ async def test_a_folder_may_get_another_name(
 ) -> None:
     put(text_bundle, directory / "a")
     home = await start()
-    engine = home.engines[TEXT]
+    model = home.engines[TEXT]
     (directory / "a").rename(directory / "b")
-    await asyncio.sleep(LOOKS_S)
-    assert home.engines == {TEXT: engine} and engine.alive and not home.watcher.leaving
+    await asyncio.sleep(SCANS_S)
+    assert home.engines == {TEXT: model} and model.alive and not home.watcher.draining
     shutil.rmtree(directory / "b")
     await until(lambda: not home.engines)
 
@@ -345,9 +347,9 @@ async def test_a_directory_that_cannot_be_read_changes_nothing(
     with caplog.at_level(logging.ERROR, logger="server"):
         directory.rename(directory.with_name("away"))
         await until(lambda: caplog.records)
-        await asyncio.sleep(LOOKS_S)
+        await asyncio.sleep(SCANS_S)
     (record,) = caplog.records
-    assert "cannot be read" in record.getMessage()
+    assert f"cannot read {directory}" in record.getMessage()
     await home.serves(tiny_text=text)
     directory.with_name("away").rename(directory)
     shutil.rmtree(directory / "a")
@@ -363,13 +365,13 @@ async def test_loading_does_not_hold_up_the_loop(
         time.sleep(load_s)
         return load_bundle(folder)
 
-    def open_slowly(*arguments: Any) -> Engine:
+    def open_slowly(*arguments: Any) -> ServedModel:
         time.sleep(load_s)
-        return Engine(*arguments)
+        return ServedModel(*arguments)
 
     home = await start()
     monkeypatch.setattr("server.bundles.scanner.load_bundle", slowly)
-    monkeypatch.setattr("server.hosts.watcher.Engine", open_slowly)
+    monkeypatch.setattr("server.hosts.watcher.ServedModel", open_slowly)
     put(text_bundle, directory / "a")
     async with asyncio.timeout(LIMIT_S):
         while not home.engines:
@@ -385,13 +387,13 @@ async def test_whoever_stops_meanwhile_leaves_no_engine(
     """The fixture sees to it that no thread is left."""
     opening = threading.Event()
 
-    def open_slowly(*arguments: Any) -> Engine:
+    def open_slowly(*arguments: Any) -> ServedModel:
         opening.set()
         time.sleep(0.3)
-        return Engine(*arguments)
+        return ServedModel(*arguments)
 
     home = await start()
-    monkeypatch.setattr("server.hosts.watcher.Engine", open_slowly)
+    monkeypatch.setattr("server.hosts.watcher.ServedModel", open_slowly)
     put(text_bundle, directory / "a")
     await until(opening.is_set)
     await home.watcher.stop()

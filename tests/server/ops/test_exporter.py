@@ -72,7 +72,7 @@ def test_port_0_serves_nothing() -> None:
         pass
 
 
-def test_health_is_told_by_status() -> None:
+def test_health_sets_the_status() -> None:
     (port,) = free_ports(1)
     said = [True, False]
     with exporting("127.0.0.1", port, lambda: said.pop(0)):

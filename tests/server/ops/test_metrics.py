@@ -8,16 +8,25 @@ from prometheus_client import REGISTRY
 
 from concertina.bundle.resources import KIND_NAMES
 from server.bundles.bundle import Bundle
-from server.engine.engine import Engine
-from server.engine.events import Finish
+from server.checkpoint import Finish
 from server.errors import Overloaded
 from server.ops import metrics
-from tests.server.engines import Gate, ask, change_logits, generate, read, script, together, until
+from tests.server.engines import (
+    DrivenModel,
+    Gate,
+    ask,
+    change_logits,
+    generate,
+    read,
+    script,
+    together,
+    until,
+)
 
-Start = Callable[..., Engine]
+Start = Callable[..., DrivenModel]
 
 
-def _value(name: str, **labels: str) -> float:
+def value_of(name: str, **labels: str) -> float:
     labels = {"model_name": "tiny-text", **labels}
     return REGISTRY.get_sample_value(f"concertina_{name}", labels) or 0.0
 
@@ -26,18 +35,18 @@ def _counts() -> dict[str, float]:
     """Everything that only ever grows."""
     finished = ("max_tokens", "stop", "end", "time_limit", "scored", "cancelled", "error")
     return {
-        "prompt": _value("prompt_tokens_total"),
-        "generated": _value("generation_tokens_total"),
-        "folds": _value("folds_total"),
-        "first tokens": _value("time_to_first_token_seconds_count"),
-        "gaps": _value("inter_token_latency_seconds_count"),
-        "queued": _value("stream_queue_time_seconds_count"),
-        "ended": _value("e2e_stream_latency_seconds_count"),
-        "steps": _value("step_seconds_count", phase="decode"),
-        "chunks": _value("step_seconds_count", phase="prefill"),
-        "rows": _value("step_batch_size_sum"),
-        "refused": _value("streams_rejected_total", reason="queue_full"),
-        **{why: _value("streams_finished_total", finished_reason=why) for why in finished},
+        "prompt": value_of("prompt_tokens_total"),
+        "generated": value_of("generation_tokens_total"),
+        "folds": value_of("folds_total"),
+        "first tokens": value_of("time_to_first_token_seconds_count"),
+        "gaps": value_of("inter_token_latency_seconds_count"),
+        "queued": value_of("stream_queue_time_seconds_count"),
+        "ended": value_of("e2e_stream_latency_seconds_count"),
+        "steps": value_of("step_seconds_count", phase="decode"),
+        "chunks": value_of("step_seconds_count", phase="prefill"),
+        "rows": value_of("step_batch_size_sum"),
+        "refused": value_of("requests_refused_total", reason="queue_full"),
+        **{why: value_of("streams_finished_total", finished_reason=why) for why in finished},
     }
 
 
@@ -47,9 +56,9 @@ def _grown(before: dict[str, float]) -> dict[str, float]:
 
 async def test_what_a_stream_counts(text: Bundle, start: Start) -> None:
     """A prompt of 11 and 10 tokens more: 21 are pushed, 11 of them in two chunks, 2 blocks fold."""
-    engine, before = start(text), _counts()
-    await generate(engine, ask(b"some prompt", max_tokens=10))
-    await until(lambda: _value("streams_running") == 0)
+    model, before = start(text), _counts()
+    await generate(model, ask(b"some prompt", max_tokens=10))
+    await until(lambda: value_of("streams_running") == 0)
     assert _grown(before) == {
         "prompt": 11,
         "generated": 10,
@@ -66,50 +75,50 @@ async def test_what_a_stream_counts(text: Bundle, start: Start) -> None:
 
 
 async def test_a_step_counts_once_and_its_tokens_all(text: Bundle, start: Start) -> None:
-    engine, before = start(text), _counts()
-    with together(engine):
-        streams = [engine.submit(ask(max_tokens=5)) for _ in range(3)]
+    model, before = start(text), _counts()
+    with together(model):
+        streams = [model.submit(ask(max_tokens=5)) for _ in range(3)]
     for stream in streams:
-        await read(engine, stream)
+        await read(model, stream)
     grown = _grown(before)
     assert [grown[name] for name in ("steps", "rows", "generated", "gaps")] == [5, 15, 15, 4]
 
 
 async def test_an_idle_engine_is_no_slow_step(text: Bundle, start: Start) -> None:
-    engine, before = start(text), _counts()
+    model, before = start(text), _counts()
     for _ in range(2):
-        await generate(engine, ask(max_tokens=5))
-        await until(lambda: engine._loop.passes._last_step_at is None, limit_s=10)
+        await generate(model, ask(max_tokens=5))
+        await until(lambda: model.engine.decoding.is_resting, limit_s=10)
     assert _grown(before)["gaps"] == 2 * 4
 
 
 async def test_what_a_score_counts(text: Bundle, start: Start) -> None:
-    engine, before = start(text), _counts()
-    await generate(engine, ask(b"x" * 16, score=True))
+    model, before = start(text), _counts()
+    await generate(model, ask(b"x" * 16, score=True))
     assert _grown(before) == {
         "prompt": 16, "folds": 2, "queued": 1, "ended": 1, "chunks": 2, "scored": 1
     }  # fmt: skip
 
 
 async def test_why_streams_ended(text: Bundle, start: Start) -> None:
-    engine, before = start(text, slots=1, queue_limit=1, stream_buffer=20), _counts()
-    script(engine, b"one two".ljust(text.context))
+    model, before = start(text, slots=1, queue_limit=1, stream_buffer=20), _counts()
+    script(model, b"one two".ljust(text.context))
     for fields in ({"stop": ("two",)}, {"stop_tokens": frozenset(b"w")}, {"end_token": ord("w")}):
-        await generate(engine, ask(max_tokens=9, **fields))
-    await generate(engine, ask(max_tokens=90, time_limit_s=1e-6))
-    stalled = engine.submit(ask(max_tokens=90))
+        await generate(model, ask(max_tokens=9, **fields))
+    await generate(model, ask(max_tokens=90, time_limit_s=1e-6))
+    stalled = model.submit(ask(max_tokens=90))
     await until(lambda: stalled.paused)
-    engine.cancel(stalled)
+    model.cancel(stalled)
     await until(lambda: stalled.ended)
-    change_logits(engine, lambda logits, _: logits * np.nan)
-    await generate(engine, ask())
-    with Gate(engine) as gate:
-        streams = [engine.submit(ask()) for _ in range(2)]
+    change_logits(model, lambda logits, _: logits * np.nan)
+    await generate(model, ask())
+    with Gate(model) as gate:
+        streams = [model.submit(ask()) for _ in range(2)]
         with pytest.raises(Overloaded):
-            engine.submit(ask())
+            model.submit(ask())
         gate.let(float("inf"))
         for stream in streams:
-            await read(engine, stream)
+            await read(model, stream)
     grown = _grown(before)
     reasons = ("stop", "end", "time_limit", "cancelled", "error", "refused", "ended")
     assert [grown[why] for why in reasons] == [2, 1, 1, 1, 3, 1, 8]
@@ -118,19 +127,19 @@ async def test_why_streams_ended(text: Bundle, start: Start) -> None:
 async def test_what_an_engine_holds(
     text: Bundle, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(metrics, "_GAUGE_INTERVAL_S", 0.0)  # after every step
+    monkeypatch.setattr(metrics, "GAUGE_INTERVAL_S", 0.0)  # after every step
 
     def held() -> dict[str, float]:
         return {
-            **{where: _value(f"streams_{where}") for where in ("running", "waiting", "paused")},
-            **{kind: _value("state_bytes", kind=kind) for kind in KIND_NAMES.values()},
+            **{where: value_of(f"streams_{where}") for where in ("running", "waiting", "paused")},
+            **{kind: value_of("state_bytes", kind=kind) for kind in KIND_NAMES.values()},
         }
 
-    engine = start(text, slots=2, stream_buffer=10)
-    assert _value("state_buffer_bytes") == 3 * text.max_state_bytes
-    with Gate(engine) as gate:
-        with together(engine):
-            streams = [engine.submit(ask(max_tokens=n)) for n in (12, 30, 30)]
+    model = start(text, slots=2, stream_buffer=10)
+    assert value_of("state_buffer_bytes") == 3 * text.max_state_bytes
+    with Gate(model) as gate:
+        with together(model):
+            streams = [model.submit(ask(max_tokens=n)) for n in (12, 30, 30)]
         await gate.held("step")
         await gate.let_one("step")
         await gate.let_one("step")
@@ -146,18 +155,18 @@ async def test_what_an_engine_holds(
         await gate.let_one("step")
         assert held() == {"running": 1, "waiting": 0, "paused": 2} | text.state_bytes(1)
     for stream in streams:
-        await read(engine, stream)
+        await read(model, stream)
     await until(lambda: not any(held().values()))
     assert (REGISTRY.get_sample_value("concertina_process_resident_memory_bytes") or 0) > 1e7
 
 
 async def test_times_are_seconds(text: Bundle, start: Start) -> None:
     names = ("time_to_first_token", "inter_token_latency", "e2e_stream_latency")
-    before = [_value(f"{name}_seconds_sum") for name in names]
+    before = [value_of(f"{name}_seconds_sum") for name in names]
     ending = (await generate(start(text), ask(max_tokens=50))).ending
     assert isinstance(ending, Finish)
     first, gaps, whole = (
-        _value(f"{name}_seconds_sum") - sum_ for name, sum_ in zip(names, before, strict=True)
+        value_of(f"{name}_seconds_sum") - sum_ for name, sum_ in zip(names, before, strict=True)
     )
     assert first == pytest.approx(ending.first_token_s)
     assert whole == pytest.approx(ending.total_s, abs=0.05)

@@ -14,16 +14,16 @@ import onnxruntime as ort
 import pytest
 
 from server.bundles.bundle import Bundle, load_bundle
+from server.checkpoint import SavedState
 from server.config import ConfigError, EngineConfig, Provider
-from server.engine.engine import Engine
-from server.engine.kv_cache import Cache, Parked
-from server.engine.stream import Request
+from server.engine.kv_cache import Cache
 from server.errors import BundleError
+from server.request import Request, prompt_of
 from server.runtime import onnx_session as runtime
 from server.runtime.device_state import DeviceRows
 from server.runtime.onnx_session import Runtime
 from tests.checkpoints import export_tiny
-from tests.server.engines import generate
+from tests.server.engines import DrivenModel, generate
 
 SLOTS = 3
 GPU_TOLERANCE = 0.02
@@ -46,8 +46,8 @@ def fixed(tiny_bundles: Path) -> Bundle:
 @pytest.fixture
 def cpu_as_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """The code for devices, on the processor."""
-    monkeypatch.setitem(runtime._PROVIDERS, "cuda", ["CPUExecutionProvider"])
-    monkeypatch.setitem(runtime._DEVICES, "cuda", "cpu")
+    monkeypatch.setitem(runtime.PROVIDERS, "cuda", ["CPUExecutionProvider"])
+    monkeypatch.setitem(runtime.DEVICES, "cuda", "cpu")
 
 
 def caches(bundle: Bundle, prefix_bytes: int = 0) -> list[Cache]:
@@ -65,7 +65,7 @@ def random_course(bundle: Bundle, seed: int, check: Callable[[Any, Any], None]) 
     vocabulary = bundle.manifest.vocabulary
     both = caches(bundle, prefix_bytes=10**6)
     prompt = rng.integers(vocabulary, size=bundle.context)
-    parked: list[list[Parked]] = []
+    parked: list[list[SavedState]] = []
     for _ in range(80):
         host = both[0]
         action = rng.integers(6)
@@ -75,17 +75,17 @@ def random_course(bundle: Bundle, seed: int, check: Callable[[Any, Any], None]) 
         elif action == 1 and host.num_free:
             length = int(rng.integers(1, bundle.context - 4))
             for cache in both:
-                cache.seat(prompt)
-            assert both[0].bench_pushed == both[1].bench_pushed
-            while host.bench_pushed < length:
-                begin = host.bench_pushed
+                cache.start_prefill(prompt)
+            assert both[0].prefill_pushed == both[1].prefill_pushed
+            while host.prefill_pushed < length:
+                begin = host.prefill_pushed
                 part = prompt[begin : min(length, begin + host.block_room)]
                 check(*(cache.prefill(part, logits=True).copy() for cache in both))
             for cache in both:
                 cache.join()
         elif action == 2 and host.num_running:
             row = int(rng.integers(host.num_running))
-            parked.append([cache.park(row) for cache in both])
+            parked.append([cache.save(row) for cache in both])
             for name, values in parked[-1][0].state.items():
                 assert parked[-1][1].state[name].dtype == values.dtype
                 check(values, parked[-1][1].state[name])
@@ -124,7 +124,7 @@ def test_any_course_of_events_gives_the_same(bundle: Bundle, seed: int) -> None:
 @pytest.mark.usefixtures("cpu_as_device")
 def test_buffers_are_as_large_as_promised(bundle: Bundle) -> None:
     device = Runtime(bundle, 3, threads=1, provider="cuda")
-    assert isinstance(device._rows, DeviceRows)
+    assert isinstance(device.rows, DeviceRows)
     assert device.nbytes == 3 * bundle.max_state_bytes
 
 
@@ -227,14 +227,14 @@ def test_a_bundle_in_float32_is_told_how_to_be_exported(fixed_bundle: Path) -> N
 @pytest.mark.usefixtures("cpu_as_device")
 async def test_an_engine_writes_the_same_on_a_device(fixed: Bundle) -> None:
     told = []
-    start = np.array([fixed.manifest.vocabulary])
+    start = prompt_of(fixed.manifest.vocabulary, [], fixed.typecode)
     providers: tuple[Provider, ...] = ("cpu", "cuda")
     for provider in providers:
-        engine = Engine(fixed, EngineConfig(slots=2, threads=1, provider=provider))
+        model = DrivenModel(fixed, EngineConfig(slots=2, threads=1, provider=provider))
         try:
-            told.append(await generate(engine, Request(start, max_tokens=20)))
+            told.append(await generate(model, Request(start, max_tokens=20)))
         finally:
-            engine.close()
+            model.close()
     assert told[0].tokens == told[1].tokens and len(told[0].tokens) == 20
 
 

@@ -9,9 +9,10 @@ import numpy.typing as npt
 import pytest
 
 from server.bundles.bundle import Bundle
-from server.engine.kv_cache import Cache, Parked
+from server.checkpoint import SavedState
+from server.engine.kv_cache import Cache
 from server.errors import BundleError
-from server.runtime.host_state import Extent
+from server.runtime.host_state import StateLength
 from server.runtime.onnx_session import Runtime
 
 Logits = Callable[[list[int]], npt.NDArray[np.float64]]
@@ -24,7 +25,7 @@ def runtime(bundle: Bundle) -> Runtime:
     runtime = Runtime(bundle, SLOTS + 1, threads=1)
     for tensor in bundle.manifest.state:
         if len(tensor.shape) == 3:
-            runtime._rows.buffers[tensor.name].fill(np.nan)
+            runtime.rows.buffers[tensor.name].fill(np.nan)
     return runtime
 
 
@@ -40,7 +41,7 @@ def test_prefill_in_chunks_gives_the_logits_of_the_model(
 ) -> None:
     tokens = _tokens(bundle, np.random.default_rng(chunk), bundle.context)
     cache = Cache(bundle, runtime, SLOTS)
-    cache.seat()
+    cache.start_prefill()
     got: list[npt.NDArray[np.float32]] = []
     while len(got) < len(tokens):
         part = tokens[len(got) :][: min(chunk, cache.block_room)]
@@ -62,7 +63,7 @@ def test_streams_that_come_and_go_get_the_logits_of_the_model(
     cache = Cache(bundle, runtime, SLOTS)
     prompts = [_tokens(bundle, rng, int(rng.integers(9, bundle.context + 1))) for _ in range(12)]
     expected = [model(tokens) for tokens in prompts]
-    coming, rows, away = list(range(12)), list[int](), list[tuple[Parked, int]]()
+    coming, rows, away = list(range(12)), list[int](), list[tuple[SavedState, int]]()
 
     def leave(row: int) -> None:
         moved = cache.leave(row)
@@ -81,10 +82,10 @@ def test_streams_that_come_and_go_get_the_logits_of_the_model(
             if rng.random() < 0.3:
                 cache.begin()
             else:
-                cache.seat()
+                cache.start_prefill()
                 ahead = int(rng.integers(1, len(prompts[stream])))
-                while cache.bench_pushed < ahead:
-                    at = cache.bench_pushed
+                while cache.prefill_pushed < ahead:
+                    at = cache.prefill_pushed
                     end = min(ahead, at + min(cache.block_room, int(rng.integers(1, 9))))
                     cache.prefill(np.array(prompts[stream][at:end]))
                 cache.join()
@@ -93,7 +94,7 @@ def test_streams_that_come_and_go_get_the_logits_of_the_model(
             continue
         if rng.random() < 0.15:
             row = int(rng.integers(len(rows)))
-            away.append((cache.park(row), rows[row]))
+            away.append((cache.save(row), rows[row]))
             leave(row)
             continue
         seen = cache.pushed.tolist()
@@ -109,7 +110,7 @@ def test_streams_that_come_and_go_get_the_logits_of_the_model(
 def test_state_read_and_written_is_the_same_state(bundle: Bundle, runtime: Runtime) -> None:
     runtime.reset(0)
     runtime.prefill(0, np.arange(5), 0, 0)
-    far = Extent(entries=5, tokens=5)
+    far = StateLength(entries=5, tokens=5)
     state = runtime.read(0, far)
     runtime.write(3, far, state)
     again = runtime.read(3, far)

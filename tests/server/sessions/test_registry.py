@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from concertina.v1 import generation_service_pb2 as pb
-from server.api.context import send
+from server.api.generation import send
 from server.api.validate import resume_request
-from server.auth.api_keys import ANYONE, Caller
+from server.auth.api_keys import Caller
 from server.bundles.bundle import Bundle
 from server.config import EngineConfig
-from server.engine.engine import Engine
+from server.engine.restore import BEGINNING, ResumeCursor
 from server.errors import (
     EngineStopped,
     InvalidRequest,
@@ -24,15 +24,12 @@ from server.errors import (
     UnknownModel,
     UnknownSession,
 )
-from server.sessions.registry import Following, Sessions, hand_over
-from server.sessions.subscriber import NOTHING, Received
-from server.snapshots.sealer import Sealer
-from server.snapshots.snapshots import Keeper
-from server.snapshots.store import Store
+from server.sessions import reviver
+from server.sessions.registry import Attachment, SessionRegistry, hand_over
 from tests.server.engines import LIMIT_S, Gate, is_empty, until
+from tests.server.replicas import Replica
 
 KEEP = {"keep": {"seconds": 60}}
-SEALER = Sealer([bytes(range(32))])
 
 
 @dataclass
@@ -41,7 +38,7 @@ class Had:
 
     stream_id: str = ""
     sequence: int = 0
-    outputs: dict[int, pb.Received] = field(default_factory=dict)
+    outputs: dict[int, pb.ResumeCursor] = field(default_factory=dict)
     texts: dict[int, str] = field(default_factory=dict)
     ids: dict[int, list[int]] = field(default_factory=dict)
     logprobs: dict[int, list[float]] = field(default_factory=dict)
@@ -76,10 +73,10 @@ class Had:
             case other:
                 raise AssertionError(f"{other}: {event.error.message}")
 
-    def received(self, outputs: int, ids: bool = False) -> list[Received]:
+    def received(self, outputs: int, ids: bool = False) -> list[ResumeCursor]:
         """The same, as the server is told it."""
         return [
-            Received(
+            ResumeCursor(
                 len(self.ids.get(output, [])),
                 len(self.texts.get(output, "")),
                 len(self.prompt),
@@ -97,7 +94,7 @@ class Had:
         return self.ids, self.texts, logs, [round(x, 3) for x in self.prompt], ends
 
 
-async def follow(following: Following, had: Had, first: int, events: int | None = None) -> None:
+async def follow(following: Attachment, had: Had, first: int, events: int | None = None) -> None:
     """Reads so many events of a stream, or all of them, and goes away."""
     sent = send(following, had.sequence, durable=False)
     async with asyncio.timeout(LIMIT_S):
@@ -108,40 +105,22 @@ async def follow(following: Following, had: Had, first: int, events: int | None 
         await sent.aclose()
 
 
-Cluster = Callable[..., Sessions]
+Cluster = Callable[..., Replica]
 
 
 @pytest.fixture
 async def cluster(text: Bundle, tmp_path: Path) -> AsyncIterator[Cluster]:
     """Starts replicas that share a store; none may hold anything in the end."""
-    replicas: list[Sessions] = []
+    replicas: list[Replica] = []
 
-    def start(**settings: Any) -> Sessions:
+    def start(**settings: Any) -> Replica:
         config = EngineConfig(threads=1, **{"snapshot_interval": 8, "slots": 4, **settings})
-        keeper = Keeper(Store(f"file://{tmp_path}/store"), SEALER, 60.0)
-        replicas.append(Sessions({text.name: Engine(text, config, keeper)}, keeper))
+        replicas.append(Replica(text, config, f"file://{tmp_path}/store"))
         return replicas[-1]
 
     yield start
-    for sessions in replicas:
-        (engine,) = sessions.engines.values()
-        engine.close()
-        assert sessions.keeper is not None
-        sessions.keeper.close(LIMIT_S)
-
-
-def engine_of(sessions: Sessions) -> Engine:
-    (engine,) = sessions.engines.values()
-    return engine
-
-
-def kill(sessions: Sessions) -> None:
-    """What SIGKILL would leave of a replica: nothing but what was stored by then."""
-    engine = engine_of(sessions)
-    assert sessions.keeper is not None
-    assert sessions.keeper.flush(LIMIT_S)
-    engine._loop._keeper = None
-    engine.close()
+    for replica in replicas:
+        replica.close()
 
 
 def request(max_tokens: int = 40, **fields: Any) -> pb.GenerateRequest:
@@ -152,10 +131,10 @@ def request(max_tokens: int = 40, **fields: Any) -> pb.GenerateRequest:
     )
 
 
-async def whole(sessions: Sessions, wanted: pb.GenerateRequest, first: int = 9) -> Had:
+async def whole(sessions: Replica, wanted: pb.GenerateRequest, first: int = 9) -> Had:
     """An undisturbed stream."""
     had = Had()
-    await follow(await sessions.start(engine_of(sessions), wanted, ANYONE), had, first)
+    await follow(await sessions.start(wanted), had, first)
     await sessions.delete(had.stream_id, "")
     return had
 
@@ -184,7 +163,7 @@ async def test_a_reader_comes_back(cluster: Cluster, case: str, events: int) -> 
     wanted = request(**CASES[case])
     expected = await whole(sessions, wanted)
     had, outputs = Had(), max(1, wanted.output.n)
-    await follow(await sessions.start(engine_of(sessions), wanted, ANYONE), had, 9, events)
+    await follow(await sessions.start(wanted), had, 9, events)
     while len(had.endings) < outputs:
         received = had.received(outputs)
         await follow(await sessions.follow(had.stream_id, "", received), had, 9, events)
@@ -200,12 +179,12 @@ async def test_another_replica_goes_on(cluster: Cluster, case: str, events: int,
     expected = await whole(last, wanted)
     had, outputs = Had(), max(1, wanted.output.n)
     first = cluster()
-    await follow(await first.start(engine_of(first), wanted, ANYONE), had, 9, events)
-    kill(first)
+    await follow(await first.start(wanted), had, 9, events)
+    first.kill()
     second = cluster()
     received = had.received(outputs, ids)
     await follow(await second.follow(had.stream_id, "", received), had, 9, events)
-    kill(second)
+    second.kill()
     await follow(await last.follow(had.stream_id, "", had.received(outputs, ids)), had, 9)
     assert had.content == expected.content
 
@@ -218,14 +197,14 @@ async def test_a_stop_string_half_met_is_met_elsewhere(cluster: Cluster) -> None
     wanted = request(60, sampling={"seed": 5})
     wanted.stopping.stop.append(stop)
     first, second, had = cluster(), cluster(), Had()
-    with Gate(engine_of(first)) as gate:
-        following = await first.start(engine_of(first), wanted, ANYONE)
+    with Gate(first.model) as gate:
+        following = await first.start(wanted)
         gate.let(at + 5)  # the prompt is one pass or two
         await asyncio.sleep(0.2)
         await follow(following, had, 9, 2)
         gate.let(float("inf"))
         await until(lambda: following.session.ended)
-        kill(first)
+        first.kill()
     await follow(await second.follow(had.stream_id, "", had.received(1)), had, 9)
     assert had.texts[0] == text[:at]
     assert had.endings[0].stop == stop
@@ -235,10 +214,10 @@ async def test_a_stream_that_ended_is_told_again(cluster: Cluster) -> None:
     first, second = cluster(), cluster()
     wanted = request()
     had = Had()
-    following = await first.start(engine_of(first), wanted, ANYONE)
+    following = await first.start(wanted)
     await follow(following, had, 9, 2)
     await until(lambda: following.session.ended)
-    kill(first)
+    first.kill()
     for _ in range(2):
         again = replace(had, ids={0: list(had.ids.get(0, []))}, texts=dict(had.texts), endings={})
         await follow(await second.follow(had.stream_id, "", had.received(1)), again, 9)
@@ -251,25 +230,25 @@ async def test_a_key_that_was_used_attaches(cluster: Cluster) -> None:
     wanted = request(idempotency_key="once")
     wanted.sampling.ClearField("seed")
     had, again, elsewhere = Had(), Had(), Had()
-    await follow(await first.start(engine_of(first), wanted, ANYONE), had, 9, 4)
-    await follow(await first.start(engine_of(first), wanted, ANYONE), again, 9)
+    await follow(await first.start(wanted), had, 9, 4)
+    await follow(await first.start(wanted), again, 9)
     assert again.stream_id == had.stream_id
     assert again.ids[0][: len(had.ids[0])] == had.ids[0]
-    kill(first)
-    await follow(await second.start(engine_of(second), wanted, ANYONE), elsewhere, 9)
+    first.kill()
+    await follow(await second.start(wanted), elsewhere, 9)
     assert elsewhere.content == again.content
-    other = await second.start(engine_of(second), request(idempotency_key="other"), ANYONE)
-    assert other.session.terms.stream_id != had.stream_id
-    second_owner = await second.start(engine_of(second), wanted, Caller("somebody else"))
-    assert second_owner.session.terms.stream_id != had.stream_id
+    other = await second.start(request(idempotency_key="other"))
+    assert other.session.lease.stream_id != had.stream_id
+    second_owner = await second.start(wanted, Caller("somebody else"))
+    assert second_owner.session.lease.stream_id != had.stream_id
     for following in (other, second_owner):
-        await engine_of(second).forget(following.session)
-    held = engine_of(second).find(had.stream_id, "")
+        await second.model.forget(following.session)
+    held = second.model.find(had.stream_id, "")
     assert held is not None
-    readers = held.readers
+    readers = held.subscribers
     with pytest.raises(InvalidRequest, match="idempotency_key"):
-        await second.start(engine_of(second), request(39, idempotency_key="once"), ANYONE)
-    assert held.readers == readers  # nobody was sent away for it
+        await second.start(request(39, idempotency_key="once"))
+    assert held.subscribers == readers  # nobody was sent away for it
 
 
 async def test_streams_are_handed_over(cluster: Cluster) -> None:
@@ -277,18 +256,18 @@ async def test_streams_are_handed_over(cluster: Cluster) -> None:
     last = cluster()
     expected = await whole(last, wanted)
     first, had = cluster(), Had()
-    with Gate(engine_of(first)) as gate:
-        following = await first.start(engine_of(first), wanted, ANYONE)
+    with Gate(first.model) as gate:
+        following = await first.start(wanted)
         gate.let(30)
         await gate.held("step")
-        handing = asyncio.create_task(hand_over(first.engines.values(), first.keeper))
+        handing = asyncio.create_task(hand_over([first.model], first.snapshots))
         reading = asyncio.create_task(follow(following, had, 9))
         await asyncio.sleep(0.05)
         gate.let(1)
         await asyncio.wait_for(asyncio.gather(handing, reading), LIMIT_S)
     assert had.handed_over
     assert not had.endings
-    await until(lambda: is_empty(engine_of(first)))
+    await until(lambda: is_empty(first.model))
     assert 0 < len(had.ids[0]) < 80
     with pytest.raises(EngineStopped):  # else it would go on where it was
         await first.follow(had.stream_id, "", had.received(1))
@@ -298,7 +277,7 @@ async def test_streams_are_handed_over(cluster: Cluster) -> None:
 
 async def test_only_the_owner_finds_a_stream(cluster: Cluster) -> None:
     sessions, had = cluster(), Had()
-    await follow(await sessions.start(engine_of(sessions), request(), Caller("me")), had, 9, 3)
+    await follow(await sessions.start(request(), Caller("me")), had, 9, 3)
     for owner in ("", "you"):
         with pytest.raises(UnknownSession):
             await sessions.follow(had.stream_id, owner, [])
@@ -310,21 +289,22 @@ async def test_only_the_owner_finds_a_stream(cluster: Cluster) -> None:
 async def test_who_comes_back_while_a_stream_is_deleted_does_not_revive_it(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sessions, had = cluster(), Had()
-    await follow(await sessions.start(engine_of(sessions), request(), ANYONE), had, 9)
-    keeper, loop = sessions.keeper, asyncio.get_running_loop()
-    assert keeper is not None and keeper.flush(LIMIT_S)
-    forget, revived = keeper.forget, list[Any]()
+    sessions, had, loop = cluster(), Had(), asyncio.get_running_loop()
+    await follow(await sessions.start(request()), had, 9)
+    snapshots, revived = sessions.snapshots, list[Any]()
+    assert snapshots.flush(LIMIT_S)
+    forget = snapshots.forget
 
-    def slow_to_forget(terms: Any) -> None:  # the engine has forgotten it, and the store not yet
-        back = asyncio.run_coroutine_threadsafe(sessions.at_rest(had.stream_id, ""), loop)
-        revived.append(back.result(LIMIT_S))
-        forget(terms)
+    def slow_to_forget(owner: str, stream_id: str) -> None:
+        """What somebody does between the model's forgetting and the store's."""
+        back = reviver.at_rest(sessions.registry, stream_id, owner)
+        revived.append(asyncio.run_coroutine_threadsafe(back, loop).result(LIMIT_S))
+        forget(owner, stream_id)
 
-    monkeypatch.setattr(keeper, "forget", slow_to_forget)
+    monkeypatch.setattr(snapshots, "forget", slow_to_forget)
     await sessions.delete(had.stream_id, "")
     assert revived
-    assert is_empty(engine_of(sessions))
+    assert is_empty(sessions.model)
     with pytest.raises(UnknownSession):
         await sessions.follow(had.stream_id, "", [])
 
@@ -340,30 +320,30 @@ async def test_what_is_not_there_is_unknown(cluster: Cluster, stream_id: str) ->
 async def test_a_stream_is_forgotten_when_it_was_kept_long_enough(cluster: Cluster) -> None:
     sessions, had = cluster(stream_buffer=4), Had()
     wanted = request(80, keep={"nanos": 200_000_000})
-    await follow(await sessions.start(engine_of(sessions), wanted, ANYONE), had, 9, 3)
-    assert engine_of(sessions).find(had.stream_id, "") is not None
-    await until(lambda: is_empty(engine_of(sessions)), 10)
+    await follow(await sessions.start(wanted), had, 9, 3)
+    assert sessions.model.find(had.stream_id, "") is not None
+    await until(lambda: is_empty(sessions.model), 10)
 
 
 async def test_without_keep_a_stream_ends_with_its_reader(cluster: Cluster) -> None:
     sessions, had = cluster(), Had()
     wanted = request(80)
     wanted.ClearField("keep")
-    await follow(await sessions.start(engine_of(sessions), wanted, ANYONE), had, 9, 3)
-    await until(lambda: is_empty(engine_of(sessions)), 10)
+    await follow(await sessions.start(wanted), had, 9, 3)
+    await until(lambda: is_empty(sessions.model), 10)
     with pytest.raises(UnknownSession):
         await sessions.follow(had.stream_id, "", [])
 
 
 async def test_a_second_reader_sends_the_first_away(cluster: Cluster) -> None:
     sessions = cluster()
-    with Gate(engine_of(sessions)) as gate:
-        following = await sessions.start(engine_of(sessions), request(), ANYONE)
+    with Gate(sessions.model) as gate:
+        following = await sessions.start(request())
         gate.let(12)
         await gate.held("step")
         events = send(following, 0, durable=False)
         stream_id = (await anext(events)).accepted.stream_id
-        attaching = asyncio.create_task(sessions.follow(stream_id, "", [NOTHING]))
+        attaching = asyncio.create_task(sessions.follow(stream_id, "", [BEGINNING]))
         await asyncio.sleep(0.05)
         gate.let(float("inf"))
         second = await asyncio.wait_for(attaching, LIMIT_S)
@@ -377,28 +357,28 @@ async def test_a_second_reader_sends_the_first_away(cluster: Cluster) -> None:
 
 async def test_a_snapshot_of_another_bundle_is_refused(cluster: Cluster, text: Bundle) -> None:
     first, had = cluster(), Had()
-    await follow(await first.start(engine_of(first), request(), ANYONE), had, 9, 12)
-    kill(first)
+    await follow(await first.start(request()), had, 9, 12)
+    first.kill()
     second = cluster()
-    engine = engine_of(second)
+    model = second.model
     manifest = type(text.manifest)()
     manifest.CopyFrom(text.manifest)
     manifest.fingerprint = "0" * 64
-    engine.bundle = replace(text, manifest=manifest)
+    model.bundle = replace(text, manifest=manifest)
     with pytest.raises(SnapshotRefused, match="another bundle"):
         await second.follow(had.stream_id, "", had.received(1))
-    engine.bundle = text
-    elsewhere = Sessions({"other": engine}, second.keeper)
+    model.bundle = text
+    elsewhere = SessionRegistry({"other": model}, second.snapshots)
     with pytest.raises(UnknownModel):
-        await elsewhere.follow(had.stream_id, "", had.received(1))
+        await reviver.follow(elsewhere, had.stream_id, "", had.received(1))
 
 
 @pytest.mark.parametrize(
     ("told", "reason"),
     [
         ({"after_sequence": 2**64 - 1}, "after_sequence"),
-        ({"received": [{"tokens": 2**64 - 1}]}, "received.tokens"),
-        ({"received": [{"characters": 2**64 - 1}]}, "received.characters"),
+        ({"cursors": [{"tokens": 2**64 - 1}]}, "cursors.tokens"),
+        ({"cursors": [{"characters": 2**64 - 1}]}, "cursors.characters"),
     ],
 )
 def test_what_cannot_have_been_received_is_refused(told: dict[str, Any], reason: str) -> None:
@@ -409,10 +389,10 @@ def test_what_cannot_have_been_received_is_refused(told: dict[str, Any], reason:
 async def test_a_token_that_is_none_is_not_pushed(cluster: Cluster) -> None:
     """It would have failed the step of everybody in the batch."""
     first, second, had = cluster(snapshot_interval=1_000), cluster(), Had()
-    await follow(await first.start(engine_of(first), request(), ANYONE), had, 9, 5)
-    engine_of(first)._loop._keeper = None
-    kill(first)
-    received = [Received(3, 3, last_ids=(1, 256, 3))]
+    await follow(await first.start(request()), had, 9, 5)
+    first.die()
+    first.kill()
+    received = [ResumeCursor(3, 3, last_ids=(1, 256, 3))]
     with pytest.raises(InvalidRequest, match=r"last_ids has 256; .* below 256"):
         await second.follow(had.stream_id, "", received)
 
@@ -423,15 +403,15 @@ async def test_what_a_reader_knew_is_told_to_the_next(cluster: Cluster) -> None:
     last = cluster()
     expected = await whole(last, wanted)
     first, had = cluster(snapshot_interval=1_000), Had()
-    with Gate(engine_of(first)) as gate:
-        following = await first.start(engine_of(first), wanted, ANYONE)
+    with Gate(first.model) as gate:
+        following = await first.start(wanted)
         gate.let(20)
         await gate.held("step")
-        engine_of(first)._loop._keeper = None
+        first.die()
         gate.let(float("inf"))
         await follow(following, had, 9)
-    kill(first)
+    first.kill()
     await follow(await last.follow(had.stream_id, "", had.received(1)), had, 9)
     again = Had(had.stream_id, 1)
-    await follow(await last.follow(had.stream_id, "", [NOTHING]), again, 9)
+    await follow(await last.follow(had.stream_id, "", [BEGINNING]), again, 9)
     assert again.content == expected.content

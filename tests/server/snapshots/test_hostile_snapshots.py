@@ -15,21 +15,15 @@ from hypothesis import strategies as st
 
 from concertina.v1 import generation_service_pb2 as pb
 from concertina.v1 import snapshot_pb2
-from server.api.context import send
-from server.auth.api_keys import ANYONE
+from server.api.generation import send
 from server.bundles.bundle import Bundle
 from server.config import EngineConfig
-from server.engine.engine import Engine
 from server.errors import RequestError, SnapshotRefused
-from server.sessions.registry import Sessions
-from server.snapshots.sealer import Sealer
-from server.snapshots.snapshots import Keeper
-from server.snapshots.store import Store
-from tests.server.engines import LIMIT_S, is_empty, until
+from tests.server.engines import is_empty, until
 from tests.server.hostile import FORMS, Tally, examples, harmless, messages
+from tests.server.replicas import SEALER, Replica
 
 SOON_S = 10.0
-SEALER = Sealer([bytes(range(32))])
 EDGES: dict[str, tuple[float, ...]] = {
     "pushed": (0, 1, 7, 8, 9, 95, 96, 97, 2**63),
     "base_tokens": (0, 1, 95, 2**64 - 1),
@@ -43,11 +37,9 @@ EDGES: dict[str, tuple[float, ...]] = {
 class Forger:
     """Takes a real snapshot, changes what it says, seals it rightly, and has it imported."""
 
-    def __init__(self, runner: asyncio.Runner, engine: Engine, keeper: Keeper) -> None:
+    def __init__(self, runner: asyncio.Runner, replica: Replica) -> None:
         self.runner = runner
-        self.engine = engine
-        self.keeper = keeper
-        self.sessions = Sessions({engine.bundle.name: engine}, keeper)
+        self.replica = replica
         self.sealed = {"paused": runner.run(self._make(20)), "finished": runner.run(self._make(0))}
 
     async def _make(self, paused_at: int) -> bytes:
@@ -59,14 +51,16 @@ class Forger:
             output={"logprobs": 1},
             keep={"seconds": 60},
         )
-        following = await self.sessions.start(self.engine, wanted, ANYONE)
+        following = await self.replica.start(wanted)
         session = following.session
         if paused_at:
             await until(lambda: session.streams[0].generated >= paused_at)
-            await self.engine.pause(session)
+            await self.replica.model.pause(session)
         await until(lambda: session.ended)
-        sealed = self.keeper.export(self.engine.bundle, session.terms, session.pasts)
-        await self.sessions.delete(session.terms.stream_id, "")
+        sealed = self.replica.snapshots.export(
+            self.replica.model.bundle, session.lease, session.checkpoints
+        )
+        await self.replica.delete(session.lease.stream_id)
         return sealed
 
     def opened(self, kind: str) -> tuple[snapshot_pb2.SnapshotHeader, snapshot_pb2.Snapshot]:
@@ -80,23 +74,20 @@ class Forger:
 
     async def _bring(self, sealed: bytes) -> bool:
         try:
-            stored = self.keeper.import_(sealed, "")
-            await self.sessions.adopt(stored, "brought")
+            snapshot = self.replica.snapshots.import_(sealed, "")
+            stream_id = await self.replica.adopt(snapshot)
         except RequestError as error:
-            assert error.code.name != "INTERNAL"
+            assert error.status != "INTERNAL"
             assert harmless(error.message)
-            await self._forget()
+            assert is_empty(self.replica.model)
             return False
-        following = await self.sessions.follow("brought", "", ())
+        following = await self.replica.follow(stream_id)
         async for event in send(following, 0, durable=True):
             assert event.error.code != "INTERNAL", event.error.message
             assert harmless(event.error.message)
-        await self._forget()
+        await self.replica.delete(stream_id)
+        await until(lambda: is_empty(self.replica.model))
         return True
-
-    async def _forget(self) -> None:
-        await self.sessions.delete("brought", "")
-        await until(lambda: is_empty(self.engine))
 
 
 @pytest.fixture
@@ -104,11 +95,10 @@ def forger(text: Bundle, tmp_path: Any) -> Iterator[Forger]:
     """Over an engine of its own."""
     with ExitStack() as opened:
         runner = opened.enter_context(asyncio.Runner())
-        keeper = Keeper(Store(f"file://{tmp_path}/store"), SEALER, 60.0)
-        opened.callback(keeper.close, LIMIT_S)
-        engine = Engine(text, EngineConfig(slots=4, threads=1), keeper)
-        opened.callback(engine.close)
-        yield Forger(runner, engine, keeper)
+        config = EngineConfig(slots=4, threads=1)
+        replica = Replica(text, config, f"file://{tmp_path}/store")
+        opened.callback(replica.close)
+        yield Forger(runner, replica)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -125,7 +115,7 @@ def test_damaged_snapshots_are_refused(form: str, forger: Forger) -> None:
         for one in damaged:
             tally.cases += 1
             with pytest.raises(SnapshotRefused) as refused:
-                forger.keeper.import_(one, "")
+                forger.replica.snapshots.import_(one, "")
             assert harmless(refused.value.message)
     tally.close()
 
@@ -162,13 +152,13 @@ def _forge(
         case 2:
             output.generated = data.draw(st.binary(max_size=200))
         case 3:
-            output.finished.CopyFrom(data.draw(messages(pb.Finished)))
+            output.finish.CopyFrom(data.draw(messages(snapshot_pb2.StoredFinish)))
         case 4:
-            output.ClearField("finished")
+            output.ClearField("finish")
         case 5:
             del output.logprobs[data.draw(st.integers(0, 3)) :]
         case 6:
-            snapshot.request.MergeFrom(data.draw(messages(pb.GenerateRequest)))
+            snapshot.request.MergeFrom(data.draw(messages(snapshot_pb2.StoredRequest)))
         case 7:
             snapshot.outputs.add().CopyFrom(data.draw(messages(snapshot_pb2.OutputSnapshot)))
         case 8:

@@ -6,9 +6,8 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-from server.engine.sampling.logits_processors import LogitRules
-from server.engine.sampling.logprobs import TokenLogprobs
-from server.engine.sampling.sampler import SamplingParameters
+from server.checkpoint import TokenLogprobs
+from server.request import LogitsProcessors, SamplingParameters
 
 _NOTHING = float("-inf")
 _CLOSE = 1e-9
@@ -28,7 +27,7 @@ def distribution(
 
     Raises Ambiguous where a test could not tell a bug from rounding.
     """
-    rules = parameters.rules or LogitRules()
+    rules = parameters.processors or LogitsProcessors()
     logits = [_changed(token, x, rules, prompt, output) for token, x in enumerate(logits)]
     best = max(logits)
     if best == _NOTHING:
@@ -66,7 +65,7 @@ def logprobs(logits: Sequence[float], token: int, top: int) -> TokenLogprobs:
 
 
 def _changed(
-    token: int, logit: float, rules: LogitRules, prompt: Sequence[int], output: Sequence[int]
+    token: int, logit: float, rules: LogitsProcessors, prompt: Sequence[int], output: Sequence[int]
 ) -> float:
     for biased, bias in rules.bias:
         if token == biased:

@@ -11,16 +11,16 @@ from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from server.engine.sampling import sampler
-from server.engine.sampling.logits_processors import LogitRules, Memory
+from server.engine.sampling.logits_processors import PenaltyState
 from server.engine.sampling.sampler import (
-    NOTHING_LEFT,
+    NO_TOKEN_LEFT,
     Numbers,
     SamplingBatch,
-    SamplingParameters,
     philox,
     sample,
     uniform,
 )
+from server.request import LogitsProcessors, SamplingParameters, prompt_of
 from tests.server.engine.sampling.plain_sampler import Ambiguous, distribution, draw
 
 U64 = (1 << 64) - 1
@@ -116,19 +116,19 @@ SETTINGS = [
     SamplingParameters(temperature=0.7, top_k=8, top_p=0.9, min_p=0.1, typical_p=0.5, seed=99),
     SamplingParameters(output=5, seed=99),
     *(
-        SamplingParameters(seed=99, rules=rules)
+        SamplingParameters(seed=99, processors=rules)
         for rules in (
-            LogitRules(bias=((1, -2.5), (10, 11.0))),
-            LogitRules(allowed=(2, 3, 9)),
-            LogitRules(bad_words=((4,), (9, 1), (0, 9, 9), (9, 0, 9, 3), (1, 6, 6, 9, 3))),
-            LogitRules(min_tokens=6, withheld=(1, 9)),
-            LogitRules(min_tokens=5, withheld=(1, 9)),
-            LogitRules(repetition_penalty=1.7),
-            LogitRules(repetition_penalty=0.6),
-            LogitRules(frequency_penalty=0.4),
-            LogitRules(frequency_penalty=-0.4),
-            LogitRules(presence_penalty=1.5),
-            LogitRules(
+            LogitsProcessors(bias=((1, -2.5), (10, 11.0))),
+            LogitsProcessors(allowed=(2, 3, 9)),
+            LogitsProcessors(bad_words=((4,), (9, 1), (0, 9, 9), (9, 0, 9, 3), (1, 6, 6, 9, 3))),
+            LogitsProcessors(min_tokens=6, withheld=(1, 9)),
+            LogitsProcessors(min_tokens=5, withheld=(1, 9)),
+            LogitsProcessors(repetition_penalty=1.7),
+            LogitsProcessors(repetition_penalty=0.6),
+            LogitsProcessors(frequency_penalty=0.4),
+            LogitsProcessors(frequency_penalty=-0.4),
+            LogitsProcessors(presence_penalty=1.5),
+            LogitsProcessors(
                 bias=((9, 3.0), (0, -1.0)),
                 allowed=(0, 1, 3, 4, 6, 9),
                 bad_words=((9, 4),),
@@ -147,10 +147,10 @@ SETTINGS = [
 def test_tokens_are_drawn_as_often_as_they_should_be(parameters: SamplingParameters) -> None:
     expected = np.array(distribution(LOGITS, parameters, PROMPT, OUTPUT))
     count = 4000
-    memory = _memory(parameters, len(LOGITS), PROMPT, OUTPUT)
-    batch = SamplingBatch.of([parameters] * count, [memory] * count)
+    penalties = _penalties(parameters, len(LOGITS), PROMPT, OUTPUT)
+    batch = SamplingBatch.of([parameters] * count, [penalties] * count)
     logits = np.tile(np.array(LOGITS, np.float32), (count, 1))
-    if memory is None:
+    if penalties is None:
         tokens = sample(logits, batch, np.arange(count))
     else:  # a position is that of a token: other numbers come from other seeds
         seeds = np.arange(count, dtype=np.uint64)
@@ -163,19 +163,21 @@ def test_tokens_are_drawn_as_often_as_they_should_be(parameters: SamplingParamet
     assert _chi_square(counts[possible], expected[possible]) < _critical(possible.sum() - 1)
 
 
-def _memory(
+def _penalties(
     parameters: SamplingParameters,
     vocabulary: int,
     prompt: Sequence[int] = (),
     output: Sequence[int] = (),
-) -> Memory | None:
+) -> PenaltyState | None:
     """Of a stream that has generated `output`, token by token."""
-    if parameters.rules is None:
+    if parameters.processors is None:
         return None
-    memory = Memory.of(parameters.rules, np.array([vocabulary, *prompt], np.int64), vocabulary)
+    penalties = PenaltyState.of(
+        parameters.processors, prompt_of(vocabulary, [*prompt], "H"), vocabulary
+    )
     for token in output:
-        SamplingBatch.of([parameters], [memory]).remember(np.array([token]))
-    return memory
+        SamplingBatch.of([parameters], [penalties]).remember(np.array([token]))
+    return penalties
 
 
 def test_the_drawn_token_is_where_the_number_falls() -> None:
@@ -257,7 +259,7 @@ def test_top_p_counts_what_top_k_left() -> None:
 def test_top_p_is_reached_when_it_is_met_exactly() -> None:
     weights = np.array([[0.125, 0.5, 0.25, 0.125]])
     for top_p, floor in [(0.49, 0.5), (0.5, 0.5), (0.51, 0.25), (0.75, 0.25), (0.76, 0.125)]:
-        assert sampler._floors(weights, np.array([0]), np.array([top_p])).tolist() == [floor]
+        assert sampler.floors(weights, np.array([0]), np.array([top_p])).tolist() == [floor]
 
 
 Parameters = st.builds(
@@ -274,7 +276,7 @@ Parameters = st.builds(
 @pytest.mark.parametrize("seed", range(40))
 def test_a_row_does_not_notice_the_others(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    rules = LogitRules(
+    rules = LogitsProcessors(
         bias=((3, 2.0),), bad_words=((7,), (8, 9)), repetition_penalty=1.2, presence_penalty=0.3
     )
     rows = [
@@ -285,22 +287,22 @@ def test_a_row_does_not_notice_the_others(seed: int) -> None:
             min_p=float(rng.choice([0, 0, 0.05, 1])),
             typical_p=float(rng.choice([0.2, 0.9, 1, 1, 1])),
             output=int(rng.integers(3)),
-            rules=rules if rng.random() < 0.5 else None,
+            processors=rules if rng.random() < 0.5 else None,
             seed=int(rng.integers(U64, dtype=np.uint64)),
         )
         for _ in range(12)
     ]
     logits = rng.normal(0, 3, (len(rows), 257)).astype(np.float32)
     positions = rng.integers(1 << 40, size=len(rows))
-    memories = [_memory(p, 257, range(50), range(7, 9)) for p in rows]
-    together = sample(logits, SamplingBatch.of(rows, memories), positions)
+    states = [_penalties(p, 257, range(50), range(7, 9)) for p in rows]
+    together = sample(logits, SamplingBatch.of(rows, states), positions)
     alone = [
         sample(logits[row : row + 1], SamplingBatch.of([p], [m]), positions[row : row + 1])[0]
-        for row, (p, m) in enumerate(zip(rows, memories, strict=True))
+        for row, (p, m) in enumerate(zip(rows, states, strict=True))
     ]
     assert together.tolist() == alone
     backwards = sample(
-        logits[::-1].copy(), SamplingBatch.of(rows[::-1], memories[::-1]), positions[::-1].copy()
+        logits[::-1].copy(), SamplingBatch.of(rows[::-1], states[::-1]), positions[::-1].copy()
     )
     assert backwards[::-1].tolist() == alone
 
@@ -338,12 +340,14 @@ def test_an_unlikely_token_can_be_more_typical_than_the_likeliest() -> None:
 
 
 def test_where_nothing_is_left_nothing_is_drawn() -> None:
-    nothing = LogitRules(allowed=(1, 2), bad_words=((1,), (2,)))
+    nothing = LogitsProcessors(allowed=(1, 2), bad_words=((1,), (2,)))
     for temperature in (0.0, 1.0):
-        parameters = [SamplingParameters(temperature, rules=r) for r in (nothing, LogitRules())]
-        batch = SamplingBatch.of(parameters, [_memory(p, 4) for p in parameters])
+        parameters = [
+            SamplingParameters(temperature, processors=r) for r in (nothing, LogitsProcessors())
+        ]
+        batch = SamplingBatch.of(parameters, [_penalties(p, 4) for p in parameters])
         tokens = sample(np.zeros((2, 4), np.float32), batch, np.zeros(2, np.int64))
-        assert tokens[0] == NOTHING_LEFT
+        assert tokens[0] == NO_TOKEN_LEFT
         assert tokens[1] >= 0
 
 
@@ -353,7 +357,7 @@ VOCABULARY = 7
 Token = st.integers(0, VOCABULARY - 1)
 Word = st.lists(Token, min_size=1, max_size=3).map(tuple)
 Rules = st.builds(
-    LogitRules,
+    LogitsProcessors,
     bias=st.dictionaries(Token, st.sampled_from([-100.0, -1.0, 2.5])).map(lambda d: (*d.items(),)),
     allowed=st.one_of(st.just(()), st.sets(Token, min_size=3).map(tuple)),
     bad_words=st.lists(Word, max_size=3).map(tuple),
@@ -372,7 +376,7 @@ Whole = st.builds(
     typical_p=st.sampled_from([1.0, 1.0, 0.77, 0.38]),
     seed=st.integers(0, U64),
     output=st.integers(0, 3),
-    rules=st.one_of(st.none(), Rules),
+    processors=st.one_of(st.none(), Rules),
 )
 
 
@@ -387,14 +391,14 @@ def test_streams_are_those_of_the_definition(
     """Any options, in a batch that changes under way: each token is the one that the plain sampler
     draws, who looks at the whole stream every time."""
     rng = np.random.default_rng(seed)
-    memories = [_memory(p, VOCABULARY, prompt) for p, prompt in streams]
+    states = [_penalties(p, VOCABULARY, prompt) for p, prompt in streams]
     outputs: list[list[int]] = [[] for _ in streams]
     here = list(range(len(streams)))
     batch = None
     for _ in range(9):
         if batch is None or rng.random() < 0.3:  # others leave, and come back
             here = rng.permutation(len(streams))[: rng.integers(1, len(streams) + 1)].tolist()
-            batch = SamplingBatch.of([streams[i][0] for i in here], [memories[i] for i in here])
+            batch = SamplingBatch.of([streams[i][0] for i in here], [states[i] for i in here])
         logits = rng.choice([-3, -1, 0, 0.5, 2, 3.25], (len(here), VOCABULARY)).astype(np.float32)
         before = logits.copy()
         positions = np.array([len(streams[i][1]) + len(outputs[i]) for i in here])
@@ -408,12 +412,12 @@ def test_streams_are_those_of_the_definition(
             )
             try:
                 expected = distribution(logits[row].tolist(), parameters, prompt, outputs[i])
-                wanted = draw(expected, float(numbers[0])) if expected else NOTHING_LEFT
+                wanted = draw(expected, float(numbers[0])) if expected else NO_TOKEN_LEFT
             except Ambiguous:
                 reject()
             assert token == wanted
             outputs[i].append(token)
-        if NOTHING_LEFT in tokens:
+        if NO_TOKEN_LEFT in tokens:
             return  # such streams end
 
 

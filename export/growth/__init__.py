@@ -1,0 +1,1 @@
+"""How training memory and the state of a stream grow with length."""

@@ -1,0 +1,156 @@
+"""A group of commands that are imported only when they are used; each error is one line."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable
+from typing import Annotated, Any, NamedTuple
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.text import Text
+from typer.core import TyperCommand, TyperGroup
+
+from concertina import __version__
+
+_OURS = ("concertina", "server", "model", "export", "loadtest")
+_EXTRAS = {
+    "PIL": "cli",
+    "fontTools": "train",
+    "numpy": "cli",
+    "onnx": "train",
+    "onnxruntime": "cpu",
+    "onnxscript": "train",
+    "safetensors": "train",
+    "torch": "train",
+}
+_HELP_NAMES = {"help_option_names": ["-h", "--help"]}
+
+
+class Command(NamedTuple):
+    """A row of the table of commands.
+
+    load: imports the command and returns it: a typer-annotated function, or a `typer.Typer`.
+
+    A function's docstring is its help page. The lines after `Examples:` (or `Example:`), one
+    command each, are shown below the options. The commands of a `typer.Typer` work the same way.
+    """
+
+    summary: str
+    load: Callable[[], Any]
+
+
+class CommandUnavailable(Exception):
+    """A command, or something that it imports, is not installed."""
+
+    def __init__(self, name: str, missing: ModuleNotFoundError) -> None:
+        package = (missing.name or "").split(".")[0]
+        extra = _EXTRAS.get(package)
+        if extra:
+            needs = f"needs the '{extra}' extra"
+            what = "./protos[cli]" if extra == "cli" else f".[{extra}]"
+            remedy = f"run pip install '{what}' in its checkout"
+        elif package in _OURS and package != "concertina":
+            needs = "is part of the server, which is not installed"
+            remedy = "run pip install ./protos '.[cpu]' in its checkout"
+        else:
+            needs, remedy = "is not installed completely", "install it anew"
+        super().__init__(f"concertina {name} {needs} ({missing}): {remedy}")
+
+
+def command_line(commands: dict[str, Command]) -> TyperGroup:
+    """The group of `commands`. Its help page lists their summaries and imports none of them."""
+    app = typer.Typer(
+        cls=TyperGroup,
+        name="concertina",
+        no_args_is_help=True,
+        context_settings=_HELP_NAMES,
+        rich_markup_mode="rich",
+    )
+    app.callback()(_concertina)
+    group = typer.main.get_command(app)
+    assert isinstance(group, TyperGroup)
+    for name, command in commands.items():
+        group.add_command(_LazyCommand(name, command))
+    return group
+
+
+def print_error(message: str) -> None:
+    """Prints one line on standard error."""
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print(Text.assemble(("error: ", "bold red"), message))
+
+
+def explain(error: Exception) -> str:
+    """The message of an error; an error that is not ours names its class too."""
+    if isinstance(error, OSError) or type(error).__module__.split(".")[0] in _OURS:
+        return str(error)
+    return f"{type(error).__name__}: {error} (set CONCERTINA_TRACEBACK=1 to see where)"
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"concertina {__version__}")
+        raise typer.Exit
+
+
+def _concertina(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Models that write long sequences, streamed over gRPC."""
+
+
+class _LazyCommand(TyperCommand):
+    def __init__(self, name: str, command: Command) -> None:
+        super().__init__(name=name, help=command.summary)
+        self._command = command
+
+    # Running a command and showing its --help both start here; listing it does not.
+    def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> Any:
+        assert self.name is not None
+        return _load(self.name, self._command).make_context(info_name, args, *rest, **extra)
+
+
+def _load(name: str, command: Command) -> Any:
+    try:
+        target = command.load()
+    except ModuleNotFoundError as error:
+        raise CommandUnavailable(name, error) from None
+    if isinstance(target, typer.Typer):
+        for one in target.registered_commands:
+            one.help, one.epilog = _help(one.callback)
+    else:
+        function = target
+        target = typer.Typer(
+            add_completion=False, context_settings=_HELP_NAMES, rich_markup_mode="rich"
+        )
+        text, epilog = _help(function)
+        target.command(name, help=text, epilog=epilog)(_guarded(name, function))
+    return typer.main.get_command(target)
+
+
+def _guarded(name: str, function: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(function)
+    def run(*args: Any, **options: Any) -> None:
+        try:
+            function(*args, **options)
+        except ModuleNotFoundError as error:
+            raise CommandUnavailable(name, error) from None
+
+    return run
+
+
+def _help(function: Callable[..., None] | None) -> tuple[str, str | None]:
+    """The help page of a function, and the examples to show below its options."""
+    text, *examples = re.split("\n\nExamples?:\n", inspect.getdoc(function) or "", maxsplit=1)
+    return text, _epilog(examples[0]) if examples else None
+
+
+def _epilog(examples: str) -> str:
+    lines = [line.strip() for line in examples.splitlines() if line.strip()]
+    return "\n".join(["[bold]Examples[/]", *(f"  [dim]$[/] [cyan]{escape(x)}[/]" for x in lines)])

@@ -1,0 +1,72 @@
+"""The command `models`: lists what a server serves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+
+from rich import box
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from concertina.cli.connection import LOOKUP_TIMEOUT_S, connected
+from concertina.cli.options import (
+    Address,
+    Ca,
+    Cert,
+    CertKey,
+    Json,
+    KeyFile,
+    UseTls,
+    access,
+)
+from concertina.cli.printing import event_json
+from concertina.client import DEFAULT_ADDRESS, Model
+
+
+def models(
+    address: Address = DEFAULT_ADDRESS,
+    key_file: KeyFile = None,
+    tls: UseTls = False,
+    ca: Ca = None,
+    cert: Cert = None,
+    cert_key: CertKey = None,
+    json_output: Json = False,
+) -> None:
+    """List what a server serves.
+
+    Examples:
+    concertina models
+    concertina models --json | jq .name
+    CONCERTINA_ADDRESS=127.0.0.1:9001 concertina models
+    """
+    with connected(address, access(key_file, tls, ca, cert, cert_key), json_output) as client:
+        served = client.models(timeout=LOOKUP_TIMEOUT_S)
+    if json_output:
+        for model in served:
+            print(event_json(asdict(model)))
+        return
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("model", "writes", "attention"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("parameters", "context", "state", "held-out"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for model in served:
+        table.add_row(
+            model.name,
+            model.modality,
+            model.attention,
+            f"{model.parameters / 1e6:.1f} M",
+            f"{model.context:,}",
+            decimal(model.max_state_bytes),
+            "\n".join(_heldout(model)),
+        )
+    Console().print(table)
+
+
+def _heldout(model: Model) -> Iterator[str]:
+    for name, value in model.metrics.items():
+        yield f"{value:.3f} {name}"
+    if model.weights != "float16":
+        yield f"{model.weights_loss:+.3f} as {model.weights}"

@@ -1,0 +1,119 @@
+"""The command `paint`: paints an image in the terminal as it is generated."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.live import Live
+
+from concertina.cli.canvas import Canvas, Easel
+from concertina.cli.connection import choose_model, connected, image_format
+from concertina.cli.inputs import read_rows
+from concertina.cli.options import (
+    Address,
+    Ca,
+    Cert,
+    CertKey,
+    Json,
+    KeyFile,
+    Label,
+    MinP,
+    ModelName,
+    Priority,
+    Seed,
+    Temperature,
+    TimeLimit,
+    Timeout,
+    TopK,
+    TopP,
+    UseTls,
+    access,
+    png_file,
+)
+from concertina.cli.printing import EventPrinter
+from concertina.client import DEFAULT_ADDRESS
+from concertina.codecs.pixels import in_palette, on_white
+
+_FRAMES_PER_SECOND = 12
+
+
+def paint(
+    label: Label = None,
+    complete: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="Image to complete: its upper rows, or one whose lower rows are transparent.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", dir_okay=False, callback=png_file, help="PNG to write."),
+    ] = None,
+    scale: Annotated[int, typer.Option(min=1, help="Pixels of the PNG per pixel painted.")] = 8,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    seed: Seed = None,
+    time_limit: TimeLimit = None,
+    priority: Priority = None,
+    timeout: Timeout = None,
+    model: ModelName = "",
+    address: Address = DEFAULT_ADDRESS,
+    key_file: KeyFile = None,
+    tls: UseTls = False,
+    ca: Ca = None,
+    cert: Cert = None,
+    cert_key: CertKey = None,
+    json_output: Json = False,
+) -> None:
+    """Paint an image in the terminal as it is generated.
+
+    If standard output is not a terminal, the finished picture is printed, unless --out saves it.
+
+    Examples:
+    concertina paint --label "Food & Drink" --seed 7
+    concertina paint --out image.png --scale 16
+    concertina paint --complete half.png --out whole.png
+    """
+    with connected(address, access(key_file, tls, ca, cert, cert_key), json_output) as client:
+        chosen = choose_model(client, model, "image")
+        size = image_format(chosen)
+        canvas = Canvas(size.width, size.height)
+        rows = read_rows(complete, size.width, size.height) if complete else None
+        if rows is not None:
+            canvas.paint(0, in_palette(on_white(rows), size.palette))  # as the server sees them
+        stream = client.generate(
+            rows,
+            model=chosen.name,
+            label=label,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seed=seed,
+            time_limit=time_limit,
+            priority=priority,
+            timeout=timeout,
+        )
+        console = Console()
+        live = console.is_terminal and not json_output
+        easel = Easel(canvas, " · ".join(filter(None, (chosen.name, label))))
+        easel.fit(console)
+        view = Live(easel, console=console, refresh_per_second=_FRAMES_PER_SECOND)
+        printer = EventPrinter(json_output)
+        with stream, view if live else nullcontext():
+            for tokens in printer.tokens(stream):
+                canvas.paint(tokens.first_position, tokens.rgb)
+    if out is not None:
+        canvas.image(scale).save(out, format="PNG")
+    elif not live and not json_output:
+        canvas.zoom = 1
+        Console(force_terminal=True, color_system="truecolor").print(canvas, end="")
+    printer.summarise()

@@ -1,0 +1,48 @@
+"""All services of a server, over the models that it serves."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from server.api.generation import GenerationServicer
+from server.api.health import HealthServicer
+from server.api.models import ModelServicer
+from server.api.sessions import SessionServicer
+from server.auth.api_keys import Callers
+from server.sessions.opener import SessionOpener
+from server.sessions.registry import SessionRegistry
+from server.sessions.served_model import ServedModel
+from server.snapshots.writer import SnapshotWriter
+
+
+@dataclass(frozen=True)
+class Servicers:
+    """One of each."""
+
+    generation: GenerationServicer
+    sessions: SessionServicer
+    models: ModelServicer
+    health: HealthServicer
+
+
+def make_servicers(
+    keys: Path | None,
+    models: Mapping[str, ServedModel],
+    snapshots: SnapshotWriter | None = None,
+    draining: Collection[ServedModel] = (),
+) -> Servicers:
+    """The services over `models`, for callers with one of the `keys` in a file, or for everyone.
+
+    Streams that began on models that are `draining` are found there. Raises KeysError.
+    """
+    callers = Callers(keys)
+    registry = SessionRegistry(models, snapshots, draining)
+    opener = SessionOpener(registry)
+    return Servicers(
+        GenerationServicer(registry, opener, callers),
+        SessionServicer(registry, opener, callers),
+        ModelServicer(models, callers),
+        HealthServicer(models),
+    )

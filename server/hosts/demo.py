@@ -1,0 +1,134 @@
+"""The command `demo`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Final
+
+import psutil
+import typer
+from rich.console import Console
+
+from concertina.cli.generate import generate
+from concertina.cli.paint import paint
+from concertina.client import Client
+from server.hosts.serve import BUNDLES, find_bundles
+from server.ops.ports import free_ports
+
+_PROMPT: Final = "def "
+_TOKENS: Final = 400
+_LABEL: Final = "Smileys & Emotion"
+_SEED: Final = 6
+_CALL_SECONDS: Final = 60.0
+_POLL_SECONDS: Final = 0.1
+_START_SECONDS: Final = 15
+_START_LIMIT_SECONDS: Final = 120.0
+_STOP_LIMIT_SECONDS: Final = 60.0
+
+
+class DemoFailed(Exception):
+    """A step of the demo failed."""
+
+
+def demo(
+    out: Annotated[
+        Path, typer.Option("--out", "-o", dir_okay=False, help="File for the image.")
+    ] = Path("demo.png"),
+) -> None:
+    """Serve the bundles in ./bundles on Ray Serve, generate text and an image, and stop.
+
+    Fails if anything does not work or a process is left over.
+
+    Examples:
+    concertina demo --out picture.png
+    """
+    bundles = find_bundles(BUNDLES)
+    console = Console(highlight=False, soft_wrap=True)
+    with _server(bundles, console) as address, Client(address) as client:
+        models = client.models(timeout=_CALL_SECONDS)
+        for model in sorted(models, key=lambda model: model.modality != "text"):
+            console.rule(
+                f"{model.name} ({model.attention} attention, {model.parameters:,} weights)"
+            )
+            if model.modality == "text":
+                console.print(_PROMPT, end="")
+                generate(
+                    _PROMPT,
+                    model=model.name,
+                    max_tokens=min(_TOKENS, model.context - len(_PROMPT)),
+                    temperature=0.9,
+                    top_p=0.98,
+                    seed=_SEED,
+                    timeout=_CALL_SECONDS,
+                    address=address,
+                )
+                console.print()
+            else:
+                paint(
+                    label=_LABEL if _LABEL in model.labels else None,
+                    model=model.name,
+                    out=out,
+                    temperature=0.9,
+                    seed=_SEED,
+                    timeout=_CALL_SECONDS,
+                    address=address,
+                )
+                console.print(f"saved {out}")
+    console.print("stopped; no process is left")
+
+
+@contextmanager
+def _server(bundles: list[Path], console: Console) -> Iterator[str]:
+    """Start a server in its own process and yield its address; stop it at the end.
+
+    Raises `DemoFailed` if it does not start, or does not stop cleanly.
+    """
+    port, metrics_port = free_ports(2)
+    address = f"127.0.0.1:{port}"
+    options = ["--port", str(port), "--metrics-port", str(metrics_port), "--drain-seconds", "5"]
+    command = [sys.executable, "-m", "concertina.cli.main", "serve", *map(str, bundles), *options]
+    with tempfile.NamedTemporaryFile() as log:
+        server = psutil.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        try:
+            _wait_for(server, Path(log.name), console)
+            yield address
+        finally:
+            left = _end(server)
+        if left or server.returncode:
+            raise DemoFailed(
+                f"the server exited with code {server.returncode}; processes left over: {left}"
+            )
+
+
+def _wait_for(server: psutil.Popen, log: Path, console: Console) -> None:
+    """Return when the server reports that it is ready. Raises DemoFailed."""
+    began = time.monotonic()
+    waited_s = 0.0
+    console.print("starting Ray Serve")
+    with console.status("") as status:
+        while "\nready" not in log.read_text():
+            waited_s = time.monotonic() - began
+            if server.poll() is not None or waited_s > _START_LIMIT_SECONDS:
+                sys.stderr.write(log.read_text())
+                raise DemoFailed(f"the server did not start in {waited_s:.0f} s; its log is above")
+            status.update(f"{waited_s:.0f} s of about {_START_SECONDS}")
+            time.sleep(_POLL_SECONDS)
+    console.print(f"ready after {waited_s:.1f} s")
+
+
+def _end(server: psutil.Popen) -> list[int]:
+    """Stop the server with SIGTERM, kill what is left, and return the pids of what was killed."""
+    if server.poll() is not None:
+        return []
+    processes = [server, *server.children(recursive=True)]
+    server.terminate()
+    _, alive = psutil.wait_procs(processes, timeout=_STOP_LIMIT_SECONDS)
+    for process in alive:
+        process.kill()
+    return [process.pid for process in alive]

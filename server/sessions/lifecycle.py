@@ -1,0 +1,136 @@
+"""The life of a session on the engine's thread: opened, read, left, paused, handed over, forgotten.
+
+The table's owner of an engine's streams: see `server.engine.interfaces.StreamHolder`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from server.bundles.bundle import Bundle
+from server.checkpoint import FinishReason
+from server.config import EngineConfig
+from server.engine.interfaces import SnapshotStore
+from server.engine.lifecycle import StreamLifecycle
+from server.engine.stream import Stream
+from server.engine.updates import HandedOver, StreamUpdate
+from server.errors import Displaced
+from server.sessions.subscriber import Deliveries, Subscriber
+from server.sessions.table import Session, SessionTable
+
+
+class SessionLifecycle:
+    """What can happen to the sessions of an engine. All but `register` happens on its thread."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        config: EngineConfig,
+        streams: StreamLifecycle,
+        deliveries: Deliveries,
+        snapshots: SnapshotStore | None,
+    ) -> None:
+        self.table = SessionTable()
+        self._bundle = bundle
+        self._config = config
+        self._streams = streams
+        self._deliveries = deliveries
+        self._snapshots = snapshots
+
+    def register(self, session: Session, opened: Sequence[Stream]) -> Callable[[], None]:
+        """Hold a session whose streams `opened` were admitted; what to do then on the thread."""
+        before = self.table.add(session)
+        return lambda: self._open(session, opened, before)
+
+    def attach(self, session: Session, subscribers: tuple[Subscriber, ...]) -> None:
+        """Give a session new subscribers; those it had are sent away."""
+        for stream, subscriber in zip(session.streams, subscribers, strict=True):
+            if session.left_at is None:
+                away = Displaced("another reader came")
+                stream.subscriber.put(StreamUpdate(ending=away))
+            stream.subscriber = subscriber
+            _catch_up(stream, subscriber)
+        session.subscribers = subscribers
+        self.table.return_to(session)
+
+    def leave(self, session: Session, subscribers: tuple[Subscriber, ...]) -> None:
+        """These subscribers read no more: the session is kept, or its streams end."""
+        if not self.table.holds(session) or session.subscribers != subscribers:
+            return  # it is over, or another one reads
+        if not session.lease.keep_s:
+            for stream in session.streams:
+                self._streams.cancel(stream)
+            return
+        self.table.leave(session)
+        for surplus in self.table.beyond(self._config.session_bytes, self.held_bytes):
+            self.forget(surplus)
+
+    def pause(self, session: Session) -> None:
+        """Stop the streams of a session and keep their state."""
+        for stream in [s for s in session.streams if not s.ended]:
+            self._streams.stop(stream, FinishReason.PAUSED)
+
+    def forget(self, session: Session) -> None:
+        """End the streams of a session and drop all that is held of it."""
+        for stream in session.streams:
+            self._streams.cancel(stream)
+        self.table.drop(session)
+
+    def held_bytes(self, stream: Stream) -> int:
+        """State that a stream holds outside any slot, or reserves by having one."""
+        if stream.saved is not None:
+            return sum(self._bundle.state_bytes(stream.saved.pushed).values())
+        return 0 if stream.ended else self._bundle.max_state_bytes
+
+    # ---- what the engine asks of the holder of its streams
+
+    @property
+    def next_expiry(self) -> float:
+        """See StreamHolder."""
+        return self.table.next_expiry
+
+    def expire(self, now: float) -> None:
+        """See StreamHolder."""
+        for session in self.table.expired(now):
+            self.forget(session)
+
+    def ended(self, stream: Stream) -> None:
+        """See StreamHolder."""
+        session = self.table.of(stream)
+        if session is not None and session.ended and not stream.is_kept:
+            self.table.drop(session)
+
+    def publish(self) -> None:
+        """See StreamHolder. Sessions whose event loop was closed are left."""
+        gone = self._deliveries.publish()
+        for session in self.table.all() if gone else ():
+            if gone.intersection(session.subscribers):
+                self.leave(session, session.subscribers)
+
+    def hand_over(self) -> None:
+        """See StreamHolder. Only what is stored can go on elsewhere."""
+        if self._snapshots is None or not self._snapshots.is_durable:
+            return
+        for session in [s for s in self.table.all() if s.lease.keep_s]:
+            for stream in [s for s in session.streams if not s.ended]:
+                self._streams.hand_over(stream, HandedOver())
+            self.table.drop(session)
+
+    def _open(self, session: Session, opened: Sequence[Stream], before: Session | None) -> None:
+        if before is not None:  # it goes on in this one
+            for stream in [s for s in before.streams if not s.ended]:
+                self._streams.end(stream, Displaced("the same stream was begun again"))
+            self.table.drop(before)
+        for stream, subscriber in zip(session.streams, session.subscribers, strict=True):
+            if not subscriber.cursor.ended:
+                _catch_up(stream, subscriber)
+        for stream in opened:
+            self._streams.enqueue(stream)
+
+
+def _catch_up(stream: Stream, subscriber: Subscriber) -> None:
+    """Give a new subscriber what came before it."""
+    if (backlog := stream.backlog) is not None:
+        subscriber.put(StreamUpdate(backlog=backlog))
+    if stream.ended and stream.ending is not None:
+        subscriber.put(StreamUpdate(ending=stream.ending))

@@ -1,0 +1,206 @@
+"""Streams as messages that can be sealed and stored, and back."""
+
+from __future__ import annotations
+
+import math
+import time
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from concertina.v1 import snapshot_pb2 as pb
+from server.bundles.bundle import Bundle
+from server.bundles.state import StateKind
+from server.checkpoint import Checkpoint, Finish, FinishReason, SavedState, TokenLogprobs
+from server.errors import SnapshotRefused
+from server.request import Lease, Request
+from server.snapshots.request_codec import requests_from, stored_request
+from server.snapshots.sealer import VERSION
+
+_LONGEST_S = 10**10  # protobuf's times have room for more, but no stream lasts as long
+_LONGEST_KEEP_S = 24 * 3600
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A stream as it lay in the store."""
+
+    header: pb.SnapshotHeader
+    content: pb.Snapshot
+
+    @property
+    def model(self) -> str:
+        """Name of the model whose stream it is."""
+        name: str = self.header.model
+        return name
+
+
+def header_of(bundle: Bundle, lease: Lease, ttl_s: float) -> pb.SnapshotHeader:
+    """What anybody may read of a snapshot that is made now."""
+    return pb.SnapshotHeader(
+        version=VERSION,
+        stream_id=lease.stream_id,
+        owner=lease.owner,
+        model=bundle.name,
+        fingerprint=bundle.fingerprint,
+        accepted=_timestamp(lease.accepted_at),
+        expires=_timestamp(time.time() + ttl_s),
+        keep_seconds=lease.keep_s,
+    )
+
+
+def content_of(lease: Lease, outputs: Sequence[pb.OutputSnapshot]) -> pb.Snapshot:
+    """What is encrypted of a snapshot."""
+    return pb.Snapshot(outputs=outputs, request=stored_request(lease.requests))
+
+
+def output_snapshot(output: int, checkpoint: Checkpoint) -> pb.OutputSnapshot:
+    """How far an output is, as it is stored."""
+    tokens = np.array(checkpoint.generated)
+    stored = pb.OutputSnapshot(
+        output=output,
+        generated=tokens.astype(tokens.dtype.newbyteorder("<")).tobytes(),
+        logprobs=[
+            pb.StoredLogprobs(logprob=p.logprob, top_ids=p.top_ids, top_logprobs=p.top_logprobs)
+            for p in checkpoint.logprobs
+        ],
+        base_tokens=checkpoint.base_tokens,
+        base_characters=checkpoint.base_characters,
+        queue_seconds=checkpoint.queue_s,
+        first_token_seconds=checkpoint.first_token_s,
+    )
+    if checkpoint.saved is not None:
+        stored.pushed = checkpoint.saved.pushed
+        for name, values in checkpoint.saved.state.items():
+            little = values.astype(values.dtype.newbyteorder("<"), copy=False)
+            stored.state[name] = little.tobytes()
+    if (finish := checkpoint.finish) is not None:
+        stored.finish.CopyFrom(
+            pb.StoredFinish(
+                reason=finish.reason.value,
+                stop=finish.stop,
+                generated=finish.generated,
+                queue_seconds=finish.queue_s,
+                first_token_seconds=finish.first_token_s,
+                total_seconds=finish.total_s,
+                state_bytes=finish.state_bytes,
+            )
+        )
+    return stored
+
+
+def restored(bundle: Bundle, snapshot: Snapshot) -> tuple[Lease, tuple[Checkpoint, ...]]:
+    """The lease of a stream, and how far its outputs are.
+
+    Raises SnapshotRefused where the snapshot does not fit the bundle, or contradicts itself.
+    """
+    header = snapshot.header
+    if header.fingerprint != bundle.fingerprint:
+        raise SnapshotRefused(
+            f"the snapshot is of another bundle of {header.model!r}: its fingerprint is "
+            f"{header.fingerprint[:16]}, the one served has {bundle.fingerprint[:16]}"
+        )
+    if not 0 < header.keep_seconds <= _LONGEST_KEEP_S:
+        raise SnapshotRefused("the snapshot is of a stream that was not to be kept")
+    requests = requests_from(bundle, snapshot.content.request)
+    accepted_at = min(max(0.0, header.accepted.ToNanoseconds() / 1e9), time.time())
+    lease = Lease(header.stream_id, requests, header.owner, header.keep_seconds, accepted_at)
+    checkpoints = [Checkpoint(array(bundle.typecode))] * len(requests)
+    for stored in snapshot.content.outputs:
+        if (output := stored.output) < len(checkpoints):
+            checkpoints[output] = _checkpoint(bundle, requests[output], stored)
+    return lease, tuple(checkpoints)
+
+
+def _checkpoint(bundle: Bundle, request: Request, stored: pb.OutputSnapshot) -> Checkpoint:
+    """How far the output of a `request` was. Raises SnapshotRefused if it does not fit."""
+    width = array(bundle.typecode).itemsize
+    if len(stored.generated) % width:
+        raise SnapshotRefused("the snapshot's tokens are torn")
+    generated = array(bundle.typecode)
+    generated.extend(np.frombuffer(stored.generated, f"<u{width}").tolist())
+    if any(token >= bundle.vocabulary for token in set(generated)):
+        raise SnapshotRefused("the snapshot has a token beyond the model's vocabulary")
+    count, reported = len(generated), len(stored.logprobs)
+    if max(count, stored.base_tokens) > request.max_tokens or reported not in (0, count):
+        raise SnapshotRefused(
+            f"the snapshot has {count} tokens, {reported} log-probabilities, and "
+            f"{stored.base_tokens} tokens of before, of a stream of {request.max_tokens} tokens"
+        )
+    finish = _finish(stored)
+    # The step that drew the last token, sent or not, had pushed all before it.
+    known = min(len(request.prompt) + count + (finish is not None), bundle.context)
+    if stored.pushed > known:
+        raise SnapshotRefused(f"the snapshot is at token {stored.pushed}, and has only {known}")
+    return Checkpoint(
+        generated,
+        _saved_state(bundle, stored) if stored.pushed else None,
+        finish,
+        [
+            TokenLogprobs(p.logprob, tuple(p.top_ids), tuple(p.top_logprobs))
+            for p in stored.logprobs
+        ],
+        stored.base_tokens,
+        stored.base_characters,
+        _seconds("queue_seconds", stored.queue_seconds)
+        if stored.HasField("queue_seconds")
+        else None,
+        _seconds("first_token_seconds", stored.first_token_seconds)
+        if stored.HasField("first_token_seconds")
+        else None,
+    )
+
+
+def _finish(stored: pb.OutputSnapshot) -> Finish | None:
+    if not stored.HasField("finish"):
+        return None
+    finish = stored.finish
+    try:
+        reason = FinishReason(finish.reason)
+    except ValueError:
+        unknown = finish.reason[:40]
+        raise SnapshotRefused(f"the snapshot ended for an unknown reason: {unknown!r}") from None
+    return Finish(
+        reason,
+        finish.stop if finish.HasField("stop") else None,
+        finish.generated,
+        _seconds("queue_seconds", finish.queue_seconds),
+        _seconds("first_token_seconds", finish.first_token_seconds),
+        _seconds("total_seconds", finish.total_seconds),
+        finish.state_bytes,
+    )
+
+
+def _seconds(field: str, value: float) -> float:
+    if not 0 <= value <= _LONGEST_S:
+        raise SnapshotRefused(f"the snapshot's {field} is {value}, which is no stream's")
+    return value
+
+
+def _saved_state(bundle: Bundle, stored: pb.OutputSnapshot) -> SavedState:
+    pushed, state = stored.pushed, {}
+    for tensor in bundle.state:
+        shape = list(tensor.shape)
+        if tensor.kind is StateKind.STACK:
+            shape[1] = int(bundle.entries(pushed))
+        elif tensor.kind is StateKind.HISTORY:
+            shape[0] = pushed
+        content, width = stored.state[tensor.name], np.dtype(tensor.element).itemsize
+        if len(content) != math.prod(shape) * width:
+            raise SnapshotRefused(f"the snapshot's state {tensor.name} has the wrong size")
+        values = np.frombuffer(content, f"<f{width}")
+        with np.errstate(over="ignore"):
+            initial = values.dtype.type(tensor.initial)  # infinite, where it is beyond float16
+        if not (np.isfinite(values) | (values == initial)).all():
+            raise SnapshotRefused(f"the snapshot's state {tensor.name} is not finite")
+        state[tensor.name] = values.reshape(shape)
+    return SavedState(state, pushed)
+
+
+def _timestamp(seconds: float) -> Timestamp:
+    timestamp = Timestamp()
+    timestamp.FromNanoseconds(int(seconds * 1e9))
+    return timestamp

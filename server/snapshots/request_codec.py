@@ -1,0 +1,166 @@
+"""Requests as they are stored in a snapshot, and back."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+
+from concertina.v1 import snapshot_pb2 as pb
+from server.bundles.bundle import Bundle
+from server.errors import SnapshotRefused
+from server.request import (
+    LONGEST_BAD_WORD,
+    LogitsProcessors,
+    Prompt,
+    Request,
+    SamplingParameters,
+)
+
+_MOST_OUTPUTS = 128
+_MOST_LOGPROBS = 20
+_MOST_STOPS = 16
+_LONGEST_STOP = 256
+
+
+def stored_request(requests: tuple[Request, ...]) -> pb.StoredRequest:
+    """The outputs of one request, as they are stored."""
+    first = requests[0]
+    tokens = first.prompt.tokens
+    return pb.StoredRequest(
+        outputs=len(requests),
+        start_token=first.prompt.start,
+        prompt=tokens.astype(tokens.dtype.newbyteorder("<"), copy=False).tobytes(),
+        sampling=_stored_sampling(first.sampling),
+        max_tokens=first.max_tokens,
+        min_tokens=first.min_tokens,
+        stop=first.stop,
+        stop_tokens=sorted(first.stop_tokens),
+        include_stop=first.include_stop,
+        end_token=first.end_token,
+        time_limit_seconds=first.time_limit_s,
+        complete_at=first.complete_at,
+        prompt_logprobs=first.prompt_logprobs,
+        stream_interval=first.stream_interval,
+        priority=first.priority,
+    )
+
+
+def requests_from(bundle: Bundle, stored: pb.StoredRequest) -> tuple[Request, ...]:
+    """The outputs of a stored request. Raises SnapshotRefused where they do not fit the bundle."""
+    width = np.dtype(bundle.typecode).itemsize
+    if len(stored.prompt) % width:
+        raise SnapshotRefused("the snapshot's prompt is torn")
+    prompt = Prompt(
+        stored.start_token,
+        np.frombuffer(stored.prompt, f"<u{width}").astype(bundle.typecode, copy=False),
+    )
+    first = Request(
+        prompt=prompt,
+        sampling=_sampling(stored.sampling),
+        max_tokens=stored.max_tokens,
+        stop=tuple(stored.stop),
+        stop_tokens=frozenset(stored.stop_tokens),
+        include_stop=stored.include_stop,
+        min_tokens=stored.min_tokens,
+        end_token=stored.end_token if stored.HasField("end_token") else None,
+        time_limit_s=stored.time_limit_seconds if stored.HasField("time_limit_seconds") else None,
+        complete_at=stored.complete_at if stored.HasField("complete_at") else None,
+        prompt_logprobs=stored.prompt_logprobs if stored.HasField("prompt_logprobs") else None,
+        stream_interval=stored.stream_interval,
+        priority=stored.priority,
+    )
+    if not 1 <= stored.outputs <= _MOST_OUTPUTS:
+        raise SnapshotRefused(f"the snapshot's request has {stored.outputs} outputs")
+    if misfit := _misfit(bundle, first):
+        raise SnapshotRefused(f"the snapshot's request does not fit {bundle.name}: {misfit}")
+    return first, *(
+        replace(first, sampling=replace(first.sampling, output=output), prompt_logprobs=None)
+        for output in range(1, stored.outputs)
+    )
+
+
+def _stored_sampling(sampling: SamplingParameters) -> pb.StoredSampling:
+    stored = pb.StoredSampling(
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        seed=sampling.seed,
+        typical_p=sampling.typical_p,
+        logprobs=sampling.logprobs,
+    )
+    if (processors := sampling.processors) is not None:
+        stored.processors.CopyFrom(
+            pb.StoredProcessors(
+                bias=dict(processors.bias),
+                allowed=processors.allowed,
+                bad_words=[pb.StoredWord(tokens=word) for word in processors.bad_words],
+                min_tokens=processors.min_tokens,
+                withheld=processors.withheld,
+                repetition_penalty=processors.repetition_penalty,
+                frequency_penalty=processors.frequency_penalty,
+                presence_penalty=processors.presence_penalty,
+            )
+        )
+    return stored
+
+
+def _sampling(stored: pb.StoredSampling) -> SamplingParameters:
+    processors = None
+    if stored.HasField("processors"):
+        processors = LogitsProcessors(
+            bias=tuple(sorted(stored.processors.bias.items())),
+            allowed=tuple(stored.processors.allowed),
+            bad_words=tuple(tuple(word.tokens) for word in stored.processors.bad_words),
+            min_tokens=stored.processors.min_tokens,
+            withheld=tuple(stored.processors.withheld),
+            repetition_penalty=stored.processors.repetition_penalty,
+            frequency_penalty=stored.processors.frequency_penalty,
+            presence_penalty=stored.processors.presence_penalty,
+        )
+    return SamplingParameters(
+        temperature=stored.temperature,
+        top_k=stored.top_k,
+        top_p=stored.top_p,
+        min_p=stored.min_p,
+        seed=stored.seed,
+        typical_p=stored.typical_p,
+        logprobs=stored.logprobs if stored.HasField("logprobs") else None,
+        processors=processors,
+    )
+
+
+def _misfit(bundle: Bundle, request: Request) -> str:
+    """What of a request the bundle cannot serve; empty if it can serve all of it."""
+    prompt, sampling = request.prompt, request.sampling
+    processors = sampling.processors or LogitsProcessors()
+    words = processors.bad_words
+    ids = {*request.stop_tokens, *processors.allowed, *processors.withheld}
+    ids |= {token for token, _ in processors.bias} | {token for word in words for token in word}
+    ids |= {request.end_token or 0, int(prompt.tokens.max(initial=0))}
+    numbers = (
+        *(bias for _, bias in processors.bias),
+        processors.frequency_penalty,
+        processors.presence_penalty,
+        1.0 if request.time_limit_s is None else request.time_limit_s,
+    )
+    checks = {
+        "a start token": 0 <= prompt.start - bundle.vocabulary <= len(bundle.manifest.labels),
+        "token ids": max(ids) < bundle.vocabulary,
+        "a length": 1 <= request.max_tokens <= bundle.context - len(prompt),
+        "min_tokens": max(request.min_tokens, processors.min_tokens) <= request.max_tokens,
+        "complete_at": request.complete_at == (bundle.context if bundle.is_image else None),
+        "stop strings": len(request.stop) <= _MOST_STOPS
+        and all(1 <= len(text.encode()) <= _LONGEST_STOP for text in request.stop),
+        "bad words": all(1 <= len(word) <= LONGEST_BAD_WORD for word in words),
+        "reports": max(sampling.logprobs or 0, request.prompt_logprobs or 0) <= _MOST_LOGPROBS,
+        "an interval": 1 <= request.stream_interval <= bundle.context,
+        "a temperature": 0 <= sampling.temperature < math.inf,
+        "shares": all(0 < p <= 1 for p in (sampling.top_p, sampling.typical_p)),
+        "min_p": 0 <= sampling.min_p <= 1,
+        "a repetition penalty": 0 < processors.repetition_penalty < math.inf,
+        "numbers": all(map(math.isfinite, numbers)),
+    }
+    return ", ".join(name for name, fits in checks.items() if not fits)

@@ -1,0 +1,55 @@
+"""Bugs in what exports a bundle and in what checks it."""
+
+from __future__ import annotations
+
+from tests.mutants.mutant import bugs
+
+_EXPORT = "tests/export/test_parity.py"
+_QUANTISE = "tests/export/test_quantise.py"
+
+MUTANTS = (
+    *bugs(
+        "export/graphs.py",
+        _EXPORT,
+        ("the kernel scales twice as much", '"scale": 1.0', '"scale": 2.0'),
+        ("lengths off by one (graph)", "lengths - 1, longest", "lengths, longest"),
+    ),
+    *bugs(
+        "export/parity.py",
+        _EXPORT,
+        (
+            "the parity check lets NaN pass",
+            "float(np.maximum(worst, np.abs(got - expected).max()))",
+            "max(worst, float(np.abs(got - expected).max()))",
+        ),
+    ),
+    *bugs(
+        "export/packing.py",
+        _QUANTISE,
+        (
+            "the later of two weights lies in the low half",
+            "codes[..., ::2] + codes[..., 1::2] * np.uint8(16)",
+            "codes[..., 1::2] + codes[..., ::2] * np.uint8(16)",
+        ),
+    ),
+    *bugs(
+        "export/quantise.py",
+        _QUANTISE,
+        (
+            "a packed matrix is not rounded in the reference",
+            "matrix.copy_(torch.from_numpy(unpack(packed[name])))",
+            "pass",
+        ),
+        ("the head loses its bias", '*(["", "", *rest] if rest else [])', ""),
+    ),
+    *bugs(
+        "export/bundle.py",
+        _QUANTISE,
+        ("any loss is accepted", "if not loss <= limit:", "if not loss <= 9:"),
+        (
+            "the loss is measured with exact activations",
+            '            round_activations(partial / "step.onnx")\n',
+            "",
+        ),
+    ),
+)

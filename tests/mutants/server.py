@@ -1,0 +1,214 @@
+"""Bugs in what serves: state, steps, folds, snapshots, readers."""
+
+from __future__ import annotations
+
+from tests.mutants.mutant import Mutant, bugs
+
+_STREAMS = "tests/parity/test_streams.py"
+_BATCHES = "tests/parity/test_batches.py"
+_RESTORE = "tests/parity/test_restore.py"
+
+MUTANTS = (
+    *bugs(
+        "protos/concertina/bundle/resources.py",
+        _STREAMS,
+        (
+            "a carry takes an entry too few",
+            "return rows.bit_length(), rows",
+            "return max(1, rows.bit_length() - 1), rows",
+        ),
+        (
+            "a carry takes half of its tokens",
+            "return rows.bit_length(), rows",
+            "return rows.bit_length(), rows // 2",
+        ),
+        (
+            "a counter folds as blocks do",
+            "if manifest.fold.binary:\n        rows",
+            "if False:\n        rows",
+        ),
+    ),
+    *bugs(
+        "server/runtime/onnx_session.py",
+        _STREAMS,
+        (
+            "positions begin anew in every chunk",
+            "np.arange(position, position + time)",
+            "np.arange(time)",
+        ),
+        ("a step's lengths off by one", "lengths + 1, np", "lengths, np"),
+        ("a step reads a dead entry", "lengths + 1, np", "lengths + 2, np"),
+        (
+            "a chunk reads a dead entry",
+            "np.array([length + time])",
+            "np.array([length + time + 1])",
+        ),
+    ),
+    *bugs(
+        "server/runtime/host_state.py",
+        _STREAMS,
+        (
+            "a move leaves the query maximum behind",
+            "part[...] = self._part(tensor, source, EMPTY, length)",
+            "part[...] = part if part.ndim == 2 else self._part(tensor, source, EMPTY, length)",
+        ),
+        (
+            "query maximum not reset between blocks (server)",
+            "            at = numbers[name]\n",
+            "            at = numbers[name]\n"
+            "            if self._tensors[name].kind == StateKind.RECURRENT:\n"
+            "                continue\n",
+        ),
+        ("a parked state is no copy", ".copy() for t", " for t"),
+        (
+            "histories read a row late",
+            "buffer[begin.tokens : end.tokens]",
+            "buffer[begin.tokens + 1 : end.tokens + 1]",
+        ),
+        (
+            "a row's summaries not written into its history",
+            "            at = numbers[name]\n",
+            "            at = numbers[name]\n"
+            "            if self._tensors[name].kind == StateKind.HISTORY:\n"
+            "                continue\n",
+        ),
+    ),
+    *bugs(
+        "server/runtime/host_state.py",
+        _BATCHES,
+        (
+            "a fold writes into its neighbours",
+            "stack * length + np.array(first)[:, None]",
+            "stack * length + first[0]",
+        ),
+        *(
+            (
+                f"two folds at once share the first {what}",
+                "values.reshape(*at.shape, -1)",
+                "(values[:1].repeat(len(at), axis=0) if self._tensors[name].kind == "
+                f"StateKind.{kind} else values).reshape(*at.shape, -1)",
+            )
+            for what, kind in (("summary", "STACK"), ("history", "HISTORY"))
+        ),
+        (
+            "of many folds only the first are done",
+            "range(0, len(rows), together)",
+            "range(0, together, together)",
+        ),
+    ),
+    *bugs(
+        "server/engine/kv_cache.py",
+        _STREAMS,
+        (
+            "positions begin anew after prefill",
+            "self._append(self.prefill_pushed)",
+            "self._append(0)",
+        ),
+        (
+            "a block folds before its last token attends",
+            "fold_size(tokens)",
+            "fold_size(tokens + 1)",
+        ),
+        ("a block folds one token late", "fold_size(tokens)", "fold_size(tokens - 1)"),
+        (
+            "a fold at the wrong base",
+            "self._bundle.entries(tokens - 1) + 1",
+            "self._bundle.entries(tokens - 1) + 2",
+        ),
+        (
+            "a move leaves the newest entry behind",
+            "self._prefill_row, row, self._length(self.prefill_pushed)",
+            "self._prefill_row, row, self._length(self.prefill_pushed - 1)",
+        ),
+        (
+            "a history's newest row forgotten",
+            "return StateLength(self._bundle.entries(pushed), pushed)",
+            "return StateLength(self._bundle.entries(pushed), pushed - 1)",
+        ),
+    ),
+    *bugs(
+        "server/engine/kv_cache.py",
+        _BATCHES,
+        (
+            "the prefill slot keeps the last stream's query maximum",
+            "self._runtime.reset(self._prefill_row)",
+            "pass",
+        ),
+        ("a row keeps the last stream's query maximum", "self._runtime.reset(row)", "pass"),
+        (
+            "the last row's books not moved when one leaves",
+            "self._pushed[row] = self._pushed[last]",
+            "pass",
+        ),
+        (
+            "the last row not moved when one leaves",
+            "self._runtime.move(last, row, self._length(int(self._pushed[last])))",
+            "pass",
+        ),
+    ),
+    *bugs(
+        "server/snapshots/codec.py",
+        _RESTORE,
+        (
+            "recurrent state lost in a snapshot",
+            "state[tensor.name] = values.reshape(shape)",
+            "state[tensor.name] = values.reshape(shape) * (tensor.kind.value != 2)",
+        ),
+        (
+            "a snapshot one token ahead of its state",
+            "stored.pushed = checkpoint.saved.pushed",
+            "stored.pushed = checkpoint.saved.pushed + (checkpoint.saved.pushed == 3)",
+        ),
+    ),
+    *bugs(
+        "server/engine/lifecycle.py",
+        _RESTORE,
+        (
+            "penalties forget what was drawn before a snapshot",
+            "stream.penalties.recall(np.array(stream.history, np.int64))",
+            "pass",
+        ),
+    ),
+    Mutant(
+        "a reader that comes back gets a token twice",
+        "server/sessions/subscriber.py",
+        "            if self._known_tokens:\n                self._known_tokens -= 1",
+        "            if self._known_tokens > 1:\n                self._known_tokens -= 1",
+        "tests/server/sessions/test_subscriber.py",
+    ),
+    Mutant(
+        "a revived stream forgets what was drawn since its snapshot",
+        "server/engine/restore.py",
+        "    known = checkpoint.generated[seen:].tolist()",
+        "    known = checkpoint.generated[seen + 1 :].tolist()",
+        "tests/server/engine/test_stream.py",
+    ),
+    Mutant(
+        "a snapshot opens for anybody",
+        "server/snapshots/sealer.py",
+        "        if header.owner != owner:",
+        "        if not header.owner and owner:",
+        "tests/server/snapshots/test_sealer.py",
+    ),
+    Mutant(
+        "a wrong draft leaves its mark on the state",
+        "server/engine/kv_cache.py",
+        "        if count < of and self._bundle.recurrent:",
+        "        if count < of and not self._bundle.recurrent:",
+        "tests/server/engine/test_prompt_lookup.py",
+    ),
+    Mutant(
+        "a block folds again after a wrong draft",
+        "server/engine/decoding.py",
+        "        if int(self._cache.pushed[0]) > first and (ending is None or saves):",
+        "        if ending is None or saves:",
+        "tests/server/engine/test_prompt_lookup.py",
+    ),
+    Mutant(
+        "a stream that was handed over is taken back",
+        "server/engine/engine.py",
+        "            self._require_open(takes_on=True)\n            if streams:",
+        "            self._require_open()\n            if streams:",
+        "tests/server/sessions/test_registry.py",
+    ),
+)
