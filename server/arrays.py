@@ -1,4 +1,4 @@
-"""The array types that all rooms share; shapes are said where they are used."""
+"""Array types that all packages of the server share. The code that uses them names the shapes."""
 
 from __future__ import annotations
 
@@ -10,4 +10,4 @@ Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 State = dict[str, npt.NDArray[np.generic]]
-"""The state tensors of one stream by name; stacks and histories are cut to their valid part."""
+"""State tensors of one stream by name; stacks and histories hold only their valid part."""

@@ -1,4 +1,4 @@
-"""How far a stream has come: all that is needed to go on with it, here or on another server."""
+"""How far a stream is: all that is needed to continue it, on this server or on another."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from server.arrays import State
 
 
 class FinishReason(enum.Enum):
-    """Why a stream ended well."""
+    """Why a stream ended without an error."""
 
     END = "end"
     STOP = "stop"
@@ -22,7 +22,10 @@ class FinishReason(enum.Enum):
 
 @dataclass(frozen=True)
 class Finish:
-    """The end of a stream that went well; times in seconds since it was accepted."""
+    """How a stream ended without an error; times are in seconds since it was accepted.
+
+    stop: the stop string that was found. generated: number of tokens, unsent ones included.
+    """
 
     reason: FinishReason
     stop: str | None
@@ -35,7 +38,7 @@ class Finish:
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Natural logarithms: of the token, and of the tokens that the model held likeliest."""
+    """Natural log-probabilities of a token and of the most likely tokens at its position."""
 
     logprob: float
     top_ids: tuple[int, ...]
@@ -44,7 +47,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class SavedState:
-    """A stream's state outside any slot, and the number of tokens it has seen."""
+    """A copy of a stream's state outside any slot, and the number of tokens pushed into it."""
 
     state: State
     pushed: int
@@ -52,12 +55,13 @@ class SavedState:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All that an output has behind it. What else it holds while it runs follows from this.
+    """How far one output is. Everything else that a running stream holds follows from this.
 
-    generated: the tokens that were sent, or will be. saved: the state after some of all its
-    tokens; None for the very first. finish: how it ended; None if it did not.
-    base_tokens, base_characters: how many there were when the stream last went on after a pause.
-    queue_s, first_token_s: from its acceptance until it began, and until its first token.
+    generated: the generated tokens, without those that are not sent (such as an end token).
+    saved: the state after some of the tokens; None if no token is pushed.
+    finish: how the output ended; None if it has not.
+    base_tokens, base_characters: how many of them came before the stream was last continued.
+    queue_s, first_token_s: seconds from acceptance to its start, and to its first token.
     """
 
     generated: array[int]
@@ -71,5 +75,5 @@ class Checkpoint:
 
     @property
     def is_paused(self) -> bool:
-        """Whether the stream was stopped in order to go on."""
+        """Whether the stream was paused, so that it can be continued."""
         return self.finish is not None and self.finish.reason is FinishReason.PAUSED

@@ -1,4 +1,4 @@
-"""The settings of a server. They are frozen and checked once, when they are made."""
+"""Settings of a server. They are checked when they are created, and do not change."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class EngineConfig:
     """Number of streams that decode at the same time."""
 
     queue_limit: int = 256
-    """Number of streams that may wait for a slot; further ones are refused at once."""
+    """Largest number of streams that wait for a slot; more are refused at once."""
 
     queue_tokens: int = 4 * 1024 * 1024
-    """Number of prompt tokens that may wait for prefill; further ones are refused at once."""
+    """Largest number of prompt tokens that wait for prefill; more are refused at once."""
 
     state_limit_bytes: int = 0
-    """Largest state that all admitted streams may reach; 0 is half of the machine's memory."""
+    """Largest state in bytes that all admitted streams can reach; 0 is half of the memory."""
 
     stream_buffer: int = 256
     """Tokens that a reader may lag behind before its stream is paused."""
@@ -59,10 +59,10 @@ class EngineConfig:
     """Tokens between two snapshots of a kept stream; taken when a block folds."""
 
     session_bytes: int = 1024 * MEBIBYTE
-    """Memory for the state of sessions that do not run; above it, the oldest are forgotten."""
+    """Memory for the state of sessions that do not run; above it, the oldest are deleted."""
 
     provider: Provider = "cpu"
-    """Device that computes and whose memory holds the state."""
+    """Device that computes and holds the state in its memory."""
 
     def __post_init__(self) -> None:
         _check("slots", self.slots, 1, 4096)

@@ -1,21 +1,21 @@
-"""What can go wrong, as seen from outside.
+"""Errors that callers and operators see.
 
 BundleError             a bundle that cannot be served; ends the start
 KeysError               a keys file that cannot be used; ends the start
 RequestError            ends one request; carries its gRPC status
-├── Unauthenticated     UNAUTHENTICATED     the caller has no key that is known here
+├── Unauthenticated     UNAUTHENTICATED     the caller has no key that this server knows
 ├── PermissionDenied    PERMISSION_DENIED   the key is not for this model
 ├── InvalidRequest      INVALID_ARGUMENT    the caller must change the request
-├── UnknownModel        NOT_FOUND           no such model here
+├── UnknownModel        NOT_FOUND           this server has no such model
 ├── Overloaded          RESOURCE_EXHAUSTED  the same request may succeed later
-├── QuotaExceeded       RESOURCE_EXHAUSTED  so it may, once streams of the same key have ended
-├── EngineStopped       UNAVAILABLE         this server is going away
-├── StepFailed          INTERNAL            our fault; details are in the log
+├── QuotaExceeded       RESOURCE_EXHAUSTED  it may succeed once other streams of this key end
+├── EngineStopped       UNAVAILABLE         this server is shutting down
+├── StepFailed          INTERNAL            the server failed; details are in its log
 ├── StorageFailed       UNAVAILABLE         snapshots cannot be written or read
-├── UnknownSession      NOT_FOUND           no such stream, or no longer
-├── SnapshotRefused     DATA_LOSS           a snapshot that cannot be used, and why
-├── Unsuitable          FAILED_PRECONDITION the session is not in a state for this
-└── Displaced           ABORTED             another reader has the stream now
+├── UnknownSession      NOT_FOUND           there is no such stream, or it is deleted
+├── SnapshotRefused     DATA_LOSS           the snapshot cannot be used
+├── Unsuitable          FAILED_PRECONDITION the session is in the wrong phase for the call
+└── Displaced           ABORTED             another reader has resumed the stream
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class BundleError(Exception):
 
 
 class KeysError(ValueError):
-    """A keys file, or a key, that cannot be used. The message names it, and says why."""
+    """A keys file, or a key, that cannot be used. The message names it and the reason."""
 
 
 class RequestError(Exception):
     """A request that ends with an error.
 
-    `status`, the name of a gRPC status, and `message` go to the client as they are.
+    `status` (the name of a gRPC status) and `message` are sent to the client unchanged.
     """
 
     status: ClassVar[str] = "INTERNAL"
@@ -47,38 +47,38 @@ class RequestError(Exception):
 
 
 class Unauthenticated(RequestError):
-    """The call carries no key that is known here."""
+    """The call has no key that this server knows."""
 
     status = "UNAUTHENTICATED"
 
 
 class PermissionDenied(RequestError):
-    """The key is not for this model, served or not."""
+    """The key does not allow this model, whether it is served or not."""
 
     status = "PERMISSION_DENIED"
 
 
 class InvalidRequest(RequestError):
-    """A field has a value that is not allowed; the message names both and the limit."""
+    """A field has a value that is not allowed; the message names field, value and limit."""
 
     status = "INVALID_ARGUMENT"
 
 
 class UnknownModel(RequestError):
-    """No bundle of that name is served."""
+    """No bundle of this name is served."""
 
     status = "NOT_FOUND"
 
 
 class Overloaded(RequestError):
-    """The queue is full."""
+    """The engine is full: the queue, its prompt tokens, or the state of its streams."""
 
     status = "RESOURCE_EXHAUSTED"
     retryable = True
 
 
 class QuotaExceeded(RequestError):
-    """The key has as many streams as it may."""
+    """The key has as many streams as it is allowed."""
 
     status = "RESOURCE_EXHAUSTED"
     retryable = True
@@ -99,31 +99,31 @@ class StepFailed(RequestError):
 
 
 class UnknownSession(RequestError):
-    """No session of that name is held here or stored, or none of the caller's."""
+    """No session of this name belongs to the caller, in this process or in the store."""
 
     status = "NOT_FOUND"
 
 
 class SnapshotRefused(RequestError):
-    """A snapshot that is truncated, expired, foreign or changed; the message says which."""
+    """A snapshot that cannot be used; the message names the reason: truncated, expired, …"""
 
     status = "DATA_LOSS"
 
 
 class Unsuitable(RequestError):
-    """The session is running, or ended, or has several outputs, where this cannot be."""
+    """The call does not work on this session: it runs, has failed, or has several outputs."""
 
     status = "FAILED_PRECONDITION"
 
 
 class Displaced(RequestError):
-    """The same stream was resumed elsewhere."""
+    """Another reader has resumed the stream."""
 
     status = "ABORTED"
 
 
 class StorageFailed(RequestError):
-    """The store of the snapshots does not answer, or is full."""
+    """The snapshot store does not answer or is full."""
 
     status = "UNAVAILABLE"
     retryable = True

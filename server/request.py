@@ -1,6 +1,6 @@
-"""What a stream is asked to do: the request as the engine, the sessions and the snapshots know it.
+"""A validated request, as the engine, the sessions and the snapshots use it.
 
-The message it came in ends in `server.api`.
+`server.api` makes it from the protobuf message; nothing behind the API sees that message.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from server.arrays import Ints
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """The tokens that a stream continues. The model is fed a start token before them.
+    """The tokens that a stream continues. The model gets a start token before them.
 
     tokens: `[T]`, in the smallest unsigned type that holds the vocabulary; see `prompt_of`.
     """
 
     start: int
-    """Id of the start token: the vocabulary's size, or beyond it where there is a label."""
+    """Id of the start token: the vocabulary's size, plus 1 + its index if there is a label."""
     tokens: npt.NDArray[np.unsignedinteger]
 
     def __len__(self) -> int:
@@ -36,13 +36,14 @@ class Prompt:
 
     @property
     def last(self) -> int:
-        """The token that the first drawn one follows: the start token of an empty prompt."""
+        """The last token before the first generated one; the start token if the prompt is empty."""
         return int(self.tokens[-1]) if len(self.tokens) else self.start
 
     def inputs(self, begin: int = 0, end: int | None = None) -> Ints:
-        """What prefill feeds at positions `begin` to `end`, by default all: `[end - begin]`.
+        """The tokens that prefill pushes at positions `begin` to `end`, `[end - begin]`.
 
-        The start token, then every token but the last, which the first step feeds.
+        They are the start token, then every token but the last one. The first decode step pushes
+        the last one.
         """
         end = len(self) if end is None else min(end, len(self))
         if begin >= end:
@@ -51,20 +52,20 @@ class Prompt:
         return tokens if begin else np.concatenate(([self.start], tokens))
 
     def targets(self, begin: int, count: int) -> Ints:
-        """The tokens that the inputs at positions `begin` to `begin + count` should predict."""
+        """The next tokens after the inputs at positions `begin` to `begin + count`."""
         return self.tokens[begin : begin + count].astype(np.int64)
 
 
 def prompt_of(start: int, tokens: npt.ArrayLike, typecode: str) -> Prompt:
-    """A prompt whose `tokens[T]` are kept as `array.array` keeps those of `typecode`."""
+    """A prompt of `tokens[T]`, stored in the integer type of `typecode` (see `array.array`)."""
     return Prompt(start, np.asarray(tokens, np.int64).astype(np.dtype(typecode)))
 
 
 @dataclass(frozen=True)
 class LogitsProcessors:
-    """How the logits of one stream change; see SamplingParameters in generation_service.proto.
+    """Changes to the logits of one stream; see SamplingParameters in generation_service.proto.
 
-    bad_words: the tokens of each. withheld: ids that are not drawn before `min_tokens`.
+    bad_words: the tokens of each word. withheld: ids that are not drawn before `min_tokens`.
     """
 
     bias: tuple[tuple[int, float], ...] = ()
@@ -78,15 +79,16 @@ class LogitsProcessors:
 
 
 LONGEST_BAD_WORD = 64
-"""Most tokens of a bad word."""
+"""Largest number of tokens in a bad word."""
 
 
 @dataclass(frozen=True)
 class SamplingParameters:
     """How one stream draws its tokens; see the field comments in generation_service.proto.
 
-    logprobs: how many of the likeliest tokens are reported with each token; None for no report.
-    processors: what changes its logits; None for a stream that asks for nothing of the kind.
+    output: index of the output in its request.
+    logprobs: number of most likely tokens to report with each token; None reports nothing.
+    processors: changes to the logits; None if there are none.
     """
 
     temperature: float = 1.0
@@ -116,17 +118,17 @@ class Request:
     complete_at: int | None = None
     """Number of tokens, prompt included, that make the stream complete (an image)."""
     score: bool = False
-    """Report how surprising the prompt is instead of generating."""
+    """Score the prompt (its bits per token) instead of generating."""
     prompt_logprobs: int | None = None
-    """How many of the likeliest tokens are reported with each token of the prompt."""
+    """Number of most likely tokens to report with each prompt token; None reports nothing."""
     stream_interval: int = 1
-    """Fewest tokens of a delta that is neither the first nor the last."""
+    """Fewest tokens in a delta, except in the first and the last one."""
     priority: int = 0
-    """Streams of a higher priority go first, and take the slots of those of a lower one."""
+    """A stream of higher priority goes first and takes the slot of one of lower priority."""
 
     @property
     def last_position(self) -> int:
-        """Tokens that the stream has pushed at its end, if nothing ends it before."""
+        """Number of tokens pushed when the stream ends by `max_tokens`."""
         return len(self.prompt) + (0 if self.score else self.max_tokens)
 
     @property
@@ -135,17 +137,17 @@ class Request:
         return self.score or self.prompt_logprobs is not None
 
     def is_unsent(self, token: int) -> bool:
-        """Whether the stream ends with this token and does not send it."""
+        """Whether this token ends the stream and is not sent."""
         return token == self.end_token or (token in self.stop_tokens and not self.include_stop)
 
 
 @dataclass(frozen=True)
 class Lease:
-    """What a server has taken on under one name.
+    """What a server has accepted under one name.
 
     requests: one for each output; they share one prompt.
-    keep_s: how long the stream is kept while nobody reads it; 0 for one that ends with its reader.
-    accepted_at: in seconds of the Unix time.
+    keep_s: seconds that the stream is kept without a reader; 0 ends it when its reader disconnects.
+    accepted_at: Unix time in seconds.
     """
 
     stream_id: str

@@ -1,1 +1,1 @@
-"""Streams become tokens: one thread per bundle that plans, steps, samples and folds."""
+"""Generates the tokens of streams: one thread per bundle plans, steps, samples and folds."""

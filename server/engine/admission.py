@@ -1,7 +1,7 @@
-"""Whether an engine can take on more: arithmetic on what it holds, and nothing else.
+"""Decides whether an engine can admit more streams, from the weight of those it holds.
 
-A stream is weighed before anything is done for it. What it may come to is known then: how many
-tokens it ends with at most, and from the manifest the bytes of state that this takes.
+A stream is weighed before any work on it. Its request gives the largest number of tokens, and the
+manifest gives the bytes of state that this many tokens take.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ _LIMITS = {  # field of `Weight`: reason, unit, remedy
 
 @dataclass(frozen=True)
 class Weight:
-    """What streams take of an engine."""
+    """How much of an engine's limits some streams take."""
 
     streams: int = 0
     """Streams that have not ended."""
     queue_tokens: int = 0
-    """Tokens of prompts on which work has not begun."""
+    """Tokens of prompts whose prefill has not begun."""
     state_bytes: int = 0
-    """State that the streams may come to hold."""
+    """Largest state in bytes that the streams can reach."""
 
     def __add__(self, other: Weight) -> Weight:
         return Weight(
@@ -67,9 +67,9 @@ class Weight:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a request is not taken on, as a word and in words.
+    """Why a request is not admitted: a label for metrics, and a message for the caller.
 
-    retry_after_s: when there may be room; None when there never will be.
+    retry_after_s: seconds until there may be room; None if the request can never be admitted.
     """
 
     reason: str
@@ -78,7 +78,7 @@ class Refusal:
 
     @property
     def error(self) -> RequestError:
-        """What the caller gets."""
+        """The error to raise: Overloaded, or InvalidRequest if a retry cannot help."""
         if self.retry_after_s is None:
             return InvalidRequest(self.message)
         return Overloaded(self.message, self.retry_after_s)
@@ -86,23 +86,23 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Pace:
-    """When streams ended lately, oldest first, in seconds; the first may be when work began."""
+    """When the latest streams ended, oldest first, in seconds. The first may be when work began."""
 
     times_s: tuple[float, ...] = ()
 
     def after(self, now: float) -> Pace:
-        """The pace once one more stream has ended."""
+        """The pace after one more stream has ended at `now`."""
         return Pace((*self.times_s[-_REMEMBERED_ENDS:], now))
 
     def retry_after_s(self, ends: float, now: float) -> float:
-        """About how long it takes until so many more streams have ended, within bounds."""
-        known = len(self.times_s) - 1
-        interval_s = (now - self.times_s[0]) / known if known > 0 else _UNKNOWN_INTERVAL_S
+        """Estimated seconds until `ends` more streams have ended, between 0.1 and 30."""
+        count = len(self.times_s) - 1
+        interval_s = (now - self.times_s[0]) / count if count > 0 else _UNKNOWN_INTERVAL_S
         return min(max(ends * interval_s, _SHORTEST_WAIT_S), _LONGEST_WAIT_S)
 
 
 def weigh(bundle: Bundle, requests: Sequence[Request]) -> tuple[Weight, ...]:
-    """What each of the streams submitted together takes; a prompt they share is queued once."""
+    """The weight of each output of one request. A prompt that they share counts once."""
     first = requests[0]
     return tuple(
         Weight(
@@ -115,31 +115,34 @@ def weigh(bundle: Bundle, requests: Sequence[Request]) -> tuple[Weight, ...]:
 
 
 def limits(config: EngineConfig, memory_bytes: int) -> Weight:
-    """The most that an engine takes on, on a machine with so much memory."""
+    """The largest weight that an engine admits, on a machine with `memory_bytes` of memory."""
     state_bytes = config.state_limit_bytes or memory_bytes // 2
     return Weight(config.slots + config.queue_limit, config.queue_tokens, state_bytes)
 
 
 def check(held: Weight, wanted: Weight, limits: Weight, pace: Pace, now: float) -> Refusal | None:
-    """None if there is room for `wanted` beside what is `held`; else the first limit exceeded."""
+    """None if `wanted` fits beside `held`; else the refusal by the first limit that it exceeds."""
     for field, (reason, unit, remedy) in _LIMITS.items():
-        has, adds, limit = (getattr(weight, field) for weight in (held, wanted, limits))
-        if not adds or has + adds <= limit:
+        taken, adds, limit = (getattr(weight, field) for weight in (held, wanted, limits))
+        if not adds or taken + adds <= limit:
             continue
         if adds > limit:
-            said = f"the request adds {adds} {unit}, at most {limit} are taken on: {remedy}"
-            return Refusal(reason, said, None)
-        said = (
-            f"{has} of at most {limit} {unit} are taken and the request adds {adds}: "
+            message = f"the request adds {adds} {unit}, at most {limit} are admitted: {remedy}"
+            return Refusal(reason, message, None)
+        message = (
+            f"{taken} of at most {limit} {unit} are taken and the request adds {adds}: "
             f"try again later, {remedy}"
         )
-        ends = (has + adds - limit) * held.streams / has
-        return Refusal(reason, said, pace.retry_after_s(ends, now))
+        ends = (taken + adds - limit) * held.streams / taken
+        return Refusal(reason, message, pace.retry_after_s(ends, now))
     return None
 
 
 class Ledger:
-    """What an engine has taken on. Two threads change it: the engine holds its lock meanwhile."""
+    """The weight of all streams that an engine has admitted.
+
+    Not thread-safe: the engine holds its lock during each change.
+    """
 
     def __init__(self, bundle: Bundle, limits: Weight) -> None:
         self.held = Weight()
@@ -149,7 +152,7 @@ class Ledger:
         self._pace = Pace()
 
     def admit(self, streams: Sequence[Stream], now: float) -> Refusal | None:
-        """Take on streams that were submitted together, all of them unless one is refused."""
+        """Admit the outputs of one request, all or none. Returns a refusal if there is no room."""
         weights = weigh(self._bundle, [stream.request for stream in streams])
         wanted = reduce(add, weights)
         refusal = self._refusal(wanted, now)
@@ -161,22 +164,22 @@ class Ledger:
         return refusal
 
     def full(self, now: float) -> Refusal | None:
-        """Why not one stream more is taken on, whatever it may ask for."""
+        """The refusal of any further stream, whatever its request; None if there is room."""
         return self._refusal(Weight(streams=1), now)
 
     @property
     def is_empty(self) -> bool:
-        """Whether it holds nothing."""
+        """Whether no stream is admitted."""
         return not self._weights and self.held == Weight()
 
     def began(self, stream: Stream) -> None:
-        """Work on the stream begins: its prompt is in the queue no longer."""
+        """Record that work on the stream begins: its prompt no longer counts as queued."""
         weight = self._weights[stream]
         self.held -= Weight(queue_tokens=weight.queue_tokens)
         self._weights[stream] = replace(weight, queue_tokens=0)
 
     def ended(self, stream: Stream, now: float) -> None:
-        """The stream holds nothing any more."""
+        """Record that the stream ended at `now`: its weight is free."""
         self.held -= self._weights.pop(stream)
         self._pace = self._pace.after(now)
 

@@ -1,4 +1,4 @@
-"""Passes of the model over the streams in their places, and the tokens that they draw."""
+"""Runs the model over the streams: prefill, decode steps and draft tokens."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from server.ops.metrics import EngineMetrics
 
 
 class Decoding:
-    """Runs the passes for the engine, on its thread. Where streams are is not changed here."""
+    """Runs the passes of the model, on the engine's thread. It does not move streams."""
 
     def __init__(
         self,
@@ -40,17 +40,18 @@ class Decoding:
 
     @property
     def is_resting(self) -> bool:
-        """Whether the next step follows none."""
+        """Whether the next step follows a rest, so that no time since the last step is measured."""
         return self._last_step_at is None
 
     def rest(self) -> None:
-        """Nothing is decoded for a while: the next step follows none."""
+        """Record that nothing is decoded for a while."""
         self._last_step_at = None
 
     def prefill(self, stream: Stream, count: int) -> tuple[float, Ending | None]:
-        """Push `count` tokens for the stream in the prefill slot: seconds taken, and its ending.
+        """Push `count` prompt tokens of the stream in the prefill slot.
 
-        It ends here if its prompt cannot be predicted, or was all that there is to score.
+        Returns the seconds that this takes, and the stream's ending if it ends: its score is
+        complete, or the logits of its prompt are not finite.
         """
         began = time.perf_counter()
         first = self._cache.prefill_pushed
@@ -64,9 +65,10 @@ class Decoding:
         return seconds, self._predict_prompt(stream, logits, first)
 
     def decode(self) -> dict[Stream, Ending]:
-        """A token for each stream of the batch, or several for one alone; those that end with it.
+        """Draw a token for each stream of the batch, or several if the batch is a single stream.
 
-        Blocks that are full have folded. The state of a stream that ended and is kept is saved.
+        Returns the endings of the streams that end. Full blocks are folded. A kept stream that ends
+        has its state saved.
         """
         streams = self._placement.running
         if self._config.draft_tokens and len(streams) == 1 and not streams[0].replay_tokens:
@@ -74,7 +76,7 @@ class Decoding:
         return self._step(streams)
 
     def commit(self) -> None:
-        """Push what streams know and their states have not seen, where drafts left any."""
+        """Push the uncommitted tokens, which draft tokens leave behind."""
         for stream in [s for s in self._placement.running if s.uncommitted]:
             self._cache.push_ahead(np.array(stream.uncommitted, np.int64), logits=False)
             self._cache.commit(len(stream.uncommitted), len(stream.uncommitted))
@@ -83,7 +85,7 @@ class Decoding:
     # ---- the prompt's own tokens
 
     def _predict_prompt(self, stream: Stream, logits: Floats, first: int) -> Ending | None:
-        """Report or score the tokens that `logits` predict, the prompt's from `first` on."""
+        """Report or score the prompt tokens that `logits[T, vocabulary]` predict from `first` on."""
         request = stream.request
         targets = request.prompt.targets(first, len(logits))
         failed = failures(logits, targets, first + np.arange(len(logits)))
@@ -129,24 +131,24 @@ class Decoding:
         self._last_step_at = perf
         return {streams[row]: ended[row] for row in sorted(ended, reverse=True)}
 
-    # ---- several tokens for one stream: propose, verify, commit
+    # ---- draft tokens for a single stream: propose, verify, commit
 
     def _decode_ahead(self, stream: Stream) -> dict[Stream, Ending]:
-        """Push what the only stream may say next, and keep as much of it as it does say.
+        """Push draft tokens for the only stream, and keep those that the model draws, too.
 
-        Never beyond a fold. Each token is drawn as it would have been alone: a draft saves passes,
-        and changes none.
+        Never pushes beyond a fold. Every token is drawn from the logits that a plain step gives, so
+        that a draft saves passes of the model and changes no output.
         """
         began, first = time.perf_counter(), int(self._cache.pushed[0])
-        known = [*stream.uncommitted, stream.last_token]
-        pushed = [*known, *self._propose(stream, len(known))]
+        drawn = [*stream.uncommitted, stream.last_token]
+        pushed = [*drawn, *self._propose(stream, len(drawn))]
         logits = self._cache.push_ahead(np.array(pushed, np.int64))
-        right, ending = self._verify(stream, pushed, len(known), logits)
-        stream.uncommitted = pushed[self._cache.commit(right, len(pushed)) : right]
+        correct, ending = self._verify(stream, pushed, len(drawn), logits)
+        stream.uncommitted = pushed[self._cache.commit(correct, len(pushed)) : correct]
         since = self._last_step_at and began - self._last_step_at
-        drawn = right - len(known) + 1
-        self._metrics.stepped(1, time.perf_counter() - began, since, drawn)
-        self._metrics.drafted(len(pushed) - len(known), drawn - 1)
+        accepted = correct - len(drawn)
+        self._metrics.stepped(1, time.perf_counter() - began, since, accepted + 1)
+        self._metrics.drafted(len(pushed) - len(drawn), accepted)
         self._last_step_at = began
         saves = ending is not None and stream.is_kept
         if saves:
@@ -157,34 +159,35 @@ class Decoding:
             stream.saved = self._cache.save(0)
         return {} if ending is None else {stream: ending}
 
-    def _propose(self, stream: Stream, known: int) -> list[int]:
-        """A draft that fits into the open block behind the `known` tokens that are pushed first."""
-        wanted = min(self._config.draft_tokens, self._cache.row_room - known)
+    def _propose(self, stream: Stream, drawn: int) -> list[int]:
+        """Draft tokens that fit into the open block after the `drawn` tokens to push first."""
+        wanted = min(self._config.draft_tokens, self._cache.row_room - drawn)
         return propose(stream.latest(WINDOW), wanted).tolist() if wanted > 0 else []
 
     def _verify(
-        self, stream: Stream, pushed: list[int], known: int, logits: Floats
+        self, stream: Stream, pushed: list[int], drawn: int, logits: Floats
     ) -> tuple[int, Ending | None]:
-        """Draw from `logits[T, vocabulary]` while what was `pushed` is what the stream says.
+        """Draw tokens from `logits[T, vocabulary]` until one differs from the draft.
 
-        Returns how many of the pushed tokens are right, and the stream's ending if it ends.
+        `pushed[T]` are the `drawn` tokens, then the draft. Returns how many of the pushed tokens
+        are correct, and the stream's ending if it ends.
         """
         sampling, first = self._placement.sampling, int(self._cache.pushed[0])
         now = time.monotonic()
-        for right in range(known, len(pushed) + 1):
-            row, position = logits[right - 1 : right], np.array([first + right - 1])
+        for correct in range(drawn, len(pushed) + 1):
+            row, position = logits[correct - 1 : correct], np.array([first + correct - 1])
             tokens = sample(row, sampling, position)
             sampling.remember(tokens)
             failed = failures(row, tokens, position).get(0)
             if failed is not None:
-                return right, failed
+                return correct, failed
             logprobs = sampling.logprobs(row, tokens).get(0)
             reason = self._take_token(stream, int(tokens[0]), logprobs, now)
             if reason is not None:
-                return right, self._finish(stream, reason, first + right, now)
-            if right == len(pushed) or pushed[right] != stream.last_token:
+                return correct, self._finish(stream, reason, first + correct, now)
+            if correct == len(pushed) or pushed[correct] != stream.last_token:
                 break
-        return right, None
+        return correct, None
 
     # ---- a token that was drawn
 

@@ -1,4 +1,7 @@
-"""Bytes become text as they arrive: whole characters, and nothing a stop string may still eat."""
+"""Turns bytes into text as they arrive, in whole characters, and finds stop strings.
+
+Text that may be the beginning of a stop string is held back.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,10 @@ from collections.abc import Sequence
 
 
 class Detokenizer:
-    """Turns the byte tokens of one stream into text, watching for stop strings."""
+    """Turns the byte tokens of one stream into text until a stop string is found.
+
+    matched: the stop string that was found; None before.
+    """
 
     def __init__(self, stop: Sequence[str] = (), include_stop: bool = False) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -17,9 +23,9 @@ class Detokenizer:
         self.matched: str | None = None
 
     def push(self, token: int, may_stop: bool = True) -> str:
-        """Text that `token` completes. Once a stop string is met, `matched` says which.
+        """The text that `token` completes. Sets `matched` when it completes a stop string.
 
-        A stop string that is complete while it may not stop is text like any other.
+        With `may_stop` false, a complete stop string is plain text.
         """
         character = self._decoder.decode(bytes((token,)))
         if not self._stop:
@@ -37,9 +43,9 @@ class Detokenizer:
         return released
 
     def replay(self, content: bytes, matched: str | None = None) -> str:
-        """Text that these tokens complete, as `push` would have given it, at the very beginning.
+        """The text of all bytes of `content`, as `push` gives it. Call it before the first `push`.
 
-        `matched` is the stop string that they end with, if one was met.
+        `matched` is the stop string at their end, if one was found.
         """
         text = self._decoder.decode(content)
         if matched is not None:
@@ -50,18 +56,18 @@ class Detokenizer:
         return text[: len(text) - keep]
 
     def flush(self) -> str:
-        """What is left when the stream ends; a torn character becomes U+FFFD."""
+        """The rest of the text when the stream ends; an incomplete character becomes U+FFFD."""
         released = self._held + self._decoder.decode(b"", final=True)
         self._held = ""
         return released
 
     def _completed(self, before: int) -> list[tuple[int, str]]:
-        """Where stop strings begin that end behind the first `before` characters held."""
+        """Positions and stop strings that end after `before` characters of the held text."""
         starts = [(self._held.find(s, max(0, before - len(s) + 1)), s) for s in self._stop]
         return [(at, s) for at, s in starts if at >= 0]
 
     def _possible_stop(self) -> int:
-        """Length of the longest end of the held text that begins a stop string."""
+        """Length of the longest suffix of the held text that is a prefix of a stop string."""
         longest = max((len(s) for s in self._stop), default=1) - 1
         for size in range(min(longest, len(self._held)), 0, -1):
             if any(s.startswith(self._held[-size:]) for s in self._stop):

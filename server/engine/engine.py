@@ -1,7 +1,7 @@
-"""The engine of one bundle: a thread that owns its streams, and the inbox by which others reach it.
+"""The engine of one bundle: a thread that owns its streams, and an inbox for other threads.
 
-Other threads meet it in two places only: the inbox (`admit`, `post`, `ask`), and the updates that
-subscribers get, passed on once a turn.
+Other threads use the inbox (`admit`, `post`, `ask`). Subscribers get the updates of their streams
+once a turn.
 """
 
 from __future__ import annotations
@@ -35,11 +35,10 @@ Action = Callable[[], None]
 
 
 class Engine:
-    """Runs the streams of one bundle once it is started.
+    """Runs the streams of one bundle, on a thread that `start` starts.
 
-    Its parts belong to the engine's thread: others may look at them while that stands still.
-    idle_wait_s: how long the thread sleeps at most when there is nothing to do. wakeup: set when
-    there may be something.
+    Its parts belong to this thread. Other threads may read them only while it stands still.
+    idle_wait_s: longest sleep of the thread when there is nothing to do. wakeup: ends the sleep.
     """
 
     idle_wait_s = 1.0
@@ -86,58 +85,59 @@ class Engine:
     # ---- called from any thread
 
     def start(self, holder: StreamHolder) -> None:
-        """Begin to work, for the `holder` of its streams."""
+        """Start the thread. `holder` owns the streams."""
         self.streams.holder = holder
         self._thread.start()
 
     @property
     def alive(self) -> bool:
-        """Whether the thread runs; once it does not, it never will again."""
+        """Whether the thread runs. A thread that has ended never runs again."""
         return self._thread.is_alive()
 
     @property
     def closing(self) -> bool:
-        """Whether it was told to stop, or has died."""
+        """Whether the engine stops, has stopped, or has died."""
         return self._closing
 
     @property
     def num_actions(self) -> int:
-        """Actions that wait in the inbox."""
+        """Number of actions in the inbox."""
         return len(self._inbox)
 
     @property
     def is_empty(self) -> bool:
-        """Whether no action waits, and nothing of any stream is left anywhere."""
+        """Whether no action waits and the engine holds no stream."""
         placement = self.placement
         places = (placement.waiting, placement.running, placement.paused, placement.prefilling)
         kept = (*places, self.streams.limited, self.cache.num_running, self._inbox)
         return self.ledger.is_empty and not any(kept)
 
     def require_room(self) -> None:
-        """Raises Overloaded while not one more stream is taken on, and EngineStopped."""
+        """Raises Overloaded if no further stream can be admitted now, and EngineStopped."""
         with self._lock:
-            self._require_open(takes_on=True)
-            self._heed(self.ledger.full(time.monotonic()))
+            self._require_open(admits=True)
+            self._raise_if(self.ledger.full(time.monotonic()))
 
     def admit(self, streams: Sequence[Stream], register: Callable[[], Action]) -> None:
-        """Take on streams, all or none. `register` is called if so, and what it returns is posted.
+        """Admit streams, all or none; then call `register` and post the action that it returns.
 
-        Raises Overloaded while there is no room, InvalidRequest if there never is, EngineStopped.
+        Raises Overloaded if there is no room now, InvalidRequest if there never is room, and
+        EngineStopped.
         """
         with self._lock:
-            self._require_open(takes_on=True)
+            self._require_open(admits=True)
             if streams:
-                self._heed(self.ledger.admit(streams, time.monotonic()))
+                self._raise_if(self.ledger.admit(streams, time.monotonic()))
             self.post(register())
 
     def stop_accepting(self) -> None:
-        """Take on nothing new; what is there goes on."""
+        """Admit no further streams; those that are admitted continue."""
         self._accepting = False
 
     def ask(self, action: Action) -> Future[None]:
-        """Have `action` done as `post` does; the answer says when, or what it raised.
+        """Post `action`. The future completes when it is done, with the exception that it raises.
 
-        It is not done if the answer is cancelled before. Raises EngineStopped.
+        Cancelling the future before that drops the action. Raises EngineStopped.
         """
         answer: Future[None] = Future()
 
@@ -156,30 +156,30 @@ class Engine:
         return answer
 
     def post(self, action: Action) -> None:
-        """Have `action` done on the engine's thread before the next step."""
+        """Run `action` on the engine's thread before the next turn."""
         self._inbox.append(action)
         self.wakeup.set()
 
     def wake(self) -> None:
-        """Look again at what there is to do."""
+        """Wake the thread up to plan again."""
         self.wakeup.set()
 
     def close(self) -> None:
-        """Stop. Streams that have not ended end with an error."""
+        """Stop the thread. Streams that have not ended end with an error."""
         self._closing = True
         self.wakeup.set()
         self._thread.join()
 
-    def _heed(self, refusal: Refusal | None) -> None:
+    def _raise_if(self, refusal: Refusal | None) -> None:
         if refusal is not None:
             self.metrics.rejected(refusal.reason)
             raise refusal.error
 
-    def _require_open(self, takes_on: bool = False) -> None:
-        if self._closing or (takes_on and not self._accepting):
-            raise EngineStopped("the server is shutting down; try another one, or again later")
+    def _require_open(self, admits: bool = False) -> None:
+        if self._closing or (admits and not self._accepting):
+            raise EngineStopped("the server is shutting down; try another one, or try again later")
 
-    # ---- the thread's own, from here on
+    # ---- called on the engine's thread
 
     def _run(self) -> None:
         holder = self.streams.holder
@@ -193,7 +193,7 @@ class Engine:
             holder.hand_over()
         except Exception:
             _log.exception("the engine of %s died", self.bundle.name)
-        with self._lock:  # whatever was not refused is in the inbox by now
+        with self._lock:  # after this, `admit` and `ask` raise: no stream is left behind
             self._closing = True
         self._take_inbox()
         gone = EngineStopped("the model was taken down before the stream ended; try again later")

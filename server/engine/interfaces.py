@@ -1,6 +1,6 @@
-"""What the engine needs of those around it: who reads a stream, who holds it, who stores it.
+"""What the engine uses: subscribers, the holder of its streams, and the snapshot store.
 
-All methods are called on the engine's thread, and must not wait.
+All methods are called on the engine's thread and must not block.
 """
 
 from __future__ import annotations
@@ -17,34 +17,34 @@ if TYPE_CHECKING:
 
 
 class Subscriber(Protocol):
-    """Takes the updates of one stream."""
+    """Receives the updates of one stream."""
 
     @property
     def unread(self) -> int:
-        """Tokens that were put and are not read yet."""
+        """Number of tokens that are put but not read yet."""
 
     def put(self, update: StreamUpdate) -> None:
-        """Add an update; it may be passed on with others when the turn ends."""
+        """Add an update. It may be delivered later, at the end of the turn."""
 
 
 class StreamHolder(Protocol):
-    """Owns the streams of an engine, and decides how long they are kept."""
+    """Owns the streams of an engine and decides how long to keep them."""
 
     @property
     def next_expiry(self) -> float:
-        """When `expire` has something to do next, on the monotonic clock."""
+        """When the next kept stream expires, on the monotonic clock."""
 
     def expire(self, now: float) -> None:
-        """Let go of what was kept long enough; called once a turn."""
+        """Delete what has expired at `now`. Called once a turn."""
 
     def ended(self, stream: Stream) -> None:
-        """The stream is over, and in none of the engine's places any more."""
+        """Called when a stream has ended and has left the engine."""
 
     def publish(self) -> None:
-        """Pass on what the turn put."""
+        """Deliver the updates of this turn to the subscribers."""
 
     def hand_over(self) -> None:
-        """The engine stops: save what can go on elsewhere."""
+        """Called when the engine stops: store the streams that another server can continue."""
 
 
 class SnapshotStore(Protocol):
@@ -52,7 +52,7 @@ class SnapshotStore(Protocol):
 
     @property
     def is_durable(self) -> bool:
-        """Whether what it stores outlives this process."""
+        """Whether stored checkpoints outlive this process."""
 
     def offer(self, bundle: Bundle, lease: Lease, output: int, checkpoint: Checkpoint) -> None:
-        """Store how far an output is, soon."""
+        """Store the checkpoint of an output later, on the store's thread."""

@@ -1,7 +1,7 @@
-"""The books over the runtime's rows: which stream has which, how far each is, and what folds.
+"""Manages the rows of the runtime: how many tokens each row has pushed, and when it folds.
 
-Rows `0 … len(pushed) - 1` are the batch, kept dense. One more row behind the last is the prefill
-slot, where one stream at a time pushes its prompt before it joins the batch.
+Rows `0 … len(pushed) - 1` are the batch, without gaps. Row `slots` is the prefill slot, where one
+stream at a time pushes its prompt before it joins the batch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _NEVER = np.iinfo(np.int64).max
 
 
 class Cache:
-    """State of up to `slots` decoding streams and one being prefilled."""
+    """The state of up to `slots` streams in the batch and of one in the prefill slot."""
 
     def __init__(self, bundle: Bundle, runtime: Runtime, slots: int, prefix_bytes: int = 0) -> None:
         self._bundle = bundle
@@ -29,54 +29,55 @@ class Cache:
         self._slots = slots
         self._prefill_row = slots
         self._prefill_pushed = 0
-        self._open_block: Ints = np.zeros(0, np.int64)  # tokens of it, while prefixes are kept
+        self._open_block: Ints = np.zeros(0, np.int64)  # its tokens, if prefixes are cached
         self._interval = bundle.span or _NEVER
         self._prefixes: PrefixCache | None = None
         if bundle.span and bundle.shares_blocks and prefix_bytes:
             self._prefixes = PrefixCache(bundle.span, prefix_bytes)
         self._pushed: Ints = np.zeros(0, np.int64)
-        self._before: State = {}  # what `commit` may have to put back
+        self._before: State = {}  # recurrent state that `commit` puts back
 
     @property
     def num_running(self) -> int:
-        """Streams in the batch."""
+        """Number of streams in the batch."""
         return len(self._pushed)
 
     @property
     def num_free(self) -> int:
-        """Streams that can still join the batch."""
+        """Number of free slots."""
         return self._slots - self.num_running
 
     @property
     def pushed(self) -> Ints:
-        """Tokens each stream of the batch has seen, `[B]`."""
+        """Number of tokens that each stream of the batch has pushed, `[B]`."""
         return self._pushed
 
     @property
     def prefill_pushed(self) -> int:
-        """Tokens the stream in the prefill slot has seen."""
+        """Number of tokens that the stream in the prefill slot has pushed."""
         return self._prefill_pushed
 
     @property
     def prefix_bytes(self) -> int:
-        """Bytes of the blocks that are kept for prompts which begin alike."""
+        """Bytes of the prefix cache."""
         return 0 if self._prefixes is None else self._prefixes.nbytes
 
     def state_bytes(self) -> dict[str, int]:
-        """Bytes of live state by kind, over the batch."""
+        """Bytes of the batch's state by kind of tensor."""
         return self._bundle.total_state_bytes(self._pushed)
 
     # ---- the prefill slot
 
     @property
     def block_room(self) -> int:
-        """Tokens the stream in the prefill slot takes before its block is full."""
+        """Number of tokens that the stream in the prefill slot can push until its block is full."""
         return self._room(self.prefill_pushed)
 
     def start_prefill(self, inputs: Ints | None = None) -> None:
-        """Give the prefill slot to a stream that has not begun.
+        """Give the prefill slot to a new stream.
 
-        If its `inputs[T]` are given, the blocks that an earlier prompt began with count as pushed.
+        With `inputs[T]`, the blocks at their beginning that the prefix cache has are copied and
+        count as pushed.
         """
         self._runtime.reset(self._prefill_row)
         self._prefill_pushed, self._open_block = 0, np.zeros(0, np.int64)
@@ -92,16 +93,19 @@ class Cache:
             self._runtime.write(self._prefill_row, self._length(self.prefill_pushed), stacks)
 
     def resume_prefill(self, inputs: Ints, saved: SavedState) -> None:
-        """Give the prefill slot to a stream that has pushed the first of its `inputs[T]`."""
+        """Give the prefill slot to a stream whose `saved` state has some of its `inputs[T]`."""
         self._prefill_pushed = saved.pushed
         if self._prefixes is not None:
             blocks, rest = divmod(saved.pushed, self._bundle.span or 1)
-            self._prefixes.follow(inputs[: saved.pushed], blocks)
+            self._prefixes.resume(inputs[: saved.pushed], blocks)
             self._open_block = inputs[saved.pushed - rest : saved.pushed]
         self._runtime.write(self._prefill_row, self._length(saved.pushed), saved.state)
 
     def prefill(self, tokens: Ints, logits: bool = False) -> Floats:
-        """Push `tokens[T]`, at most `block_room`, for the stream in the prefill slot."""
+        """Push `tokens[T]`, at most `block_room`, for the stream in the prefill slot.
+
+        Returns `[T, vocabulary]` if `logits` is true, else `[0, vocabulary]`.
+        """
         assert len(tokens) <= self.block_room
         entries = self._bundle.entries(self.prefill_pushed)
         out = self._runtime.prefill(self._prefill_row, tokens, self.prefill_pushed, entries, logits)
@@ -122,7 +126,7 @@ class Cache:
         return out
 
     def join(self) -> int:
-        """Move the stream in the prefill slot into the batch; returns its row."""
+        """Move the stream in the prefill slot into the batch. Returns its row."""
         row = self._append(self.prefill_pushed)
         self._runtime.move(self._prefill_row, row, self._length(self.prefill_pushed))
         return row
@@ -135,24 +139,27 @@ class Cache:
     # ---- the batch
 
     def begin(self) -> int:
-        """Add a stream that has not begun to the batch; returns its row."""
+        """Add a new stream to the batch. Returns its row."""
         row = self._append(0)
         self._runtime.reset(row)
         return row
 
     def restore(self, saved: SavedState) -> int:
-        """Add a stream to the batch whose state was saved; returns its row."""
+        """Add a stream with a saved state to the batch. Returns its row."""
         row = self._append(saved.pushed)
         self._runtime.write(row, self._length(saved.pushed), saved.state)
         return row
 
     def save(self, row: int) -> SavedState:
-        """A copy of a stream's state; the stream itself stays where it is."""
+        """A copy of the state in a row of the batch. The stream stays in the batch."""
         pushed = int(self._pushed[row])
         return SavedState(self._runtime.read(row, self._length(pushed)), pushed)
 
     def leave(self, row: int) -> int | None:
-        """Take a stream out of the batch. The last row, if another, moves in: its old number."""
+        """Remove a row from the batch. The last row moves into the gap.
+
+        Returns the old number of the row that moves; None if none does.
+        """
         last = self.num_running - 1
         if row != last:
             self._runtime.move(last, row, self._length(int(self._pushed[last])))
@@ -161,36 +168,36 @@ class Cache:
         return last if row != last else None
 
     def clear(self) -> None:
-        """Take every stream out of the batch."""
+        """Remove all rows from the batch."""
         self._pushed = self._pushed[:0]
 
     def step(self, tokens: Ints) -> Floats:
-        """Push `tokens[B]`, one for each stream of the batch; logits `[B, vocabulary]`.
+        """Push `tokens[B]`, one for each row of the batch. Returns logits `[B, vocabulary]`.
 
-        The blocks that this fills stay open until `fold`.
+        Blocks that become full stay open until `fold`.
         """
         logits = self._runtime.step(tokens, self._pushed, self._bundle.entries(self._pushed))
         self._pushed = self._pushed + 1
         return logits
 
     def fold(self, ended: Collection[int] = ()) -> int:
-        """Fold the blocks that the last step filled, but not those of rows that ended; how many."""
+        """Fold the blocks that the last step filled, except in `ended` rows. Returns how many."""
         due = np.flatnonzero(self._pushed % self._interval == 0).tolist()
         rows = [row for row in due if row not in ended]
         self._fold(rows, self._pushed[rows].tolist())
         return len(rows)
 
-    # ---- several tokens at once, for the only stream of the batch
+    # ---- several tokens at once, for a batch of one stream
 
     @property
     def row_room(self) -> int:
-        """Tokens that the only stream of the batch takes before its block is full."""
+        """Number of tokens that the only stream of the batch can push until its block is full."""
         return self._room(int(self._pushed[0]))
 
     def push_ahead(self, tokens: Ints, logits: bool = True) -> Floats:
-        """Push `tokens[T]`, at most `row_room`, onto the only stream of the batch.
+        """Push `tokens[T]`, at most `row_room`, for the only stream of the batch.
 
-        Returns logits `[T, vocabulary]`. Until `commit`, none of the tokens counts as pushed.
+        Returns logits `[T, vocabulary]`. No token counts as pushed before `commit`.
         """
         assert self.num_running == 1 and len(tokens) <= self.row_room
         pushed = int(self._pushed[0])
@@ -199,9 +206,10 @@ class Cache:
         return self._runtime.prefill(0, tokens, pushed, here.entries, logits)
 
     def commit(self, count: int, of: int) -> int:
-        """Keep the first `count` of the `of` tokens that were pushed ahead; how many are kept.
+        """Keep the first `count` of the `of` tokens pushed ahead. Returns how many are kept.
 
-        Where the state cannot be wound back to the middle it is all or none of them.
+        A recurrent state cannot go back to a token in the middle: if `count` is less than `of`, it
+        keeps none.
         """
         if count < of and self._bundle.recurrent:
             replaced = {name: self._before[name] for name in self._bundle.recurrent}

@@ -1,4 +1,4 @@
-"""The life of a stream on the engine's thread: queued, started, paused, stopped, ended."""
+"""The steps in a stream's life on the engine's thread: queue, start, pause, stop, end."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from server.ops.metrics import EngineMetrics
 
 
 class StreamLifecycle:
-    """What can happen to the streams of an engine. All of it happens on the engine's thread.
+    """Changes the phase of an engine's streams. All methods run on the engine's thread.
 
-    lock: held while the ledger changes, since other threads admit streams.
+    limited: the streams with a time limit. lock: held while the ledger changes, since other threads
+    admit streams.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class StreamLifecycle:
         snapshots: SnapshotStore | None,
     ) -> None:
         self.holder: StreamHolder | None = None
-        self.limited: set[Stream] = set()  # those with a time limit
+        self.limited: set[Stream] = set()
         self._bundle = bundle
         self._config = config
         self._placement = placement
@@ -51,13 +52,13 @@ class StreamLifecycle:
         self._snapshots = snapshots
 
     def enqueue(self, stream: Stream) -> None:
-        """A stream that was admitted waits for its turn."""
+        """Put an admitted stream into the queue."""
         self._placement.enqueue(stream)
         if stream.request.time_limit_s is not None:
             self.limited.add(stream)
 
     def start(self, stream: Stream) -> None:
-        """Work on a stream that waited begins, unless it had begun before."""
+        """Record that work on a stream begins. Does nothing if it had begun before."""
         if stream.started_at is not None:
             return
         with self._lock:
@@ -72,15 +73,16 @@ class StreamLifecycle:
             stream.penalties.recall(np.array(stream.history, np.int64))
 
     def pause_lagging(self, stream: Stream) -> None:
-        """Give the slot of a stream whose reader lags to another; its state is copied anyway."""
+        """Park a stream whose reader lags, so that its slot is free for another."""
         self._decoding.commit()
         self._placement.pause(stream)
+        # The state is copied here in any case, so a snapshot costs little.
         assert stream.saved is not None
         if stream.saved.pushed - stream.snapshot_at >= self._config.snapshot_interval:
             self.snapshot(stream, stream.saved)
 
     def stop(self, stream: Stream, reason: FinishReason) -> None:
-        """End a stream between two steps; one that is kept takes its state along."""
+        """End a stream between two steps. The state of a kept stream is saved."""
         self._decoding.commit()
         pushed = self._placement.pushed(stream)
         held = 0 if pushed is None else sum(self._bundle.state_bytes(pushed).values())
@@ -89,28 +91,28 @@ class StreamLifecycle:
         self.end(stream, stream.finish(reason, held, time.monotonic()))
 
     def end(self, stream: Stream, ending: Ending | None) -> None:
-        """Take a stream out of wherever it is, and give its subscriber the `ending`, if any."""
+        """Remove a stream from the engine and send its subscriber the `ending`, if there is one."""
         self._placement.remove(stream)
         self._settle(stream, ending)
 
     def cancel(self, stream: Stream) -> None:
-        """Drop a stream, unless it has ended."""
+        """End a stream without an ending. Does nothing if it has ended."""
         if not stream.ended:
             self.end(stream, None)
 
     def fail_batch(self, error: RequestError) -> None:
-        """End every stream that the model was at work on, in whatever state a failure left them."""
+        """End the streams of the batch and the prefill slot with `error`. Their states are lost."""
         for stream in self._placement.clear():
             self._settle(stream, error)
 
     def fail_all(self, error: RequestError) -> None:
-        """End every stream there is."""
+        """End all streams with `error`."""
         for stream in [*self._placement.waiting, *self._placement.paused]:
             self.end(stream, error)
         self.fail_batch(error)
 
     def expire(self, now: float) -> None:
-        """End the streams whose time limit is over."""
+        """End the streams whose time limit is over at `now`."""
         for stream in [s for s in self.limited if s.expires_at <= now]:
             if rest := stream.detokenizer.flush():
                 stream.subscriber.put(StreamUpdate(text=rest))
@@ -118,22 +120,22 @@ class StreamLifecycle:
 
     @property
     def next_expiry(self) -> float:
-        """When the next time limit is over, on the monotonic clock."""
+        """When the next time limit ends, on the monotonic clock."""
         return min((stream.expires_at for stream in self.limited), default=float("inf"))
 
     def hand_over(self, stream: Stream, ending: Ending) -> None:
-        """Store how far a stream is and end it here, so that another server goes on with it."""
+        """Store a stream's checkpoint and end it here, so that another server can continue it."""
         self._decoding.commit()
         self.snapshot(stream, self._placement.save(stream))
         self.end(stream, ending)
 
     @property
     def takes_snapshots(self) -> bool:
-        """Whether anything is stored of any stream."""
+        """Whether there is a snapshot store."""
         return self._snapshots is not None
 
     def snapshot_if_due(self, stream: Stream, pushed: int) -> None:
-        """Store how far a stream is, when it has folded and the last time was long enough ago."""
+        """Take a snapshot if a block has just folded and `snapshot_interval` tokens have passed."""
         if self._snapshots is None or not stream.is_kept:
             return
         folded = not self._bundle.span or pushed % self._bundle.span == 0
@@ -141,7 +143,7 @@ class StreamLifecycle:
             self.snapshot(stream, self._placement.save(stream))
 
     def snapshot(self, stream: Stream, saved: SavedState | None) -> None:
-        """Store how far a stream is, off this thread."""
+        """Have a stream's checkpoint stored, with the `saved` state, on another thread."""
         if self._snapshots is None or not stream.is_kept:
             return
         stream.snapshot_at = 0 if saved is None else saved.pushed
@@ -149,7 +151,7 @@ class StreamLifecycle:
         self._snapshots.offer(self._bundle, stream.lease, stream.output, checkpoint)
 
     def _settle(self, stream: Stream, ending: Ending | None) -> None:
-        """Close the books of a stream that is in no place any more."""
+        """Record the end of a stream that is in no place any more."""
         now = time.monotonic()
         with self._lock:
             self._ledger.ended(stream, now)

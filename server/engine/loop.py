@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 
 
 class StepLoop:
-    """Carries out what the scheduler plans, turn by turn, on the engine's thread."""
+    """Asks the scheduler for a plan and executes it, once a turn, on the engine's thread."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class StepLoop:
         self._credit_s = 0.0
 
     def turn(self, holder: StreamHolder) -> bool:
-        """Plan, execute, publish; whether there was nothing to do."""
+        """Plan, execute, publish. Returns whether there was nothing to do."""
         now = time.monotonic()
         self._streams.expire(now)
         holder.expire(now)
@@ -64,13 +64,13 @@ class StepLoop:
 
     def _load(self) -> Load:
         free, returning = self._cache.num_free, self._placement.returning()
-        yielding = self._placement.yielding(returning)
+        preemptible = self._placement.preemptible(returning)
         return Load(
             num_running=self._cache.num_running,
             num_free=free,
-            yielding=tuple(s.priority for s in yielding),
+            preemptible=tuple(s.priority for s in preemptible),
             returning=tuple(s.priority for s in returning),
-            waiting=self._placement.head(free + len(yielding) + 1),
+            waiting=self._placement.head(free + len(preemptible) + 1),
             prefilling=self._placement.in_prefill_slot(),
             prefill_room=min(self._cache.block_room, self._config.prefill_chunk),
             prefill_credit_s=self._credit_s,
@@ -95,9 +95,9 @@ class StepLoop:
         self._credit_s = next_credit(self._credit_s, share, prefill_s, decode_s)
 
     def _exchange(self, todo: Plan) -> None:
-        """Park running streams for others of a higher priority, and bring paused ones back."""
+        """Park running streams for others of higher priority, and restore paused ones."""
         returning = self._placement.returning()
-        for stream in self._placement.yielding(returning)[: todo.preempt]:
+        for stream in self._placement.preemptible(returning)[: todo.preempt]:
             self._placement.preempt(stream)
             self._metrics.preempted()
         for stream in returning[: todo.restore]:

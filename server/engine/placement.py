@@ -1,6 +1,7 @@
-"""Where the streams of an engine are: each waits, is prefilled, runs in the batch, or is paused.
+"""The places of an engine's streams: the queue, the prefill slot, the batch, or paused.
 
-Their state moves with them: rows of the cache follow the batch, what is elsewhere is saved.
+The state moves with the stream: a stream of the batch has a row of the cache, a parked one has a
+saved state.
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ class Placement:
         self._cache = cache
         self._stream_buffer = stream_buffer
         self._arrivals = count()
-        self._sampling: SamplingBatch | None = None  # of the batch as it is, None when it changed
-        self.waiting: list[Stream] = []  # in the order of their keys
+        self._sampling: SamplingBatch | None = None  # None after a change of the batch
+        self.waiting: list[Stream] = []  # ordered by queue key
         self.prefilling: Stream | None = None
         self.running: list[Stream] = []
         self.paused: list[Stream] = []
 
-    # ---- as the scheduler sees them
+    # ---- for the scheduler
 
     def in_prefill_slot(self) -> Prefilling | None:
-        """What the scheduler knows of the stream in the prefill slot."""
+        """The stream in the prefill slot, as the scheduler needs it; None if the slot is free."""
         stream = self.prefilling
         if stream is None:
             return None
@@ -44,17 +45,17 @@ class Placement:
         return Prefilling(max(0, left), not stream.request.score, stream.priority)
 
     def head(self, size: int) -> tuple[Waiting, ...]:
-        """The first of the queue."""
+        """The first `size` streams of the queue, as the scheduler needs them."""
         head = self.waiting[:size]
         return tuple(Waiting(s.to_prefill, not s.request.score, s.priority) for s in head)
 
     def returning(self) -> list[Stream]:
-        """Paused streams whose readers have caught up, the highest priority first."""
+        """Paused streams whose readers have caught up, highest priority first."""
         back = [s for s in self.paused if s.subscriber.unread <= self._stream_buffer // 2]
         return sorted(back, key=lambda s: -s.priority)
 
-    def yielding(self, returning: Sequence[Stream]) -> list[Stream]:
-        """Running streams of a lower priority than one that waits for a slot, the lowest first."""
+    def preemptible(self, returning: Sequence[Stream]) -> list[Stream]:
+        """Running streams of lower priority than one that waits for a slot, lowest first."""
         claiming = [*self.waiting[:1], self.prefilling, *returning[:1]]
         priorities = [s.priority for s in claiming if s is not None]
         highest = max(priorities, default=-inf)
@@ -64,30 +65,33 @@ class Placement:
     # ---- from place to place
 
     def enqueue(self, stream: Stream) -> None:
-        """A new stream waits."""
+        """Put a new stream into the queue."""
         stream.queue_key = (stream.queue_key[0], next(self._arrivals))
         insort(self.waiting, stream, key=_QUEUE_KEY)
 
     def begin(self) -> Stream:
-        """The first of the queue, with nothing left to prefill, joins the batch."""
+        """Move the first stream of the queue, which needs no prefill, into the batch."""
         stream = self.waiting.pop(0)
         self._place_row(stream)
         return stream
 
     def start_prefill(self) -> Stream:
-        """The first of the queue gets the prefill slot."""
+        """Move the first stream of the queue into the prefill slot."""
         self.prefilling = stream = self.waiting.pop(0)
         if stream.saved is not None:
             self._cache.resume_prefill(stream.request.prompt.inputs(), stream.saved)
             stream.saved = None
         else:
-            # Where the prompt itself is predicted, every token of it has to be pushed.
+            # The logits of every prompt token are needed, so cached blocks cannot be used.
             request = stream.request
             self._cache.start_prefill(None if request.predicts_prompt else request.prompt.inputs())
         return stream
 
     def join(self) -> None:
-        """The prefilled stream joins the batch, and leaves its state to those that share it."""
+        """Move the prefilled stream into the batch.
+
+        Waiting streams with the same prompt get a copy of its state.
+        """
         assert self.prefilling is not None
         row, stream = self._cache.join(), self.prefilling
         siblings = [s for s in self.waiting if s.shares_prompt(stream)]
@@ -99,24 +103,24 @@ class Placement:
         self.prefilling = None
 
     def preempt(self, stream: Stream) -> None:
-        """Park a stream that gives its slot to one of a higher priority; it waits in its turn."""
+        """Park a running stream for one of higher priority, and put it back into the queue."""
         self._park_row(stream)
         insort(self.waiting, stream, key=_QUEUE_KEY)
 
     def pause(self, stream: Stream) -> None:
-        """Park a stream whose reader lags; it comes back when half of its buffer is read."""
+        """Park a stream whose reader lags. It returns when half of its buffer is read."""
         self._park_row(stream)
         self.paused.append(stream)
         stream.paused = True
 
     def restore(self, stream: Stream) -> None:
-        """A paused stream joins the batch again."""
+        """Move a paused stream back into the batch."""
         self._place_row(stream)
         stream.paused = False
         self.paused.remove(stream)
 
     def remove(self, stream: Stream) -> None:
-        """Take a stream out of wherever it is."""
+        """Remove a stream from its place."""
         if stream in self.running:
             self._leave_row(stream)
         elif stream is self.prefilling:
@@ -127,24 +131,24 @@ class Placement:
             self.waiting.remove(stream)
 
     def clear(self) -> list[Stream]:
-        """Take out all that the model is at work on, whose state is lost; returns them."""
+        """Remove and return the streams of batch and prefill slot. Their state is lost."""
         streams = [*self.running, *([self.prefilling] if self.prefilling else [])]
         self.running, self.prefilling, self._sampling = [], None, None
         self._cache.clear()
         return streams
 
-    # ---- what they hold
+    # ---- sampling and state
 
     @property
     def sampling(self) -> SamplingBatch:
-        """How the batch draws."""
+        """Sampling parameters and penalty states of the batch."""
         if self._sampling is None:
             parameters = [stream.request.sampling for stream in self.running]
             self._sampling = SamplingBatch.of(parameters, [s.penalties for s in self.running])
         return self._sampling
 
     def pushed(self, stream: Stream) -> int | None:
-        """Tokens that the state of a stream has seen, None if it has none."""
+        """Number of tokens pushed into the state of a stream; None if it has no state."""
         if stream in self.running:
             return int(self._cache.pushed[self.running.index(stream)])
         if stream is self.prefilling:
@@ -152,7 +156,7 @@ class Placement:
         return None if stream.saved is None else stream.saved.pushed
 
     def save(self, stream: Stream) -> SavedState | None:
-        """A copy of the state of a stream, None if it has none; the stream stays where it is."""
+        """A copy of a stream's state; None if it has no state. The stream stays in its place."""
         if stream in self.running:
             return self._cache.save(self.running.index(stream))
         return self._cache.save_prefill() if stream is self.prefilling else stream.saved

@@ -1,7 +1,7 @@
-"""Folded blocks that streams with the same beginning share: a radix tree over blocks of tokens.
+"""Caches folded blocks for prompts with the same beginning: a radix tree over blocks of tokens.
 
-A folded entry depends on the tokens before it alone and never changes, so it is kept once, and a
-prompt that begins alike begins behind it.
+A folded entry depends only on the tokens before it and never changes. So it is stored once, and
+later prompts with these tokens copy it instead of pushing them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from server.arrays import Ints, State
 
 @dataclass(eq=False)
 class _Node:
-    """A block behind the blocks of its parents."""
+    """A block that follows the blocks of its ancestors."""
 
     parent: _Node | None = None
     key: bytes = b""
@@ -27,42 +27,42 @@ class _Node:
 
 
 class PrefixCache:
-    """What the blocks of `span` tokens left on the stacks, up to `limit` bytes of it.
+    """Stack entries of blocks of `span` tokens, at most `limit` bytes; drops the least recently used.
 
-    It follows one prompt at a time: `match` begins it, and `insert` extends it by a block, which
-    costs the same wherever in the prompt that block lies.
+    It works on one prompt at a time: `match` begins a prompt, and `insert` adds its next block. An
+    insert costs the same at any position of the prompt.
     """
 
     def __init__(self, span: int, limit: int) -> None:
         self._span = span
         self._limit = limit
         self._root = _Node()
-        # Oldest use first. A block counts as used after those behind it, so the first is a leaf;
-        # but for blocks of the prompt that is followed, which are put in order when it matters.
+        # Oldest use first. A block counts as used after its children, so that the first is a leaf.
+        # Blocks of the current prompt break this order; `_use_path` restores it when needed.
         self._by_use: OrderedDict[_Node, None] = OrderedDict()
         self._path: list[_Node] = []
         self._whole = True
-        """Whether every block of the prompt so far is on the path."""
+        """Whether the path has every block of the current prompt so far."""
         self.nbytes = 0
 
     def __len__(self) -> int:
         return len(self._by_use)
 
     def match(self, tokens: Ints) -> list[State]:
-        """What the longest known run of blocks that `tokens[T]` begin with left, block by block."""
+        """Begin a prompt. Returns the entries of the cached blocks that `tokens[T]` begin with."""
         self._use_path()
         self._path, self._whole = self._walk(tokens), True
         self._use_path()
         return [node.state for node in self._path]
 
-    def follow(self, tokens: Ints, blocks: int) -> None:
-        """Go on behind `tokens[T]`, so many blocks and a rest, which were pushed elsewhere."""
+    def resume(self, tokens: Ints, blocks: int) -> None:
+        """Begin a prompt whose first `tokens[T]` are pushed already: `blocks` blocks and a rest."""
         self._whole = len(self.match(tokens)) == blocks
 
     def insert(self, block: Ints, state: State) -> None:
-        """Keep what the prompt's next block, `block[span]`, left.
+        """Cache the entries `state` of the prompt's next block, `block[span]`.
 
-        Does nothing when a block before it could not be kept.
+        Does nothing if an earlier block of the prompt is not cached.
         """
         if not self._whole:
             return

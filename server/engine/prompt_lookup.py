@@ -1,7 +1,7 @@
-"""Drafts of what a stream may say next: what followed the last time that it said the same.
+"""Prompt lookup: guesses the next tokens of a stream from an earlier occurrence of its last tokens.
 
-Prompt lookup (Saxena, 2023; vLLM's n-gram speculation): text that copies, such as code, repeats
-itself. A draft costs no model; what the model would not have drawn is thrown away.
+See Saxena (2023), and n-gram speculation in vLLM. It helps where text repeats itself, as code does.
+A draft needs no second model. Draft tokens that the model does not draw are dropped.
 """
 
 from __future__ import annotations
@@ -9,21 +9,21 @@ from __future__ import annotations
 from array import array
 
 WINDOW = 8192
-"""Tokens that are looked through: enough to find what repeats, and the same at any length."""
+"""Number of tokens to search. It is fixed, so that the cost does not grow with the stream."""
 
-_LENGTHS = (12, 6, 4)  # of what has to be the same, tried one after the other
+_SUFFIX_TOKENS = (12, 6, 4)  # lengths of the suffix to find, in the order of the attempts
 
 
 def propose(recent: array[int], size: int) -> array[int]:
-    """At most `size` tokens that may follow the `recent` ones; none if nothing suggests any."""
+    """A draft of at most `size` tokens after `recent`; empty if none of its suffixes recurs."""
     content, width = recent.tobytes(), recent.itemsize
-    for length in _LENGTHS:
+    for length in _SUFFIX_TOKENS:
         if len(recent) <= length:
             continue
-        said, end = content[-length * width :], len(content) - width
-        at = content.rfind(said, 0, end)
-        while at % width and at >= 0:  # between two tokens
-            at = content.rfind(said, 0, at + len(said) - 1)
+        suffix, end = content[-length * width :], len(content) - width
+        at = content.rfind(suffix, 0, end)
+        while at % width and at >= 0:  # a match that begins inside a token is none
+            at = content.rfind(suffix, 0, at + len(suffix) - 1)
         if at >= 0:
             begin = at // width + length
             return recent[begin : begin + size]

@@ -1,4 +1,4 @@
-"""Streams that go on: from a checkpoint, and from what their reader says to have."""
+"""Restores a stream from its checkpoint and the resume cursor of its reader."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ from server.request import Lease, Request
 
 @dataclass(frozen=True)
 class ResumeCursor:
-    """What a reader has of an output already."""
+    """How much of an output a reader has received.
+
+    tokens, characters, prompt_logprobs: how many of each. ended: whether it has the ending.
+    """
 
     tokens: int = 0
     characters: int = 0
     prompt_logprobs: int = 0
     ended: bool = False
     last_ids: tuple[int, ...] = ()
-    """The last of the tokens, oldest first; those before are not known."""
+    """The last of the received tokens, oldest first; may be fewer than `tokens`."""
 
 
 BEGINNING = ResumeCursor()
@@ -34,16 +37,18 @@ def restore(
     checkpoint: Checkpoint,
     cursor: ResumeCursor = BEGINNING,
 ) -> Stream:
-    """A stream that goes on behind `checkpoint`, for a reader who is at `cursor`.
+    """A stream that continues from `checkpoint`, for a reader who is at `cursor`.
 
-    Tokens that are known and that the state has not seen are drawn again, with their outcome given.
+    Tokens that are known but not in the state become replay tokens: the model runs for each, but
+    the token is not drawn again.
     """
     stream = Stream(lease, request, subscriber, checkpoint.generated.typecode)
     wanted = len(request.prompt) if request.prompt_logprobs is not None else 0
     if cursor.prompt_logprobs < wanted and not checkpoint.is_paused:
-        # The prompt's log-probabilities are not stored: it has to be pushed again.
+        # Log-probabilities of the prompt are not stored, so the prompt is pushed again.
         checkpoint = replace(checkpoint, saved=None, finish=None)
-    # A stream whose end its reader has and we have not runs to it again, for the next reader.
+    # If the reader has the ending but the checkpoint does not, the stream runs to its end again.
+    # Another reader may ask for it later.
     stream.ended, stream.ending = checkpoint.finish is not None, checkpoint.finish
     stream.base_tokens = checkpoint.base_tokens
     stream.base_characters = checkpoint.base_characters
@@ -52,32 +57,32 @@ def restore(
         stream.first_token_at = stream.accepted_at + checkpoint.first_token_s
     stream.saved = checkpoint.saved
     stream.snapshot_at = 0 if checkpoint.saved is None else checkpoint.saved.pushed
-    seen = _seen(request, checkpoint)
-    stream.history = checkpoint.generated[:seen]
-    stream.logprobs = list(checkpoint.logprobs[:seen])
-    stream.replay_tokens = deque(_known(checkpoint, seen, cursor))
-    stream.generated = seen
-    if seen:
+    num_restored = _num_restored(request, checkpoint)
+    stream.history = checkpoint.generated[:num_restored]
+    stream.logprobs = list(checkpoint.logprobs[:num_restored])
+    stream.replay_tokens = deque(_replay_tokens(checkpoint, num_restored, cursor))
+    stream.generated = num_restored
+    if num_restored:
         stream.last_token = stream.history[-1]
         if request.complete_at is None:
             stream.detokenizer.replay(bytes(stream.history.tolist()))
     return stream
 
 
-def _seen(request: Request, checkpoint: Checkpoint) -> int:
-    """How many of the generated tokens the state has seen, or was drawn by."""
+def _num_restored(request: Request, checkpoint: Checkpoint) -> int:
+    """Number of generated tokens that need no replay: the saved state covers them."""
     if checkpoint.finish is not None:
         return len(checkpoint.generated)
     pushed = 0 if checkpoint.saved is None else checkpoint.saved.pushed
-    # The last token that a stream knows is pushed by the step that draws the next.
+    # The last restored token is not in the state: the next step pushes it.
     return min(max(0, pushed - len(request.prompt)), len(checkpoint.generated))
 
 
-def _known(checkpoint: Checkpoint, seen: int, cursor: ResumeCursor) -> Sequence[int]:
-    """The tokens that come after the first `seen`, as far as anybody knows them."""
-    known = checkpoint.generated[seen:].tolist()
+def _replay_tokens(checkpoint: Checkpoint, begin: int, cursor: ResumeCursor) -> Sequence[int]:
+    """Generated tokens from index `begin` on: those of the checkpoint, then those of the reader."""
+    tokens = checkpoint.generated[begin:].tolist()
     first = cursor.tokens + checkpoint.base_tokens - len(cursor.last_ids)
-    at = seen + len(known)
+    at = begin + len(tokens)
     if first <= at < first + len(cursor.last_ids):
-        known += cursor.last_ids[at - first :]
-    return known
+        tokens += cursor.last_ids[at - first :]
+    return tokens

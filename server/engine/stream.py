@@ -1,4 +1,4 @@
-"""One output of a request, as the engine's thread sees it: how far it is, and what it has said."""
+"""One output of a request, as the engine's thread holds it: tokens, state, times."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from server.request import Lease, Request
 
 
 class Stream:
-    """A stream that has not begun; `server.engine.restore` makes one that goes on.
+    """A stream. The constructor makes a new one, `server.engine.restore` one that continues.
 
-    typecode: how `array.array` keeps its tokens. Touched by the engine's thread alone, once the
-    engine has it.
+    typecode: integer type of its tokens (see `array.array`). After admission, only the engine's
+    thread changes a stream.
     """
 
     def __init__(
@@ -31,31 +31,31 @@ class Stream:
         self.accepted_at = time.monotonic() - elapsed
         self.started_at: float | None = None
         self.first_token_at: float | None = None
-        self.queue_s: float | None = None  # from acceptance to start, if that was before a restore
-        self.queue_key = (-request.priority, 0)  # its order, once its arrival is counted
+        self.queue_s: float | None = None  # from acceptance to start, if it began before a restore
+        self.queue_key = (-request.priority, 0)  # order in the queue: priority, then arrival
         self.paused = False
         self.ended = False
         self.ending: Ending | None = None
-        # What it has said. Tokens before `base_tokens` were said before it last went on.
+        # Its output. Tokens before `base_tokens` came before it was last continued.
         self.history = array(typecode)
         self.logprobs: list[TokenLogprobs] = []
         self.prompt_logprobs: list[TokenLogprobs] = []
         self.detokenizer = Detokenizer(request.stop, request.include_stop)
         self.base_tokens = self.base_characters = 0
-        self.remembers = lease.keep_s > 0
-        # Where the model is with it.
+        self.keeps_history = lease.keep_s > 0
+        # How far the model is.
         self.generated = 0
         self.last_token = request.prompt.last
         self.saved: SavedState | None = None
-        self.snapshot_at = 0  # tokens that the last snapshot's state had seen
-        self.replay_tokens: deque[int] = deque()  # drawn once already, whose state is lost
-        self.uncommitted: list[int] = []  # before the last token, not yet in the state
+        self.snapshot_at = 0  # number of tokens pushed at the last snapshot
+        self.replay_tokens: deque[int] = deque()  # drawn before, but not in the state
+        self.uncommitted: list[int] = []  # tokens before the last one, not yet in the state
         self.penalties: PenaltyState | None = None
         self.prompt_bits: list[float] = []
 
     @property
     def id(self) -> str:
-        """Name of the stream, which all outputs of a request share."""
+        """Name of the stream. All outputs of a request share it."""
         return self.lease.stream_id
 
     @property
@@ -65,12 +65,12 @@ class Stream:
 
     @property
     def is_kept(self) -> bool:
-        """Whether the stream outlives its subscriber."""
+        """Whether the stream continues without a subscriber."""
         return self.lease.keep_s > 0
 
     @property
     def priority(self) -> int:
-        """Streams of a higher priority go first."""
+        """Priority; streams of higher priority go first."""
         return self.request.priority
 
     @property
@@ -81,18 +81,18 @@ class Stream:
 
     @property
     def to_prefill(self) -> int:
-        """Tokens of the prompt to push before the stream can join the batch."""
+        """Number of prompt tokens to push before the stream can join the batch."""
         pushed = 0 if self.saved is None else self.saved.pushed
         return max(0, len(self.request.prompt) - pushed)
 
     def shares_prompt(self, other: Stream) -> bool:
-        """Whether the state that `other` has after its prompt is all that this one needs."""
+        """Whether this stream can begin with a copy of the state of `other` after its prompt."""
         mine = self.request
         together = self.id == other.id and mine.prompt is other.request.prompt
         return together and self.saved is None and not mine.predicts_prompt
 
     def latest(self, size: int) -> array[int]:
-        """Its last tokens of prompt and output, at most `size`, as far as they are remembered."""
+        """The last `size` tokens of prompt and output, or fewer."""
         missing = size - len(self.history)
         if missing <= 0:
             return self.history[-size:]
@@ -101,7 +101,7 @@ class Stream:
 
     @property
     def checkpoint(self) -> Checkpoint:
-        """A copy of how far it is now, without the state."""
+        """A checkpoint of the stream now, without the state."""
         finish = self.ending if isinstance(self.ending, Finish) else None
         return Checkpoint(
             self.history[:],
@@ -116,11 +116,11 @@ class Stream:
 
     @property
     def backlog(self) -> Backlog | None:
-        """What a new subscriber may have missed; None before anything has happened."""
+        """The whole output so far, for a new subscriber; None if there is none."""
         if not (self.history or self.prompt_logprobs or self.ended):
             return None
         since = self.base_tokens
-        text = self._everything_said()[self.base_characters :]
+        text = self._full_text()[self.base_characters :]
         return Backlog(
             self.history[since:], text, self.logprobs[since:], tuple(self.prompt_logprobs)
         )
@@ -128,7 +128,7 @@ class Stream:
     def accept_token(
         self, token: int, now: float, logprobs: TokenLogprobs | None = None
     ) -> tuple[str, FinishReason | None]:
-        """Count a drawn token; the text it completes, and why the stream ends if it does."""
+        """Add a drawn token. Returns the text that it completes, and why the stream ends, if so."""
         request = self.request
         self.generated += 1
         self.last_token = token
@@ -136,7 +136,7 @@ class Stream:
             self.first_token_at = now
         text = ""
         if not request.is_unsent(token):
-            if self.remembers:
+            if self.keeps_history:
                 self.history.append(token)
                 if logprobs is not None:
                     self.logprobs.append(logprobs)
@@ -170,7 +170,7 @@ class Stream:
             return self.queue_s
         return started_at - self.accepted_at
 
-    def _everything_said(self) -> str:
+    def _full_text(self) -> str:
         if self.request.complete_at is not None:
             return ""
         finish = self.ending if isinstance(self.ending, Finish) else None

@@ -1,4 +1,4 @@
-"""What one pass of the model adds to a stream, and how a stream ends."""
+"""Updates of a stream from the engine to its subscriber, and how a stream ends."""
 
 from __future__ import annotations
 
@@ -13,21 +13,24 @@ from server.errors import RequestError
 
 @dataclass(frozen=True)
 class Scored:
-    """Bits by which each token of the prompt surprised the model."""
+    """The score of a prompt: bits (negative log2-probability) of each token."""
 
     bits: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class HandedOver:
-    """The stream is not over, but this server no longer serves it."""
+    """This server stops serving the stream; another one can continue it."""
 
 
 Ending = Finish | Scored | RequestError | HandedOver
 
 
 class Backlog(NamedTuple):
-    """What a stream did before its subscriber came."""
+    """The output of a stream before its subscriber attached.
+
+    prompt: log-probabilities of the prompt tokens.
+    """
 
     tokens: array[int]
     text: str
@@ -36,7 +39,10 @@ class Backlog(NamedTuple):
 
 
 class StreamUpdate(NamedTuple):
-    """News of one stream, for its subscriber."""
+    """What one pass of the model adds to a stream.
+
+    prompt: log-probabilities of prompt tokens. backlog: earlier output, for a new subscriber.
+    """
 
     token: int | None = None
     text: str = ""
@@ -47,7 +53,7 @@ class StreamUpdate(NamedTuple):
 
 
 def outcome(ending: Ending | None) -> str:
-    """One word for how a stream ended; `cancelled` for one that its subscriber left."""
+    """Metrics label for how a stream ended; `cancelled` if it has no ending."""
     match ending:
         case Finish(reason=reason):
             return reason.value

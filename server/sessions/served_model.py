@@ -80,7 +80,7 @@ class ServedModel:
         outputs = zip(lease.requests, subscribers, checkpoints, cursors, strict=True)
         streams = tuple(restore(lease, *output) for output in outputs)
         for stream in streams:
-            stream.remembers |= self.config.draft_tokens > 0
+            stream.keeps_history |= self.config.draft_tokens > 0
         session = Session(lease, streams, subscribers)
         opened = [stream for stream in streams if not stream.ended]
         self.engine.admit(opened, lambda: self._sessions.register(session, opened))

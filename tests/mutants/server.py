@@ -179,8 +179,8 @@ MUTANTS = (
     Mutant(
         "a revived stream forgets what was drawn since its snapshot",
         "server/engine/restore.py",
-        "    known = checkpoint.generated[seen:].tolist()",
-        "    known = checkpoint.generated[seen + 1 :].tolist()",
+        "    tokens = checkpoint.generated[begin:].tolist()",
+        "    tokens = checkpoint.generated[begin + 1 :].tolist()",
         "tests/server/engine/test_stream.py",
     ),
     Mutant(
@@ -207,7 +207,7 @@ MUTANTS = (
     Mutant(
         "a stream that was handed over is taken back",
         "server/engine/engine.py",
-        "            self._require_open(takes_on=True)\n            if streams:",
+        "            self._require_open(admits=True)\n            if streams:",
         "            self._require_open()\n            if streams:",
         "tests/server/sessions/test_registry.py",
     ),

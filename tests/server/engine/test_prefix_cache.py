@@ -88,7 +88,7 @@ def test_a_block_whose_beginning_is_gone_is_not_kept() -> None:
 def test_a_prompt_that_was_pushed_elsewhere_is_followed_if_it_is_known(known: str) -> None:
     cache = PrefixCache(SPAN, 10**6)
     keep(cache, known)
-    cache.follow(tokens("abcdefg"), 2)
+    cache.resume(tokens("abcdefg"), 2)
     cache.insert(tokens("ghi"), left("abcdefghi"))
     assert found(cache, "abcdefghi") == ("abcdefghi" if known == "abcdef" else known)
 

@@ -11,7 +11,7 @@ from server.engine.scheduler import Load, Plan, Prefilling, Waiting, next_credit
 EMPTY = Load(
     num_running=0,
     num_free=4,
-    yielding=(),
+    preemptible=(),
     returning=(),
     waiting=(),
     prefilling=None,
@@ -85,30 +85,30 @@ def _plan(**changes: object) -> Plan:
         ),
         # A higher priority takes the slot of a lower one, an equal one does not.
         (
-            {**FULL, "yielding": (-1, 0), "waiting": (Waiting(0, True, 0), Waiting(0, True, 0))},
+            {**FULL, "preemptible": (-1, 0), "waiting": (Waiting(0, True, 0), Waiting(0, True, 0))},
             Plan(preempt=1, begin=1, decode=True),
         ),
         (
-            {**FULL, "yielding": (-1, 0), "waiting": (Waiting(0, True, 1), Waiting(0, True, 1))},
+            {**FULL, "preemptible": (-1, 0), "waiting": (Waiting(0, True, 1), Waiting(0, True, 1))},
             Plan(preempt=2, begin=2, decode=True),
         ),
-        ({**FULL, "yielding": (0, 0), "waiting": (Waiting(0, True, 0),)}, Plan(decode=True)),
+        ({**FULL, "preemptible": (0, 0), "waiting": (Waiting(0, True, 0),)}, Plan(decode=True)),
         (
-            {**FULL, "yielding": (0,), "returning": (1, 0), "waiting": (Waiting(0, True, 1),)},
+            {**FULL, "preemptible": (0,), "returning": (1, 0), "waiting": (Waiting(0, True, 1),)},
             Plan(preempt=1, restore=1, decode=True),
         ),
         (
-            {**FULL, "yielding": (0,), "returning": (0,), "waiting": (Waiting(0, True, 1),)},
+            {**FULL, "preemptible": (0,), "returning": (0,), "waiting": (Waiting(0, True, 1),)},
             Plan(preempt=1, begin=1, decode=True),
         ),
         # One with a prompt pushes it first, and parks another only then.
-        ({**FULL, "yielding": (0,), "waiting": (Waiting(9, True, 1),)},
+        ({**FULL, "preemptible": (0,), "waiting": (Waiting(9, True, 1),)},
          Plan(start_prefill=True, decode=True)),
-        ({**FULL, "yielding": (0,), "prefilling": Prefilling(9, True, 1)}, Plan(decode=True)),
-        ({**FULL, "yielding": (0,), "prefilling": Prefilling(0, True, 1)},
+        ({**FULL, "preemptible": (0,), "prefilling": Prefilling(9, True, 1)}, Plan(decode=True)),
+        ({**FULL, "preemptible": (0,), "prefilling": Prefilling(0, True, 1)},
          Plan(preempt=1, join=True, decode=True)),
         (
-            {**FULL, "yielding": (0, 1), "prefilling": Prefilling(0, True, 1),
+            {**FULL, "preemptible": (0, 1), "prefilling": Prefilling(0, True, 1),
              "waiting": (Waiting(0, True, 2),)},
             Plan(preempt=1, begin=1, decode=True),
         ),
@@ -190,7 +190,7 @@ class World:
     def returning(self) -> list[Job]:
         return sorted((job for job in self.paused if job.away <= 0), key=lambda j: -j.priority)
 
-    def yielding(self) -> list[Job]:
+    def preemptible(self) -> list[Job]:
         return sorted(self.running, key=lambda job: job.place, reverse=True)
 
     def load(self) -> Load:
@@ -202,7 +202,7 @@ class World:
         return Load(
             num_running=len(self.running),
             num_free=self.slots - len(self.running),
-            yielding=tuple(job.priority for job in self.yielding()),
+            preemptible=tuple(job.priority for job in self.preemptible()),
             returning=tuple(job.priority for job in self.returning()),
             waiting=tuple(
                 Waiting(0 if job.ready else job.prompt, not job.score, job.priority)
@@ -218,7 +218,7 @@ class World:
 
     def execute(self, todo: Plan, decode_s: float, token_s: float) -> float:
         """Does one turn and returns how long its prefill took."""
-        back, parked = self.returning()[: todo.restore], self.yielding()[: todo.preempt]
+        back, parked = self.returning()[: todo.restore], self.preemptible()[: todo.preempt]
         self.running = [job for job in self.running if job not in parked]
         self.waiting = sorted(self.waiting + parked, key=lambda job: job.place)
         self.paused = [job for job in self.paused if job not in back]
@@ -352,7 +352,7 @@ def test_nobody_ready_waits_behind_a_lower_priority(
     todo = _plan(
         num_running=len(running),
         num_free=free,
-        yielding=tuple(running),
+        preemptible=tuple(running),
         returning=tuple(returning),
         waiting=tuple(Waiting(0, True, priority) for priority in waiting),
         prefilling=prefilling,
