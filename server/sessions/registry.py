@@ -92,13 +92,11 @@ class SessionRegistry:
                 self.snapshots.offer(model.bundle, session.lease, output, checkpoint)
 
     async def delete(self, stream_id: str, owner: str) -> None:
-        """End a stream and delete it, in memory and in the store.
+        """End a stream and delete its session, in memory and in the store.
 
-        Does nothing if it does not exist. Raises StorageFailed, EngineStopped.
+        Does nothing if there is no such stream. Raises StorageFailed and EngineStopped.
         """
-        if (held := self.held(stream_id, owner)) is not None:
-            model, session = held
-            await model.forget(session)
+        await self._forget_held(stream_id, owner)
         if self.snapshots is not None:
             try:
                 await asyncio.to_thread(self.snapshots.forget, owner, stream_id)
@@ -107,6 +105,13 @@ class SessionRegistry:
             except OSError:
                 _log.exception("a stream could not be deleted")
                 raise StorageFailed("the snapshots cannot be deleted: try again later") from None
+            # Somebody may have brought it back from the store meanwhile.
+            await self._forget_held(stream_id, owner)
+
+    async def _forget_held(self, stream_id: str, owner: str) -> None:
+        if (held := self.held(stream_id, owner)) is not None:
+            model, session = held
+            await model.forget(session)
 
 
 def new_name() -> str:

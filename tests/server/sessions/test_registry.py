@@ -290,6 +290,29 @@ async def test_only_the_owner_finds_a_stream(cluster: Cluster) -> None:
     assert got.endings
 
 
+async def test_a_call_during_a_delete_does_not_revive_the_stream(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sessions, got, loop = cluster(), Received(), asyncio.get_running_loop()
+    await read(await sessions.start(request()), got, 9)
+    snapshots, revived = sessions.snapshots, list[Any]()
+    assert snapshots.flush(LIMIT_S)
+    forget = snapshots.forget
+
+    def slow_to_forget(owner: str, stream_id: str) -> None:
+        """Another call comes between the model's deletion and the store's."""
+        back = reviver.find_or_revive(sessions.registry, stream_id, owner)
+        revived.append(asyncio.run_coroutine_threadsafe(back, loop).result(LIMIT_S))
+        forget(owner, stream_id)
+
+    monkeypatch.setattr(snapshots, "forget", slow_to_forget)
+    await sessions.delete(got.stream_id, "")
+    assert revived
+    assert is_empty(sessions.model)
+    with pytest.raises(UnknownSession):
+        await sessions.resume(got.stream_id, "", [])
+
+
 @pytest.mark.parametrize("stream_id", ["", "no-such-stream", "../../etc", "a/b", "\0"])
 async def test_a_missing_stream_is_unknown(cluster: Cluster, stream_id: str) -> None:
     sessions = cluster()
