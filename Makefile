@@ -8,6 +8,7 @@ VENV ?= .venv#            where the tools live
 EXTRA ?= cpu#             gpu for a machine with an NVIDIA driver
 HELM ?= build/bin/helm#   fetched when missing (linux, x86-64); elsewhere name your own
 IMAGE ?= concertina:dev
+JOBS ?= auto#             processes that test, see tests/conftest.py; 0 for one that --pdb can stop
 MARKERS ?=#               a pytest -m expression, instead of the fast default
 PYTEST_ARGS ?=
 SOAK_SECONDS ?= 3600
@@ -38,7 +39,7 @@ demo: $(VENV)/.server ## install the server (no torch) and watch it write text a
 	$(BIN)/concertina demo
 
 test: $(VENV)/.dev $(HELM) ## run the tests; MARKERS=slow, PYTEST_ARGS='-k fold' narrow them
-	$(BIN)/python -m pytest $(if $(MARKERS),-m '$(MARKERS)') $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) $(if $(MARKERS),-m '$(MARKERS)') $(PYTEST_ARGS)
 
 mutants: $(VENV)/.dev ## plant known bugs into copies and require that the tests catch each
 	$(BIN)/python -m tests.mutants

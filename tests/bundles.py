@@ -8,6 +8,7 @@ from export.bundle import export_bundle
 from model.config import ModelConfig
 from model.data import DatasetInfo
 from tests.checkpoints import write_checkpoint
+from tests.once import one_at_a_time
 
 TEXT_MODEL, IMAGE_MODEL = "tiny-text", "tiny-image"
 LABELS = ("circle", "square", "star")
@@ -17,7 +18,7 @@ _SPAN = 8
 
 
 def make_text_bundle(folder: Path) -> Path:
-    """A byte model with a context of 96 tokens and a span of 8, exported to `folder`."""
+    """A byte model with a context of 96 tokens and a span of 8, exported to `folder` once."""
     info = DatasetInfo("text", 256, source="random bytes", license="CC0-1.0")
     return _make(folder, TEXT_MODEL, info, context=96)
 
@@ -48,6 +49,8 @@ def _make(folder: Path, name: str, info: DatasetInfo, context: int) -> Path:
         span=_SPAN,
         starts=info.starts,
     )
-    checkpoint = write_checkpoint(folder.with_name(folder.name + "-checkpoint"), config, info)
-    export_bundle(checkpoint, folder, name=name)
+    with one_at_a_time(folder):
+        if not folder.exists():
+            checkpoint = folder.with_name(folder.name + "-checkpoint")
+            export_bundle(write_checkpoint(checkpoint, config, info), folder, name=name)
     return folder

@@ -21,6 +21,7 @@ from model.config import ModelConfig
 from model.data import DatasetInfo
 from model.decoder import Block, Decoder
 from model.train import CHECKPOINT, CONFIG, TrainConfig
+from tests.once import one_at_a_time
 
 _SHARP = 1.5  # standard deviation of queries and keys, so that attention prefers some tokens
 
@@ -71,8 +72,13 @@ def export_tiny(
     labels; longer contexts as text, too. `half` keeps its caches in float16, as a GPU does.
     """
     name = pattern.replace(":", "-") + (f"-{context}" if context != 32 else "") + "-half" * half
-    if (root / name).exists():
-        return root / name
+    with one_at_a_time(root / name):
+        if not (root / name).exists():
+            _export(root, name, pattern, context, span, half)
+    return root / name
+
+
+def _export(root: Path, name: str, pattern: str, context: int, span: int, half: bool) -> None:
     pixels = DatasetInfo(
         "image", 7, "noise", "CC0-1.0", 8, 4, tuple((40 * k, 9, 7) for k in range(7)), ("a", "b")
     )
@@ -94,4 +100,3 @@ def export_tiny(
     checkpoint = write_checkpoint(root / f"{name}-checkpoint", config, info)
     data_type = pb.DATA_TYPE_FLOAT16 if half else pb.DATA_TYPE_FLOAT32
     export_bundle(checkpoint, root / name, name=f"tiny-{name}", version="7", data_type=data_type)
-    return root / name

@@ -1,17 +1,20 @@
-"""What several folders of tests share: two tiny bundles, and how hypothesis looks for examples."""
+"""What several folders of tests share: tiny bundles, what runs when, how hypothesis looks about."""
 
 from __future__ import annotations
 
 import os
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
 
+from tests.pairs import thin_out
+
 if TYPE_CHECKING:
     from tests.certificates import Certificates
+    from tests.sharing import ByWhatIsShared
 
 # The same examples everywhere, and no verdict that depends on how busy a machine is.
 settings.register_profile("steady", derandomize=True, deadline=None, database=None)
@@ -20,27 +23,54 @@ settings.load_profile("steady")
 # Started in the background, a shell's children ignore Ctrl-C, and so would what tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-
-@pytest.fixture(scope="session")
-def text_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of the bundle `tiny-text`: bytes, context 96, span 8."""
-    from tests.bundles import make_text_bundle
-
-    return make_text_bundle(tmp_path_factory.mktemp("bundles") / "tiny-text")
+# Side by side, test processes lose more to each other's threads than they win by their own.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-@pytest.fixture(scope="session")
-def image_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of the bundle `tiny-image`: 8x8 pixels, 16 colours, three labels, span 8."""
-    from tests.bundles import make_image_bundle
+@pytest.hookimpl(tryfirst=True)  # before markers select
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    thin_out(items, left_out=("slow", "chaos", "gpu"))
 
-    return make_image_bundle(tmp_path_factory.mktemp("bundles") / "tiny-image")
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One process more than there are processors, since tests also wait; eight at most."""
+    return min(8, 1 + (os.cpu_count() or 1))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByWhatIsShared:
+    from tests.sharing import ByWhatIsShared
+
+    return ByWhatIsShared(config, log)
 
 
 @pytest.fixture(scope="session")
 def tiny_bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the next two are exported to; tests/mutants keeps them from run to run."""
-    return Path(os.environ.get("TINY_BUNDLES") or tmp_path_factory.mktemp("bundles"))
+    """Where bundles are exported to, once for all processes of a test run.
+
+    With TINY_BUNDLES they are kept from run to run.
+    """
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    return Path(os.environ.get("TINY_BUNDLES") or shared / "tiny-bundles")
+
+
+@pytest.fixture(scope="session")
+def text_bundle(tiny_bundles: Path) -> Path:
+    """Folder of the bundle `tiny-text`: bytes, context 96, span 8."""
+    from tests.bundles import make_text_bundle
+
+    return make_text_bundle(tiny_bundles / "tiny-text")
+
+
+@pytest.fixture(scope="session")
+def image_bundle(tiny_bundles: Path) -> Path:
+    """Folder of the bundle `tiny-image`: 8x8 pixels, 16 colours, three labels, span 8."""
+    from tests.bundles import make_image_bundle
+
+    return make_image_bundle(tiny_bundles / "tiny-image")
 
 
 @pytest.fixture(scope="session")

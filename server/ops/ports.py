@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import errno
+import random
 import socket
 from contextlib import ExitStack
+from typing import Final
+
+# Systems hand out ports above these by themselves, so nobody comes by one of these by chance.
+_RANGE: Final = range(20_000, 30_000)
+_draw: Final = random.SystemRandom()
 
 
 class PortTaken(OSError):
@@ -12,12 +18,28 @@ class PortTaken(OSError):
 
 
 def free_ports(count: int) -> list[int]:
-    """Distinct ports that no process listens on."""
+    """Distinct ports that no process listens on, nor is given when it asks for any port.
+
+    Seconds may pass before they are used.
+    """
+    ports: list[int] = []
     with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+        for port in _draw.sample(_RANGE, len(_RANGE)):
+            if len(ports) == count:
+                break
+            each = stack.enter_context(socket.socket())
+            try:
+                each.bind(("127.0.0.1", port))
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+            else:
+                ports.append(port)
+    if len(ports) < count:
+        raise PortTaken(
+            f"{count} ports are wanted, {len(ports)} from {_RANGE} are free: end servers"
+        )
+    return ports
 
 
 def require_free(host: str, port: int, remedy: str) -> None:

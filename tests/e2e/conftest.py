@@ -9,6 +9,7 @@ import pytest
 
 from concertina.client import Client
 from tests.e2e.servers import Server, serving
+from tests.once import one_at_a_time
 
 SLOTS, QUEUE_LIMIT = 4, 16
 CONTEXT = 32_768
@@ -22,22 +23,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def long_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def long_bundle(tiny_bundles: Path) -> Path:
     """Folder of the bundle `long-text`: bytes, and a context that no test can exhaust in time."""
     from export.bundle import export_bundle
     from model.config import ModelConfig
     from model.data import DatasetInfo
     from tests.checkpoints import write_checkpoint
 
-    root = tmp_path_factory.mktemp("bundles")
+    folder = tiny_bundles / "long-text"
     info = DatasetInfo("text", 256, "noise", "CC0-1.0")
     config = ModelConfig(256, CONTEXT, width=16, layers=1, heads=2, mlp=16, span=64)
-    write_checkpoint(root / "checkpoint", config, info)
-    export_bundle(root / "checkpoint", root / "long-text", name="long-text")
-    return root / "long-text"
+    with one_at_a_time(folder):
+        if not folder.exists():
+            checkpoint = write_checkpoint(folder.with_name("long-text-checkpoint"), config, info)
+            export_bundle(checkpoint, folder, name="long-text")
+    return folder
 
 
-@pytest.fixture(scope="session", params=["ray", "local"])
+@pytest.fixture(scope="package", params=["ray", "local"])
 def server(
     request: pytest.FixtureRequest, long_bundle: Path, image_bundle: Path
 ) -> Iterator[Server]:

@@ -257,7 +257,7 @@ def test_a_stream_is_that_of_the_rounded_weights_alone_and_in_a_batch(quantised:
     assert_parity(got, expected, limit)
     for row in range(4):
         alone = Served(quantised, slots=1)
-        alone.take_bench()
+        alone.start_prefill()
         assert_parity(alone.prefill(tokens[row]), expected[row], limit)
         alone.cache.begin()
         assert np.abs(alone.decode(tokens[row : row + 1])[0] - got[row]).max() < limit / 4

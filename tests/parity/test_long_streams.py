@@ -23,7 +23,7 @@ def test_three_long_streams_that_end_in_one_batch(pattern: str, tiny_bundles: Pa
     begun = np.random.default_rng(SERVED.index(pattern)).integers(4096, CONTEXT - LAST, size=3)
     served = Served(bundle)
     for row, length in enumerate(begun):
-        served.take_bench()
+        served.start_prefill()
         assert_parity(served.prefill(tokens[row, :length]), expected[row, :length])
         served.join()
     for step in range(LAST):

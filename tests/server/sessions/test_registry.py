@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -288,6 +289,30 @@ async def test_only_the_owner_finds_a_stream(cluster: Cluster) -> None:
         await sessions.delete(got.stream_id, owner)
     await read(await sessions.resume(got.stream_id, "me", got.cursors(1)), got, 9)
     assert got.endings
+
+
+async def test_a_call_during_a_delete_does_not_revive_the_stream(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits for the delete, and does not find the stream then."""
+    sessions, got, loop = cluster(), Received(), asyncio.get_running_loop()
+    await read(await sessions.start(request()), got, 9)
+    snapshots, calls = sessions.snapshots, list[Any]()
+    assert snapshots.flush(LIMIT_S)
+    forget = snapshots.forget
+
+    def slow_to_forget(owner: str, stream_id: str) -> None:
+        """Another call comes between the model's deletion and the store's."""
+        back = reviver.find_or_revive(sessions.registry, stream_id, Caller(owner))
+        calls.append(asyncio.run_coroutine_threadsafe(back, loop))
+        time.sleep(0.05)
+        forget(owner, stream_id)
+
+    monkeypatch.setattr(snapshots, "forget", slow_to_forget)
+    await sessions.delete(got.stream_id, "")
+    with pytest.raises(UnknownSession):
+        await asyncio.wait_for(asyncio.wrap_future(calls[0]), LIMIT_S)
+    assert is_empty(sessions.model)
 
 
 @pytest.mark.parametrize("stream_id", ["", "no-such-stream", "../../etc", "a/b", "\0"])

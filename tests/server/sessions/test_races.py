@@ -1,0 +1,298 @@
+"""Calls that meet on one stream, one key or one quota, at any await of theirs."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from server.auth.api_keys import Caller
+from server.errors import (
+    QuotaExceeded,
+    RequestError,
+    UnknownSession,
+)
+from server.sessions.registry import Attachment
+from tests.server.api.test_sessions import Caller as Client
+from tests.server.api.test_sessions import Refused, paused
+from tests.server.engines import LIMIT_S, Gate, is_empty, until
+from tests.server.replicas import Replica
+from tests.server.sessions.test_registry import Cluster, Received, cluster, read, request
+
+__all__ = ["cluster"]  # a fixture
+
+ONE = Caller("one", max_streams=1)
+
+
+class Held:
+    """Holds one method of a replica's snapshots until it is let go; may make it fail."""
+
+    def __init__(self, replica: Replica, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls = 0
+        self.error: Exception | None = None
+        self._go = threading.Event()
+        run: Callable[..., Any] = getattr(replica.snapshots, name)
+
+        def held(*args: Any) -> Any:
+            self.calls += 1
+            assert self._go.wait(LIMIT_S)
+            if self.error is not None:
+                raise self.error
+            return run(*args)
+
+        monkeypatch.setattr(replica.snapshots, name, held)
+
+    def let_go(self, error: Exception | None = None) -> None:
+        self.error = error
+        self._go.set()
+
+
+async def settled(*calls: Any) -> list[Any]:
+    """What each call returned or raised."""
+    async with asyncio.timeout(LIMIT_S):
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+
+async def test_a_quota_holds_for_calls_that_come_together(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """B5: each of them looked at the quota before any of them was counted."""
+    sessions = cluster()
+    store = Held(sessions, "begin", monkeypatch)
+    calls = [asyncio.create_task(sessions.start(request(), ONE)) for _ in range(8)]
+    await until(lambda: store.calls and sum(call.done() for call in calls) == 7)
+    store.let_go()
+    outcomes = await settled(*calls)
+    opened = [each for each in outcomes if isinstance(each, Attachment)]
+    assert len(opened) == 1
+    assert sum(isinstance(each, QuotaExceeded) for each in outcomes) == 7
+    await sessions.delete(opened[0].session.lease.stream_id, ONE.name)
+    await (await sessions.start(request(), ONE)).model.forget(
+        sessions.model.sessions(ONE.name)[0]
+    )  # what was reserved is given back
+    await until(lambda: is_empty(sessions.model))
+
+
+async def test_a_key_used_twice_at_once_is_one_stream_for_both(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """B8: the first was sent away."""
+    sessions, wanted = cluster(), request(idempotency_key="twice")
+    with Gate(sessions.model) as gate:
+        calls = [asyncio.create_task(sessions.start(wanted)) for _ in range(2)]
+        async with asyncio.timeout(LIMIT_S):
+            while not all(call.done() for call in calls):
+                gate.let(1)
+                await asyncio.sleep(0.01)
+        first, second = [call.result() for call in calls]
+        assert first.session is second.session
+        gate.let(float("inf"))
+        got = [Received(), Received()]
+        await settled(read(first, got[0], 9), read(second, got[1], 9))
+    assert got[0].stream_id == got[1].stream_id
+    assert len(got[0].ids[0]) == 40
+    assert got[0].content == got[1].content
+    await sessions.delete(got[0].stream_id)
+    await until(lambda: is_empty(sessions.model))
+
+
+async def test_one_of_two_readers_that_leaves_takes_nothing_from_the_other(
+    cluster: Cluster,
+) -> None:
+    sessions, wanted = cluster(stream_buffer=8), request(80, idempotency_key="both")
+    first = await sessions.start(wanted)
+    second = await sessions.start(wanted)
+    early, late = Received(), Received()
+    await read(first, early, 9, 2)
+    await read(second, late, 9)
+    assert len(late.ids[0]) == 80
+    await sessions.delete(late.stream_id)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+async def test_a_reader_that_finds_a_stream_just_before_its_end_gets_an_answer(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, stored: bool
+) -> None:
+    """B4: a Resume between whose look-up and attachment the stream was deleted hung for ever."""
+    sessions, got = cluster(), Received()
+    await read(await sessions.start(request()), got, 9, 3)
+    assert sessions.snapshots.flush(LIMIT_S)
+    session = sessions.model.find(got.stream_id, "")
+    assert session is not None
+    if stored:  # it expires here, and the store still has it
+        await sessions.model.forget(session)
+    else:
+        await sessions.delete(got.stream_id)
+    held = sessions.registry.held
+    looks = iter([(sessions.model, session)])  # what the look-up saw a moment ago
+    monkeypatch.setattr(sessions.registry, "held", lambda *key: next(looks, None) or held(*key))
+    (outcome,) = await settled(sessions.resume(got.stream_id, "", got.cursors(1)))
+    if stored:
+        await read(outcome, got, 9)
+        assert len(got.ids[0]) == 40
+        await sessions.delete(got.stream_id)
+    else:
+        assert isinstance(outcome, UnknownSession)
+    await until(lambda: is_empty(sessions.model))
+
+
+async def test_continuing_changes_nothing_where_the_store_fails(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """B6: the paused session was lost in memory, and its reader told to try again."""
+    client = Client(cluster())
+    got = await paused(client, request(80), 21)
+    with monkeypatch.context() as failing:
+        Held(client.sessions, "begin", failing).let_go(OSError("the disk is full"))
+        with pytest.raises(Refused, match=r"UNAVAILABLE: .*stays as it was"):
+            await client.stream("Continue", stream_id=got.stream_id)
+    then = await client.continue_session(got, 9 + len(got.ids[0]))
+    assert len(got.ids[0]) + len(then.ids[0]) == 80
+    await client.call("Delete", stream_id=got.stream_id)
+    await until(lambda: is_empty(client.sessions.model))
+
+
+async def test_a_new_stream_runs_while_the_store_is_away(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sessions, got = cluster(), Received()
+    with monkeypatch.context() as failing:
+        Held(sessions, "begin", failing).let_go(OSError("no route to the store"))
+        attachment = await sessions.start(request())
+    assert not sessions.registry.is_durable(attachment.session)
+    await read(attachment, got, 9)
+    assert len(got.ids[0]) == 40
+    await sessions.delete(got.stream_id)
+
+
+async def test_of_two_calls_that_continue_a_stream_one_does(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = Client(cluster())
+    got = await paused(client, request(80), 21)
+    store = Held(client.sessions, "begin", monkeypatch)
+    calls = [
+        asyncio.create_task(client.stream("Continue", stream_id=got.stream_id)) for _ in range(2)
+    ]
+    await until(lambda: store.calls)
+    await asyncio.sleep(0.05)
+    store.let_go()
+    outcomes = await settled(*calls)
+    refused = [each for each in outcomes if isinstance(each, Refused)]
+    events = [each for each in outcomes if isinstance(each, list)]
+    assert len(events) == 2 - len(refused)
+    assert len(refused) == 1 and "FAILED_PRECONDITION" in str(refused[0])
+    then = Received()
+    for event in events[0]:
+        then.take(event, 9 + len(got.ids[0]))
+    assert len(got.ids[0]) + len(then.ids[0]) == 80
+    await client.call("Delete", stream_id=got.stream_id)
+    await until(lambda: is_empty(client.sessions.model))
+
+
+async def test_a_call_that_is_given_up_while_it_is_stored_leaves_one_story(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is done to its end: in memory and in the store, or in neither."""
+    client = Client(cluster())
+    got = await paused(client, request(80), 21)
+    store = Held(client.sessions, "begin", monkeypatch)
+    call = asyncio.create_task(client.stream("Continue", stream_id=got.stream_id))
+    await until(lambda: store.calls)
+    call.cancel()
+    await asyncio.wait([call])
+    (paused_session,) = client.sessions.model.sessions("")
+    store.let_go()
+    then = Received(got.stream_id, 1)
+    await until(lambda: client.sessions.model.sessions("") != [paused_session])
+    await read(await client.sessions.resume(got.stream_id), then, 9 + len(got.ids[0]))
+    assert len(got.ids[0]) + len(then.ids[0]) == 80
+    await client.call("Delete", stream_id=got.stream_id)
+    await until(lambda: is_empty(client.sessions.model))
+
+
+async def test_copies_are_all_made_or_none(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = Client(cluster())
+    got = await paused(client, request(80), 21)
+    begin, made = client.sessions.snapshots.begin, []
+
+    def third_fails(*args: Any) -> None:
+        made.append(args)
+        if len(made) == 3:
+            raise OSError("the disk is full")
+        begin(*args)
+
+    with monkeypatch.context() as failing:
+        failing.setattr(client.sessions.snapshots, "begin", third_fails)
+        with pytest.raises(Refused, match="UNAVAILABLE"):
+            await client.call("Fork", stream_id=got.stream_id, n=5)
+    assert len(client.sessions.model.sessions("")) == 1
+    assert await client.sessions.registry.stored("") == [got.stream_id]
+    await client.call("Delete", stream_id=got.stream_id)
+
+
+async def test_copies_count_against_the_quota(cluster: Cluster) -> None:
+    """B1: ten times 128 copies by a key for one stream."""
+    sessions, got = cluster(), Received()
+    await read(await sessions.start(request(8), ONE), got, 9)
+    session = sessions.model.find(got.stream_id, ONE.name)
+    assert session is not None
+    with pytest.raises(RequestError, match="may have 1 at the same time"):
+        await sessions.opener.copy(sessions.model, session, ONE, 2)
+    assert len(await sessions.opener.copy(sessions.model, session, ONE, 1)) == 1
+    for held in sessions.model.sessions(ONE.name):
+        await sessions.delete(held.lease.stream_id, ONE.name)
+
+
+# ---- what a call measures begins with the call
+
+
+async def test_the_limits_of_a_continuation_count_from_it(cluster: Cluster) -> None:
+    """A6, A7: a rest of six seconds counted, and `min_tokens` of before."""
+    client = Client(cluster())
+    got = await paused(client, request(80), 21)
+    before = len(got.ids[0])
+    session = client.sessions.model.sessions("")[0]
+    rested = session.lease.accepted_at
+    await asyncio.sleep(0.3)
+    then = await client.continue_session(
+        got, 9 + before, stopping={"max_tokens": 20, "min_tokens": 10, "time_limit": {"seconds": 3}}
+    )
+    usage = then.endings[0].usage
+    assert len(then.ids[0]) >= 10
+    assert usage.total_time.ToNanoseconds() < 0.3e9
+    assert usage.queue_time.ToNanoseconds() < 0.3e9
+    assert usage.time_to_first_token.ToNanoseconds() < 0.3e9
+    assert client.sessions.model.sessions("")[0].lease.accepted_at > rested + 0.29
+    with pytest.raises(Refused, match=r"min_tokens is 9; it must be at most 5"):
+        again = await paused(client, request(80), 21)
+        await client.continue_session(again, 0, stopping={"max_tokens": 5, "min_tokens": 9})
+    for held in client.sessions.model.sessions(""):
+        await client.call("Delete", stream_id=held.lease.stream_id)
+
+
+async def test_a_backlog_comes_in_parts(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """B11: all of it came in one message, of any size."""
+    monkeypatch.setattr("server.sessions.subscriber.EVENT_TOKENS", 7)
+    monkeypatch.setattr("server.sessions.subscriber.EVENT_CHARACTERS", 11)
+    sessions, got, again = cluster(), Received(), Received()
+    await read(await sessions.start(request(output={"logprobs": 2})), got, 9)
+    again.stream_id, again.sequence = got.stream_id, 1
+    sizes: list[int] = []
+    take = again.take
+
+    def watched(event: Any, first: int) -> None:
+        sizes.append(max(len(event.tokens.ids), len(event.tokens.logprobs)))
+        assert len(event.tokens.text) <= 11
+        take(event, first)
+
+    monkeypatch.setattr(again, "take", watched)
+    await read(await sessions.resume(got.stream_id), again, 9)
+    assert max(sizes) == 7
+    assert again.content == got.content
+    await sessions.delete(got.stream_id)
