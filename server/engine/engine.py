@@ -25,7 +25,7 @@ from server.engine.lifecycle import StreamLifecycle
 from server.engine.loop import StepLoop
 from server.engine.placement import Placement
 from server.engine.stream import Stream
-from server.errors import EngineStopped
+from server.errors import EngineStopped, StepFailed
 from server.ops.metrics import EngineMetrics
 from server.runtime.onnx_session import Runtime
 
@@ -121,14 +121,20 @@ class Engine:
     def admit(self, streams: Sequence[Stream], register: Callable[[], Action]) -> None:
         """Admit streams, all or none; then call `register` and post the action that it returns.
 
-        Raises Overloaded if there is no room now, InvalidRequest if there never is room, and
-        EngineStopped.
+        If that action raises, the streams end with StepFailed. Raises Overloaded if there is no
+        room now, InvalidRequest if there never is room, EngineStopped, and what `register` raises.
         """
         with self._lock:
             self._require_open(admits=True)
             if streams:
                 self._raise_if(self.ledger.admit(streams, time.monotonic()))
-            self.post(register())
+            try:
+                action = register()
+            except BaseException:
+                for stream in streams:
+                    self.ledger.ended(stream, time.monotonic())
+                raise
+            self.post(lambda: self._open(streams, action))
 
     def stop_accepting(self) -> None:
         """Admit no further streams; those that are admitted continue."""
@@ -201,9 +207,22 @@ class Engine:
         holder.publish()
         self.metrics.closed(self.runtime.nbytes)
 
+    def _open(self, streams: Sequence[Stream], action: Action) -> None:
+        try:
+            action()
+        except Exception:
+            for stream in streams:
+                failed = StepFailed("the stream could not be opened; see the server's log")
+                self.streams.end(stream, failed)
+            raise
+
     def _take_inbox(self) -> None:
         while self._inbox:
-            self._inbox.popleft()()
+            action = self._inbox.popleft()
+            try:
+                action()
+            except Exception:
+                _log.exception("an action in the inbox of %s failed", self.bundle.name)
 
     def _idle_s(self, holder: StreamHolder) -> float:
         soonest = min(self.streams.next_expiry, holder.next_expiry)
