@@ -1,1 +1,1 @@
-"""The gRPC services: requests are checked and filled in, answers become messages."""
+"""The gRPC services: they check requests, fill in defaults and make response messages."""

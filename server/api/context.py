@@ -1,6 +1,6 @@
-"""What every handler needs of a call: who calls, for which model, and how to refuse.
+"""What all handlers use: the caller, the model, and how to refuse a call.
 
-A handler never lets an exception out, since some hosts would send its text to the client.
+A handler never raises, since some hosts send the text of an exception to the client.
 """
 
 from __future__ import annotations
@@ -22,50 +22,53 @@ _Response = TypeVar("_Response")
 
 
 class Context(Protocol):
-    """What handlers use of a call's context: the part that grpc.aio and Ray Serve share."""
+    """The part of a call's context that grpc.aio and Ray Serve share."""
 
     def invocation_metadata(self) -> Iterable[tuple[str, str | bytes]]:
-        """What the client sent beside the request."""
+        """Metadata that the client sent with the request."""
 
     def set_code(self, code: grpc.StatusCode) -> None:
-        """Status of the call."""
+        """Set the status of the call."""
 
     def set_details(self, details: str) -> None:
-        """Its message."""
+        """Set the message of the status."""
 
 
 def caller_of(callers: Callers, context: Context) -> Caller:
-    """Who makes the call. Raises Unauthenticated."""
+    """The caller, from the metadata of the call. Raises Unauthenticated."""
     return callers.of(context.invocation_metadata())
 
 
 def visible(models: Mapping[str, ServedModel], caller: Caller) -> dict[str, ServedModel]:
-    """The models that the caller may use."""
+    """The models that the caller may use, by name."""
     return {name: model for name, model in models.items() if caller.may_use(name)}
 
 
 def find(models: Mapping[str, ServedModel], caller: Caller, name: str) -> ServedModel:
-    """The model of that name, or the only one. Raises UnknownModel, PermissionDenied."""
-    seen = visible(models, caller)
-    if name in seen:
-        return seen[name]
-    known = ", ".join(sorted(seen)) or "none"
-    if name and not caller.may_use(name):  # the same whether it is served or not
+    """The model of this name; the only model if `name` is empty.
+
+    Raises UnknownModel, PermissionDenied.
+    """
+    usable = visible(models, caller)
+    if name in usable:
+        return usable[name]
+    names = ", ".join(sorted(usable)) or "none"
+    if name and not caller.may_use(name):  # must not show whether the model is served
         reason = f"key {caller.name!r} is not for model {name[:100]!r}"
-        raise PermissionDenied(f"{reason}; of those served, it is for: {known}")
+        raise PermissionDenied(f"{reason}; of those served, it is for: {names}")
     if name:
-        raise UnknownModel(f"model {name[:100]!r} is not served here; these are: {known}")
+        raise UnknownModel(f"model {name[:100]!r} is not served here; these are: {names}")
     if not models:
         raise UnknownModel("no model is served here yet; try again later")
-    if not seen:
+    if not usable:
         raise PermissionDenied(f"key {caller.name!r} is for none of the models served here")
-    if len(seen) > 1:
-        raise UnknownModel(f"model is empty, and several are served: choose one of {known}")
-    return next(iter(seen.values()))
+    if len(usable) > 1:
+        raise UnknownModel(f"model is empty, and several are served: choose one of {names}")
+    return next(iter(usable.values()))
 
 
 def refuse(context: Context, error: Exception) -> None:
-    """End a call with the status of `error`."""
+    """Set the status of a call to that of `error`. Unexpected errors are logged and hidden."""
     if not isinstance(error, RequestError):
         _log.error("a request failed", exc_info=error)
         error = StepFailed(INTERNAL)
@@ -74,7 +77,7 @@ def refuse(context: Context, error: Exception) -> None:
 
 
 async def answer(context: Context, response: Awaitable[_Response]) -> _Response | None:
-    """The response of a call, or its refusal."""
+    """Await the response of a call. If it raises, refuse the call and return None."""
     try:
         return await response
     except Exception as error:

@@ -1,4 +1,4 @@
-"""What the server knows, as messages of the API."""
+"""Converts what the server holds to messages of the API."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _REASONS = {
 
 
 def accepted_message(bundle: Bundle, lease: Lease, durable: bool) -> pb.Accepted:
-    """What was accepted, with every default filled in."""
+    """The `Accepted` message of a lease, with all defaults filled in."""
     request = lease.requests[0]
     return pb.Accepted(
         keep=duration(lease.keep_s) if lease.keep_s else None,
@@ -43,9 +43,9 @@ def accepted_message(bundle: Bundle, lease: Lease, durable: bool) -> pb.Accepted
 
 
 def request_message(bundle: Bundle, lease: Lease) -> pb.GenerateRequest:
-    """The request that a stream was accepted for, so that parts of it can be asked for anew.
+    """The request of a lease, so that `Continue` can change parts of it.
 
-    Where `max_tokens` is all that the context has left, it is left out.
+    Leaves `max_tokens` out if it fills the context.
     """
     request = lease.requests[0]
     message = pb.GenerateRequest(
@@ -109,7 +109,7 @@ def _output_message(lease: Lease) -> pb.OutputOptions:
 def response_message(
     bundle: Bundle, request: Request, event: Event, sequence: int
 ) -> pb.GenerateResponse:
-    """One event of a stream."""
+    """The response message of one event."""
     response = pb.GenerateResponse(sequence=sequence, output=request.sampling.output)
     match event:
         case Delta(first_position=position, tokens=tokens, text=text):
@@ -144,7 +144,7 @@ def _logprobs_messages(logprobs: Iterable[TokenLogprobs]) -> list[pb.TokenLogpro
 
 
 def error_message(error: RequestError) -> pb.Error:
-    """Why a request or a stream failed."""
+    """The `Error` message of an error."""
     message = pb.Error(code=error.status, message=error.message, retryable=error.retryable)
     if error.retry_after_s is not None:
         message.retry_after.CopyFrom(duration(error.retry_after_s))
@@ -157,14 +157,14 @@ def _colours(bundle: Bundle, tokens: Iterable[int]) -> bytes:
 
 
 def duration(seconds: float) -> Duration:
-    """Seconds as protobuf has them."""
+    """Seconds as a protobuf Duration."""
     duration = Duration()
     duration.FromNanoseconds(round(seconds * 1e9))
     return duration
 
 
 def _finished_message(finish: Finish, prompt_tokens: int) -> pb.Finished:
-    """How an output ended well."""
+    """The `Finished` message of an output."""
     usage = pb.Usage(
         prompt_tokens=prompt_tokens,
         generated_tokens=finish.generated,

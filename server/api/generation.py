@@ -1,6 +1,6 @@
-"""Generate, Resume and Score, and how a stream is sent: protobuf in, protobuf out.
+"""The RPCs Generate, Resume and Score, and how the events of a stream are sent.
 
-A stream that is refused ends by status; one that was accepted ends by an event.
+A refused call ends with an error status. An accepted stream ends with an event for each output.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from server.engine.updates import HandedOver, Scored
 from server.errors import EngineStopped, RequestError, StepFailed
 from server.sessions.opener import SessionOpener
 from server.sessions.registry import Attachment, SessionRegistry
-from server.sessions.reviver import follow
+from server.sessions.reviver import resume
 from server.sessions.subscriber import Subscriber
 
 _log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class GenerationServicer(generation_grpc.GenerationServiceServicer):
     async def Generate(
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncIterator[pb.GenerateResponse]:
-        """One stream."""
+        """Generate a stream."""
         opening = self._open(request, context)
         async with aclosing(stream(self._registry, opening, context)) as responses:
             async for response in responses:
@@ -49,21 +49,21 @@ class GenerationServicer(generation_grpc.GenerationServiceServicer):
     async def Resume(
         self, request: pb.ResumeRequest, context: Context
     ) -> AsyncIterator[pb.GenerateResponse]:
-        """The rest of a stream."""
-        following, sequence = self._follow(request, context), request.after_sequence
-        async with aclosing(stream(self._registry, following, context, sequence)) as responses:
+        """Send the rest of a stream."""
+        attaching, sequence = self._resume(request, context), request.after_sequence
+        async with aclosing(stream(self._registry, attaching, context, sequence)) as responses:
             async for response in responses:
                 yield response
 
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse | None:
-        """Bits per token."""
+        """Score a prompt: bits per token."""
         return await answer(context, self._score(request, context))
 
     async def _open(self, request: pb.GenerateRequest, context: Context) -> Attachment:
         caller = caller_of(self._callers, context)
         model = find(self._registry.models, caller, request.model)
-        if not request.idempotency_key:  # with one, there may be nothing to take on
-            model.require_room()  # first, since it costs least: refusals come in floods
+        if not request.idempotency_key:  # a key may name a stream that exists already
+            model.require_room()  # the cheapest check first: under overload, most requests end here
         requests = generate_request(model.bundle, request, model.config)
         return await self._opener.start(
             model,
@@ -74,13 +74,13 @@ class GenerationServicer(generation_grpc.GenerationServiceServicer):
             draws_seed=not request.sampling.HasField("seed"),
         )
 
-    async def _follow(self, request: pb.ResumeRequest, context: Context) -> Attachment:
+    async def _resume(self, request: pb.ResumeRequest, context: Context) -> Attachment:
         caller = caller_of(self._callers, context)
         cursors = resume_request(request)
         if self._registry.held(request.stream_id, caller.name) is None:
             more = sum(not cursor.ended for cursor in cursors) or 1
             require_room(caller, self._registry.running, more)
-        return await follow(self._registry, request.stream_id, caller.name, cursors)
+        return await resume(self._registry, request.stream_id, caller.name, cursors)
 
     async def _score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
         caller = caller_of(self._callers, context)
@@ -110,7 +110,7 @@ async def stream(
     context: Context,
     sequence: int = 0,
 ) -> AsyncGenerator[pb.GenerateResponse]:
-    """The responses of a call that streams, behind number `sequence`; or its refusal."""
+    """The responses of a streaming call, numbered after `sequence`. Refuses a failed attachment."""
     try:
         attachment = await attaching
     except Exception as error:
@@ -127,7 +127,7 @@ async def stream(
 async def send(
     attachment: Attachment, sequence: int, durable: bool
 ) -> AsyncGenerator[pb.GenerateResponse]:
-    """The events behind number `sequence` of a stream, until all outputs have ended."""
+    """The responses of an attached stream, numbered after `sequence`, until all outputs end."""
     model, session = attachment.model, attachment.session
     over = set[Subscriber]()
     subscribers = dict(zip(session.streams, attachment.subscribers, strict=True))
@@ -145,7 +145,7 @@ async def send(
             if subscribers[output].is_over:
                 over.add(subscribers[output])
     except Exception as error:
-        if isinstance(error, grpc.RpcError):  # the client is gone; there is nobody to tell
+        if isinstance(error, grpc.RpcError):  # the client is gone
             raise
         _log.exception("stream %s failed", session.lease.stream_id)
         for subscriber in attachment.subscribers:

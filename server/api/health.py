@@ -1,4 +1,4 @@
-"""grpc.health.v1 over the models: serving as long as every engine lives, be there any or none."""
+"""grpc.health.v1: the server is serving while all engines run, also if there are none."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _Response = health_pb2.HealthCheckResponse
 
 
 class HealthServicer(health_pb2_grpc.HealthServicer):
-    """Answers for the whole server (empty name) and for each of its services."""
+    """Reports the health of the server (empty name) and of each service."""
 
     def __init__(self, models: Mapping[str, ServedModel]) -> None:
         self._models = models
@@ -44,7 +44,7 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
     async def Watch(
         self, request: health_pb2.HealthCheckRequest, context: Context
     ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
-        """The status now, and again whenever it changes."""
+        """The status now, then each change of it."""
         last = None
         while True:
             if (status := self._status(request.service)) != last:
@@ -59,7 +59,7 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
 
 
 def all_alive(models: Mapping[str, ServedModel]) -> bool:
-    """Whether every engine lives."""
+    """Whether all engines run."""
     return all(model.alive for model in list(models.values()))  # another thread may change them
 
 
@@ -75,9 +75,9 @@ def is_serving(address: str) -> bool:
 
 
 def wait_until_serving(address: str, limit_s: float) -> None:
-    """Return as soon as a healthy server answers. Raises TimeoutError after `limit_s`."""
+    """Wait until a healthy server answers. Raises TimeoutError after `limit_s`."""
     deadline = time.monotonic() + limit_s
     while not is_serving(address):
         if time.monotonic() > deadline:
-            raise TimeoutError(f"nothing healthy answers at {address} after {limit_s:.0f} s")
+            raise TimeoutError(f"no healthy server answers at {address} after {limit_s:.0f} s")
         time.sleep(_RETRY_SECONDS)

@@ -1,4 +1,4 @@
-"""ListModels and GetModel: which models a server has, and what they are."""
+"""The RPCs ListModels and GetModel."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ModelServicer(model_grpc.ModelServiceServicer):
     async def ListModels(
         self, request: pb.ListModelsRequest, context: Context
     ) -> pb.ListModelsResponse | None:
-        """Every model that the caller may use, by name."""
+        """All models that the caller may use, ordered by name."""
 
         async def list_models() -> pb.ListModelsResponse:
             seen = visible(self._models, caller_of(self._callers, context))

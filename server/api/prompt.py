@@ -1,4 +1,4 @@
-"""What a caller sends becomes tokens: text, token ids, or the first rows of an image."""
+"""Turns a prompt (text, token ids, or the first rows of an image) into tokens."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _MAX_PNG_BYTES = 1 << 20
 
 
 def prompt_tokens(bundle: Bundle, prompt: pb.Prompt, *, room: int) -> Prompt:
-    """The prompt's tokens, behind the start token of its label.
+    """The tokens of a prompt, and the start token of its label.
 
-    `room` is the number of tokens that must be left to generate. Raises InvalidRequest naming the
-    field, the value and the limit.
+    room: number of tokens that must be left to generate. Raises InvalidRequest with field, value
+    and limit.
     """
     content = prompt.WhichOneof("content")
     ids: npt.NDArray[np.int64]
@@ -52,9 +52,9 @@ def _start_token(bundle: Bundle, prompt: pb.Prompt) -> int:
         return start
     labels = list(bundle.manifest.labels)
     if prompt.label not in labels:
-        known = ", ".join(repr(label) for label in labels) or "none"
+        names = ", ".join(repr(label) for label in labels) or "none"
         shown = prompt.label[:100]
-        raise InvalidRequest(f"prompt.label is {shown!r}; {bundle.name} has these labels: {known}")
+        raise InvalidRequest(f"prompt.label is {shown!r}; {bundle.name} has these labels: {names}")
     return start + 1 + labels.index(prompt.label)
 
 
@@ -99,7 +99,7 @@ def _from_image(bundle: Bundle, image: pb.ImageRows) -> Ints:
 
 
 def _from_png(bundle: Bundle, png: bytes) -> npt.NDArray[np.uint8]:
-    """Pixels `[n, 3]`: transparency on white, wholly transparent rows at the bottom left out."""
+    """Pixels `[n, 3]` on white, without the fully transparent rows at the bottom."""
     field, form = "prompt.image.png", bundle.manifest.image
     if len(png) > _MAX_PNG_BYTES:
         raise InvalidRequest(f"{field} has {len(png)} bytes, the limit is {_MAX_PNG_BYTES}")
@@ -108,7 +108,7 @@ def _from_png(bundle: Bundle, png: bytes) -> npt.NDArray[np.uint8]:
         size = opened.size
         if size[0] == form.width and size[1] <= form.height:
             rgba = opened.convert("RGBA")
-    except Exception:  # Pillow's decoders raise whatever their zlib, struct and checks raise
+    except Exception:  # Pillow's decoders raise errors of many types
         raise InvalidRequest(f"{field} is not a readable PNG ({len(png)} bytes)") from None
     if size[0] != form.width or size[1] > form.height:
         raise InvalidRequest(

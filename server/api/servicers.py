@@ -1,4 +1,4 @@
-"""All services of a server, over the models that it serves."""
+"""Makes the services of a server."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from server.snapshots.writer import SnapshotWriter
 
 @dataclass(frozen=True)
 class Servicers:
-    """One of each."""
+    """The servicers of a server."""
 
     generation: GenerationServicer
     sessions: SessionServicer
@@ -33,9 +33,9 @@ def make_servicers(
     snapshots: SnapshotWriter | None = None,
     draining: Collection[ServedModel] = (),
 ) -> Servicers:
-    """The services over `models`, for callers with one of the `keys` in a file, or for everyone.
+    """The servicers over `models`, for callers with a key in the file `keys`; None serves anyone.
 
-    Streams that began on models that are `draining` are found there. Raises KeysError.
+    draining: models that only finish their streams. Raises KeysError.
     """
     callers = Callers(keys)
     registry = SessionRegistry(models, snapshots, draining)

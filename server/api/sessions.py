@@ -1,4 +1,4 @@
-"""Sessions: what streams have become, paused, continued, copied, carried away and brought back."""
+"""The RPCs of sessions: Pause, Continue, Fork, Export, Import, Delete and ListSessions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from server.engine.stream import Stream
 from server.errors import InvalidRequest, PermissionDenied, Unsuitable
 from server.sessions.opener import SessionOpener
 from server.sessions.registry import Attachment, SessionRegistry
-from server.sessions.reviver import at_rest
+from server.sessions.reviver import find_or_revive
 from server.sessions.served_model import ServedModel
 from server.sessions.table import Session
 from server.snapshots.writer import SnapshotWriter
@@ -36,7 +36,7 @@ _PAGE, _LARGEST_PAGE = 100, 1000
 class SessionServicer(session_grpc.SessionServiceServicer):
     """See session_service.proto.
 
-    part_bytes: largest part of an exported or imported snapshot.
+    part_bytes: largest part of an exported or imported snapshot, in bytes.
     """
 
     part_bytes = 1024 * 1024
@@ -52,7 +52,7 @@ class SessionServicer(session_grpc.SessionServiceServicer):
         async def pause() -> pb.PauseResponse:
             model, session = await self._find(request.stream_id, self._caller(context))
             if not session.lease.keep_s:
-                raise Unsuitable("the stream was not asked to be kept: generate it with keep")
+                raise Unsuitable("the stream is not kept: set keep in its request")
             await model.pause(session)
             return pb.PauseResponse(session=session_message(model, session))
 
@@ -61,21 +61,21 @@ class SessionServicer(session_grpc.SessionServiceServicer):
     async def Continue(
         self, request: pb.ContinueRequest, context: Context
     ) -> AsyncIterator[generation_pb.GenerateResponse]:
-        """Go on with a session that rests."""
+        """Continue a paused or finished session."""
         continuing = self._continue(request, context)
         async with aclosing(stream(self._registry, continuing, context)) as responses:
             async for response in responses:
                 yield response
 
     async def Fork(self, request: pb.ForkRequest, context: Context) -> pb.ForkResponse | None:
-        """Copies of a session that rests."""
+        """Copy a paused or finished session."""
 
         async def fork() -> pb.ForkResponse:
             caller = self._caller(context)
             if not 1 <= request.n <= _MOST_COPIES:
                 raise InvalidRequest(f"n is {request.n}; it must be between 1 and {_MOST_COPIES}")
             model, session = await self._find(request.stream_id, caller)
-            _require_rest(session)
+            _require_ended(session)
             copies = [await self._opener.copy(model, session) for _ in range(request.n)]
             return pb.ForkResponse(stream_ids=copies)
 
@@ -84,10 +84,10 @@ class SessionServicer(session_grpc.SessionServiceServicer):
     async def Export(
         self, request: pb.ExportRequest, context: Context
     ) -> AsyncIterator[pb.ExportResponse]:
-        """A session that rests, sealed, in parts."""
+        """Send the sealed snapshot of a paused or finished session, in parts."""
         try:
             model, session = await self._find(request.stream_id, self._caller(context))
-            _require_rest(session)
+            _require_ended(session)
             snapshots, checkpoints = self._snapshots(), session.checkpoints
             sealed = await asyncio.to_thread(
                 snapshots.export, model.bundle, session.lease, checkpoints
@@ -103,7 +103,7 @@ class SessionServicer(session_grpc.SessionServiceServicer):
     async def Import(
         self, requests: AsyncIterator[pb.ImportRequest], context: Context
     ) -> pb.ImportResponse | None:
-        """A session made of an exported snapshot."""
+        """Make a session from an exported snapshot."""
 
         async def adopt() -> pb.ImportResponse:
             caller, snapshots = self._caller(context), self._snapshots()
@@ -116,7 +116,7 @@ class SessionServicer(session_grpc.SessionServiceServicer):
         return await answer(context, adopt())
 
     async def Delete(self, request: pb.DeleteRequest, context: Context) -> pb.DeleteResponse | None:
-        """Forget a session."""
+        """Delete a session."""
 
         async def delete() -> pb.DeleteResponse:
             await self._registry.delete(request.stream_id, self._caller(context).name)
@@ -127,7 +127,7 @@ class SessionServicer(session_grpc.SessionServiceServicer):
     async def ListSessions(
         self, request: pb.ListSessionsRequest, context: Context
     ) -> pb.ListSessionsResponse | None:
-        """The caller's sessions."""
+        """A page of the caller's sessions."""
 
         async def list_sessions() -> pb.ListSessionsResponse:
             caller = self._caller(context)
@@ -155,22 +155,24 @@ class SessionServicer(session_grpc.SessionServiceServicer):
 
     def _snapshots(self) -> SnapshotWriter:
         if self._registry.snapshots is None:
-            raise Unsuitable("this server keeps no snapshots: start it with --snapshots URI")
+            raise Unsuitable("this server has no snapshot store: start it with --snapshots URI")
         return self._registry.snapshots
 
     async def _find(self, stream_id: str, caller: Caller) -> tuple[ServedModel, Session]:
-        model, session = await at_rest(self._registry, stream_id, caller.name)
+        model, session = await find_or_revive(self._registry, stream_id, caller.name)
         _require_model(caller, model.bundle.name)
         return model, session
 
     async def _continue(self, request: pb.ContinueRequest, context: Context) -> Attachment:
         caller = self._caller(context)
         model, session = await self._find(request.stream_id, caller)
-        _require_rest(session)
+        _require_ended(session)
         require_room(caller, self._registry.running, 1)
         more = _more_tokens(model, request)
         if len(session.streams) > 1:
-            raise Unsuitable(f"the stream has {len(session.streams)} outputs; only one can go on")
+            raise Unsuitable(
+                f"the stream has {len(session.streams)} outputs; only a stream of 1 can continue"
+            )
         output, asked = session.streams[0], request_message(model.bundle, session.lease)
         if request.HasField("sampling"):
             seed = asked.sampling.seed
@@ -182,7 +184,7 @@ class SessionServicer(session_grpc.SessionServiceServicer):
         if more or not _is_paused(output):
             checkpoint = _extend(asked, output, more)
         else:
-            checkpoint = _go_on(asked, output, request, model.bundle.context)
+            checkpoint = _unpause(asked, output, request, model.bundle.context)
         requests = generate_request(model.bundle, asked, model.config)
         lease = replace(session.lease, requests=requests)
         return await self._opener.open(model, lease, [checkpoint])
@@ -203,13 +205,13 @@ class SessionServicer(session_grpc.SessionServiceServicer):
         sealed = b"".join(parts)
         if digest != hashlib.sha256(sealed).digest():
             raise InvalidRequest(
-                f"sha256 of the last part is not that of the {size} bytes which came: try again"
+                f"sha256 of the last part does not match the {size} bytes received: try again"
             )
         return sealed
 
 
 def session_message(model: ServedModel, session: Session) -> pb.Session:
-    """A session that a model holds."""
+    """The `Session` message of a session that a model holds."""
     streams = session.streams
     message = pb.Session(
         stream_id=session.lease.stream_id,
@@ -237,11 +239,11 @@ def _is_paused(stream: Stream) -> bool:
     return isinstance(ending, Finish) and ending.reason is FinishReason.PAUSED
 
 
-def _require_rest(session: Session) -> None:
+def _require_ended(session: Session) -> None:
     if not session.ended:
         raise Unsuitable("the stream is running: pause it first, or wait for its end")
     if not all(isinstance(stream.ending, Finish) for stream in session.streams):
-        raise Unsuitable("the stream failed: only what was paused or finished can go on")
+        raise Unsuitable("the stream failed: only a paused or finished stream can continue")
 
 
 def _require_model(caller: Caller, model: str) -> None:
@@ -250,34 +252,42 @@ def _require_model(caller: Caller, model: str) -> None:
 
 
 def _more_tokens(model: ServedModel, request: pb.ContinueRequest) -> list[int]:
-    """The tokens of a prompt that goes on."""
+    """The prompt tokens to add, maybe none. Raises InvalidRequest."""
     if not request.HasField("prompt"):
         return []
     if request.prompt.HasField("label") or request.prompt.WhichOneof("content") == "image":
-        raise InvalidRequest("prompt must be text or tokens: what goes on has no label")
+        raise InvalidRequest(
+            "prompt must be text or tokens: a stream that continues takes no label or image"
+        )
     more: list[int] = prompt_tokens(model.bundle, request.prompt, room=1).tokens.tolist()
     return more
 
 
 def _extend(asked: generation_pb.GenerateRequest, output: Stream, more: list[int]) -> Checkpoint:
-    """Make all that a stream knows, and more, the prompt of what comes."""
-    known = [*output.request.prompt.tokens.tolist(), *output.history]
+    """Continue with a new prompt: the former prompt, the output, and `more`.
+
+    Sets the prompt of `asked`. Returns the checkpoint to continue from.
+    """
+    tokens_so_far = [*output.request.prompt.tokens.tolist(), *output.history]
     saved = output.saved
-    if not more and saved is not None and saved.pushed > len(known):
-        raise Unsuitable("the stream ended by its model's end token: give a prompt to go on behind")
+    if not more and saved is not None and saved.pushed > len(tokens_so_far):
+        raise Unsuitable("the stream ended by an end token: give a prompt to continue with")
     label = asked.prompt.label if asked.prompt.HasField("label") else None
-    tokens = generation_pb.TokenIds(ids=[*known, *more])
+    tokens = generation_pb.TokenIds(ids=[*tokens_so_far, *more])
     asked.prompt.CopyFrom(generation_pb.Prompt(tokens=tokens, label=label))
     return Checkpoint(array(output.history.typecode), saved)
 
 
-def _go_on(
+def _unpause(
     asked: generation_pb.GenerateRequest,
     output: Stream,
     request: pb.ContinueRequest,
     context: int,
 ) -> Checkpoint:
-    """As if the stream had never paused."""
+    """Continue a paused stream as if it had not been paused.
+
+    Sets `max_tokens` of `asked`. Returns the checkpoint to continue from.
+    """
     generated = len(output.history)
     if request.stopping.HasField("max_tokens"):
         more, left = request.stopping.max_tokens, context - generated

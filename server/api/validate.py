@@ -1,4 +1,4 @@
-"""Checks a request against its bundle and fills in every default, before a slot is taken."""
+"""Checks requests against their bundle, and fills in all defaults."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ _MAX_SECONDS = 315_576_000_000  # what google.protobuf.Duration allows
 def generate_request(
     bundle: Bundle, request: pb.GenerateRequest, config: EngineConfig
 ) -> tuple[Request, ...]:
-    """The outputs of a validated `GenerateRequest`, which share one prompt array.
+    """The outputs of a `GenerateRequest`. They share one prompt.
 
-    Raises InvalidRequest naming field, value and limit.
+    Raises InvalidRequest with field, value and limit.
     """
     if request.HasField("prompt"):
         prompt = prompt_tokens(bundle, request.prompt, room=1)
@@ -87,7 +87,10 @@ def generate_request(
 
 
 def resume_request(request: pb.ResumeRequest) -> tuple[ResumeCursor, ...]:
-    """Where the reader is in each output, by index. Raises InvalidRequest with field and limit."""
+    """The resume cursors of a `ResumeRequest`, by output index.
+
+    Raises InvalidRequest with field, value and limit.
+    """
     _check_counts("", request, ("after_sequence",))
     cursors: dict[int, ResumeCursor] = {}
     for given in request.cursors:
@@ -119,7 +122,7 @@ def _check_counts(prefix: str, message: Message, names: Sequence[str]) -> None:
 
 
 def score_request(bundle: Bundle, request: pb.ScoreRequest) -> Request:
-    """A validated `ScoreRequest`. Raises InvalidRequest naming field, value and limit."""
+    """The request of a `ScoreRequest`. Raises InvalidRequest with field, value and limit."""
     if request.prompt.WhichOneof("content") is None:
         raise InvalidRequest("prompt is empty: give the text, tokens or image to score")
     return Request(prompt=prompt_tokens(bundle, request.prompt, room=0), score=True)
@@ -233,7 +236,7 @@ def _check_strings(field: str, strings: Sequence[str], most: int, longest: int) 
 
 
 def _ids(bundle: Bundle, field: str, ids: Sequence[int]) -> tuple[int, ...]:
-    """The ids without repetition, in order."""
+    """The token ids, sorted and without duplicates."""
     for index, token in enumerate(ids):
         if token >= bundle.vocabulary:
             raise InvalidRequest(
@@ -244,7 +247,7 @@ def _ids(bundle: Bundle, field: str, ids: Sequence[int]) -> tuple[int, ...]:
 
 
 def _count(options: pb.OutputOptions, name: str, most: int) -> int:
-    """An option of at least 1, which is its default."""
+    """An output option of at least 1, which is also the default."""
     value: int = getattr(options, name) if options.HasField(name) else 1
     if not 1 <= value <= most:
         raise InvalidRequest(f"output.{name} is {value}; it must be between 1 and {most}")
@@ -281,7 +284,7 @@ def _time_limit(stopping: pb.StoppingCriteria) -> float | None:
 
 
 def keep_s(request: pb.GenerateRequest) -> float:
-    """How long the stream is kept without a reader, in seconds."""
+    """Seconds that the stream is kept without a reader."""
     return float(request.keep.seconds + request.keep.nanos / 1e9)
 
 

@@ -85,7 +85,7 @@ class Decoding:
     # ---- the prompt's own tokens
 
     def _predict_prompt(self, stream: Stream, logits: Floats, first: int) -> Ending | None:
-        """Report or score the prompt tokens from `first` on by `logits[T, vocabulary]`."""
+        """Report or score the prompt tokens from `first` on, given their `logits`."""
         request = stream.request
         targets = request.prompt.targets(first, len(logits))
         failed = failures(logits, targets, first + np.arange(len(logits)))
@@ -169,8 +169,8 @@ class Decoding:
     ) -> tuple[int, Ending | None]:
         """Draw tokens from `logits[T, vocabulary]` until one differs from the draft.
 
-        `pushed[T]` are the `drawn` tokens, then the draft. Returns how many of the pushed tokens
-        are correct, and the stream's ending if it ends.
+        pushed: `[T]`, first `drawn` tokens that are drawn already, then the draft. Returns how many
+        of them are correct, and the stream's ending if it ends.
         """
         sampling, first = self._placement.sampling, int(self._cache.pushed[0])
         now = time.monotonic()

@@ -27,7 +27,7 @@ class _Node:
 
 
 class PrefixCache:
-    """Stack entries of blocks of `span` tokens, at most `limit` bytes; drops the least recent use.
+    """Stack entries of blocks of `span` tokens. Above `limit` bytes, drops the least recently used.
 
     It works on one prompt at a time: `match` begins a prompt, and `insert` adds its next block. An
     insert costs the same at any position of the prompt.

@@ -1,1 +1,4 @@
-"""The only door to onnxruntime: graphs run over rows of state that stay where they are."""
+"""Runs the bundle's graphs with onnxruntime, over rows of state that are changed in place.
+
+No other package of the server imports onnxruntime.
+"""

@@ -1,8 +1,8 @@
-"""The same rows in the memory of a device, where NumPy cannot reach.
+"""The state of several streams in the memory of a device, which NumPy cannot access.
 
-Two graphs of the bundle copy parts out of rows and into them (`export/moves.py`), so that joining,
-leaving and folding stay on the device. The host sends indices, and state only when a stream is
-restored; it gets state only when a stream is parked, or a block is kept for other prompts.
+Two graphs of the bundle copy parts of rows out and in (`export/moves.py`), so that joins, moves and
+folds stay on the device. The host sends only indices, and state when a stream is restored. It reads
+state only when a stream is saved or a block enters the prefix cache.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from server.runtime.host_state import EMPTY, NEXT, StateLength
 _PART = "part."
 
 Parts = dict[str, Any]
-"""What several rows hold of each tensor, `[B, …]`: on the device, or an array to be sent there."""
+"""Parts of rows by tensor name, `[B, …]`: on the device, or as an array to send there."""
 
 
 class DeviceRows:
@@ -38,7 +38,7 @@ class DeviceRows:
         self.device = device
         self._tensors = {tensor.name: tensor for tensor in tensors}
         self._take_session, self._put_session = take, put
-        # Zeros, since a kernel may multiply a dead entry by 0, and fresh memory may hold NaN.
+        # Zeros, since a kernel may multiply an unused entry by 0, and new memory may hold NaN.
         self._buffers = {
             t.name: ort.OrtValue.ortvalue_from_numpy(
                 np.zeros((rows, *t.shape), t.element), device, 0
@@ -52,7 +52,7 @@ class DeviceRows:
         """Bytes of all buffers."""
 
     def address(self, name: str, row: int) -> int:
-        """Where a row begins; the next one follows it."""
+        """Device address of a row. Rows are contiguous."""
         begin: int = self._buffers[name].data_ptr()
         return begin + row * int(self._row_bytes[name])
 
@@ -63,13 +63,13 @@ class DeviceRows:
         begins: Sequence[StateLength],
         ends: Sequence[StateLength],
     ) -> None:
-        """Run the fold graph on what `rows` hold between two lengths."""
+        """See HostRows."""
         parts = self._take(rows, begins, ends)
         io = session.io_binding()
         for value in session.get_inputs():
             io.bind_ortvalue_input(value.name, parts[value.name])
         parts |= self._run(session, io, NEXT)
-        # A stack has one entry for the part now, a history as many rows as before.
+        # A fold leaves one entry of a stack, and as many rows of a history as before.
         folded = [
             StateLength(begin.entries + 1, end.tokens)
             for begin, end in zip(begins, ends, strict=True)
@@ -103,7 +103,7 @@ class DeviceRows:
         return state
 
     def write(self, row: int, end: StateLength, state: State) -> None:
-        """See HostRows. Copies from the host; what `state` does not name is put back as it was."""
+        """See HostRows. Copies from the host. Tensors that `state` lacks keep their values."""
         parts = self._take([row], [EMPTY], [end])
         for name, values in state.items():
             if values.size:
@@ -156,7 +156,7 @@ class DeviceRows:
         return io
 
     def _run(self, session: ort.InferenceSession, io: ort.IOBinding, prefix: str) -> Parts:
-        """What the bound graph gives, left on the device."""
+        """Run the bound graph. Its outputs stay on the device, by name without `prefix`."""
         names = [value.name for value in session.get_outputs()]
         for name in names:
             io.bind_output(name, self.device)
@@ -166,5 +166,5 @@ class DeviceRows:
 
 
 def _indices(spans: Iterable[tuple[int, int]]) -> npt.NDArray[np.int64]:
-    """`[B, n]`. At least one of each, and be it dead, since not every kernel takes none."""
+    """The indices of each span, `[B, n]`. At least one: not every kernel takes an empty input."""
     return np.stack([np.arange(begin, max(end, begin + 1)) for begin, end in spans])

@@ -1,6 +1,6 @@
-"""The state of several streams in host memory: one NumPy buffer for each tensor, a row for each.
+"""The state of several streams in host memory: a NumPy buffer per tensor, a row per stream.
 
-Rows are bound to the graphs by address and changed in place: nothing here costs O(context).
+Graphs are bound to the rows by address and change them in place, so that no step costs O(context).
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from server.arrays import Ints, State
 from server.bundles.state import StateKind, StateTensor
 
 NEXT = "next."
-"""What the graphs put before the name of a state tensor that they give back."""
+"""Prefix of the names of the graphs' state outputs."""
 
 
 @dataclass(frozen=True)
 class StateLength:
-    """How long the state of a stream is."""
+    """The length of a stream's state."""
 
     entries: int
-    """Valid entries of every stack."""
+    """Number of valid entries of each stack."""
     tokens: int
-    """Rows of every history."""
+    """Number of valid rows of each history."""
 
 
 EMPTY = StateLength(0, 0)
 
 FOLDED_BYTES = 8 << 20
-"""Most bytes that are folded at once: about what the processor's caches hold."""
+"""Largest number of bytes to fold at once: about the size of the processor's caches."""
 KEPT_BYTES = 4 * FOLDED_BYTES
-"""Most bytes of memory for folding that are kept for the next fold."""
+"""Largest fold input in bytes whose memory is kept for the next fold."""
 
 
 class HostRows:
-    """`rows` rows of the state `tensors`."""
+    """`rows` rows of the state `tensors` in host memory."""
 
     device = "cpu"
 
@@ -49,7 +49,8 @@ class HostRows:
             t.name: np.full((rows, *t.shape), t.initial, t.element) for t in self._tensors.values()
         }
         self._layouts = {name: _layout(tensor) for name, tensor in self._tensors.items()}
-        # In lines that are never cut: an entry of one head, a row of a history, all that is fixed.
+        # A line is the smallest unit that a fold takes: an entry of one head of a stack, a row of a
+        # history, or a whole recurrent tensor.
         self._lines = {
             name: self.buffers[name].reshape(-1, _line(tensor))
             for name, tensor in self._tensors.items()
@@ -62,7 +63,7 @@ class HostRows:
         return sum(buffer.nbytes for buffer in self.buffers.values())
 
     def address(self, name: str, row: int) -> int:
-        """Where a row begins; the next one follows it."""
+        """Memory address of a row. Rows are contiguous."""
         return self.buffers[name][row:].ctypes.data
 
     def fold(
@@ -72,41 +73,41 @@ class HostRows:
         begins: Sequence[StateLength],
         ends: Sequence[StateLength],
     ) -> None:
-        """Run the fold graph of an onnxruntime `session` on what `rows` hold between lengths."""
+        """Fold the state of each of `rows` between two lengths, with the graph of `session`."""
         layouts = set(self._layouts.values())
-        numbers = {layout: _numbers(*layout, rows, begins, ends) for layout in layouts}
+        indices = {layout: _line_indices(*layout, rows, begins, ends) for layout in layouts}
         size = sum(
-            numbers[self._layouts[value.name]][0].size * self._lines[value.name][0].nbytes
+            indices[self._layouts[value.name]][0].size * self._lines[value.name][0].nbytes
             for value in session.get_inputs()
         )
         together = max(1, FOLDED_BYTES // size)
         for first in range(0, len(rows), together):
-            some = {layout: n[first : first + together] for layout, n in numbers.items()}
+            some = {layout: n[first : first + together] for layout, n in indices.items()}
             self._fold(session, {name: some[layout] for name, layout in self._layouts.items()})
         if size > KEPT_BYTES:
             self._taken.clear()
 
-    def _fold(self, session: Any, numbers: dict[str, Ints]) -> None:
-        feeds = {v.name: self._take(v.name, numbers[v.name]) for v in session.get_inputs()}
+    def _fold(self, session: Any, indices: dict[str, Ints]) -> None:
+        feeds = {v.name: self._take(v.name, indices[v.name]) for v in session.get_inputs()}
         folded = session.run(None, feeds)
         for output, values in zip(session.get_outputs(), folded, strict=True):
             name = output.name.removeprefix(NEXT)
-            at = numbers[name]
+            at = indices[name]
             if self._tensors[name].kind == StateKind.STACK:
-                at = at[:, :, :1]  # the one entry that stands for the part
+                at = at[:, :, :1]  # a fold gives one entry for the part
             self._lines[name][at] = values.reshape(*at.shape, -1)
 
-    def _take(self, name: str, numbers: Ints) -> npt.NDArray[np.generic]:
-        """The lines of those `numbers[B, heads, entries]`, as the graphs take them.
+    def _take(self, name: str, indices: Ints) -> npt.NDArray[np.generic]:
+        """The lines at `indices[B, stacks, lines]`, in the shape of the graph's input.
 
-        In memory that is kept: what was given back to the system is slow to get again.
+        The memory is used again by later calls, since allocating it anew is slow.
         """
         lines, taken = self._lines[name], self._taken.get(name)
-        if taken is None or len(taken) < numbers.size:
-            taken = self._taken[name] = np.empty((numbers.size, lines.shape[1]), lines.dtype)
-        taken = taken[: numbers.size]
-        lines.take(numbers.ravel(), axis=0, out=taken, mode="clip")  # others take a detour
-        tensor, (batch, _, count) = self._tensors[name], numbers.shape
+        if taken is None or len(taken) < indices.size:
+            taken = self._taken[name] = np.empty((indices.size, lines.shape[1]), lines.dtype)
+        taken = taken[: indices.size]
+        lines.take(indices.ravel(), axis=0, out=taken, mode="clip")  # other modes make a copy
+        tensor, (batch, _, count) = self._tensors[name], indices.shape
         shape = list(tensor.shape)
         if tensor.kind == StateKind.STACK:
             shape[1] = count
@@ -115,30 +116,30 @@ class HostRows:
         return taken.reshape(batch, *shape)
 
     def reset(self, row: int) -> None:
-        """Give `row` the state of a stream that has not begun. What may not be read may stay."""
+        """Give `row` the state of a new stream. Values that no graph reads may stay."""
         for tensor in self._tensors.values():
             if tensor.kind == StateKind.RECURRENT:
                 self.buffers[tensor.name][row] = tensor.initial
 
     def move(self, source: int, target: int, length: StateLength) -> None:
-        """Copy a stream's state, which is as long as `length`, to another row."""
+        """Copy a state of the given length to another row."""
         for tensor in self._tensors.values():
             part = self._part(tensor, target, EMPTY, length)
             part[...] = self._part(tensor, source, EMPTY, length)
 
     def read(self, row: int, end: StateLength, begin: StateLength) -> State:
-        """A copy of a stream's state between two lengths; recurrent tensors whole."""
+        """A copy of a row's state between two lengths. Recurrent tensors are complete."""
         return {t.name: self._part(t, row, begin, end).copy() for t in self._tensors.values()}
 
     def write(self, row: int, end: StateLength, state: State) -> None:
-        """Put those tensors of a state that is as long as `end` into `row`."""
+        """Write tensors of a state of length `end` into `row`."""
         for name, values in state.items():
             self._part(self._tensors[name], row, EMPTY, end)[...] = values
 
     def _part(
         self, tensor: StateTensor, row: int, begin: StateLength, end: StateLength
     ) -> npt.NDArray[np.generic]:
-        """A view of what a row holds between two lengths; of a recurrent tensor, all."""
+        """A view of a tensor's row between two lengths; of a recurrent tensor, the whole row."""
         buffer: npt.NDArray[np.generic] = self.buffers[tensor.name][row]
         if tensor.kind == StateKind.STACK:
             return buffer[:, begin.entries : end.entries]
@@ -148,11 +149,11 @@ class HostRows:
 
 
 _Layout = tuple[StateKind, int, int]
-"""Kind of a tensor; of a row of it: how many stacks, and how many lines each."""
+"""Kind of a tensor, number of stacks in a row of it, and number of lines in a stack."""
 
 
 def _line(tensor: StateTensor) -> int:
-    """Elements of one line."""
+    """Number of elements of a line."""
     _, stacks, length = _layout(tensor)
     return math.prod(tensor.shape) // (stacks * length)
 
@@ -167,7 +168,7 @@ def _layout(tensor: StateTensor) -> _Layout:
             return tensor.kind, 1, 1
 
 
-def _numbers(
+def _line_indices(
     kind: StateKind,
     stacks: int,
     length: int,
@@ -175,7 +176,7 @@ def _numbers(
     begins: Sequence[StateLength],
     ends: Sequence[StateLength],
 ) -> Ints:
-    """Lines of what `rows` hold between lengths, `[B, stacks, lines]`."""
+    """Indices of the lines of `rows` between two lengths, `[B, stacks, lines]`."""
     match kind:
         case StateKind.STACK:
             first, count = [b.entries for b in begins], ends[0].entries - begins[0].entries

@@ -1,4 +1,4 @@
-"""Sessions of onnxruntime, and the passes over state that is bound to them.
+"""Runs the step and fold graphs in onnxruntime sessions, over the state that is bound to them.
 
 Shapes: `B` streams, `T` tokens.
 """
@@ -22,8 +22,8 @@ from server.runtime.host_state import EMPTY, NEXT, HostRows, StateLength
 
 _LOGITS = "logits"
 
-# Between the nodes of a step a thread that sleeps costs more to wake than the node takes; an engine
-# that waits, though, must not burn the cores that its clients need.
+# Within a step, waking a sleeping thread takes longer than a node, so threads spin. Between steps
+# they must not spin: clients on this machine need the cores.
 _THREADING = {
     "session.intra_op.allow_spinning": "1",
     "session.intra_op.spin_duration_us": "50",
@@ -32,17 +32,17 @@ _THREADING = {
 
 PROVIDERS: dict[Provider, list[str]] = {
     "cpu": ["CPUExecutionProvider"],
-    # The CPU computes the few shapes that the graphs ask for.
+    # The CPU runs the few nodes that compute shapes.
     "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
 }
 DEVICES: dict[Provider, str] = {"cpu": "cpu", "cuda": "cuda"}
 
 
 class Runtime:
-    """Runs the graphs of one bundle over `rows` streams' state. Rows are plain indices.
+    """Runs the graphs of one bundle over the state of `rows` streams.
 
-    Raises ConfigError for a `provider` that is not installed or does not start, BundleError for a
-    bundle that it cannot run.
+    Raises ConfigError if the `provider` is not installed or does not start, and BundleError if it
+    cannot run the bundle.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Runtime:
         _require(provider)
         if provider != "cpu" and not bundle.moves_on_devices:
             raise BundleError(
-                f"{bundle.folder} keeps its state in float32, and the provider {provider} takes "
+                f"{bundle.folder} has its state in float32, but the provider {provider} needs "
                 "float16: export the checkpoint again with --state float16"
             )
         self._tensors = bundle.state
@@ -71,10 +71,10 @@ class Runtime:
         return self.rows.nbytes
 
     def step(self, tokens: Ints, positions: Ints, lengths: Ints) -> Floats:
-        """One token for each of the first B rows: `[B]`, `[B]`, `[B]` to logits `[B, vocabulary]`.
+        """Push `tokens[B]` at `positions[B]`, one for each of the first B rows.
 
-        `lengths` counts the valid entries before the push. The result is only valid until the next
-        call.
+        lengths: valid entries before the push, `[B]`. Returns logits `[B, vocabulary]`, which are
+        valid only until the next call.
         """
         batch = len(tokens)
         binding = self._steps.get((0, batch))
@@ -85,10 +85,10 @@ class Runtime:
     def prefill(
         self, row: int, tokens: Ints, position: int, length: int, logits: bool = False
     ) -> Floats:
-        """Push `tokens[T]` onto one row, beginning at absolute `position`, behind `length` entries.
+        """Push `tokens[T]` into one row, from absolute `position` on, after `length` entries.
 
-        They must not reach beyond the open block. Returns `[T, vocabulary]` if `logits` are asked
-        for, else `[0, vocabulary]`.
+        All must fit into the open block. Returns `[T, vocabulary]` if `logits` is true, else
+        `[0, vocabulary]`; valid only until the next call.
         """
         binding = self._steps.get((row, 1))
         if binding is None:
@@ -104,23 +104,23 @@ class Runtime:
     def fold(
         self, rows: Sequence[int], begins: Sequence[StateLength], ends: Sequence[StateLength]
     ) -> None:
-        """Fold what each of `rows` holds between two lengths; all take parts of the same size."""
+        """Fold the state of each of `rows` between two lengths. All parts have the same size."""
         self.rows.fold(self._fold_session, rows, begins, ends)
 
     def reset(self, row: int) -> None:
-        """Give `row` the state of a stream that has not begun. What may not be read may stay."""
+        """Give `row` the state of a new stream. Values that no graph reads may stay."""
         self.rows.reset(row)
 
     def move(self, source: int, target: int, length: StateLength) -> None:
-        """Copy a stream's state, which is as long as `length`, to another row."""
+        """Copy a state of the given length to another row."""
         self.rows.move(source, target, length)
 
     def read(self, row: int, end: StateLength, begin: StateLength = EMPTY) -> State:
-        """A copy of a stream's state, which is as long as `end`, from `begin` on."""
+        """A copy of a row's state, from length `begin` to length `end`."""
         return self.rows.read(row, end, begin)
 
     def write(self, row: int, end: StateLength, state: State) -> None:
-        """Put those tensors of a state that is as long as `end` into `row`."""
+        """Write tensors of a state of length `end` into `row`."""
         self.rows.write(row, end, state)
 
     def _bind(self, first: int, batch: int) -> _Binding:
@@ -128,10 +128,10 @@ class Runtime:
 
 
 class _Binding:
-    """The step graph bound to the state of some rows; state goes in and out through one buffer.
+    """The step graph, bound to the state of `batch` rows from `first` on; changes it in place.
 
-    Inputs and logits lie in buffers that stay bound until their shape changes: a step of the same
-    batch binds nothing.
+    The buffers of inputs and logits stay bound until their shape changes, so that a step of the
+    same batch binds nothing.
     """
 
     def __init__(
@@ -145,25 +145,28 @@ class _Binding:
         self._session = session
         self._rows = rows  # keeps the memory that the binding points to alive
         self._io = session.io_binding()
-        self._taken = {value.name for value in session.get_inputs()}
-        given = {value.name: value for value in session.get_outputs()}
-        self._vocabulary: int = given[_LOGITS].shape[1]
+        self._inputs = {value.name for value in session.get_inputs()}
+        outputs = {value.name: value for value in session.get_outputs()}
+        self._vocabulary: int = outputs[_LOGITS].shape[1]
         self._logits: Floats | None = None
         self._bound: dict[str, npt.NDArray[np.generic]] = {}
         for tensor in tensors:
             element, shape = tensor.element, [batch, *tensor.shape]
-            place = (rows.device, 0, element, shape, rows.address(tensor.name, first))
-            if tensor.name in self._taken:
-                self._io.bind_input(tensor.name, *place)
-            if NEXT + tensor.name in given:
-                self._io.bind_output(NEXT + tensor.name, *place)
+            buffer = (rows.device, 0, element, shape, rows.address(tensor.name, first))
+            if tensor.name in self._inputs:
+                self._io.bind_input(tensor.name, *buffer)
+            if NEXT + tensor.name in outputs:
+                self._io.bind_output(NEXT + tensor.name, *buffer)
 
     def run(self, tokens: Ints, positions: Ints, lengths: Ints, rows: Ints) -> Floats:
-        """`tokens[B, T]`, `positions[B, T]`, `lengths[B]` after the push, `rows[R]` to logits."""
+        """Push `tokens[B, T]` at `positions[B, T]`; `lengths[B]` are those after the push.
+
+        Returns the logits of the tokens with index `rows[R]`, `[R, vocabulary]`.
+        """
         feeds = {"tokens": tokens, "positions": positions, "rows": rows}
-        if "longest" in self._taken:
+        if "longest" in self._inputs:
             feeds["longest"] = np.array(lengths.max(), np.int32)
-        if "lengths" in self._taken:
+        if "lengths" in self._inputs:
             feeds["lengths"] = lengths.astype(np.int32)
         for name, values in feeds.items():
             bound = self._bound.get(name)
@@ -182,7 +185,7 @@ def _require(provider: Provider) -> None:
     wanted, installed = PROVIDERS[provider][0], ort.get_available_providers()
     if wanted not in installed:
         raise ConfigError(
-            f"provider is {provider}, which needs {wanted}; the onnxruntime that is installed has "
+            f"provider is {provider}, which needs {wanted}; the installed onnxruntime has "
             f"{', '.join(installed)}: remove it, and install concertina with the extra `gpu` in "
             "place of `cpu`"
         )
@@ -198,11 +201,11 @@ def _load(path: Path, threads: int, provider: Provider) -> ort.InferenceSession:
     wanted = PROVIDERS[provider]
     try:
         session = ort.InferenceSession(path, options, providers=wanted)
-    except Exception as error:  # onnxruntime raises a dozen unrelated classes here
+    except Exception as error:  # onnxruntime raises many unrelated types
         raise BundleError(f"{path} cannot be loaded: {error}") from None
-    if wanted[0] not in session.get_providers():  # onnxruntime goes on without it
+    if wanted[0] not in session.get_providers():  # onnxruntime only warns, and uses the CPU
         raise ConfigError(
-            f"provider is {provider}, and {wanted[0]} did not start: look above for what "
-            "onnxruntime says, and whether nvidia-smi shows a GPU"
+            f"provider is {provider}, but {wanted[0]} did not start: see what onnxruntime says "
+            "above, and check that nvidia-smi shows a GPU"
         )
     return session

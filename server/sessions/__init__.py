@@ -1,1 +1,1 @@
-"""Who owns which stream, and who reads it."""
+"""Sessions: the streams of each request, their owners and their subscribers."""

@@ -1,6 +1,6 @@
-"""The life of a session on the engine's thread: opened, read, left, paused, handed over, forgotten.
+"""The steps in a session's life on the engine's thread: open, attach, leave, pause, forget.
 
-The table's owner of an engine's streams: see `server.engine.interfaces.StreamHolder`.
+`SessionLifecycle` is the `StreamHolder` of an engine (see `server.engine.interfaces`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from server.sessions.table import Session, SessionTable
 
 
 class SessionLifecycle:
-    """What can happen to the sessions of an engine. All but `register` happens on its thread."""
+    """Changes the phase of an engine's sessions. All but `register` runs on the engine's thread."""
 
     def __init__(
         self,
@@ -38,51 +38,54 @@ class SessionLifecycle:
         self._snapshots = snapshots
 
     def register(self, session: Session, opened: Sequence[Stream]) -> Callable[[], None]:
-        """Hold a session whose streams `opened` were admitted; what to do then on the thread."""
+        """Add a session to the table. Returns the action that opens it on the engine's thread.
+
+        opened: those of its streams that the engine has admitted.
+        """
         before = self.table.add(session)
         return lambda: self._open(session, opened, before)
 
     def attach(self, session: Session, subscribers: tuple[Subscriber, ...]) -> None:
-        """Give a session new subscribers; those it had are sent away."""
+        """Give a session new subscribers. The streams of the former ones end with Displaced."""
         for stream, subscriber in zip(session.streams, subscribers, strict=True):
             if session.left_at is None:
-                away = Displaced("another reader came")
-                stream.subscriber.put(StreamUpdate(ending=away))
+                displaced = Displaced("another reader has resumed the stream")
+                stream.subscriber.put(StreamUpdate(ending=displaced))
             stream.subscriber = subscriber
             _catch_up(stream, subscriber)
         session.subscribers = subscribers
-        self.table.return_to(session)
+        self.table.attach(session)
 
     def leave(self, session: Session, subscribers: tuple[Subscriber, ...]) -> None:
-        """These subscribers read no more: the session is kept, or its streams end."""
+        """Detach subscribers: the session is kept, or its streams end."""
         if not self.table.holds(session) or session.subscribers != subscribers:
-            return  # it is over, or another one reads
+            return  # the session is gone, or has other subscribers
         if not session.lease.keep_s:
             for stream in session.streams:
                 self._streams.cancel(stream)
             return
         self.table.leave(session)
-        for surplus in self.table.beyond(self._config.session_bytes, self.held_bytes):
-            self.forget(surplus)
+        for oldest in self.table.surplus(self._config.session_bytes, self.held_bytes):
+            self.forget(oldest)
 
     def pause(self, session: Session) -> None:
-        """Stop the streams of a session and keep their state."""
+        """Pause the streams of a session and save their state."""
         for stream in [s for s in session.streams if not s.ended]:
             self._streams.stop(stream, FinishReason.PAUSED)
 
     def forget(self, session: Session) -> None:
-        """End the streams of a session and drop all that is held of it."""
+        """End the streams of a session and delete it from the table."""
         for stream in session.streams:
             self._streams.cancel(stream)
         self.table.drop(session)
 
     def held_bytes(self, stream: Stream) -> int:
-        """State that a stream holds outside any slot, or reserves by having one."""
+        """Bytes of a stream's saved state, or of the slot that it has or needs."""
         if stream.saved is not None:
             return sum(self._bundle.state_bytes(stream.saved.pushed).values())
         return 0 if stream.ended else self._bundle.max_state_bytes
 
-    # ---- what the engine asks of the holder of its streams
+    # ---- StreamHolder
 
     @property
     def next_expiry(self) -> float:
@@ -101,14 +104,14 @@ class SessionLifecycle:
             self.table.drop(session)
 
     def publish(self) -> None:
-        """See StreamHolder. Sessions whose event loop was closed are left."""
+        """See StreamHolder. Also detaches subscribers whose event loop is closed."""
         gone = self._deliveries.publish()
         for session in self.table.all() if gone else ():
             if gone.intersection(session.subscribers):
                 self.leave(session, session.subscribers)
 
     def hand_over(self) -> None:
-        """See StreamHolder. Only what is stored can go on elsewhere."""
+        """See StreamHolder. Does nothing without a store that outlives this process."""
         if self._snapshots is None or not self._snapshots.is_durable:
             return
         for session in [s for s in self.table.all() if s.lease.keep_s]:
@@ -117,9 +120,9 @@ class SessionLifecycle:
             self.table.drop(session)
 
     def _open(self, session: Session, opened: Sequence[Stream], before: Session | None) -> None:
-        if before is not None:  # it goes on in this one
+        if before is not None:  # the new session takes its place
             for stream in [s for s in before.streams if not s.ended]:
-                self._streams.end(stream, Displaced("the same stream was begun again"))
+                self._streams.end(stream, Displaced("another request has restarted the stream"))
             self.table.drop(before)
         for stream, subscriber in zip(session.streams, session.subscribers, strict=True):
             if not subscriber.cursor.ended:
@@ -129,7 +132,7 @@ class SessionLifecycle:
 
 
 def _catch_up(stream: Stream, subscriber: Subscriber) -> None:
-    """Give a new subscriber what came before it."""
+    """Send a new subscriber the output so far, and the ending if there is one."""
     if (backlog := stream.backlog) is not None:
         subscriber.put(StreamUpdate(backlog=backlog))
     if stream.ended and stream.ending is not None:

@@ -1,4 +1,4 @@
-"""New sessions: begun, begun again by their idempotency key, continued, copied, imported."""
+"""Opens sessions: for new and repeated requests, and for continued, copied and imported streams."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from server.checkpoint import Checkpoint
 from server.errors import InvalidRequest, StorageFailed, UnknownSession
 from server.request import Lease, Request
 from server.sessions.registry import NAME_BYTES, Attachment, SessionRegistry, new_name
-from server.sessions.reviver import follow, load, model_of, revive
+from server.sessions.reviver import load, model_of, resume, revive
 from server.sessions.served_model import ServedModel
 from server.sessions.table import Session
 from server.snapshots.codec import Snapshot, restored
@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 
 class SessionOpener:
-    """Opens sessions on the models of a `registry`, and has them stored before they are used."""
+    """Opens sessions on the models of a `registry`, and stores those with `keep` first."""
 
     def __init__(self, registry: SessionRegistry) -> None:
         self._registry = registry
@@ -42,9 +42,10 @@ class SessionOpener:
         idempotency_key: str = "",
         draws_seed: bool = False,
     ) -> Attachment:
-        """Begin a stream; or follow the one that an earlier request with this key began.
+        """Start a stream, or attach to the one that an earlier request with the same key started.
 
-        draws_seed: the caller gave no seed, so any seed is the same request. Raises RequestError.
+        draws_seed: the caller gave no seed, so a request with another seed counts as the same.
+        Raises RequestError.
         """
         owner, running = caller.name, self._registry.running
         if not idempotency_key:
@@ -58,21 +59,25 @@ class SessionOpener:
             if first is not None:
                 again = Lease(stream_id, requests, owner, keep_s)
                 _require_same(*first, model.bundle.name, again, draws_seed)
-                return await follow(self._registry, stream_id, owner, ())
+                return await resume(self._registry, stream_id, owner, ())
         return await self.open(model, Lease(stream_id, requests, owner, keep_s, time.time()))
 
     async def open(
         self, model: ServedModel, lease: Lease, checkpoints: Sequence[Checkpoint] = ()
     ) -> Attachment:
-        """A session that goes on behind `checkpoints`, if given. Raises Overloaded, StorageFailed.
+        """Open a session, which continues from `checkpoints` if given.
 
-        When this returns it is in the store, if it shall outlive this process.
+        A session with `keep` is in the store when this returns. Raises what `ServedModel.open`
+        raises, and StorageFailed.
         """
         session = model.open(lease, checkpoints)
         return await self._stored(model, session, checkpoints)
 
     async def adopt(self, snapshot: Snapshot) -> tuple[ServedModel, Session]:
-        """A session made of a snapshot, under a name of its own. Raises as `follow` does."""
+        """Open a session from an imported snapshot, with a new name.
+
+        Raises what `resume` raises, and StorageFailed.
+        """
         attachment = revive(self._registry, snapshot, stream_id=new_name())
         if self._registry.snapshots is not None:
             await self._stored(attachment.model, attachment.session)
@@ -81,7 +86,7 @@ class SessionOpener:
         return attachment.model, attachment.session
 
     async def copy(self, model: ServedModel, session: Session) -> str:
-        """The name of a copy of a session that rests; it draws other random numbers."""
+        """Copy a session that has ended, with another seed. Returns the name of the copy."""
         lease, seed = session.lease, secrets.randbits(63)
         requests = tuple(
             replace(request, sampling=replace(request.sampling, seed=seed))
@@ -105,8 +110,8 @@ class SessionOpener:
             await model.forget(session)
             _log.exception("a stream could not be stored")
             raise StorageFailed(
-                "the stream cannot be stored, so it would not survive: try again later, or ask "
-                "without keep"
+                "the stream cannot be stored, so it cannot be kept: try again later, or send the "
+                "request without keep"
             ) from error
         except BaseException:
             attachment.leave()
@@ -114,7 +119,7 @@ class SessionOpener:
         return attachment
 
     async def _first(self, stream_id: str, owner: str) -> tuple[str, Lease] | None:
-        """Model and lease with which the stream of that name began; None if there is none."""
+        """Model and lease of the first request for this stream; None if there is no such stream."""
         if (held := self._registry.held(stream_id, owner)) is not None:
             model, session = held
             return model.bundle.name, session.lease
@@ -126,7 +131,7 @@ class SessionOpener:
         return snapshot.model, lease
 
     def _name(self, owner: str, key: str) -> str:
-        """The name of the stream of an idempotency key; nobody can guess it without our secret."""
+        """The stream name for an idempotency key. It cannot be guessed without the secret."""
         text = f"{len(owner)}:{owner}{key}".encode()
         return hmac.new(self._secret, text, hashlib.sha256).hexdigest()[: 2 * NAME_BYTES]
 
@@ -134,7 +139,7 @@ class SessionOpener:
 def _require_same(
     first_model: str, first: Lease, model: str, again: Lease, draws_seed: bool
 ) -> None:
-    """That a request with a key that was used before is the same request."""
+    """Raise InvalidRequest if a repeated request differs from the first with the same key."""
     requests = again.requests
     if draws_seed:
         seed = first.requests[0].sampling.seed

@@ -1,4 +1,4 @@
-"""Sessions by name, wherever they are: in a model of this process, or in the store."""
+"""Finds sessions by name, in the models of this process and in the store."""
 
 from __future__ import annotations
 
@@ -22,21 +22,22 @@ _FLUSH_S = 30.0
 
 @dataclass(frozen=True)
 class Attachment:
-    """A session, and those who read it from here on."""
+    """A session and its subscribers, one for each output."""
 
     model: ServedModel
     session: Session
     subscribers: tuple[Subscriber, ...]
 
     def leave(self) -> None:
-        """They read no more."""
+        """Detach the subscribers: the session is kept, or its streams end."""
         self.model.leave(self.session, self.subscribers)
 
 
 class SessionRegistry:
     """Finds, lists and deletes the sessions of a process.
 
-    New streams go to `models`; those that are `draining` finish what they began. Both change.
+    models: by name; they open new sessions. draining: models that only finish their sessions. Both
+    collections change while the process runs.
     """
 
     def __init__(
@@ -51,11 +52,11 @@ class SessionRegistry:
 
     @property
     def holders(self) -> list[ServedModel]:
-        """All models that may hold sessions."""
+        """All models that can hold sessions."""
         return [*self.models.values(), *self._draining]
 
     def running(self, owner: str) -> int:
-        """Streams of an owner that wait or run in this process."""
+        """Number of streams of an owner that wait or run in this process."""
         return sum(
             not stream.ended
             for model in self.holders
@@ -64,18 +65,18 @@ class SessionRegistry:
         )
 
     def is_durable(self, session: Session) -> bool:
-        """Whether it survives this process."""
+        """Whether the session outlives this process."""
         return self.snapshots is not None and self.snapshots.is_durable and session.lease.keep_s > 0
 
     def held(self, stream_id: str, owner: str) -> tuple[ServedModel, Session] | None:
-        """The session, if a model of this process has it."""
+        """The owner's session and its model; None if no model of this process holds it."""
         for model in self.holders:
             if (session := model.find(stream_id, owner)) is not None:
                 return model, session
         return None
 
     async def stored(self, owner: str) -> list[str]:
-        """Names of the owner's streams in the store. Raises StorageFailed."""
+        """Names of the owner's streams in the store, in order. Raises StorageFailed."""
         if self.snapshots is None:
             return []
         try:
@@ -85,13 +86,16 @@ class SessionRegistry:
             raise StorageFailed("the snapshots cannot be listed: try again later") from None
 
     def store(self, model: ServedModel, session: Session) -> None:
-        """Have a session written that rests."""
+        """Have a session that does not run written to the store later."""
         if self.snapshots is not None and session.lease.keep_s:
             for output, checkpoint in enumerate(session.checkpoints):
                 self.snapshots.offer(model.bundle, session.lease, output, checkpoint)
 
     async def delete(self, stream_id: str, owner: str) -> None:
-        """End a stream, if it is there, and forget it. Raises StorageFailed, EngineStopped."""
+        """End a stream and delete it, in memory and in the store.
+
+        Does nothing if it does not exist. Raises StorageFailed, EngineStopped.
+        """
         if (held := self.held(stream_id, owner)) is not None:
             model, session = held
             await model.forget(session)
@@ -106,12 +110,15 @@ class SessionRegistry:
 
 
 def new_name() -> str:
-    """A name that nobody can guess."""
+    """A random stream name, which cannot be guessed."""
     return secrets.token_hex(NAME_BYTES)
 
 
 async def hand_over(models: Iterable[ServedModel], snapshots: SnapshotWriter | None) -> None:
-    """Have everything stored that can go on elsewhere, and send its readers there."""
+    """Store all durable sessions and end their streams with HandedOver.
+
+    Does nothing without a store that outlives this process.
+    """
     if snapshots is None or not snapshots.is_durable:
         return
     for model in models:

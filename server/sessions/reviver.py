@@ -1,4 +1,4 @@
-"""Sessions that go on: attached where they are, or brought back from the store."""
+"""Resumes sessions: attaches to those in memory, and revives others from the store."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from server.snapshots.codec import Snapshot, restored
 _log = logging.getLogger(__name__)
 
 
-async def follow(
+async def resume(
     registry: SessionRegistry, stream_id: str, owner: str, cursors: Sequence[ResumeCursor]
 ) -> Attachment:
-    """The rest of a stream, for a reader who is at `cursors` of its outputs.
+    """Attach to a stream for a reader who is at `cursors`, one for each output.
 
-    Raises UnknownSession, SnapshotRefused, InvalidRequest, Overloaded, EngineStopped.
+    Raises UnknownSession, UnknownModel, SnapshotRefused, StorageFailed, InvalidRequest, Overloaded
+    and EngineStopped.
     """
     if (held := registry.held(stream_id, owner)) is None:
         snapshot = await load(registry, stream_id, owner)
-        held = registry.held(stream_id, owner)  # somebody may have been faster
+        held = registry.held(stream_id, owner)  # another call may have revived it meanwhile
         if held is None:
             return revive(registry, snapshot, cursors)
     model, session = held
@@ -37,22 +38,25 @@ async def follow(
     return Attachment(model, session, subscribers)
 
 
-async def at_rest(
+async def find_or_revive(
     registry: SessionRegistry, stream_id: str, owner: str
 ) -> tuple[ServedModel, Session]:
-    """A session, brought here from the store if no model of this process has it.
+    """A session of this process, revived from the store if no model here holds it.
 
-    One that was running elsewhere goes on here. Raises as `follow` does.
+    A revived session continues to run if it has not ended. Raises what `resume` raises.
     """
     if (held := registry.held(stream_id, owner)) is not None:
         return held
-    attachment = await follow(registry, stream_id, owner, ())
+    attachment = await resume(registry, stream_id, owner, ())
     attachment.leave()
     return attachment.model, attachment.session
 
 
 async def load(registry: SessionRegistry, stream_id: str, owner: str) -> Snapshot:
-    """What the store has of a stream. Raises UnknownSession, SnapshotRefused, StorageFailed."""
+    """The snapshot of a stream in the store.
+
+    Raises UnknownSession, SnapshotRefused, StorageFailed.
+    """
     snapshot = None
     if registry.snapshots is not None:
         try:
@@ -62,8 +66,8 @@ async def load(registry: SessionRegistry, stream_id: str, owner: str) -> Snapsho
             raise StorageFailed("the snapshots cannot be read: try again later") from None
     if snapshot is None:
         raise UnknownSession(
-            f"stream {stream_id[:64]!r} is not known: it was never asked to be kept, or it is "
-            "over and was kept long enough"
+            f"stream {stream_id[:64]!r} is not known: its request did not set keep, or it is no "
+            "longer kept"
         )
     return snapshot
 
@@ -74,7 +78,10 @@ def revive(
     cursors: Sequence[ResumeCursor] = (),
     stream_id: str = "",
 ) -> Attachment:
-    """A session made of a snapshot, under another name if one is given. Raises as `follow` does."""
+    """Open a session from a snapshot, with a new name if `stream_id` is given.
+
+    Raises what `resume` raises.
+    """
     model = model_of(registry, snapshot)
     lease, checkpoints = restored(model.bundle, snapshot)
     lease = replace(lease, stream_id=stream_id or lease.stream_id)
@@ -86,22 +93,22 @@ def revive(
 
 
 def model_of(registry: SessionRegistry, snapshot: Snapshot) -> ServedModel:
-    """The model that goes on with a stream. Raises UnknownModel."""
+    """The model of a snapshot's stream. Raises UnknownModel."""
     model = registry.models.get(snapshot.model)
     if model is None:
-        raise UnknownModel(f"the stream is of model {snapshot.model!r}, not served here")
+        raise UnknownModel(f"the stream is of model {snapshot.model!r}, which is not served here")
     return model
 
 
 def _buffered(model: ServedModel, lease: Lease) -> Lease:
-    """The lease with events no larger than what this server buffers of a stream."""
+    """The lease with a `stream_interval` no larger than this server's stream buffer."""
     most = model.config.stream_buffer
     requests = (replace(r, stream_interval=min(r.stream_interval, most)) for r in lease.requests)
     return replace(lease, requests=tuple(requests))
 
 
 def _padded(cursors: Sequence[ResumeCursor], outputs: int) -> list[ResumeCursor]:
-    """A cursor for every output. Raises InvalidRequest where there are too many."""
+    """One cursor for each output. Raises InvalidRequest if there are more cursors than outputs."""
     if len(cursors) > outputs:
         raise InvalidRequest(
             f"cursors names output {len(cursors) - 1}, the stream has outputs 0 to {outputs - 1}"
@@ -110,7 +117,7 @@ def _padded(cursors: Sequence[ResumeCursor], outputs: int) -> list[ResumeCursor]
 
 
 def _require_tokens(model: ServedModel, cursors: Sequence[ResumeCursor]) -> None:
-    """That the tokens a reader knows, which are pushed again, are tokens of the model."""
+    """Raise InvalidRequest if a cursor has a token id that is not in the model's vocabulary."""
     vocabulary = model.bundle.vocabulary
     highest = max((max(cursor.last_ids, default=0) for cursor in cursors), default=0)
     if highest >= vocabulary:

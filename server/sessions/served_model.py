@@ -1,4 +1,4 @@
-"""A bundle that is served: its engine and the sessions on it, as event loops see them."""
+"""A served bundle with its engine and its sessions, for use from event loops."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from server.sessions.table import Session
 
 
 class ServedModel:
-    """Generates streams from one bundle. Its methods may be called from any event loop."""
+    """Serves one bundle: opens sessions and runs their streams. Use it from any event loop."""
 
     def __init__(
         self, bundle: Bundle, config: EngineConfig, snapshots: SnapshotStore | None = None
@@ -41,24 +41,25 @@ class ServedModel:
 
     @property
     def alive(self) -> bool:
-        """Whether the engine runs; once it does not, it never will again."""
+        """Whether the engine runs. An engine that has stopped never runs again."""
         return self.engine.alive
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing of any stream is left."""
+        """Whether it holds no stream and no session."""
         return self.engine.is_empty and not self.holds_sessions
 
     def require_room(self) -> None:
-        """Raises Overloaded while not one more stream is taken on, and EngineStopped."""
+        """Raises Overloaded if no further stream can be admitted now, and EngineStopped."""
         self.engine.require_room()
 
     # ---- streams
 
     def submit(self, request: Request, owner: str = "") -> Session:
-        """Queue a stream of `owner` that the running event loop reads.
+        """Open a session of one output for `owner`. The running event loop reads it.
 
-        Raises Overloaded while there is no room, InvalidRequest if there never is, EngineStopped.
+        Raises Overloaded if there is no room now, InvalidRequest if there never is room, and
+        EngineStopped.
         """
         return self.open(Lease(secrets.token_hex(16), (request,), owner))
 
@@ -68,10 +69,10 @@ class ServedModel:
         checkpoints: Sequence[Checkpoint] = (),
         cursors: Sequence[ResumeCursor] = (),
     ) -> Session:
-        """Queue the streams of a lease, all or none; the running event loop reads them.
+        """Open a session for a lease, with all of its streams. The running event loop reads them.
 
-        They go on behind their `checkpoints`, if given. Those with the same prompt wait for one
-        prefill of it. Raises as `submit` does.
+        The streams continue from their `checkpoints`, if given, for a reader at `cursors`. Streams
+        with the same prompt share one prefill. Raises what `submit` raises.
         """
         checkpoints = checkpoints or [self.no_checkpoint] * len(lease.requests)
         cursors = cursors or [BEGINNING] * len(lease.requests)
@@ -88,15 +89,15 @@ class ServedModel:
 
     @property
     def no_checkpoint(self) -> Checkpoint:
-        """That of a stream that has not begun."""
+        """The checkpoint of a new stream."""
         return Checkpoint(array(self.bundle.typecode))
 
     async def events(
         self, session: Session, subscribers: Sequence[Subscriber] = ()
     ) -> AsyncIterator[tuple[Stream, Event]]:
-        """What happens to the streams of a session, each in its order, until all have ended.
+        """The events of a session's streams, in order for each stream, until all have ended.
 
-        Without `subscribers`, as those see it with whom the session was opened.
+        Reads from `subscribers`; by default from those that the session has now.
         """
         subscribers = subscribers or session.subscribers
         streams = dict(zip(subscribers, session.streams, strict=True))
@@ -107,13 +108,13 @@ class ServedModel:
             yield stream, event
 
     def cancel(self, session: Session) -> None:
-        """Drop the streams of a session; their slots are free before the next step."""
+        """Drop a session soon: its streams end before the next step."""
         self.engine.post(lambda: self._sessions.forget(session))
 
     # ---- sessions
 
     def find(self, stream_id: str, owner: str) -> Session | None:
-        """The owner's session of that name, if this model holds it."""
+        """The owner's session of this name; None if this model does not hold it."""
         return self.table.find(stream_id, owner)
 
     def sessions(self, owner: str) -> list[Session]:
@@ -122,59 +123,59 @@ class ServedModel:
 
     @property
     def holds_sessions(self) -> bool:
-        """Whether any stream waits, runs or is kept."""
+        """Whether it holds any session: running, waiting or kept."""
         return len(self.table) > 0
 
     def held_bytes(self, stream: Stream) -> int:
-        """State that a stream holds outside any slot, or reserves by having one."""
+        """Bytes of a stream's saved state, or of the slot that it has or needs."""
         return self._sessions.held_bytes(stream)
 
     def forgets_at(self, session: Session) -> float | None:
-        """When a session that nobody reads is forgotten, as Unix time."""
+        """When a session without a subscriber is deleted, in Unix time; None if it has one."""
         if session.left_at is None:
             return None
         return time.time() + session.expires_at - time.monotonic()
 
     @property
     def largest_snapshot(self) -> int:
-        """Bytes of a snapshot at most: the state, and all tokens with their log-probabilities."""
+        """Largest size of a snapshot in bytes: state, and all tokens with log-probabilities."""
         return 2 * self.bundle.max_state_bytes + 256 * self.bundle.context + 1024 * 1024
 
     async def attach(
         self, session: Session, cursors: Sequence[ResumeCursor]
     ) -> tuple[Subscriber, ...]:
-        """New subscribers of a session, on the running event loop; those it had are sent away.
+        """Attach new subscribers to a session, read by the running event loop.
 
-        Raises EngineStopped.
+        The streams of the former ones end with Displaced. Raises EngineStopped.
         """
         bases = [stream.base_tokens for stream in session.streams]
         subscribers = self._subscribers(session.lease.requests, cursors, bases)
         try:
             await self._ask(lambda: self._sessions.attach(session, subscribers))
-        except BaseException:  # they may have been attached, and nobody will read
+        except BaseException:  # the engine may have attached them, but no one reads them
             self.leave(session, subscribers)
             raise
         return subscribers
 
     def leave(self, session: Session, subscribers: tuple[Subscriber, ...]) -> None:
-        """These subscribers read no more: the session is kept, or its streams end."""
+        """Detach subscribers: the session is kept, or its streams end."""
         self.engine.post(lambda: self._sessions.leave(session, subscribers))
 
     async def pause(self, session: Session) -> None:
-        """Stop the streams of a session and keep their state. Raises EngineStopped."""
+        """Pause the streams of a session and save their state. Raises EngineStopped."""
         await self._ask(lambda: self._sessions.pause(session))
 
     async def forget(self, session: Session) -> None:
-        """End the streams of a session and drop all that is held of it. Raises EngineStopped.
+        """End the streams of a session and delete it from memory. Raises EngineStopped.
 
-        It is done even if the caller stops waiting.
+        This happens even if the caller is cancelled.
         """
         await asyncio.shield(self._ask(lambda: self._sessions.forget(session)))
 
     async def hand_over(self) -> None:
-        """Snapshot the durable sessions and end their streams here, so that others go on with them.
+        """Store the durable sessions and end their streams here, so that another server continues.
 
-        Nothing is opened from then on: a caller who comes back has to find another server.
+        No further session is opened: a client that resumes needs another server.
         """
         self.engine.stop_accepting()
         await self._ask(self._sessions.hand_over)
@@ -199,9 +200,9 @@ class ServedModel:
 def serve_bundles(
     folders: Sequence[Path], config: EngineConfig, snapshots: SnapshotStore | None = None
 ) -> dict[str, ServedModel]:
-    """Verify and load the bundles in `folders`, and start an engine for each, by name.
+    """Load the bundles in `folders` and start an engine for each. Returns the models by name.
 
-    Raises BundleError, with no engine left running, when one cannot be served.
+    Raises BundleError if one cannot be served; then no engine runs.
     """
     loaded = [load_bundle(folder) for folder in folders]
     names = [bundle.name for bundle in loaded]

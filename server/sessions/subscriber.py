@@ -1,7 +1,7 @@
-"""The reading half of a stream: what has come for its reader, on the reader's event loop.
+"""Subscribers: they buffer the updates of streams and give them to readers on event loops.
 
-A stream can change its subscriber. The new one says what was received before, and is given what
-follows: no token is missing, and none comes twice.
+A stream can get a new subscriber. Its resume cursor tells what the reader has received before. It
+gets the rest: no token is missing, and none comes twice.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from server.engine.restore import BEGINNING, ResumeCursor
 from server.engine.updates import Backlog, Ending, StreamUpdate
 from server.request import Request
 
-_PROMPT_EVENT_TOKENS = 512  # whose log-probabilities one event holds at most
+_PROMPT_EVENT_TOKENS = 512  # most prompt tokens in one event
 
 
 @dataclass(frozen=True)
 class Delta:
-    """Tokens that were generated one after the other, and the text they completed."""
+    """Consecutive generated tokens and the text that they complete."""
 
     first_position: int
     tokens: tuple[int, ...]
     text: str
     logprobs: tuple[TokenLogprobs, ...] = ()
-    """One for each token, if they were asked for."""
+    """One for each token; empty if the request did not ask for them."""
 
 
 @dataclass(frozen=True)
 class PromptLogprobs:
-    """Tokens of the prompt, one after the other, and how likely they were."""
+    """Log-probabilities of consecutive prompt tokens."""
 
     first_position: int
     logprobs: tuple[TokenLogprobs, ...]
@@ -41,9 +41,10 @@ Event = PromptLogprobs | Delta | Ending
 
 
 class Subscriber:
-    """The buffer of one output. All on its event loop, but for `put`, which the engine calls.
+    """Buffers one output for its reader. The engine calls `put`; all else runs on the event loop.
 
-    Outputs of one request share `arrived`. What was received counts from generated token `base` on.
+    arrived: set when there is something to take; the outputs of one request share it.
+    cursor: what the reader has received, counted from generated token `base` on.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class Subscriber:
         self.cursor = cursor
         self.is_over = cursor.ended
         self._deliveries = deliveries
-        self._published = 0  # tokens that were put; counted on the engine's thread
+        self._published = 0  # tokens put; the engine's thread counts them
         self._taken = 0
         self._tokens: list[int] = []
         self._texts: list[str] = []
@@ -75,11 +76,11 @@ class Subscriber:
 
     @property
     def unread(self) -> int:
-        """Tokens that were put and not yet taken."""
+        """Number of tokens that are put but not taken yet."""
         return 0 if self.is_over else self._published - self._taken
 
     def put(self, update: StreamUpdate) -> None:
-        """Count an update and have it delivered when the turn ends. On the engine's thread."""
+        """Count an update, which is delivered when the turn ends. Runs on the engine's thread."""
         if update.token is not None:
             self._published += 1
         elif update.backlog is not None:
@@ -87,7 +88,7 @@ class Subscriber:
         self._deliveries.put(self, update)
 
     def deliver(self, update: StreamUpdate) -> None:
-        """Append to the buffer, and wake the reader if there is something for it."""
+        """Append an update to the buffer, and wake the reader if an event is due."""
         if self.is_over:
             return
         if update.backlog is not None:
@@ -109,7 +110,7 @@ class Subscriber:
             self._arrived.set()
 
     def take(self) -> Event | None:
-        """The next event, of everything there is, if one is due; the ending comes last."""
+        """The next event, with all that is in the buffer; None if none is due."""
         if self._prompt:
             logprobs = self._prompt[:_PROMPT_EVENT_TOKENS]
             del self._prompt[:_PROMPT_EVENT_TOKENS]
@@ -128,13 +129,13 @@ class Subscriber:
         return None
 
     async def arrival(self) -> None:
-        """Wait until something came for this output, or one that shares its arrivals."""
+        """Wait until something arrives for this output or another one of the same request."""
         await self._arrived.wait()
         self._arrived.clear()
 
     @property
     def _is_due(self) -> bool:
-        """Whether the tokens in the buffer need not wait for more."""
+        """Whether the tokens in the buffer are enough for an event."""
         enough = len(self._tokens) >= self.request.stream_interval
         return enough or not self._taken or self._ending is not None
 
@@ -159,7 +160,7 @@ class Subscriber:
 
 
 async def events(subscribers: Sequence[Subscriber]) -> AsyncIterator[tuple[Subscriber, Event]]:
-    """What comes to subscribers that share their arrivals: each in its order, fairly in turns."""
+    """The events of one request's subscribers, in order for each, taking turns between them."""
     while True:
         while due := [(s, event) for s in subscribers if (event := s.take()) is not None]:
             for subscriber, event in due:
@@ -170,17 +171,17 @@ async def events(subscribers: Sequence[Subscriber]) -> AsyncIterator[tuple[Subsc
 
 
 class Deliveries:
-    """What a turn of the engine put for all subscribers: one wake-up of each event loop."""
+    """Collects the updates of one turn, and delivers them with one wake-up per event loop."""
 
     def __init__(self) -> None:
         self._updates: list[_Delivery] = []
 
     def put(self, subscriber: Subscriber, update: StreamUpdate) -> None:
-        """Something for a subscriber."""
+        """Add an update for a subscriber."""
         self._updates.append((subscriber, update))
 
     def publish(self) -> set[Subscriber]:
-        """Send it all; returns the subscribers whose loop was closed, who will never read."""
+        """Deliver all updates. Returns the subscribers whose event loop is closed."""
         by_loop: dict[asyncio.AbstractEventLoop, list[_Delivery]] = {}
         for delivery in self._updates:
             by_loop.setdefault(delivery[0].loop, []).append(delivery)

@@ -1,1 +1,1 @@
-"""Streams as bytes that outlive this process: what is in them, sealed, behind a URI."""
+"""Snapshots: streams encoded as bytes, sealed, and stored behind a URI."""

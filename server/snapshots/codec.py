@@ -1,4 +1,4 @@
-"""Streams as messages that can be sealed and stored, and back."""
+"""Converts leases and checkpoints to protobuf messages and back."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from server.request import Lease, Request
 from server.snapshots.request_codec import requests_from, stored_request
 from server.snapshots.sealer import VERSION
 
-_LONGEST_S = 10**10  # protobuf's times have room for more, but no stream lasts as long
+_LONGEST_S = 10**10  # more than any stream lasts
 _LONGEST_KEEP_S = 24 * 3600
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A stream as it lay in the store."""
+    """A stream as read from the store or from an export."""
 
     header: pb.SnapshotHeader
     content: pb.Snapshot
 
     @property
     def model(self) -> str:
-        """Name of the model whose stream it is."""
+        """Name of the stream's model."""
         name: str = self.header.model
         return name
 
 
 def header_of(bundle: Bundle, lease: Lease, ttl_s: float) -> pb.SnapshotHeader:
-    """What anybody may read of a snapshot that is made now."""
+    """The public header of a snapshot that is made now and expires in `ttl_s` seconds."""
     return pb.SnapshotHeader(
         version=VERSION,
         stream_id=lease.stream_id,
@@ -53,12 +53,12 @@ def header_of(bundle: Bundle, lease: Lease, ttl_s: float) -> pb.SnapshotHeader:
 
 
 def content_of(lease: Lease, outputs: Sequence[pb.OutputSnapshot]) -> pb.Snapshot:
-    """What is encrypted of a snapshot."""
+    """The encrypted part of a snapshot."""
     return pb.Snapshot(outputs=outputs, request=stored_request(lease.requests))
 
 
 def output_snapshot(output: int, checkpoint: Checkpoint) -> pb.OutputSnapshot:
-    """How far an output is, as it is stored."""
+    """The stored form of an output's checkpoint."""
     tokens = np.array(checkpoint.generated)
     stored = pb.OutputSnapshot(
         output=output,
@@ -93,9 +93,9 @@ def output_snapshot(output: int, checkpoint: Checkpoint) -> pb.OutputSnapshot:
 
 
 def restored(bundle: Bundle, snapshot: Snapshot) -> tuple[Lease, tuple[Checkpoint, ...]]:
-    """The lease of a stream, and how far its outputs are.
+    """The lease of a snapshot's stream, and a checkpoint for each output.
 
-    Raises SnapshotRefused where the snapshot does not fit the bundle, or contradicts itself.
+    Raises SnapshotRefused if the snapshot does not fit the bundle or contradicts itself.
     """
     header = snapshot.header
     if header.fingerprint != bundle.fingerprint:
@@ -104,7 +104,10 @@ def restored(bundle: Bundle, snapshot: Snapshot) -> tuple[Lease, tuple[Checkpoin
             f"{header.fingerprint[:16]}, the one served has {bundle.fingerprint[:16]}"
         )
     if not 0 < header.keep_seconds <= _LONGEST_KEEP_S:
-        raise SnapshotRefused("the snapshot is of a stream that was not to be kept")
+        raise SnapshotRefused(
+            f"the snapshot's keep_seconds is {header.keep_seconds}; it must be above 0 and at most "
+            f"{_LONGEST_KEEP_S}"
+        )
     requests = requests_from(bundle, snapshot.content.request)
     accepted_at = min(max(0.0, header.accepted.ToNanoseconds() / 1e9), time.time())
     lease = Lease(header.stream_id, requests, header.owner, header.keep_seconds, accepted_at)
@@ -116,25 +119,29 @@ def restored(bundle: Bundle, snapshot: Snapshot) -> tuple[Lease, tuple[Checkpoin
 
 
 def _checkpoint(bundle: Bundle, request: Request, stored: pb.OutputSnapshot) -> Checkpoint:
-    """How far the output of a `request` was. Raises SnapshotRefused if it does not fit."""
+    """The checkpoint of one output. Raises SnapshotRefused if it does not fit the `request`."""
     width = array(bundle.typecode).itemsize
     if len(stored.generated) % width:
-        raise SnapshotRefused("the snapshot's tokens are torn")
+        raise SnapshotRefused(
+            f"the snapshot's tokens have {len(stored.generated)} bytes, not a multiple of {width}"
+        )
     generated = array(bundle.typecode)
     generated.extend(np.frombuffer(stored.generated, f"<u{width}").tolist())
     if any(token >= bundle.vocabulary for token in set(generated)):
-        raise SnapshotRefused("the snapshot has a token beyond the model's vocabulary")
+        raise SnapshotRefused("the snapshot has a token outside the model's vocabulary")
     count, reported = len(generated), len(stored.logprobs)
     if max(count, stored.base_tokens) > request.max_tokens or reported not in (0, count):
         raise SnapshotRefused(
-            f"the snapshot has {count} tokens, {reported} log-probabilities, and "
-            f"{stored.base_tokens} tokens of before, of a stream of {request.max_tokens} tokens"
+            f"the snapshot has {count} tokens, {reported} log-probabilities and base_tokens "
+            f"{stored.base_tokens}, which a stream of {request.max_tokens} tokens cannot have"
         )
     finish = _finish(stored)
-    # The step that drew the last token, sent or not, had pushed all before it.
-    known = min(len(request.prompt) + count + (finish is not None), bundle.context)
-    if stored.pushed > known:
-        raise SnapshotRefused(f"the snapshot is at token {stored.pushed}, and has only {known}")
+    # Every token but the last drawn one is pushed. An unsent last token is not in `count`.
+    most = min(len(request.prompt) + count + (finish is not None), bundle.context)
+    if stored.pushed > most:
+        raise SnapshotRefused(
+            f"the snapshot's state has {stored.pushed} tokens, but its stream has only {most}"
+        )
     return Checkpoint(
         generated,
         _saved_state(bundle, stored) if stored.pushed else None,
@@ -162,7 +169,7 @@ def _finish(stored: pb.OutputSnapshot) -> Finish | None:
         reason = FinishReason(finish.reason)
     except ValueError:
         unknown = finish.reason[:40]
-        raise SnapshotRefused(f"the snapshot ended for an unknown reason: {unknown!r}") from None
+        raise SnapshotRefused(f"the snapshot has an unknown finish reason: {unknown!r}") from None
     return Finish(
         reason,
         finish.stop if finish.HasField("stop") else None,
@@ -176,7 +183,9 @@ def _finish(stored: pb.OutputSnapshot) -> Finish | None:
 
 def _seconds(field: str, value: float) -> float:
     if not 0 <= value <= _LONGEST_S:
-        raise SnapshotRefused(f"the snapshot's {field} is {value}, which is no stream's")
+        raise SnapshotRefused(
+            f"the snapshot's {field} is {value}; it must be between 0 and {_LONGEST_S}"
+        )
     return value
 
 
@@ -193,7 +202,7 @@ def _saved_state(bundle: Bundle, stored: pb.OutputSnapshot) -> SavedState:
             raise SnapshotRefused(f"the snapshot's state {tensor.name} has the wrong size")
         values = np.frombuffer(content, f"<f{width}")
         with np.errstate(over="ignore"):
-            initial = values.dtype.type(tensor.initial)  # infinite, where it is beyond float16
+            initial = values.dtype.type(tensor.initial)  # may become infinite in float16
         if not (np.isfinite(values) | (values == initial)).all():
             raise SnapshotRefused(f"the snapshot's state {tensor.name} is not finite")
         state[tensor.name] = values.reshape(shape)

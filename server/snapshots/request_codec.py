@@ -1,4 +1,4 @@
-"""Requests as they are stored in a snapshot, and back."""
+"""Converts requests to their stored form in a snapshot and back."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _LONGEST_STOP = 256
 
 
 def stored_request(requests: tuple[Request, ...]) -> pb.StoredRequest:
-    """The outputs of one request, as they are stored."""
+    """The stored form of a request, from its outputs."""
     first = requests[0]
     tokens = first.prompt.tokens
     return pb.StoredRequest(
@@ -48,10 +48,12 @@ def stored_request(requests: tuple[Request, ...]) -> pb.StoredRequest:
 
 
 def requests_from(bundle: Bundle, stored: pb.StoredRequest) -> tuple[Request, ...]:
-    """The outputs of a stored request. Raises SnapshotRefused where they do not fit the bundle."""
+    """The outputs of a stored request. Raises SnapshotRefused if they do not fit the bundle."""
     width = np.dtype(bundle.typecode).itemsize
     if len(stored.prompt) % width:
-        raise SnapshotRefused("the snapshot's prompt is torn")
+        raise SnapshotRefused(
+            f"the snapshot's prompt has {len(stored.prompt)} bytes, not a multiple of {width}"
+        )
     prompt = Prompt(
         stored.start_token,
         np.frombuffer(stored.prompt, f"<u{width}").astype(bundle.typecode, copy=False),
@@ -72,7 +74,9 @@ def requests_from(bundle: Bundle, stored: pb.StoredRequest) -> tuple[Request, ..
         priority=stored.priority,
     )
     if not 1 <= stored.outputs <= _MOST_OUTPUTS:
-        raise SnapshotRefused(f"the snapshot's request has {stored.outputs} outputs")
+        raise SnapshotRefused(
+            f"the snapshot's request has {stored.outputs} outputs, not 1 to {_MOST_OUTPUTS}"
+        )
     if misfit := _misfit(bundle, first):
         raise SnapshotRefused(f"the snapshot's request does not fit {bundle.name}: {misfit}")
     return first, *(
@@ -133,7 +137,7 @@ def _sampling(stored: pb.StoredSampling) -> SamplingParameters:
 
 
 def _misfit(bundle: Bundle, request: Request) -> str:
-    """What of a request the bundle cannot serve; empty if it can serve all of it."""
+    """The parts of a request that do not fit the bundle, as text; empty if all fit."""
     prompt, sampling = request.prompt, request.sampling
     processors = sampling.processors or LogitsProcessors()
     words = processors.bad_words
@@ -147,20 +151,20 @@ def _misfit(bundle: Bundle, request: Request) -> str:
         1.0 if request.time_limit_s is None else request.time_limit_s,
     )
     checks = {
-        "a start token": 0 <= prompt.start - bundle.vocabulary <= len(bundle.manifest.labels),
+        "start token": 0 <= prompt.start - bundle.vocabulary <= len(bundle.manifest.labels),
         "token ids": max(ids) < bundle.vocabulary,
-        "a length": 1 <= request.max_tokens <= bundle.context - len(prompt),
+        "max_tokens": 1 <= request.max_tokens <= bundle.context - len(prompt),
         "min_tokens": max(request.min_tokens, processors.min_tokens) <= request.max_tokens,
         "complete_at": request.complete_at == (bundle.context if bundle.is_image else None),
         "stop strings": len(request.stop) <= _MOST_STOPS
         and all(1 <= len(text.encode()) <= _LONGEST_STOP for text in request.stop),
         "bad words": all(1 <= len(word) <= LONGEST_BAD_WORD for word in words),
-        "reports": max(sampling.logprobs or 0, request.prompt_logprobs or 0) <= _MOST_LOGPROBS,
-        "an interval": 1 <= request.stream_interval <= bundle.context,
-        "a temperature": 0 <= sampling.temperature < math.inf,
-        "shares": all(0 < p <= 1 for p in (sampling.top_p, sampling.typical_p)),
+        "logprobs": max(sampling.logprobs or 0, request.prompt_logprobs or 0) <= _MOST_LOGPROBS,
+        "stream_interval": 1 <= request.stream_interval <= bundle.context,
+        "temperature": 0 <= sampling.temperature < math.inf,
+        "top_p or typical_p": all(0 < p <= 1 for p in (sampling.top_p, sampling.typical_p)),
         "min_p": 0 <= sampling.min_p <= 1,
-        "a repetition penalty": 0 < processors.repetition_penalty < math.inf,
-        "numbers": all(map(math.isfinite, numbers)),
+        "repetition_penalty": 0 < processors.repetition_penalty < math.inf,
+        "a bias, a penalty or time_limit": all(map(math.isfinite, numbers)),
     }
     return ", ".join(name for name, fits in checks.items() if not fits)

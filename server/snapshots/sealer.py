@@ -1,7 +1,7 @@
-"""Snapshots outside a server: encrypted, authenticated, bound to an owner, and of limited life.
+"""Seals snapshots: encrypts and authenticates them, binds them to an owner, and lets them expire.
 
-A sealed snapshot is magic, length of the header (4 bytes, little-endian), header, nonce, ciphertext
-of AES-256-GCM. The header may be read by anybody; it is authenticated with the rest.
+A sealed snapshot is the magic bytes, the length of the header (4 bytes, little-endian), the header,
+a nonce, and the ciphertext of AES-256-GCM. The header is authenticated, but not encrypted.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _MAX_HEADER_BYTES = 65_536
 
 
 class Sealer:
-    """Seals with the first of its keys, and opens with any of them, so that keys can be changed."""
+    """Seals with the first of its keys and opens with any of them, so that keys can be rotated."""
 
     def __init__(self, keys: Sequence[bytes]) -> None:
         self._ciphers = [AESGCM(key) for key in keys]
@@ -40,9 +40,9 @@ class Sealer:
 
     @staticmethod
     def from_environment() -> Sealer | None:
-        """With the keys of CONCERTINA_SNAPSHOT_KEY, separated by commas; None if there are none.
+        """A sealer with the comma-separated keys of CONCERTINA_SNAPSHOT_KEY; None without keys.
 
-        Raises ConfigError for a key that is none.
+        Raises ConfigError for an invalid key.
         """
         given = os.environ.get(KEY_VARIABLE, "")
         keys = [_key(text.strip()) for text in given.split(",") if text.strip()]
@@ -50,20 +50,20 @@ class Sealer:
 
     @staticmethod
     def for_this_process() -> Sealer:
-        """With a key that nobody else has."""
+        """A sealer with a random key that only this process has."""
         return Sealer([secrets.token_bytes(_KEY_BYTES)])
 
     def seal(self, header: pb.SnapshotHeader, snapshot: pb.Snapshot) -> bytes:
-        """The snapshot as bytes that may lie anywhere."""
-        said = header.SerializeToString(deterministic=True)
-        front = _MAGIC + len(said).to_bytes(4, "little") + said
+        """The sealed snapshot, which is safe to store anywhere."""
+        header_bytes = header.SerializeToString(deterministic=True)
+        front = _MAGIC + len(header_bytes).to_bytes(4, "little") + header_bytes
         nonce = secrets.token_bytes(_NONCE_BYTES)
         return front + nonce + self._ciphers[0].encrypt(nonce, snapshot.SerializeToString(), front)
 
     def open(self, sealed: bytes, owner: str) -> tuple[pb.SnapshotHeader, pb.Snapshot]:
-        """Header and snapshot, if they are whole and the owner's.
+        """Header and content of a sealed snapshot.
 
-        Raises SnapshotRefused, which says why.
+        Raises SnapshotRefused, with the reason, unless it is intact and belongs to `owner`.
         """
         header, front = _read_header(sealed)
         nonce, content = sealed[front:][:_NONCE_BYTES], sealed[front + _NONCE_BYTES :]
@@ -82,27 +82,27 @@ class Sealer:
             raise SnapshotRefused("the snapshot belongs to another API key")
         if header.version != VERSION:
             raise SnapshotRefused(
-                f"the snapshot has format {header.version}, this server reads {VERSION}"
+                f"the snapshot has format {header.version}; this server reads {VERSION}"
             )
         try:
             for time_of in (header.accepted, header.expires):
                 time_of.ToNanoseconds()
             return header, pb.Snapshot.FromString(opened)
-        except (DecodeError, ValueError):  # the latter for times that are none
-            raise SnapshotRefused("the snapshot was sealed, but nothing that can be read") from None
+        except (DecodeError, ValueError):  # ValueError: an invalid time
+            raise SnapshotRefused("the snapshot's content cannot be read") from None
 
 
 def refuse_expired(header: pb.SnapshotHeader) -> None:
-    """Raise SnapshotRefused when the snapshot is too old."""
+    """Raise SnapshotRefused if the snapshot has expired."""
     if header.expires.ToNanoseconds() < time.time_ns():
         raise SnapshotRefused(f"the snapshot expired at {header.expires.ToJsonString()}")
 
 
 def _read_header(sealed: bytes) -> tuple[pb.SnapshotHeader, int]:
-    """The header and the number of bytes before the nonce."""
+    """The header, and the number of bytes before the nonce. Raises SnapshotRefused."""
     begin = len(_MAGIC) + 4
     if len(sealed) < begin or not sealed.startswith(_MAGIC):
-        raise SnapshotRefused("this is no snapshot of Concertina, or only the beginning of one")
+        raise SnapshotRefused("this is not a snapshot of Concertina, or it is truncated")
     size = int.from_bytes(sealed[len(_MAGIC) : begin], "little")
     if size > _MAX_HEADER_BYTES or len(sealed) < begin + size + _NONCE_BYTES:
         raise SnapshotRefused(f"the snapshot is truncated: it has {len(sealed)} bytes")

@@ -1,4 +1,4 @@
-"""Where snapshots lie: a folder per owner and stream, behind a URI that fsspec understands."""
+"""Stores snapshots in a folder per owner and stream, behind a URI that fsspec understands."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ _NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")
 
 
 class Store:
-    """Reads and writes whole snapshots by name; what is read is an old one or a new one, whole.
+    """Reads and writes snapshots by name. A reader gets the old or the new one, never a part.
 
-    May be used from several threads. Raises OSError where the storage fails.
+    is_shared: whether other processes can reach it. Thread-safe. Methods raise OSError if the
+    storage fails.
     """
 
     def __init__(self, uri: str) -> None:
-        """Raises ConfigError where `uri` is of a kind that nothing installed here can reach."""
+        """Raises ConfigError if no installed package can open `uri`."""
         try:
             self._files, root = fsspec.url_to_fs(uri, use_listings_cache=False)
         except (ImportError, ValueError) as error:
@@ -34,7 +35,7 @@ class Store:
         self.is_shared: bool = get_protocol(uri) != "memory"
 
     def put(self, owner: str, stream_id: str, name: str, content: bytes) -> None:
-        """Store `content` in place of what has this name."""
+        """Store `content` under `name`, in place of any former content."""
         path = f"{self._folder(owner, stream_id)}/{name}"
         if not isinstance(self._files, LocalFileSystem):
             self._files.pipe_file(path, content)
@@ -53,21 +54,21 @@ class Store:
             os.close(folder)
 
     def get(self, owner: str, stream_id: str) -> dict[str, bytes]:
-        """All that is stored of a stream, by name."""
+        """All snapshots of a stream by name; empty if there are none."""
         try:
             folder = self._folder(owner, stream_id)
             paths = [p for p in self._files.ls(folder, detail=False) if not p.endswith(".part")]
             return {path.rpartition("/")[2]: self._files.cat_file(path) for path in paths}
-        except FileNotFoundError:  # there is none, or it was deleted meanwhile
+        except FileNotFoundError:  # there are none, or another process has deleted them
             return {}
 
     def delete(self, owner: str, stream_id: str) -> None:
-        """Drop all that is stored of a stream."""
+        """Delete all snapshots of a stream."""
         with suppress(FileNotFoundError):
             self._files.rm(self._folder(owner, stream_id), recursive=True)
 
     def streams(self, owner: str) -> list[str]:
-        """Names of the streams of which something is stored, in order."""
+        """Names of the owner's stored streams, in order."""
         try:
             paths = self._files.ls(f"{self._root}/{_anonymous(owner)}", detail=False)
         except FileNotFoundError:
@@ -75,7 +76,7 @@ class Store:
         return sorted(path.rstrip("/").rpartition("/")[2] for path in paths)
 
     def sweep(self, older_than_s: float) -> int:
-        """Drop the streams of which nothing was written for so long; how many."""
+        """Delete streams without a write for `older_than_s` seconds. Returns how many."""
         written: dict[str, float] = {}
         for path in self._files.find(self._root):
             with suppress(FileNotFoundError):
@@ -94,5 +95,5 @@ class Store:
 
 
 def _anonymous(owner: str) -> str:
-    """The owner's folder: no name of a key gets into paths."""
+    """Folder of an owner: a hash, so that no path has the name of a key."""
     return hashlib.sha256(owner.encode()).hexdigest()[:32]

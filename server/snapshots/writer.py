@@ -1,8 +1,9 @@
-"""Writes snapshots on a thread of its own, and reads them back.
+"""Writes snapshots on its own thread, and reads them back.
 
-Of a stream the store holds its `origin`, written before the stream is accepted, with what it goes
-on behind if it does, and the latest snapshot of each output. Where two tell of one output, the
-later counts. A newer snapshot replaces one that waits: an output has at most one waiting.
+The store has an `origin` for each stream, and the latest snapshot of each output. The origin is
+written before the stream is accepted; for a continued stream it has the checkpoints to continue
+from. If origin and snapshot both have an output, the later one counts. At most one snapshot of an
+output waits: a newer one replaces it.
 """
 
 from __future__ import annotations
@@ -29,15 +30,16 @@ _SWEEP_S = 60.0
 
 
 def open_writer(uri: str, ttl_s: float) -> SnapshotWriter | None:
-    """The writer to the store at `uri`; None for an empty one. Raises as `open_store` does."""
+    """A writer for the store at `uri`; None if it is empty. Raises what `open_store` raises."""
     opened = open_store(uri)
     return SnapshotWriter(*opened, ttl_s) if opened is not None else None
 
 
 def open_store(uri: str) -> tuple[Store, Sealer] | None:
-    """The store at `uri`, and what seals its contents; None for an empty one.
+    """The store at `uri` and its sealer; None if `uri` is empty.
 
-    Raises ConfigError: for a store that others reach, the environment has to hold a key.
+    Raises ConfigError for a `uri` that cannot be opened, an invalid key, or a shared store without
+    a key.
     """
     if not uri:
         return None
@@ -45,15 +47,15 @@ def open_store(uri: str) -> tuple[Store, Sealer] | None:
     if sealer is None:
         if store.is_shared:
             raise ConfigError(
-                f"snapshots is {uri!r}, and {KEY_VARIABLE} is not set: snapshots hold what users "
-                "wrote, and are sealed; make a key with: openssl rand -base64 32"
+                f"snapshots is {uri!r}, but {KEY_VARIABLE} is not set: snapshots hold users' text "
+                "and must be sealed; make a key with: openssl rand -base64 32"
             )
         sealer = Sealer.for_this_process()
     return store, sealer
 
 
 class SnapshotWriter:
-    """Stores streams in `store`, sealed by `sealer`, for `ttl_s` seconds each."""
+    """Stores streams in `store`, sealed by `sealer`; a snapshot expires after `ttl_s` seconds."""
 
     def __init__(self, store: Store, sealer: Sealer, ttl_s: float) -> None:
         self._store = store
@@ -69,24 +71,24 @@ class SnapshotWriter:
 
     @property
     def secret(self) -> bytes:
-        """Known to all servers that share the store, and to nobody else."""
+        """A secret that all servers of the store share."""
         return self._sealer.secret
 
     @property
     def is_durable(self) -> bool:
-        """Whether what is kept outlives this process."""
+        """Whether stored streams outlive this process."""
         return self._store.is_shared
 
     def offer(self, bundle: Bundle, lease: Lease, output: int, checkpoint: Checkpoint) -> None:
-        """Store how far an output is, soon."""
+        """Store the checkpoint of an output later, on the writer's thread."""
         with self._changed:
             self._waiting[lease.stream_id, output] = (bundle, lease, output, checkpoint)
             self._changed.notify_all()
 
     def begin(self, bundle: Bundle, lease: Lease, checkpoints: Sequence[Checkpoint] = ()) -> None:
-        """Store that a stream was asked for, and what it goes on behind. Raises OSError.
+        """Store the origin of a stream, and the checkpoints that it continues from. Raises OSError.
 
-        With `checkpoints`, what was stored of it before, or waits to be, counts no more.
+        With `checkpoints`, snapshots of it that were stored before, or still wait, have no effect.
         """
         if checkpoints:
             self._withdraw(lease.stream_id)
@@ -94,12 +96,12 @@ class SnapshotWriter:
         self._put(bundle, lease, _ORIGIN, outputs)
 
     def forget(self, owner: str, stream_id: str) -> None:
-        """Drop all that is stored of a stream, and what waits. Raises OSError."""
+        """Delete all snapshots of a stream, stored or waiting. Raises OSError."""
         self._withdraw(stream_id)
         self._store.delete(owner, stream_id)
 
     def load(self, owner: str, stream_id: str) -> Snapshot | None:
-        """The caller's stream of that name. Raises SnapshotRefused, OSError."""
+        """The owner's stream of this name, or None. Raises SnapshotRefused, OSError."""
         sealed = self._store.get(owner, stream_id).values()
         opened = [self._sealer.open(part, owner) for part in sealed]
         if not opened:
@@ -107,33 +109,33 @@ class SnapshotWriter:
         opened.sort(key=lambda part: part[0].expires.ToNanoseconds())
         header, newest = opened[-1]
         if any(part.stream_id != stream_id for part, _ in opened):
-            raise SnapshotRefused(f"what is stored of stream {stream_id} is of another stream")
+            raise SnapshotRefused(f"the snapshots of stream {stream_id} belong to another stream")
         refuse_expired(header)
         latest = {output.output: output for _, part in opened for output in part.outputs}
         return Snapshot(header, pb.Snapshot(request=newest.request, outputs=latest.values()))
 
     def streams(self, owner: str) -> list[str]:
-        """Names of the caller's streams of which something is stored. Raises OSError."""
+        """Names of the owner's stored streams, in order. Raises OSError."""
         return self._store.streams(owner)
 
     def export(self, bundle: Bundle, lease: Lease, checkpoints: Sequence[Checkpoint]) -> bytes:
-        """A whole stream, sealed."""
+        """A sealed snapshot of a whole stream."""
         outputs = [output_snapshot(output, each) for output, each in enumerate(checkpoints)]
         return self._sealed(bundle, lease, outputs)
 
     def import_(self, sealed: bytes, owner: str) -> Snapshot:
-        """A stream that was exported. Raises SnapshotRefused."""
+        """The snapshot in an exported stream. Raises SnapshotRefused."""
         header, content = self._sealer.open(sealed, owner)
         refuse_expired(header)
         return Snapshot(header, content)
 
     def flush(self, limit_s: float) -> bool:
-        """Wait until everything is written; whether it was."""
+        """Wait until nothing waits, for at most `limit_s`. Returns whether all is written."""
         with self._changed:
             return self._changed.wait_for(lambda: not (self._waiting or self._writing), limit_s)
 
     def close(self, limit_s: float) -> None:
-        """Write what waits, and stop."""
+        """Write what waits, for at most `limit_s`, and stop the thread."""
         self.flush(limit_s)
         with self._changed:
             self._closing = True
@@ -141,7 +143,7 @@ class SnapshotWriter:
         self._thread.join(limit_s)
 
     def _withdraw(self, stream_id: str) -> None:
-        """Write nothing more of what waits of a stream; what was being written is written."""
+        """Drop the waiting snapshots of a stream. Waits for the one that is being written."""
         with self._changed:
             for key in [key for key in self._waiting if key[0] == stream_id]:
                 del self._waiting[key]
@@ -159,7 +161,7 @@ class SnapshotWriter:
                 _log.exception("a snapshot could not be stored")
 
     def _write_next(self) -> None:
-        """Write the snapshot that has waited longest, or wait for one for a while."""
+        """Write the oldest waiting snapshot. If there is none, wait for one for up to a minute."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closing, _SWEEP_S)
             if self._closing or not self._waiting:

@@ -54,8 +54,8 @@ MUTANTS = (
         ),
         (
             "query maximum not reset between blocks (server)",
-            "            at = numbers[name]\n",
-            "            at = numbers[name]\n"
+            "            at = indices[name]\n",
+            "            at = indices[name]\n"
             "            if self._tensors[name].kind == StateKind.RECURRENT:\n"
             "                continue\n",
         ),
@@ -67,8 +67,8 @@ MUTANTS = (
         ),
         (
             "a row's summaries not written into its history",
-            "            at = numbers[name]\n",
-            "            at = numbers[name]\n"
+            "            at = indices[name]\n",
+            "            at = indices[name]\n"
             "            if self._tensors[name].kind == StateKind.HISTORY:\n"
             "                continue\n",
         ),

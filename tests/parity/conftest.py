@@ -1,4 +1,4 @@
-"""Every pattern that can be served, as a tiny bundle. Most of them only among the slow tests."""
+"""A tiny bundle of every pattern that can be served. Most patterns run only in slow tests."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from tests.checkpoints import export_tiny
 
 SERVED = [*sorted(PATTERNS.keys() - {"fixed-bidirectional"}), "fixed:mean", "fixed:deepset-max"]
 FAST = ("fixed", "full", "logsparse", "mixture")
-"""Between them all kinds of state, folded and not, by block and by carry."""
+"""Together they have all kinds of state: folded by block, by carry, or never."""
 
 
 def marked(patterns: list[str]) -> list[object]:
-    """Parameters, of which all but the fast ones are marked slow."""
+    """Test parameters; all but the fast patterns are marked slow."""
     return [p if p in FAST else pytest.param(p, marks=pytest.mark.slow) for p in patterns]
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """Models this small lose more to threads waiting for each other than they win."""
+    """Uses one thread, since models this small are slower with more."""
     torch.set_num_threads(1)
 
 

@@ -1,4 +1,4 @@
-"""What happens in the other process: every stream of a store goes on, one after the other."""
+"""Runs in another process: continues every stream of a store, one after the other."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from server.bundles.bundle import load_bundle
 from server.checkpoint import Finish, FinishReason
 from server.config import EngineConfig
 from server.sessions.registry import Attachment, SessionRegistry
-from server.sessions.reviver import follow
+from server.sessions.reviver import resume
 from server.sessions.served_model import ServedModel
 from server.sessions.subscriber import Delta
 from server.snapshots.writer import open_writer
@@ -26,8 +26,8 @@ CONFIG = EngineConfig(
 
 
 @dataclass
-class Told:
-    """What a stream told its reader, and the bits of its logits by position."""
+class Recording:
+    """The output of a stream, and the bytes of its logits by position."""
 
     tokens: list[int] = field(default_factory=list)
     text: str = ""
@@ -36,52 +36,52 @@ class Told:
 
 
 def record_logits(model: ServedModel, logits: dict[int, bytes]) -> None:
-    """Keeps what each step of a batch of one stream says, by the position it was said at."""
+    """Records the logits of each step of a batch of one stream, by position."""
     runtime: Any = model.engine.runtime
     step = type(runtime).step
 
     def recorded(tokens: Ints, positions: Ints, lengths: Ints) -> Floats:
         assert len(tokens) == 1
-        said: Floats = step(runtime, tokens, positions, lengths)
-        logits[int(positions[0])] = said.tobytes()
-        return said
+        out: Floats = step(runtime, tokens, positions, lengths)
+        logits[int(positions[0])] = out.tobytes()
+        return out
 
     runtime.step = recorded
 
 
-async def read(attachment: Attachment, told: Told) -> None:
+async def read(attachment: Attachment, recording: Recording) -> None:
     """Reads a stream of one output to its end."""
     model, session = attachment.model, attachment.session
     async with asyncio.timeout(LIMIT_S):
         async for _, event in model.events(session, attachment.subscribers):
             match event:
                 case Delta():
-                    told.tokens += event.tokens
-                    told.text += event.text
+                    recording.tokens += event.tokens
+                    recording.text += event.text
                 case Finish():
-                    told.end = event.reason, event.generated
+                    recording.end = event.reason, event.generated
                 case other:
                     raise AssertionError(other)
 
 
-async def restore(folder: Path, uri: str) -> dict[str, Told]:
-    """What the streams in the store at `uri` tell a reader who has nothing of them, by name."""
+async def restore(folder: Path, uri: str) -> dict[str, Recording]:
+    """The recordings of all streams in the store at `uri`, read from the beginning, by name."""
     bundle, writer = load_bundle(folder), open_writer(uri, 60.0)
     assert writer is not None
     model = ServedModel(bundle, CONFIG)
     registry = SessionRegistry({bundle.name: model}, writer)
-    told = {}
+    recording = {}
     try:
         for name in await registry.stored(""):
-            told[name] = Told()
-            record_logits(model, told[name].logits)
-            await read(await follow(registry, name, "", ()), told[name])
+            recording[name] = Recording()
+            record_logits(model, recording[name].logits)
+            await read(await resume(registry, name, "", ()), recording[name])
     finally:
         model.close()
         writer.close(LIMIT_S)
-    return told
+    return recording
 
 
 def main() -> None:
-    """Writes what the streams told, pickled, to the standard output."""
+    """Writes the pickled recordings to the standard output."""
     sys.stdout.buffer.write(pickle.dumps(asyncio.run(restore(Path(sys.argv[1]), sys.argv[2]))))

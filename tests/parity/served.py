@@ -1,4 +1,4 @@
-"""A bundle on the served path, Runtime and Cache, beside the float64 forward of its own weights."""
+"""A bundle on the served path (Runtime and Cache), and the float64 forward of its weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Logits = npt.NDArray[np.float64]
 
 
 def draw_tokens(folder: Path, rows: int, length: int | None = None, seed: int = 0) -> Ints:
-    """Random streams `[rows, length]`, as long as the context by default, each behind a start."""
+    """Random streams `[rows, length]`, each with a start token first; by default of the context."""
     manifest = load_bundle(folder).manifest
     rng = np.random.default_rng(seed)
     tokens = rng.integers(manifest.vocabulary, size=(rows, length or manifest.context))
@@ -29,7 +29,7 @@ def draw_tokens(folder: Path, rows: int, length: int | None = None, seed: int = 
 
 
 def expected_logits(folder: Path, tokens: Ints, dtype: torch.dtype = torch.float64) -> Logits:
-    """`[rows, length, vocabulary]`, all positions in parallel, computed in `dtype`."""
+    """Logits `[rows, length, vocabulary]` of all positions in parallel, computed in `dtype`."""
     with torch.no_grad():
         logits = load_decoder(folder).to(dtype)(torch.from_numpy(tokens))
     wide: Logits = logits.double().numpy()
@@ -37,14 +37,14 @@ def expected_logits(folder: Path, tokens: Ints, dtype: torch.dtype = torch.float
 
 
 def assert_parity(got: Floats, expected: Logits, tolerance: float = TOLERANCE) -> None:
-    """Every logit within the tolerance. NaN is not."""
+    """Checks that every logit is within the tolerance. NaN is not."""
     assert got.shape == expected.shape
     worst = np.abs(got - expected).max()
     assert worst <= tolerance, f"off by {worst}"
 
 
 class Served:
-    """A cache over its own runtime; everything that no stream may read is kept full of `poison`."""
+    """A cache and its runtime. Values that no stream may read are set to `poison`."""
 
     def __init__(
         self, folder: Path, slots: int = 4, poison: float = np.nan, prefix_bytes: int = 0
@@ -58,7 +58,7 @@ class Served:
         self.poison()
 
     def poison(self) -> None:
-        """Overwrite dead entries of live rows, and all of the others."""
+        """Overwrite the unused entries of used rows, and all entries of unused rows."""
         pushed = dict(enumerate(self.cache.pushed.tolist()))
         if self.prefilling:
             pushed[self.slots] = self.cache.prefill_pushed
@@ -100,7 +100,7 @@ class Served:
         """One token for every row, then the folds: `[B, vocabulary]`."""
         logits = self.cache.step(tokens).copy()
         self.cache.fold(ended)
-        if not ended:  # an unfolded block holds more than the books say, until its row leaves
+        if not ended:  # an unfolded block of an ended row has more entries than counted
             self.poison()
         return logits
 
@@ -109,5 +109,5 @@ class Served:
         return np.stack([self.step(column) for column in tokens.T], axis=1)
 
     def state(self, row: int) -> dict[str, npt.NDArray[np.generic]]:
-        """What a row of the batch holds."""
+        """The state in a row of the batch."""
         return self.cache.save(row).state

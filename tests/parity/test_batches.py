@@ -1,4 +1,4 @@
-"""Streams that share a batch, at any phase, do not know of each other."""
+"""Streams that share a batch, at any phase, are independent of each other."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ SPAN, SLOTS = 8, 4
 
 @dataclass(frozen=True)
 class Place:
-    """Where a stream stands: which of the drawn ones it is, and how many tokens it has seen."""
+    """A stream of the simulation: its index in the drawn ones, and its pushed tokens."""
 
     stream: int
     pushed: int
 
 
 class Simulation:
-    """A server's life, thrown by dice: streams come, step, fold, park, return and leave."""
+    """A random life of a server: streams come, step, fold, are parked, restored, and leave."""
 
     def __init__(self, served: Served, tokens: Ints, expected: Logits, seed: int) -> None:
         self.served, self.tokens, self.expected = served, tokens, expected
@@ -94,8 +94,8 @@ class Simulation:
 
     def restore(self) -> None:
         if self.saved and self.served.cache.num_free:
-            at, parked = self.saved[self.rng.integers(len(self.saved))]
-            assert self.served.cache.restore(parked) == len(self.rows)
+            at, saved = self.saved[self.rng.integers(len(self.saved))]
+            assert self.served.cache.restore(saved) == len(self.rows)
             self.served.poison()
             self.rows.append(at)
             self.happened["restored"] += 1
@@ -118,10 +118,10 @@ class Simulation:
 
 
 @pytest.mark.parametrize(("seed", "folded_bytes"), [(0, 8 << 20), (1, 8 << 20), (2, 1)])
-def test_any_course_of_events(
+def test_any_order_of_operations(
     bundle: Path, seed: int, folded_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whether what folds at once is taken together, or one after the other."""
+    """Folds of one size run together or one after the other."""
     monkeypatch.setattr("server.runtime.host_state.FOLDED_BYTES", folded_bytes)
     monkeypatch.setattr("server.runtime.host_state.KEPT_BYTES", 4 * folded_bytes)
     tokens = draw_tokens(bundle, 5)
@@ -148,15 +148,15 @@ def mixed(fixed_bundle: Path) -> Served:
 def test_a_fold_leaves_its_neighbours_alone(mixed: Served) -> None:
     tokens = draw_tokens(mixed.bundle.folder, SLOTS)
     mixed.cache.step(tokens[range(SLOTS), mixed.cache.pushed])
-    extents = [
+    lengths = [
         StateLength(4, 4),
         StateLength(1 + SPAN, 2 * SPAN),
         StateLength(2, SPAN + 1),
         StateLength(7, SPAN + 6),
     ]
-    before = [mixed.runtime.read(row, extent) for row, extent in enumerate(extents)]
+    before = [mixed.runtime.read(row, length) for row, length in enumerate(lengths)]
     assert mixed.cache.fold() == 1
-    after = [mixed.runtime.read(row, extent) for row, extent in enumerate(extents)]
+    after = [mixed.runtime.read(row, length) for row, length in enumerate(lengths)]
     for row in (0, 2, 3):
         assert all(np.array_equal(before[row][name], after[row][name]) for name in before[row])
     for name in ("keys.0", "values.1"):
@@ -203,8 +203,8 @@ def test_the_prefill_slot_fills_while_the_batch_decodes(fixed_bundle: Path) -> N
         assert_parity(served.step(tokens[:1, first // 3]), expected[:1, first // 3])
 
 
-def test_a_new_stream_knows_nothing_of_the_one_before(fixed_bundle: Path) -> None:
-    """Its query maximum, above all: the prefill slot and the row were left in mid-block."""
+def test_a_new_stream_is_independent_of_the_one_before(fixed_bundle: Path) -> None:
+    """Above all of its query maximum: the stream before leaves in mid-block."""
     tokens = draw_tokens(fixed_bundle, 2)
     expected = expected_logits(fixed_bundle, tokens)
     for poison in (0.0, np.nan):

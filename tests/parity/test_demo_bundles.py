@@ -1,4 +1,4 @@
-"""The bundles we ship, served over their whole context, equal the forward of their own weights."""
+"""The bundles of this repository, served over their context, equal the forward of their weights."""
 
 from __future__ import annotations
 
@@ -27,6 +27,6 @@ def test_a_stream_as_long_as_the_context(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("bundle", BUNDLES, ids=lambda folder: folder.name)
-def test_nothing_of_the_machine_that_exported(bundle: Path) -> None:
+def test_graphs_hold_nothing_of_the_exporting_machine(bundle: Path) -> None:
     for path in bundle.iterdir():
         assert b".py" not in path.read_bytes(), f"{path} holds stack traces: export it again"

@@ -1,4 +1,4 @@
-"""A prompt that begins like an earlier one starts behind its blocks, and computes the same."""
+"""A prompt that begins like an earlier one copies its blocks, and gives the same logits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SPAN, LENGTH = 8, 30
 
 @pytest.fixture
 def tokens(bundle: Path) -> Ints:
-    """Two streams that part in the middle of their third block."""
+    """Two streams that differ from the middle of their third block on."""
     tokens = draw_tokens(bundle, 2, LENGTH)
     tokens[1, : 2 * SPAN + 3] = tokens[0, : 2 * SPAN + 3]
     tokens[1, 2 * SPAN + 3] = (tokens[0, 2 * SPAN + 3] + 1) % 7
@@ -23,7 +23,7 @@ def tokens(bundle: Path) -> Ints:
 
 
 def prompted(served: Served, prompt: Ints) -> int:
-    """Give a prompt the prefill slot; the tokens of it that need not be pushed."""
+    """Give a prompt the prefill slot. Returns the number of tokens that need no push."""
     served.cache.start_prefill(prompt)
     served.prefilling = True
     served.poison()
@@ -48,7 +48,7 @@ def test_a_hit_skips_blocks_and_changes_no_logit(bundle: Path, tokens: Ints) -> 
         assert np.array_equal(values, states[1][name])
 
 
-def test_what_is_kept_is_a_copy(fixed_bundle: Path) -> None:
+def test_cached_blocks_are_copies(fixed_bundle: Path) -> None:
     tokens = draw_tokens(fixed_bundle, 1, LENGTH)
     served = Served(fixed_bundle, prefix_bytes=10**6)
     prompted(served, tokens[0])
@@ -61,7 +61,7 @@ def test_what_is_kept_is_a_copy(fixed_bundle: Path) -> None:
     assert_parity(served.prefill(tokens[0, skipped:]), expected[skipped:])
 
 
-def test_without_memory_nothing_is_kept(fixed_bundle: Path) -> None:
+def test_without_memory_nothing_is_cached(fixed_bundle: Path) -> None:
     tokens = draw_tokens(fixed_bundle, 1, LENGTH)
     served = Served(fixed_bundle)
     for _ in range(2):

@@ -1,6 +1,6 @@
-"""A stream that was stored at any position goes on in another process as if it had never stopped.
+"""A stream that is stored at any position continues in another process without a difference.
 
-To the bit: tokens, text, and the logits of every step behind the snapshot.
+Tokens, text, and the logits of every step after the snapshot are equal to the bit.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from server.sessions.registry import SessionRegistry
 from server.sessions.served_model import ServedModel
 from server.snapshots.sealer import KEY_VARIABLE
 from server.snapshots.writer import SnapshotWriter, open_writer
-from tests.parity.restoring import CONFIG, LIMIT_S, Told, read, record_logits
+from tests.parity.restoring import CONFIG, LIMIT_S, Recording, read, record_logits
 from tests.server.replicas import start
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +48,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def record_checkpoints(model: ServedModel, checkpoints: dict[int, Checkpoint]) -> None:
-    """Keeps what the only stream has behind it before each pass, by the tokens it has pushed."""
+    """Records the checkpoint of the only stream before each pass, by number of pushed tokens."""
     runtime: Any = model.engine.runtime
 
     def recording(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
@@ -69,24 +69,24 @@ def record_checkpoints(model: ServedModel, checkpoints: dict[int, Checkpoint]) -
 
 async def undisturbed(
     model: ServedModel, writer: SnapshotWriter, name: str, request: pb.GenerateRequest
-) -> Told:
-    """A stream that runs through; of every position of two blocks and one more, one is stored."""
-    told, checkpoints = Told(), dict[int, Checkpoint]()
-    record_logits(model, told.logits)
+) -> Recording:
+    """Runs a stream to its end, and stores a checkpoint for each position of two blocks."""
+    recording, checkpoints = Recording(), dict[int, Checkpoint]()
+    record_logits(model, recording.logits)
     record_checkpoints(model, checkpoints)
     opener = SessionOpener(SessionRegistry({"": model}))
     attachment = await start(opener, model, request)
-    await read(attachment, told)
+    await read(attachment, recording)
     await model.forget(attachment.session)
     assert checkpoints.keys() >= set(range(LAST + 1))
     for pushed in range(LAST + 1):
         lease = replace(attachment.session.lease, stream_id=f"{name}-{pushed}")
         writer.begin(model.bundle, lease)
         writer.offer(model.bundle, lease, 0, checkpoints[pushed])
-    return told
+    return recording
 
 
-async def test_every_position_of_two_blocks_goes_on_to_the_bit(
+async def test_streams_continue_to_the_bit_from_every_position_of_two_blocks(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(KEY_VARIABLE, base64.b64encode(os.urandom(32)).decode())
@@ -104,9 +104,9 @@ async def test_every_position_of_two_blocks_goes_on_to_the_bit(
     finally:
         model.close()
         writer.close(LIMIT_S)
-    told = restored(bundle, uri)
-    assert told.keys() == {f"{name}-{at}" for name in CASES for at in range(LAST + 1)}
-    for key, got in told.items():
+    recording = restored(bundle, uri)
+    assert recording.keys() == {f"{name}-{at}" for name in CASES for at in range(LAST + 1)}
+    for key, got in recording.items():
         name, _, at = key.rpartition("-")
         whole = expected[name]
         assert (got.tokens, got.text, got.end) == (whole.tokens, whole.text, whole.end), key
@@ -115,8 +115,8 @@ async def test_every_position_of_two_blocks_goes_on_to_the_bit(
         assert got.logits == rest, key
 
 
-def restored(bundle: Path, uri: str) -> dict[str, Told]:
-    """What another process tells of the streams in the store."""
+def restored(bundle: Path, uri: str) -> dict[str, Recording]:
+    """The recordings of another process that continues the streams in the store."""
     command = "from tests.parity.restoring import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", command, str(bundle), uri],
@@ -126,5 +126,5 @@ def restored(bundle: Path, uri: str) -> dict[str, Told]:
         timeout=2 * LIMIT_S,
         check=True,
     )
-    told: dict[str, Told] = pickle.loads(done.stdout)
-    return told
+    recording: dict[str, Recording] = pickle.loads(done.stdout)
+    return recording

@@ -42,7 +42,7 @@ def test_a_stream_that_begins_in_the_batch(bundle: Path) -> None:
     assert_parity(served.decode(tokens), expected_logits(bundle, tokens))
 
 
-def test_any_prefix_on_the_bench_and_the_rest_in_the_batch(bundle: Path) -> None:
+def test_any_prefix_in_the_prefill_slot_and_the_rest_in_the_batch(bundle: Path) -> None:
     tokens = draw_tokens(bundle, 1, LENGTH)
     expected = expected_logits(bundle, tokens)
     served = Served(bundle)
@@ -85,7 +85,7 @@ def test_chunks_without_logits_leave_the_same_state(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [1e4, np.nan])
-def test_dead_entries_are_never_read(bundle: Path, value: float) -> None:
+def test_unused_entries_are_never_read(bundle: Path, value: float) -> None:
     tokens = draw_tokens(bundle, 1, LENGTH)
     results = []
     for poison in (0.0, value):
@@ -98,7 +98,7 @@ def test_dead_entries_are_never_read(bundle: Path, value: float) -> None:
     assert np.array_equal(*results)
 
 
-def test_the_poison_is_deadly(bundle: Path) -> None:
+def test_reading_poison_changes_the_logits(bundle: Path) -> None:
     tokens = draw_tokens(bundle, 1, 6)
     served = Served(bundle)
     served.start_prefill()
@@ -113,18 +113,18 @@ def test_the_poison_is_deadly(bundle: Path) -> None:
     assert np.isnan(served.step(tokens[0, 5:])).all()
 
 
-def test_a_parked_stream_goes_on_to_the_bit(bundle: Path) -> None:
+def test_a_parked_stream_continues_to_the_bit(bundle: Path) -> None:
     tokens = draw_tokens(bundle, 2, LENGTH)
     for parked_at in (1, 5, SPAN - 1, SPAN, SPAN + 1, 2 * SPAN + 3):
         tokens[1, :parked_at] = tokens[0, :parked_at]
         served = Served(bundle)
         served.start_prefill()
         served.prefill(tokens[0, :parked_at])
-        parked = served.cache.save(served.join())
+        saved = served.cache.save(served.join())
         went_on = served.decode(tokens[:1, parked_at:])
         for row, fork in enumerate(("the same", "another", "the same")):
             other = Served(bundle)
-            other.cache.restore(parked)
+            other.cache.restore(saved)
             other.poison()
             future = tokens[row % 2 : row % 2 + 1]
             came_back = other.decode(future[:, parked_at:])
@@ -132,14 +132,14 @@ def test_a_parked_stream_goes_on_to_the_bit(bundle: Path) -> None:
             assert np.array_equal(came_back, went_on) == (fork == "the same")
 
 
-def test_a_parked_state_holds_no_more_than_its_entries(bundle: Path) -> None:
+def test_a_saved_state_holds_no_more_than_its_entries(bundle: Path) -> None:
     tokens = draw_tokens(bundle, 1, LENGTH)
     served = Served(bundle)
     served.cache.begin()
     for pushed, token in enumerate(tokens[0], start=1):
         served.step(np.array([token]))
-        parked = served.cache.save(0)
-        assert parked.pushed == pushed
+        saved = served.cache.save(0)
+        assert saved.pushed == pushed
         sizes = served.bundle.state_bytes(pushed)
-        assert sum(sizes.values()) == sum(values.nbytes for values in parked.state.values())
+        assert sum(sizes.values()) == sum(values.nbytes for values in saved.state.values())
         assert sizes == served.cache.state_bytes()

@@ -1,4 +1,4 @@
-"""Folders of bundles as an operator changes them."""
+"""Changes bundle folders, as an operator does."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from concertina.bundle.manifest import read_manifest, write_manifest
 
 
 def put(bundle: Path, folder: Path, version: str = "", graph: bytes = b"") -> str:
-    """Copies a bundle to `folder`, whatever was there; the fingerprint of what it then is.
+    """Replaces `folder` with a copy of a bundle. Returns the fingerprint of the copy.
 
-    With another version it is another bundle; with a graph, whatever that is, its step.onnx.
+    version: another version makes another bundle. graph: bytes to replace its step.onnx.
     """
     new = folder.with_name(f".{folder.name}")
     shutil.copytree(bundle, new)
@@ -28,6 +28,6 @@ def put(bundle: Path, folder: Path, version: str = "", graph: bytes = b"") -> st
 
 
 def damage(folder: Path) -> None:
-    """Cuts a byte off the step graph."""
+    """Removes the last byte of the step graph."""
     step = folder / "step.onnx"
     step.write_bytes(step.read_bytes()[:-1])

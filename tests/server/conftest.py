@@ -1,4 +1,4 @@
-"""Bundles as the server sees them, and the models they were exported from."""
+"""Loaded bundles, the models they were exported from, and engines."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ def image(image_bundle: Path) -> Bundle:
 
 @pytest.fixture(scope="session", params=["text", "image"])
 def bundle(request: pytest.FixtureRequest) -> Bundle:
-    """Each of them in turn."""
+    """The bundles `tiny-text` and `tiny-image` in turn."""
     found: Bundle = request.getfixturevalue(request.param)
     return found
 
 
 @pytest.fixture(scope="session")
 def exact_logits() -> Callable[[Bundle], Logits]:
-    """For a bundle: logits `[T, vocabulary]` after each of T tokens, by PyTorch, in float64."""
+    """For a bundle: a function from T tokens to logits `[T, vocabulary]`, in PyTorch float64."""
     import torch
 
     from export.weights import load_decoder
 
-    torch.set_num_threads(1)  # on models this small, threads only wait for each other
+    torch.set_num_threads(1)  # models this small are slower with threads
 
     def of(bundle: Bundle) -> Logits:
         model = load_decoder(bundle.folder).double()
@@ -60,11 +60,11 @@ def exact_logits() -> Callable[[Bundle], Logits]:
 
 @pytest.fixture
 async def start() -> AsyncIterator[Callable[..., DrivenModel]]:
-    """Starts engines; in the end nothing may be left in any that still runs."""
+    """Starts models. At the end, checks that those that still run hold nothing."""
     engines: list[DrivenModel] = []
 
     def start(bundle: Bundle, **settings: float) -> DrivenModel:
-        settings = {"prefix_cache_bytes": 0, **settings}  # prompts are pushed whole, unless asked
+        settings = {"prefix_cache_bytes": 0, **settings}  # pushes whole prompts by default
         engines.append(DrivenModel(bundle, EngineConfig(threads=1, **settings)))  # type: ignore[arg-type]
         return engines[-1]
 

@@ -1,4 +1,4 @@
-"""Ways to drive an engine, to hold it still, and to put words into its model's mouth."""
+"""Drives an engine in tests: submits and reads streams, stops its thread, changes its logits."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ class DrivenModel(ServedModel):
         return self.open(Lease(secrets.token_hex(16), tuple(requests), owner)).streams
 
     async def events(self, *streams: Stream) -> AsyncIterator[Event]:  # type: ignore[override]
-        """What happens to one stream."""
+        """The events of one stream."""
         async for _, event in self.events_together(streams):
             yield event
 
     async def events_together(
         self, streams: Sequence[Stream]
     ) -> AsyncIterator[tuple[Stream, Event]]:
-        """What happens to the streams of one request."""
+        """The events of the streams of one request."""
         lease, subscribers = streams[0].lease, tuple(s.subscriber for s in streams)
         session = Session(lease, tuple(streams), subscribers)  # type: ignore[arg-type]
         async for pair in super().events(session):
@@ -58,7 +58,7 @@ class DrivenModel(ServedModel):
 
 @dataclass(frozen=True)
 class Outcome:
-    """All that the reader of a stream got."""
+    """Everything that the reader of a stream received."""
 
     tokens: tuple[int, ...]
     text: str
@@ -72,7 +72,7 @@ def ask(prompt: bytes = b"", max_tokens: int = 8, seed: int = 1, **fields: Any) 
 
 
 async def read(model: DrivenModel, stream: Stream) -> Outcome:
-    """Reads a stream to its end; its deltas must follow each other, and the ending must be last."""
+    """Reads a stream to its end. Checks that deltas are consecutive and the ending is last."""
     tokens: list[int] = []
     text, ending = "", None
     async with asyncio.timeout(LIMIT_S):
@@ -95,20 +95,20 @@ async def generate(model: DrivenModel, wanted: Request) -> Outcome:
 
 
 async def until(condition: Callable[[], object], limit_s: float = LIMIT_S) -> None:
-    """Waits for what another thread does."""
+    """Waits until another thread makes `condition` true."""
     async with asyncio.timeout(limit_s):
         while not condition():
             await asyncio.sleep(0.001)
 
 
 def is_empty(model: ServedModel) -> bool:
-    """Whether nothing of any stream is left."""
+    """Whether the model holds no stream and no session."""
     return model.is_empty and not model.table.num_left
 
 
 @contextmanager
 def together(model: ServedModel) -> Iterator[None]:
-    """What is submitted inside reaches the engine at once."""
+    """Streams submitted in this context reach the engine at once."""
     ready = threading.Event()
 
     def wait() -> None:
@@ -122,9 +122,9 @@ def together(model: ServedModel) -> Iterator[None]:
 
 
 class Gate:
-    """Holds an engine before each pass of its model until the test lets it through.
+    """Stops an engine before each pass of its model until the test lets it continue.
 
-    While it is held its thread stands still: whatever it owns can be looked at.
+    While the thread stands still, tests can read what it owns.
     """
 
     def __init__(self, model: ServedModel) -> None:
@@ -163,35 +163,35 @@ class Gate:
         return gated
 
     def let(self, passes: float) -> None:
-        """Lets the engine go on for some passes."""
+        """Lets the engine run some passes."""
         with self._changed:
             self._permits += passes
             self._changed.notify_all()
 
     async def held(self, name: str) -> None:
-        """Waits until the engine stands before a pass: a `step` or a `prefill`."""
+        """Waits until the engine stops before a pass: a `step` or a `prefill`."""
         await until(lambda: self._permits == 0 and self.standing == name)
 
     async def let_one(self, name: str) -> None:
-        """Lets one pass through and waits until the engine stands before the next: a `name`."""
+        """Lets the engine run one pass, and waits until it stops before the next one, a `name`."""
         self.let(1)
         await self.held(name)
 
 
 def script(model: ServedModel, content: bytes) -> None:
-    """Makes the model want `content`, whatever it saw: the token at position k is `content[k]`."""
+    """Makes the model generate `content`: the token at position k is `content[k]`."""
     wanted = np.frombuffer(content, np.uint8)
 
-    def speak(logits: Floats, positions: Ints) -> Floats:
+    def scripted(logits: Floats, positions: Ints) -> Floats:
         logits = np.zeros_like(logits)
         logits[np.arange(len(positions)), wanted[positions]] = 1e4
         return logits
 
-    change_logits(model, speak)
+    change_logits(model, scripted)
 
 
 def change_logits(model: ServedModel, change: Callable[[Floats, Ints], Floats]) -> None:
-    """Puts `change(logits, positions)` in place of what each step says of these positions."""
+    """Replaces the logits of each step with `change(logits, positions)`."""
     runtime: Any = model.engine.runtime
     step = runtime.step
 

@@ -1,4 +1,4 @@
-"""Messages that nobody in his right mind would send, and what may come of them."""
+"""Generates hostile messages, and checks that the server survives them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 Test = Callable[..., None]
 
-CASES = {  # of each kind: fewest of the fast form, and of the slow one
+CASES = {  # by kind: number of cases in the fast form and in the slow form
     "requests": (1_000, 8_000),
     "calls": (400, 4_000),
     "bytes": (500, 5_000),
@@ -30,7 +30,7 @@ CASES = {  # of each kind: fewest of the fast form, and of the slow one
 }
 FORMS = ["fast", pytest.param("slow", marks=pytest.mark.slow)]
 
-# Nothing is made smaller once it failed: of a case that hangs, that would take hours.
+# A failed case is not shrunk: for a case that hangs, shrinking takes hours.
 _PHASES = (Phase.generate,)
 _INTEGERS = {
     FieldDescriptor.CPPTYPE_INT32: (-(2**31), 2**31 - 1),
@@ -45,7 +45,7 @@ _NO_NUMBERS = (float("nan"), float("inf"), float("-inf"))
 
 @dataclass
 class Tally:
-    """Counts cases; there have to be as many as were promised."""
+    """Counts cases, to check that the promised number ran."""
 
     kind: str
     form: str
@@ -53,16 +53,16 @@ class Tally:
 
     @property
     def promised(self) -> int:
-        """How many there have to be."""
+        """The number of cases to run."""
         return CASES[self.kind][self.form == "slow"]
 
     def close(self) -> None:
-        """Fails when there were fewer."""
+        """Fails if fewer cases ran."""
         assert self.cases >= self.promised, f"{self.cases} of {self.promised} {self.kind}"
 
 
 def examples(tally: Tally, strategies: Sequence[st.SearchStrategy[Any]], test: Test) -> None:
-    """Runs `test` with values of the strategies, as often as was promised."""
+    """Runs `test` with values of the strategies, for the promised number of cases."""
 
     @settings(max_examples=tally.promised, suppress_health_check=list(HealthCheck), phases=_PHASES)
     @given(st.tuples(*strategies))
@@ -75,7 +75,7 @@ def examples(tally: Tally, strategies: Sequence[st.SearchStrategy[Any]], test: T
 
 
 def messages(kind: type[Message]) -> st.SearchStrategy[Any]:
-    """Messages of a kind: any of their fields, with values at and beyond every edge."""
+    """Messages of a type with any of their fields, with values at and beyond all limits."""
     return _messages(kind.DESCRIPTOR)
 
 
@@ -119,7 +119,7 @@ def _single(field: FieldDescriptor) -> st.SearchStrategy[Any]:
 
 
 def mutated(content: bytes, rng: random.Random) -> bytes:
-    """`content` with a few of its bytes changed, lost, doubled, or new."""
+    """`content` with a few bytes changed, removed, doubled or added."""
     out = bytearray(content)
     for _ in range(rng.randint(1, 6)):
         at = rng.randint(0, len(out))
@@ -140,31 +140,31 @@ def mutated(content: bytes, rng: random.Random) -> bytes:
 
 
 class Caller:
-    """The context of a call, as a handler sees it."""
+    """The context of a call, for a handler."""
 
     def __init__(self) -> None:
         self.code: grpc.StatusCode | None = None
         self.details = ""
 
     def invocation_metadata(self) -> list[tuple[str, str | bytes]]:
-        """Nothing: these servers have no keys."""
+        """No metadata: these servers have no keys."""
         return []
 
     def set_code(self, code: grpc.StatusCode) -> None:
-        """How it ended."""
+        """Records the status."""
         self.code = code
 
     def set_details(self, details: str) -> None:
-        """And why."""
+        """Records the message of the status."""
         self.details = details
 
     def check(self) -> None:
-        """The call may have been refused, but not because of a mistake of ours."""
+        """Checks that the call did not end with an internal error."""
         assert self.code is not grpc.StatusCode.INTERNAL, self.details
         assert harmless(self.details)
 
 
 def harmless(text: str) -> bool:
-    """Whether a message gives nothing of the inside away."""
+    """Whether a message shows nothing of the server's code."""
     words = ("internal error", "Traceback", ".py", "Error:", "object at 0x")
     return not any(word in text for word in words) and len(text) < 1_000

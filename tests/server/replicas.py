@@ -1,4 +1,4 @@
-"""Replicas that share a store, without a network: opened, killed, and asked for streams."""
+"""Replicas that share a store, without a network. Tests start and kill them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SEALER = Sealer([bytes(range(32))])
 async def start(
     opener: SessionOpener, model: ServedModel, wanted: pb.GenerateRequest, caller: Caller = ANYONE
 ) -> Attachment:
-    """Begins a stream, as Generate does."""
+    """Starts a stream, as Generate does."""
     if not wanted.idempotency_key:
         model.require_room()
     return await opener.start(
@@ -41,7 +41,7 @@ async def start(
 
 
 class MortalWriter(SnapshotWriter):
-    """Stores nothing any more once its process is as good as dead."""
+    """A writer that stores nothing after its simulated process is dead."""
 
     dead = False
 
@@ -64,22 +64,22 @@ class Replica:
         self.opener = SessionOpener(self.registry)
 
     async def start(self, wanted: pb.GenerateRequest, caller: Caller = ANYONE) -> Attachment:
-        """Begins a stream."""
+        """Starts a stream."""
         return await start(self.opener, self.model, wanted, caller)
 
-    async def follow(
+    async def resume(
         self, stream_id: str, owner: str = "", cursors: Sequence[ResumeCursor] = ()
     ) -> Attachment:
-        """The rest of a stream."""
-        return await reviver.follow(self.registry, stream_id, owner, cursors)
+        """Attaches to a stream."""
+        return await reviver.resume(self.registry, stream_id, owner, cursors)
 
     async def adopt(self, snapshot: Snapshot) -> str:
-        """The name of a session made of a snapshot."""
+        """Opens a session from a snapshot. Returns its name."""
         _, session = await self.opener.adopt(snapshot)
         return session.lease.stream_id
 
     async def delete(self, stream_id: str, owner: str = "") -> None:
-        """Forgets a stream."""
+        """Deletes a stream."""
         await self.registry.delete(stream_id, owner)
 
     def die(self) -> None:
@@ -87,7 +87,7 @@ class Replica:
         self.snapshots.dead = True
 
     def kill(self) -> None:
-        """What SIGKILL would leave of it: nothing but what was stored by then."""
+        """Ends it as SIGKILL does: only what is stored by then remains."""
         assert self.snapshots.flush(LIMIT_S)
         self.die()
         self.model.close()

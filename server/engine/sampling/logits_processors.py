@@ -1,8 +1,8 @@
-"""What changes logits before anything is drawn: biases, forbidden tokens, and penalties.
+"""Logits processors: biases, forbidden tokens and penalties, applied before a token is drawn.
 
-A stream with processors has a `PenaltyState`: the tokens it has seen. Those of a batch lie in one
-array for each field, so that a step updates and applies all of them at once.
-Shapes: `B` streams, `E` of them with processors, `V` vocabulary, `T` tokens in their order,
+A stream with processors has a `PenaltyState`, which counts its tokens. A `ProcessorBatch` holds the
+states of a batch, one array for each field, so that a step updates all of them at once.
+Shapes: `B` streams, `E` of them with processors, `V` vocabulary, `T` last tokens of an output,
 `W` bad words, `H` withheld tokens.
 """
 
@@ -16,17 +16,17 @@ import numpy as np
 from server.arrays import Bools, Doubles, Floats, Ints
 from server.request import LONGEST_BAD_WORD, LogitsProcessors, Prompt
 
-_ANY = -1  # in a bad word: nothing has to stand here
-_NO_TOKEN = -2  # in a tail: none yet
+_ANY = -1  # in the start of a bad word: matches any token
+_NO_TOKEN = -2  # in a tail: no token yet
 
 
 @dataclass
 class PenaltyState:
-    """What the processors of one stream know of it; kept while the stream is parked.
+    """What the processors of one stream keep from token to token, also while it is parked.
 
-    offset: what is added to every logit whatever was drawn, `[V]`. counts: how often the output has
-    each token, `[V]`. seen: whether prompt or output have it, `[V]`. tail: the last tokens of the
-    output, `[T]`. first: position of the output's first token.
+    offset: value to add to each logit, `[V]`. counts: how often the output has each token, `[V]`.
+    seen: whether the prompt or the output has it, `[V]`. tail: the last tokens of the output,
+    `[T]`. first: position of the output's first token.
     """
 
     processors: LogitsProcessors
@@ -38,7 +38,7 @@ class PenaltyState:
 
     @staticmethod
     def of(processors: LogitsProcessors, prompt: Prompt, vocabulary: int) -> PenaltyState:
-        """Of a stream that has generated nothing."""
+        """The state of a stream that has generated no token."""
         offset = np.zeros(vocabulary)
         for token, bias in processors.bias:
             offset[token] = bias
@@ -56,7 +56,7 @@ class PenaltyState:
         )
 
     def recall(self, tokens: Ints) -> None:
-        """Take in `tokens[N]`, the first that the stream generated."""
+        """Add `tokens[N]` that the stream has generated earlier."""
         self.counts += np.bincount(tokens, minlength=len(self.counts))
         self.seen[tokens] = True
         self.tail = np.concatenate((self.tail, tokens))[-len(self.tail) :]
@@ -64,7 +64,7 @@ class PenaltyState:
 
 @dataclass(frozen=True)
 class ProcessorBatch:
-    """The processors and penalty states of those streams of a batch that have any."""
+    """The processors and penalty states of the streams of a batch that have any."""
 
     rows: Ints
     """Their rows of the batch, `[E]`."""
@@ -79,10 +79,10 @@ class ProcessorBatch:
     presence: Doubles = field(repr=False)
 
     word_owner: Ints = field(repr=False)
-    """Which of the E streams each bad word belongs to, `[W]`."""
+    """Index of the stream, among the E, that each bad word belongs to, `[W]`."""
 
     word_start: Ints = field(repr=False)
-    """All of each bad word but its last token, aligned with the tails, `[W, T]`."""
+    """Each bad word without its last token, aligned with the tails, `[W, T]`."""
 
     word_last: Ints = field(repr=False)
 
@@ -93,7 +93,10 @@ class ProcessorBatch:
 
     @staticmethod
     def of(states: Sequence[PenaltyState | None]) -> ProcessorBatch | None:
-        """None if no stream of the batch has any. The states become views of the batch's arrays."""
+        """The batch of `states`, one for each row; None if no row has any.
+
+        The arrays of the states become views of the batch's arrays.
+        """
         rows = [row for row, state in enumerate(states) if state is not None]
         if not rows:
             return None
@@ -130,7 +133,7 @@ class ProcessorBatch:
         return batch
 
     def apply(self, logits: Floats, positions: Ints) -> Doubles:
-        """A copy of the batch's `logits[B, V]`, changed; `positions[B]` are those to draw for."""
+        """A changed copy of `logits[B, V]`, from which the tokens at `positions[B]` are drawn."""
         changed = logits.astype(np.float64)
         ours: Doubles = changed[self.rows] + self.offset
         if len(self.word_last):
@@ -147,7 +150,7 @@ class ProcessorBatch:
         return changed
 
     def remember(self, tokens: Ints) -> None:
-        """Take the tokens `[B]` that the batch drew into the penalty states."""
+        """Add the drawn `tokens[B]` to the penalty states."""
         drawn, owners = tokens[self.rows], np.arange(len(self.rows))
         self.counts[owners, drawn] += 1
         self.seen[owners, drawn] = True

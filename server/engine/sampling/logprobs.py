@@ -1,4 +1,4 @@
-"""How likely the model held a token: by its own distribution, before any logits change."""
+"""Log-probabilities of tokens under the model, before logits processors."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from server.checkpoint import TokenLogprobs
 
 
 def token_logprobs(logits: Floats, tokens: Ints, top: Sequence[int]) -> list[TokenLogprobs]:
-    """Of `tokens[T]` under `logits[T, vocabulary]`, with the `top[T]` likeliest each.
+    """Log-probabilities of `tokens[T]` under `logits[T, vocabulary]`.
 
-    Among tokens that are alike, the lower id comes first.
+    Each has the `top[T]` most likely tokens, too. Of equally likely tokens, the lower id is first.
     """
     logs = _log_softmax(logits)
     own = logs[np.arange(len(tokens)), tokens].tolist()
@@ -27,14 +27,14 @@ def token_logprobs(logits: Floats, tokens: Ints, top: Sequence[int]) -> list[Tok
 
 
 def surprisal(logits: Floats, tokens: Ints) -> Doubles:
-    """Bits by which `logits[T, vocabulary]` are surprised at `tokens[T]`."""
+    """Bits (negative log2-probability) of `tokens[T]` under `logits[T, vocabulary]`, `[T]`."""
     bits: Doubles = -_log_softmax(logits)[np.arange(len(tokens)), tokens] / np.log(2)
     return bits
 
 
 def _log_softmax(logits: Floats) -> Doubles:
     logs = logits.astype(np.float64)
-    with np.errstate(invalid="ignore"):  # rows that are not finite end; that is no news here
+    with np.errstate(invalid="ignore"):  # `failures` reports rows that are not finite
         logs -= logs.max(axis=1, keepdims=True)
     logs -= np.log(np.exp(logs).sum(axis=1, keepdims=True))
     return logs

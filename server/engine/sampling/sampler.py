@@ -1,7 +1,7 @@
-"""From logits to tokens: vectorised over the batch, each row independent of the others.
+"""Draws tokens from logits, vectorised over the batch. Each row is independent of the others.
 
-The random number of a token is a pure function of (seed, output, position): a stream draws the same
-tokens whatever else is in the batch, and goes on as it would have when it is resumed.
+The random number of a token is a pure function of (seed, output, position). So a stream draws the
+same tokens in any batch, and also when it is resumed.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from server.request import SamplingParameters
 
 _Words = npt.NDArray[np.uint64]
 
-_MOST_AHEAD = 64  # positions for which random numbers are made at once
+_MOST_AHEAD = 64  # largest number of positions to compute random numbers for at once
 
 NO_TOKEN_LEFT = -1
-"""Drawn where the processors leave no token to draw."""
+"""Drawn in a row where the logits processors forbid all tokens."""
 
 # Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 _MULTIPLIERS = np.array([[0xD2511F53], [0xCD9E8D57]], np.uint64)
@@ -36,10 +36,11 @@ _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
 
 
-class Numbers:
-    """The random numbers of a batch; the longer it stays as it is, the further ahead they are made.
+class RandomNumbers:
+    """The random numbers of a batch, computed ahead for several positions at once.
 
-    A call for many costs little more than one for a few.
+    One large call costs little more than a small one. The longer the batch stays the same, the more
+    numbers each call computes.
     """
 
     def __init__(self, seed: _Words, output: _Words) -> None:
@@ -50,7 +51,7 @@ class Numbers:
         self._made: Doubles = np.zeros((len(seed), 0))
 
     def at(self, positions: Ints) -> Doubles:
-        """The number of each row, `[B]`, for the token at `positions[B]`."""
+        """The random number of each row for the token at `positions[B]`, `[B]`."""
         column = positions - self._first
         size = self._made.shape[1]
         if column.view(np.uint64).max() >= size:  # as unsigned, a negative one is huge
@@ -65,25 +66,28 @@ class Numbers:
 
 @dataclass(frozen=True)
 class SamplingBatch:
-    """The parameters of a batch, one array each, `[B]`."""
+    """The sampling parameters of a batch, one array `[B]` for each."""
 
     temperature: Doubles
     top_k: Ints
     top_p: Doubles
     min_p: Doubles
     typical_p: Doubles
-    numbers: Numbers
+    numbers: RandomNumbers
     processors: ProcessorBatch | None
     reported: Ints
     """Rows that report log-probabilities, `[R]`."""
     top: tuple[int, ...]
-    """How many of the likeliest tokens each of them reports."""
+    """Number of most likely tokens that each of them reports."""
 
     @staticmethod
     def of(
         parameters: Sequence[SamplingParameters], states: Sequence[PenaltyState | None] = ()
     ) -> SamplingBatch:
-        """Columns from rows; a row whose parameters have processors needs its penalty state."""
+        """The batch of `parameters` and penalty `states`, one of each for each row.
+
+        `states` may be empty if no row has logits processors.
+        """
         reports = [(row, p.logprobs) for row, p in enumerate(parameters) if p.logprobs is not None]
         return SamplingBatch(
             np.array([p.temperature for p in parameters], np.float64),
@@ -91,7 +95,7 @@ class SamplingBatch:
             np.array([p.top_p for p in parameters], np.float64),
             np.array([p.min_p for p in parameters], np.float64),
             np.array([p.typical_p for p in parameters], np.float64),
-            Numbers(
+            RandomNumbers(
                 np.array([p.seed for p in parameters], np.uint64),
                 np.array([p.output for p in parameters], np.uint64),
             ),
@@ -102,12 +106,12 @@ class SamplingBatch:
 
     @cached_property
     def greedy(self) -> Ints:
-        """Rows that draw the likeliest token."""
+        """Rows that take the most likely token."""
         return np.flatnonzero(self.temperature == 0)
 
     @cached_property
     def divisors(self) -> Doubles:
-        """What logits are divided by, `[B, 1]`."""
+        """Divisors of the logits, `[B, 1]`."""
         return np.where(self.temperature == 0, 1.0, self.temperature)[:, None]
 
     @cached_property
@@ -117,7 +121,7 @@ class SamplingBatch:
 
     @cached_property
     def floored(self) -> bool:
-        """Whether a row has a min_p."""
+        """Whether any row has a min_p."""
         return bool(self.min_p.any())
 
     @cached_property
@@ -126,12 +130,12 @@ class SamplingBatch:
         return np.flatnonzero(self.typical_p < 1)
 
     def remember(self, tokens: Ints) -> None:
-        """Take the tokens `[B]` that were drawn into the penalty states."""
+        """Add the drawn `tokens[B]` to the penalty states."""
         if self.processors is not None:
             self.processors.remember(tokens)
 
     def logprobs(self, logits: Floats, tokens: Ints) -> dict[int, TokenLogprobs]:
-        """By row that reports them: of `tokens[B]`, drawn from `logits[B, vocabulary]`."""
+        """Log-probabilities of `tokens[B]` under `logits[B, vocabulary]`, by reporting row."""
         rows = self.reported
         if not len(rows):
             return {}
@@ -140,10 +144,11 @@ class SamplingBatch:
 
 
 def sample(logits: Floats, batch: SamplingBatch, positions: Ints) -> Ints:
-    """Draw one token a row from `logits[B, vocabulary]`; `positions[B]` are those of the tokens.
+    """Draw the token at `positions[B]` for each row of `logits[B, vocabulary]`, `[B]`.
 
-    In this order: processors, temperature, top_k, top_p, min_p, typical_p, each on what the ones
-    before it left. Ties at a border are kept. A row that is left nothing gets `NO_TOKEN_LEFT`.
+    Applies logits processors, temperature, top_k, top_p, min_p and typical_p, in this order; each
+    filters what the one before it keeps. Ties with the last token kept are kept, too. A row without
+    any token left gets `NO_TOKEN_LEFT`.
     """
     if batch.processors is None:
         return _draw(logits, batch, positions)
@@ -160,7 +165,7 @@ def _draw(logits: Floats | Doubles, batch: SamplingBatch, positions: Ints) -> In
     weights = _exponentials(logits, batch.divisors)
     _keep(weights, batch.limited, _likeliest, batch.top_k, batch.top_p)
     if batch.floored:
-        weights[weights < batch.min_p[:, None]] = 0  # the likeliest has 1
+        weights[weights < batch.min_p[:, None]] = 0  # the most likely token has weight 1
     _keep(weights, batch.typical, _typical, batch.typical_p)
     cumulated = weights.cumsum(axis=1)
     drawn = batch.numbers.at(positions) * cumulated[:, -1]
@@ -171,11 +176,11 @@ def _draw(logits: Floats | Doubles, batch: SamplingBatch, positions: Ints) -> In
 
 
 def failures(logits: Floats, tokens: Ints, positions: Ints) -> dict[int, RequestError]:
-    """By row, why `tokens[B]` of `logits[B, vocabulary]` for `positions[B]` cannot be used."""
+    """The errors, by row, of `tokens[B]` drawn from `logits[B, vocabulary]` at `positions[B]`."""
     failed: dict[int, RequestError] = {}
     extremes = logits.max(initial=0), logits.min(initial=0)
     if all(map(math.isfinite, extremes)) and tokens.min(initial=0) >= 0:
-        return failed  # as nearly always, and cheaper to see than row by row
+        return failed  # the usual case, and cheaper to check than row by row
     for row in np.flatnonzero(tokens == NO_TOKEN_LEFT).tolist():
         failed[row] = InvalidRequest(
             "sampling.allowed_token_ids, bad_words and stopping.min_tokens leave no token for "
@@ -189,7 +194,7 @@ def failures(logits: Floats, tokens: Ints, positions: Ints) -> dict[int, Request
 
 
 def uniform(seeds: _Words, positions: Ints, output: _Words | int = 0) -> Doubles:
-    """One number in [0, 1) a row, with 53 random bits, from Philox4x32-10."""
+    """Random numbers in [0, 1) of 53 bits, one for each seed and position, from Philox4x32-10."""
     at = positions.astype(np.uint64)
     counter = (at & _LOW, at >> _HALF, np.full_like(at, output), np.zeros_like(at))
     words = philox(counter, (seeds & _LOW, seeds >> _HALF))
@@ -210,9 +215,9 @@ def philox(
 
 
 def _exponentials(logits: Floats | Doubles, divisors: Doubles) -> Doubles:
-    """Probabilities up to a factor: 1 for the likeliest token of each row."""
+    """Probabilities, scaled so that the most likely token of each row has 1."""
     weights: Doubles = logits / divisors
-    with np.errstate(invalid="ignore"):  # rows that are not finite end; that is no news here
+    with np.errstate(invalid="ignore"):  # `failures` reports rows that are not finite
         weights -= weights.max(axis=1, keepdims=True)
     return np.exp(weights, out=weights)
 
@@ -220,27 +225,27 @@ def _exponentials(logits: Floats | Doubles, divisors: Doubles) -> Doubles:
 def _keep(
     weights: Doubles, rows: Ints, kept: Callable[..., Bools], *columns: Ints | Doubles
 ) -> None:
-    """Set to 0, in `rows[R]`, what `kept(weights, *columns)` of these rows leaves out."""
+    """Set to 0, in `rows[R]`, the weights for which `kept(weights, *columns)` is false."""
     if len(rows):
         ours = weights[rows]
         weights[rows] = np.where(kept(ours, *(column[rows] for column in columns)), ours, 0)
 
 
 def _likeliest(weights: Doubles, top_k: Ints, top_p: Doubles) -> Bools:
-    """What each row keeps under its top_k, then its top_p, `[B, vocabulary]`."""
+    """Which tokens each row keeps after its top_k, then its top_p, `[B, vocabulary]`."""
     return weights >= floors(weights, top_k, top_p)[:, None]
 
 
 def floors(weights: Doubles, top_k: Ints, top_p: Doubles) -> Doubles:
-    """Smallest weight that each row keeps under its top_k, then top_p, `[B]`."""
+    """Smallest weight that each row keeps after its top_k, then its top_p, `[B]`."""
     size = weights.shape[1]
     kept = np.where((top_k > 0) & (top_k < size), top_k, size)
     most = int(kept.max())
-    falling = -np.sort(np.partition(-weights, most - 1)[:, :most])  # all that is needed in order
+    falling = -np.sort(np.partition(-weights, most - 1)[:, :most])  # sorts no more than needed
     floor = falling[np.arange(len(kept)), kept - 1]
     whole = np.where(weights >= floor[:, None], weights, 0).sum(axis=1)
     reached = falling.cumsum(axis=1) / whole[:, None]
-    # Beyond kept there are only ties with the floor, if anything.
+    # After `kept` there are only ties with the floor.
     needed = np.minimum((reached < top_p[:, None]).sum(axis=1), kept - 1)
     nucleus = falling[np.arange(len(kept)), needed]
     both: Doubles = np.where(top_p < 1, nucleus, floor)
@@ -248,7 +253,7 @@ def floors(weights: Doubles, top_k: Ints, top_p: Doubles) -> Doubles:
 
 
 def _typical(weights: Doubles, typical_p: Doubles) -> Bools:
-    """What each row keeps under its typical_p, `[B, vocabulary]`."""
+    """Which tokens each row keeps after its typical_p, `[B, vocabulary]`."""
     share = weights / weights.sum(axis=1, keepdims=True)
     surprise = -np.log(share, out=np.full_like(share, -np.inf), where=share > 0)
     entropy = np.multiply(share, surprise, out=np.zeros_like(share), where=share > 0).sum(axis=1)

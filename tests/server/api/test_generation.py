@@ -1,4 +1,4 @@
-"""The API over a real gRPC channel: what callers see, and what they never see."""
+"""The generation API over a real gRPC channel."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SECRET = "a secret of /the/server"
 
 @dataclass(frozen=True)
 class Served:
-    """A server, seen from both sides."""
+    """A server and its clients."""
 
     served: dict[str, ServedModel]
     channel: grpc.aio.Channel
@@ -54,7 +54,7 @@ class Served:
         return model_grpc.ModelServiceStub(self.channel)
 
     async def generate(self, request: pb.GenerateRequest) -> list[pb.GenerateResponse]:
-        """All events of a stream, whose form is checked."""
+        """All events of a stream. Checks their form and order."""
         events = [event async for event in self.generation.Generate(request, timeout=LIMIT_S)]
         assert [event.sequence for event in events] == list(range(1, len(events) + 1))
         assert events[0].HasField("accepted")
@@ -62,10 +62,10 @@ class Served:
             own = [event for event in events[1:] if event.output == output]
             kinds = [event.WhichOneof("event") for event in own]
             assert kinds[-1] in ("finished", "error")
-            told = kinds.count("prompt_logprobs")
-            assert kinds[:-1] == ["prompt_logprobs"] * told + ["tokens"] * (len(own) - 1 - told)
+            count = kinds.count("prompt_logprobs")
+            assert kinds[:-1] == ["prompt_logprobs"] * count + ["tokens"] * (len(own) - 1 - count)
             position = events[0].accepted.prompt_tokens
-            for event in own[told:-1]:
+            for event in own[count:-1]:
                 assert event.tokens.first_position == position
                 position += len(event.tokens.ids)
         return events
@@ -76,7 +76,7 @@ Serve = Callable[..., Awaitable[Served]]
 
 @pytest.fixture
 async def serve(text_bundle: Path, image_bundle: Path) -> AsyncIterator[Serve]:
-    """Serves bundles, both unless told otherwise; in the end no engine may hold anything."""
+    """Serves bundles, by default both. At the end, checks that no engine holds anything."""
     servers, served = list[grpc.aio.Server](), list[Served]()
 
     async def serve(*names: str, **settings: float) -> Served:
@@ -116,7 +116,7 @@ def _text(events: list[pb.GenerateResponse]) -> str:
 # ---- streams that go well
 
 
-async def test_a_request_without_anything_gets_every_default(serve: Serve, text: Bundle) -> None:
+async def test_an_empty_request_gets_all_defaults(serve: Serve, text: Bundle) -> None:
     served = await serve(TEXT)
     events = await served.generate(pb.GenerateRequest())
     accepted, finished = events[0].accepted, events[-1].finished
@@ -144,7 +144,7 @@ async def test_a_request_without_anything_gets_every_default(serve: Serve, text:
     assert finished.usage.state_bytes > 0
 
 
-async def test_what_was_asked_for_is_echoed(serve: Serve) -> None:
+async def test_the_request_is_echoed(serve: Serve) -> None:
     served = await serve(TEXT)
     sampling = pb.SamplingParameters(
         temperature=0.5,
@@ -256,7 +256,7 @@ async def test_sixteen_streams_at_once(serve: Serve) -> None:
 
 
 async def test_outputs_of_one_request_are_those_of_one_stream(serve: Serve) -> None:
-    """Numbered without a gap over all of them, each with its own positions and ending."""
+    """Sequence numbers count over all outputs; each output has its own positions and ending."""
     served = await serve(TEXT, slots=2)
     request = pb.GenerateRequest(
         prompt=pb.Prompt(text="ab"),
@@ -265,11 +265,11 @@ async def test_outputs_of_one_request_are_those_of_one_stream(serve: Serve) -> N
         output=pb.OutputOptions(n=3, logprobs=1, prompt_logprobs=2),
     )
     events = await served.generate(request)
-    told = [event for event in events if event.HasField("prompt_logprobs")]
-    assert [event.output for event in told] == [0] * len(told)
-    assert sum(len(event.prompt_logprobs.logprobs) for event in told) == 2
+    reports = [event for event in events if event.HasField("prompt_logprobs")]
+    assert [event.output for event in reports] == [0] * len(reports)
+    assert sum(len(event.prompt_logprobs.logprobs) for event in reports) == 2
     for output in range(3):
-        own = [event for event in events[1:] if event.output == output and event not in told]
+        own = [event for event in events[1:] if event.output == output and event not in reports]
         for event in own[:-1]:
             assert len(event.tokens.logprobs) == len(event.tokens.ids)
             assert all(len(one.top_ids) == 1 for one in event.tokens.logprobs)
@@ -342,7 +342,7 @@ async def test_a_client_that_goes_away_leaves_nothing(serve: Serve, after: int) 
 
 
 async def test_a_generator_that_is_dropped_in_the_middle_cancels(serve: Serve) -> None:
-    """Not every home cancels the handler: some just stop asking it."""
+    """Some hosts do not cancel the handler: they only stop reading."""
     served = await serve(TEXT, slots=1, stream_buffer=4)
     model = served.served[TEXT]
     events = make_servicers(None, served.served).generation.Generate(_long(), _Context())
@@ -438,8 +438,8 @@ async def test_scoring_refuses_alike(serve: Serve) -> None:
     assert (status.name, len(details) < 300) == ("NOT_FOUND", True)
 
 
-async def test_a_full_queue_is_told_at_once(serve: Serve) -> None:
-    """With an event that says when to try again, for a status says nothing but its text."""
+async def test_a_full_queue_refuses_at_once(serve: Serve) -> None:
+    """An event has the time to retry after, since a status has only text."""
     served = await serve(TEXT, slots=1, queue_limit=0)
     model = served.served[TEXT]
     with Gate(model) as gate:
@@ -455,7 +455,7 @@ async def test_a_full_queue_is_told_at_once(serve: Serve) -> None:
         assert "at most 1 streams" in details
         scored = served.generation.Score(pb.ScoreRequest(prompt=pb.Prompt(text="x")))
         assert (await _refusal(scored))[0].name == "RESOURCE_EXHAUSTED"
-        # Nobody looks at what there is no room for.
+        # Without room, the request is refused before its fields are checked.
         nonsense = pb.GenerateRequest(sampling=pb.SamplingParameters(temperature=-1))
         event = await served.generation.Generate(nonsense).read()
         assert event.error.code == "RESOURCE_EXHAUSTED"
@@ -470,10 +470,10 @@ async def test_a_full_queue_is_told_at_once(serve: Serve) -> None:
         ({"state_limit_bytes": 10_000}, "bytes of state"),
     ],
 )
-async def test_every_refusal_is_told_within_50_ms_while_the_engine_is_busy(
+async def test_refusals_take_at_most_50_ms_while_the_engine_is_busy(
     serve: Serve, settings: dict[str, float], reason: str
 ) -> None:
-    """The engine stands still in a pass of the model, and those it took on fill it."""
+    """The engine is full and stands still in a pass of the model."""
     served = await serve(TEXT, **settings)
     model = served.served[TEXT]
     request = pb.GenerateRequest(
@@ -497,13 +497,13 @@ async def test_every_refusal_is_told_within_50_ms_while_the_engine_is_busy(
             assert 0.1e9 <= event.error.retry_after.ToNanoseconds() <= 30e9
             assert caught.value.code().name == "RESOURCE_EXHAUSTED"
         assert 1 <= len(taken) <= 2
-        # The median, since whatever else runs on this machine takes its time, too.
+        # The median, since other processes on this machine take time, too.
         assert statistics.median(seconds) < 0.05
         for call in taken:
             call.cancel()
 
 
-async def test_a_request_that_never_fits_is_not_to_be_tried_again(serve: Serve) -> None:
+async def test_a_request_that_never_fits_is_not_retryable(serve: Serve) -> None:
     served = await serve(TEXT, state_limit_bytes=100)
     status, details = await _refusal(served.generation.Generate(_long()).read())
     assert status.name == "INVALID_ARGUMENT"
@@ -511,7 +511,7 @@ async def test_a_request_that_never_fits_is_not_to_be_tried_again(serve: Serve) 
 
 
 async def test_a_call_whose_deadline_passes_frees_its_slot_at_once(serve: Serve) -> None:
-    """Running or waiting: the caller is told by status, the engine goes on."""
+    """Running or waiting: the call ends with a status, and the engine continues."""
     served = await serve(TEXT, slots=1)
     model = served.served[TEXT]
     prompted = pb.GenerateRequest(
@@ -542,7 +542,7 @@ async def test_the_priority_in_force_is_echoed(serve: Serve) -> None:
         assert (await served.generate(request))[0].accepted.priority == priority
 
 
-async def test_an_engine_that_stops_is_told_to_running_and_new_streams(serve: Serve) -> None:
+async def test_running_and_new_streams_end_when_the_engine_stops(serve: Serve) -> None:
     served = await serve(TEXT)
     model = served.served[TEXT]
     with Gate(model) as gate:
@@ -563,7 +563,7 @@ async def test_an_engine_that_stops_is_told_to_running_and_new_streams(serve: Se
 
 
 @pytest.mark.parametrize("what", ["generate_request", "score_request", "find"])
-async def test_a_failure_of_ours_before_the_stream_leaks_nothing(
+async def test_an_internal_error_before_the_stream_leaks_nothing(
     serve: Serve,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -586,17 +586,17 @@ def _raise(*args: object) -> None:
 
 
 @pytest.mark.parametrize("after", [0, 1, 2])
-async def test_a_failure_of_ours_in_a_stream_is_its_last_event_and_leaks_nothing(
+async def test_an_internal_error_in_a_stream_is_its_last_event_and_leaks_nothing(
     serve: Serve,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     after: int,
 ) -> None:
-    """Whether the engine's events fail, or what becomes of them."""
+    """The engine's events fail, or their conversion to messages."""
     served = await serve(TEXT, stream_buffer=2)
     model, events = served.served[TEXT], ServedModel.events
     response = generation.response_message
-    told = 0
+    sent = 0
 
     async def break_off(
         self: ServedModel, session: Session, subscribers: Sequence[Subscriber]
@@ -609,9 +609,9 @@ async def test_a_failure_of_ours_in_a_stream_is_its_last_event_and_leaks_nothing
             seen += 1
 
     def answer(*args: object) -> pb.GenerateResponse:
-        nonlocal told
-        told += 1
-        if told == after + 1 and isinstance(args[2], Delta):
+        nonlocal sent
+        sent += 1
+        if sent == after + 1 and isinstance(args[2], Delta):
             raise RuntimeError(SECRET)
         return response(*args)  # type: ignore[arg-type]
 
@@ -628,7 +628,7 @@ async def test_a_failure_of_ours_in_a_stream_is_its_last_event_and_leaks_nothing
     assert len(_ids(await served.generate(_long(9)))) == 9
 
 
-async def test_a_step_that_fails_is_told_in_the_stream(serve: Serve) -> None:
+async def test_a_failed_step_is_an_event_of_the_stream(serve: Serve) -> None:
     served = await serve(TEXT)
 
     def spoil(logits: np.ndarray, positions: np.ndarray) -> np.ndarray:

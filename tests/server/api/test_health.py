@@ -23,65 +23,65 @@ class Engine:
 
 
 @dataclass
-class Home:
+class HealthServer:
     engines: dict[str, Any]
     address: str
 
 
 @pytest.fixture
-async def home() -> AsyncIterator[Home]:
-    """A grpc.aio server with nothing but the health service, over two engines."""
+async def server() -> AsyncIterator[HealthServer]:
+    """A grpc.aio server with only the health service, over two engines."""
     engines: dict[str, Any] = {"a": Engine(), "b": Engine()}
     server = grpc.aio.server()
     health_pb2_grpc.add_HealthServicer_to_server(HealthServicer(engines), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    yield Home(engines, f"127.0.0.1:{port}")
+    yield HealthServer(engines, f"127.0.0.1:{port}")
     await server.stop(None)
 
 
-async def check(home: Home, service: str = "") -> Any:
-    async with grpc.aio.insecure_channel(home.address) as channel:
+async def check(server: HealthServer, service: str = "") -> Any:
+    async with grpc.aio.insecure_channel(server.address) as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)
         return (await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=10)).status
 
 
 @pytest.mark.parametrize("service", ["", *SERVICES])
-async def test_one_dead_engine_is_enough(home: Home, service: str) -> None:
-    assert await check(home, service) == Response.SERVING
-    home.engines["b"].alive = False
-    assert await check(home, service) == Response.NOT_SERVING
-    assert not await asyncio.to_thread(is_serving, home.address)
+async def test_one_dead_engine_is_enough(server: HealthServer, service: str) -> None:
+    assert await check(server, service) == Response.SERVING
+    server.engines["b"].alive = False
+    assert await check(server, service) == Response.NOT_SERVING
+    assert not await asyncio.to_thread(is_serving, server.address)
 
 
-async def test_an_unknown_service_is_not_found(home: Home) -> None:
+async def test_an_unknown_service_is_not_found(server: HealthServer) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as raised:
-        await check(home, "nope")
+        await check(server, "nope")
     assert raised.value.code() == grpc.StatusCode.NOT_FOUND
     assert "concertina.v1.GenerationService" in str(raised.value.details())
 
 
-async def test_a_watcher_is_told_of_changes(home: Home) -> None:
-    async with grpc.aio.insecure_channel(home.address) as channel:
+async def test_watch_reports_changes(server: HealthServer) -> None:
+    async with grpc.aio.insecure_channel(server.address) as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)
         watch = stub.Watch(health_pb2.HealthCheckRequest(), timeout=30)
         assert (await watch.read()).status == Response.SERVING
-        home.engines["a"].alive = False
+        server.engines["a"].alive = False
         assert (await watch.read()).status == Response.NOT_SERVING
 
 
-async def test_waiting_ends_as_soon_as_somebody_serves(home: Home) -> None:
-    await asyncio.to_thread(wait_until_serving, home.address, 10.0)
+async def test_waiting_ends_when_a_server_answers(server: HealthServer) -> None:
+    await asyncio.to_thread(wait_until_serving, server.address, 10.0)
 
 
-def test_waiting_for_nobody_has_an_end() -> None:
+def test_waiting_without_a_server_times_out() -> None:
     (port,) = free_ports(1)
     began = time.monotonic()
-    with pytest.raises(TimeoutError, match=f"nothing healthy answers at 127.0.0.1:{port}"):
+    with pytest.raises(TimeoutError, match=f"no healthy server answers at 127.0.0.1:{port}"):
         wait_until_serving(f"127.0.0.1:{port}", 0.5)
     assert time.monotonic() - began < 10
 
 
-def test_somebody_who_never_answers_does_not_serve() -> None:
+def test_a_server_that_never_answers_is_not_serving() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         assert not is_serving(f"127.0.0.1:{silent.getsockname()[1]}")

@@ -72,7 +72,7 @@ def test_requests_are_checked_or_refused(form: str, text: Bundle, image: Bundle)
 
 
 @dataclass
-class Home:
+class Api:
     """The servicers over real engines, on a loop of their own."""
 
     runner: asyncio.Runner
@@ -80,7 +80,7 @@ class Home:
     stream_ids: list[str] = field(default_factory=list)
 
     def call(self, method: str, request: Any) -> None:
-        """One call, to its end."""
+        """Runs one call to its end."""
         self.runner.run(asyncio.wait_for(self._call(method, request), SOON_S))
 
     async def _call(self, method: str, request: Any) -> None:
@@ -106,7 +106,7 @@ class Home:
         caller.check()
 
     async def clear(self) -> None:
-        """Forgets every session, in the store too; nothing may be left in an engine."""
+        """Deletes all sessions, in the store, too. Checks that no engine holds anything."""
         for name in {*self.stream_ids, *await self.registry.stored("")}:
             await self.registry.delete(name, "")
         for model in self.registry.models.values():
@@ -121,16 +121,16 @@ async def _once(request: Message) -> AsyncIterator[Message]:
 
 
 @pytest.fixture
-def home(text: Bundle, image: Bundle, tmp_path: Path) -> Iterator[Home]:
-    """Engines of two bundles, that share a store."""
+def api(text: Bundle, image: Bundle, tmp_path: Path) -> Iterator[Api]:
+    """Models of two bundles that share a store."""
     with ExitStack() as opened:
         runner = opened.enter_context(asyncio.Runner())
-        keeper = SnapshotWriter(Store(f"file://{tmp_path}/store"), Sealer.for_this_process(), 60.0)
-        opened.callback(keeper.close, LIMIT_S)
-        engines = {bundle.name: ServedModel(bundle, CONFIG, keeper) for bundle in (text, image)}
+        writer = SnapshotWriter(Store(f"file://{tmp_path}/store"), Sealer.for_this_process(), 60.0)
+        opened.callback(writer.close, LIMIT_S)
+        engines = {bundle.name: ServedModel(bundle, CONFIG, writer) for bundle in (text, image)}
         for model in engines.values():
             opened.callback(model.close)
-        yield Home(runner, SessionRegistry(engines, keeper))
+        yield Api(runner, SessionRegistry(engines, writer))
 
 
 def _kept(model: str) -> pb.GenerateRequest:
@@ -140,8 +140,8 @@ def _kept(model: str) -> pb.GenerateRequest:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_calls_are_answered_or_refused(form: str, home: Home) -> None:
-    models = [*home.registry.models]
+def test_calls_are_answered_or_refused(form: str, api: Api) -> None:
+    models = [*api.registry.models]
     rounds = 0
 
     def call(method: str, data: st.DataObject) -> None:
@@ -150,20 +150,20 @@ def test_calls_are_answered_or_refused(form: str, home: Home) -> None:
         if hasattr(request, "model"):
             request.model = data.draw(st.sampled_from(models))
         if hasattr(request, "stream_id") and data.draw(st.integers(0, 3)):
-            home.call("Generate", _kept(data.draw(st.sampled_from(models))))
-            request.stream_id = home.stream_ids[-1]
-        home.call(method, request)
+            api.call("Generate", _kept(data.draw(st.sampled_from(models))))
+            request.stream_id = api.stream_ids[-1]
+        api.call(method, request)
         rounds += 1
         if rounds % 50 == 0:
-            home.runner.run(home.clear())
+            api.runner.run(api.clear())
 
     examples(Tally("calls", form), [st.sampled_from([*ASKED]), st.data()], call)
-    home.runner.run(home.clear())
+    api.runner.run(api.clear())
 
 
 @pytest.mark.parametrize("form", FORMS)
 async def test_bytes_are_answered_or_refused(form: str, text: Bundle, tmp_path: Path) -> None:
-    """What is no message is refused by gRPC itself, before any of our code sees it."""
+    """gRPC refuses bytes that are not a message before our code runs."""
     (port,) = free_ports(1)
     engines = {text.name: ServedModel(text, CONFIG)}
     server = make_server(ServeConfig((text.folder,), port=port), make_servicers(None, engines))
@@ -202,5 +202,5 @@ async def _read(call: grpc.aio.UnaryStreamCall[bytes, bytes]) -> None:
             assert harmless(error.details() or "")
 
 
-def test_the_promise_is_kept() -> None:
+def test_the_promised_number_of_cases_runs() -> None:
     assert sum(slow for _, slow in CASES.values()) >= 50_000

@@ -50,7 +50,7 @@ def _refusal(bundle: Bundle, prompt: pb.Prompt, room: int = 1) -> str:
 # ---- text and ids
 
 
-def test_text_becomes_its_bytes_behind_the_start_token(text: Bundle) -> None:
+def test_text_becomes_its_bytes_after_the_start_token(text: Bundle) -> None:
     assert _tokens(text, pb.Prompt(text="aé\0")) == [256, 97, 0xC3, 0xA9, 0]
 
 
@@ -105,7 +105,7 @@ def test_a_prompt_may_leave_just_the_room_asked_for(text: Bundle) -> None:
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, pb.Prompt) else None,
 )  # fmt: skip
-def test_a_prompt_that_cannot_be_is_refused(
+def test_an_invalid_prompt_is_refused(
     request: pytest.FixtureRequest, kind: str, prompt: pb.Prompt, named: list[str]
 ) -> None:
     message = _refusal(request.getfixturevalue(kind), prompt)
@@ -178,7 +178,7 @@ def test_half_transparency_lies_on_white(image: Bundle) -> None:
 
 
 def _header(width: int, height: int) -> bytes:
-    """A PNG that promises more than it holds."""
+    """A PNG whose header claims more pixels than it has."""
     ihdr = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 6, 0, 0, 0)
     data = b"IDAT" + zlib.compress(b"\0" * 1000)
     chunks = [(13, ihdr), (len(data) - 4, data), (0, b"IEND")]
@@ -234,7 +234,7 @@ def _text_bomb() -> bytes:
     ],
     ids=range(21),
 )
-def test_a_png_that_cannot_be_is_refused(image: Bundle, png: bytes, named: list[str]) -> None:
+def test_an_invalid_png_is_refused(image: Bundle, png: bytes, named: list[str]) -> None:
     message = _refusal(image, _image(png))
     assert [part for part in named if part not in message] == [], message
 
@@ -249,7 +249,7 @@ def _palette_only() -> Bundle:
     return bundle
 
 
-def test_a_bomb_makes_no_noise_in_the_log(image: Bundle) -> None:
+def test_a_decompression_bomb_is_not_logged(image: Bundle) -> None:
     with warnings.catch_warnings(record=True) as noise:
         warnings.simplefilter("always")
         _refusal(image, _image(_header(12_000, 8_000)))
@@ -257,7 +257,7 @@ def test_a_bomb_makes_no_noise_in_the_log(image: Bundle) -> None:
 
 
 @given(st.binary(max_size=200))
-def test_no_bytes_do_any_harm(junk: bytes) -> None:
+def test_any_bytes_are_read_or_refused(junk: bytes) -> None:
     for png in (junk, _NOISE[:8] + junk, _NOISE[:33] + junk, _NOISE[:100] + junk):
         assert "prompt.image.png" in _refusal(_palette_only(), _image(png))
 

@@ -1,4 +1,4 @@
-"""Sessions as callers have them."""
+"""The API of sessions."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from tests.server.engines import Gate, is_empty, until
 from tests.server.replicas import Replica
 from tests.server.sessions.test_registry import (
     Cluster,
-    Had,
+    Received,
     cluster,
-    follow,
+    read,
     request,
     whole,
 )
@@ -30,11 +30,11 @@ __all__ = ["cluster"]  # a fixture
 
 
 class Refused(Exception):
-    """A call that ended with another status than OK."""
+    """A call that ended with a status other than OK."""
 
 
 class Context:
-    """That of one call."""
+    """The context of one call."""
 
     def __init__(self) -> None:
         self.code: grpc.StatusCode | None = None
@@ -87,34 +87,34 @@ class Caller:
         assert answer is not None
         return answer.session
 
-    async def generate(self, wanted: generation_pb.GenerateRequest) -> Had:
-        had = Had()
-        await follow(await self.sessions.start(wanted), had, 9)
-        return had
+    async def generate(self, wanted: generation_pb.GenerateRequest) -> Received:
+        got = Received()
+        await read(await self.sessions.start(wanted), got, 9)
+        return got
 
-    async def go_on(self, had: Had, first: int, **fields: Any) -> Had:
-        """What a session says when it goes on."""
-        then = Had()
-        for event in await self.stream("Continue", stream_id=had.stream_id, **fields):
+    async def continue_session(self, got: Received, first: int, **fields: Any) -> Received:
+        """Continues a session and reads its events."""
+        then = Received()
+        for event in await self.stream("Continue", stream_id=got.stream_id, **fields):
             then.take(event, first)
         return then
 
 
-async def paused(caller: Caller, wanted: generation_pb.GenerateRequest, after: int) -> Had:
-    """A stream that was paused while it generated."""
-    model, had = caller.sessions.model, Had()
+async def paused(caller: Caller, wanted: generation_pb.GenerateRequest, after: int) -> Received:
+    """A stream that is paused while it generates."""
+    model, got = caller.sessions.model, Received()
     with Gate(model) as gate:
-        following = await caller.sessions.start(wanted)
+        attachment = await caller.sessions.start(wanted)
         gate.let(after)
         await gate.held("step")
         gate.let(1)
-        answer = await caller.call("Pause", stream_id=following.session.lease.stream_id)
+        answer = await caller.call("Pause", stream_id=attachment.session.lease.stream_id)
         gate.let(float("inf"))
-        await follow(following, had, 9)
+        await read(attachment, got, 9)
     assert answer.session.phase == pb.SESSION_PHASE_PAUSED
-    assert 0 < answer.session.generated_tokens == len(had.ids[0]) < 80
-    assert had.endings[0].reason == generation_pb.FINISH_REASON_PAUSED
-    return had
+    assert 0 < answer.session.generated_tokens == len(got.ids[0]) < 80
+    assert got.endings[0].reason == generation_pb.FINISH_REASON_PAUSED
+    return got
 
 
 PENALTIES = {"seed": 4, "frequency_penalty": 0.9, "repetition_penalty": 1.2}
@@ -122,58 +122,58 @@ PENALTIES = {"seed": 4, "frequency_penalty": 0.9, "repetition_penalty": 1.2}
 
 @pytest.mark.parametrize("elsewhere", [False, True])
 @pytest.mark.parametrize("sampling", [{"seed": 4}, PENALTIES])
-async def test_a_pause_changes_nothing(
+async def test_a_pause_changes_no_output(
     cluster: Cluster, sampling: dict[str, Any], elsewhere: bool
 ) -> None:
     wanted = request(80, sampling=sampling)
     last = Caller(cluster())
     expected = await whole(last.sessions, wanted)
     first = Caller(cluster())
-    had = await paused(first, wanted, 21)
+    got = await paused(first, wanted, 21)
     assert not first.sessions.model.engine.placement.running
     if elsewhere:
         first.sessions.kill()
         first = last
-    then = await first.go_on(had, 9 + len(had.ids[0]))
-    assert had.ids[0] + then.ids[0] == expected.ids[0]
-    assert had.texts[0] + then.texts[0] == expected.texts[0]
+    then = await first.continue_session(got, 9 + len(got.ids[0]))
+    assert got.ids[0] + then.ids[0] == expected.ids[0]
+    assert got.texts[0] + then.texts[0] == expected.texts[0]
     assert then.endings[0].reason == expected.endings[0].reason
-    await first.call("Delete", stream_id=had.stream_id)
+    await first.call("Delete", stream_id=got.stream_id)
 
 
-async def test_a_reader_that_is_cut_after_a_pause_comes_back(cluster: Cluster) -> None:
+async def test_a_reader_resumes_after_a_pause_and_a_lost_connection(cluster: Cluster) -> None:
     wanted = request(80)
     caller = Caller(cluster())
     expected = await whole(caller.sessions, wanted)
-    had = await paused(caller, wanted, 21)
-    before, then = len(had.ids[0]), Had()
-    events = await caller.stream("Continue", stream_id=had.stream_id)
+    got = await paused(caller, wanted, 21)
+    before, then = len(got.ids[0]), Received()
+    events = await caller.stream("Continue", stream_id=got.stream_id)
     for event in events[:3]:
         then.take(event, 9 + before)
-    following = await caller.sessions.follow(had.stream_id, "", then.received(1))
-    await follow(following, then, 9 + before)
-    assert had.ids[0] + then.ids[0] == expected.ids[0]
-    assert had.texts[0] + then.texts[0] == expected.texts[0]
+    attachment = await caller.sessions.resume(got.stream_id, "", then.cursors(1))
+    await read(attachment, then, 9 + before)
+    assert got.ids[0] + then.ids[0] == expected.ids[0]
+    assert got.texts[0] + then.texts[0] == expected.texts[0]
 
 
-async def test_what_went_on_is_not_held_twice(cluster: Cluster) -> None:
+async def test_a_continued_session_is_held_once(cluster: Cluster) -> None:
     caller = Caller(cluster())
-    had = await paused(caller, request(80), 21)
-    await caller.go_on(had, 9 + len(had.ids[0]))
-    await caller.call("Delete", stream_id=had.stream_id)
+    got = await paused(caller, request(80), 21)
+    await caller.continue_session(got, 9 + len(got.ids[0]))
+    await caller.call("Delete", stream_id=got.stream_id)
     await until(lambda: is_empty(caller.sessions.model), 5)
 
 
-async def test_what_goes_on_after_a_pause_goes_on_elsewhere(cluster: Cluster) -> None:
-    """Even where the replica that went on with it dies before it took another snapshot."""
+async def test_a_continued_stream_resumes_on_another_replica(cluster: Cluster) -> None:
+    """Even if the replica that continued it dies before its next snapshot."""
     wanted = request(80)
     last = Caller(cluster())
     expected = await whole(last.sessions, wanted)
     first = Caller(cluster(snapshot_interval=1_000))
-    had = await paused(first, wanted, 21)
-    before, then = len(had.ids[0]), Had()
+    got = await paused(first, wanted, 21)
+    before, then = len(got.ids[0]), Received()
     with Gate(first.sessions.model) as gate:
-        going = asyncio.create_task(first.stream("Continue", stream_id=had.stream_id))
+        going = asyncio.create_task(first.stream("Continue", stream_id=got.stream_id))
         gate.let(5)
         await gate.held("step")
         first.sessions.die()
@@ -181,19 +181,19 @@ async def test_what_goes_on_after_a_pause_goes_on_elsewhere(cluster: Cluster) ->
         for event in (await going)[:3]:
             then.take(event, 9 + before)
     first.sessions.kill()
-    following = await last.sessions.follow(had.stream_id, "", then.received(1))
-    await follow(following, then, 9 + before)
-    assert had.ids[0] + then.ids[0] == expected.ids[0]
-    assert had.texts[0] + then.texts[0] == expected.texts[0]
+    attachment = await last.sessions.resume(got.stream_id, "", then.cursors(1))
+    await read(attachment, then, 9 + before)
+    assert got.ids[0] + then.ids[0] == expected.ids[0]
+    assert got.texts[0] + then.texts[0] == expected.texts[0]
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])
-async def test_what_is_added_needs_no_prefill_of_the_old(
+async def test_added_prompt_tokens_need_no_prefill_of_the_former_ones(
     cluster: Cluster, text: Bundle, elsewhere: bool
 ) -> None:
-    """The tokens are those of a request whose prompt has everything."""
+    """The tokens are those of a request whose prompt has all tokens."""
     caller = Caller(cluster())
-    had = await caller.generate(request(30))
+    got = await caller.generate(request(30))
     if elsewhere:
         caller.sessions.kill()
         caller = Caller(cluster())
@@ -207,55 +207,56 @@ async def test_what_is_added_needs_no_prefill_of_the_old(
         return prefill(tokens, logits)
 
     model.engine.cache.prefill = count  # type: ignore[method-assign]
-    then = await caller.go_on(
-        had, 9 + 30 + 5, prompt={"text": " and "}, stopping={"max_tokens": 20}
+    then = await caller.continue_session(
+        got, 9 + 30 + 5, prompt={"text": " and "}, stopping={"max_tokens": 20}
     )
-    assert pushed == 5  # the last token of the old, and all but the last of the new
-    ids = [*b"An abacus", *had.ids[0], *b" and "]
+    assert pushed == 5  # the last former token, and all but the last new one
+    ids = [*b"An abacus", *got.ids[0], *b" and "]
     fresh = request(20, prompt={"tokens": {"ids": ids}})
     direct = await whole(caller.sessions, fresh, len(ids))
     assert then.ids == direct.ids
     assert then.texts == direct.texts
 
 
-async def test_forks_share_what_was_and_differ_in_what_comes(cluster: Cluster) -> None:
+async def test_forks_share_the_past_tokens_and_differ_in_later_ones(cluster: Cluster) -> None:
     caller = Caller(cluster())
-    had = await caller.generate(request(30))
-    forked = (await caller.call("Fork", stream_id=had.stream_id, n=3)).stream_ids
+    got = await caller.generate(request(30))
+    forked = (await caller.call("Fork", stream_id=got.stream_id, n=3)).stream_ids
     assert len(set(forked)) == 3
     model = caller.sessions.model
-    states = [model.find(name, "").streams[0].saved for name in (had.stream_id, *forked)]  # type: ignore[union-attr]
+    states = [model.find(name, "").streams[0].saved for name in (got.stream_id, *forked)]  # type: ignore[union-attr]
     assert all(state is states[0] for state in states)
     outcomes = [
-        await caller.go_on(Had(name), 9 + 30, stopping={"max_tokens": 20}) for name in forked
+        await caller.continue_session(Received(name), 9 + 30, stopping={"max_tokens": 20})
+        for name in forked
     ]
     assert len({tuple(each.ids[0]) for each in outcomes}) == 3
     caller.sessions.kill()
     second = Caller(cluster())
-    again = Had(forked[0], 1)
-    await follow(await second.sessions.follow(forked[0], "", again.received(1)), again, 9 + 30)
+    again = Received(forked[0], 1)
+    await read(await second.sessions.resume(forked[0], "", again.cursors(1)), again, 9 + 30)
     assert again.ids == outcomes[0].ids
 
 
-async def test_a_session_is_carried_away_and_brought_back(cluster: Cluster) -> None:
+async def test_a_session_is_exported_and_imported(cluster: Cluster) -> None:
     first, second = Caller(cluster()), Caller(cluster())
     wanted = request(80)
     expected = await whole(first.sessions, wanted)
-    had = await paused(first, wanted, 21)
-    parts = await first.stream("Export", stream_id=had.stream_id)
+    got = await paused(first, wanted, 21)
+    parts = await first.stream("Export", stream_id=got.stream_id)
     sent = [pb.ImportRequest(part=part.part, sha256=part.sha256) for part in parts]
     brought = await second.bring(sent)
-    assert brought.stream_id != had.stream_id
+    assert brought.stream_id != got.stream_id
     assert brought.phase == pb.SESSION_PHASE_PAUSED
-    then = await second.go_on(Had(brought.stream_id), 9 + len(had.ids[0]))
-    assert had.ids[0] + then.ids[0] == expected.ids[0]
+    then = await second.continue_session(Received(brought.stream_id), 9 + len(got.ids[0]))
+    assert got.ids[0] + then.ids[0] == expected.ids[0]
 
 
 @pytest.mark.parametrize("fault", ["changed", "cut", "checksum", "large"])
-async def test_what_is_not_whole_is_not_brought(cluster: Cluster, fault: str) -> None:
+async def test_a_damaged_export_is_refused(cluster: Cluster, fault: str) -> None:
     caller = Caller(cluster())
-    had = await caller.generate(request(30))
-    (part,) = await caller.stream("Export", stream_id=had.stream_id)
+    got = await caller.generate(request(30))
+    (part,) = await caller.stream("Export", stream_id=got.stream_id)
     content = part.part
     if fault == "changed":
         content = content[:-1] + bytes([content[-1] ^ 1])
@@ -299,12 +300,12 @@ async def test_sessions_are_listed_by_page(cluster: Cluster) -> None:
         await first.call("ListSessions", page_size=1001)
 
 
-async def test_what_does_not_rest_cannot_go_on(cluster: Cluster) -> None:
+async def test_a_running_or_failed_session_cannot_continue(cluster: Cluster) -> None:
     caller = Caller(cluster())
     model = caller.sessions.model
     with Gate(model) as gate:
-        following = await caller.sessions.start(request(80))
-        name = following.session.lease.stream_id
+        attachment = await caller.sessions.start(request(80))
+        name = attachment.session.lease.stream_id
         for call in (
             caller.call("Fork", stream_id=name, n=1),
             caller.stream("Continue", stream_id=name),
@@ -313,26 +314,26 @@ async def test_what_does_not_rest_cannot_go_on(cluster: Cluster) -> None:
             with pytest.raises(Refused, match=r"FAILED_PRECONDITION: the stream is running: pause"):
                 await call
         gate.let(float("inf"))
-        await model.forget(following.session)
+        await model.forget(attachment.session)
     wanted = request(80)
     wanted.ClearField("keep")
     with Gate(model) as gate:
-        following = await caller.sessions.start(wanted)
-        name = following.session.lease.stream_id
-        with pytest.raises(Refused, match=r"FAILED_PRECONDITION: .*generate it with keep"):
+        attachment = await caller.sessions.start(wanted)
+        name = attachment.session.lease.stream_id
+        with pytest.raises(Refused, match=r"FAILED_PRECONDITION: .*set keep in its request"):
             await caller.call("Pause", stream_id=name)
         gate.let(float("inf"))
-        await model.forget(following.session)
+        await model.forget(attachment.session)
 
 
 async def test_wrong_calls_are_refused_with_the_reason(cluster: Cluster) -> None:
     caller = Caller(cluster())
-    had = await caller.generate(request(10, output={"n": 2}))
+    got = await caller.generate(request(10, output={"n": 2}))
     for n in (0, 129):
         with pytest.raises(Refused, match=f"INVALID_ARGUMENT: n is {n}"):
-            await caller.call("Fork", stream_id=had.stream_id, n=n)
+            await caller.call("Fork", stream_id=got.stream_id, n=n)
     with pytest.raises(Refused, match="FAILED_PRECONDITION: the stream has 2 outputs"):
-        await caller.stream("Continue", stream_id=had.stream_id)
+        await caller.stream("Continue", stream_id=got.stream_id)
     for method in ("Pause", "Delete"):
         if method == "Pause":
             with pytest.raises(Refused, match="NOT_FOUND"):
@@ -344,7 +345,7 @@ async def test_wrong_calls_are_refused_with_the_reason(cluster: Cluster) -> None
         await caller.stream("Continue", stream_id=one.stream_id, stopping={"max_tokens": 96})
 
 
-async def test_states_that_rest_have_a_limit(cluster: Cluster, text: Bundle) -> None:
+async def test_states_of_ended_sessions_have_a_limit(cluster: Cluster, text: Bundle) -> None:
     size = sum(text.state_bytes(9 + 20).values())
     caller = Caller(cluster(session_bytes=3 * size))
     names = [(await caller.generate(request(20))).stream_id for _ in range(5)]
@@ -354,6 +355,6 @@ async def test_states_that_rest_have_a_limit(cluster: Cluster, text: Bundle) -> 
         return [model.find(name, "") is not None for name in names]
 
     await until(lambda: held() == [False] * 2 + [True] * 3)
-    # What was forgotten here still lies in the store.
-    then = await caller.go_on(Had(names[0]), 9 + 20, stopping={"max_tokens": 5})
+    # Sessions deleted from memory are still in the store.
+    then = await caller.continue_session(Received(names[0]), 9 + 20, stopping={"max_tokens": 5})
     assert len(then.ids[0]) == 5

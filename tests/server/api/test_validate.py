@@ -39,13 +39,13 @@ def test_an_image_is_complete_when_its_context_is_full(image: Bundle) -> None:
     assert (request.max_tokens, request.complete_at, request.end_token) == (64, 64, None)
 
 
-def test_a_seed_is_drawn_for_whoever_gives_none(text: Bundle) -> None:
+def test_a_seed_is_drawn_if_the_request_has_none(text: Bundle) -> None:
     seeds = {generate_request(text, pb.GenerateRequest()).sampling.seed for _ in range(20)}
     assert len(seeds) == 20
     assert all(0 <= seed < 1 << 63 for seed in seeds)
 
 
-def test_everything_that_is_given_is_taken(text: Bundle) -> None:
+def test_all_given_fields_are_used(text: Bundle) -> None:
     request = generate_request(
         text,
         pb.GenerateRequest(
@@ -109,7 +109,7 @@ def _sampling(**fields: object) -> pb.GenerateRequest:
     return pb.GenerateRequest(sampling=pb.SamplingParameters(**fields))  # type: ignore[arg-type]
 
 
-def test_outputs_differ_in_their_index_alone(text: Bundle) -> None:
+def test_outputs_differ_only_in_their_index(text: Bundle) -> None:
     sampling = pb.SamplingParameters(presence_penalty=1)
     options = pb.OutputOptions(n=3, prompt_logprobs=1, logprobs=2)
     asked = pb.GenerateRequest(prompt=pb.Prompt(text="a"), sampling=sampling, output=options)
@@ -118,7 +118,7 @@ def test_outputs_differ_in_their_index_alone(text: Bundle) -> None:
     assert [r.sampling.output for r in (first, *others)] == [0, 1, 2]
     for number, other in enumerate(others, 1):
         assert other.prompt is first.prompt
-        assert other.prompt_logprobs is None  # they are told once
+        assert other.prompt_logprobs is None  # only the first output reports them
         assert other.sampling == replace(first.sampling, output=number)
 
 
@@ -132,7 +132,7 @@ def test_tokens_that_end_the_stream_are_withheld_before_min_tokens(text: Bundle)
     assert endless.sampling.processors is None
 
 
-def test_a_stream_that_asks_for_nothing_has_no_processors(text: Bundle) -> None:
+def test_a_stream_without_options_has_no_processors(text: Bundle) -> None:
     neutral = pb.SamplingParameters(
         repetition_penalty=1, presence_penalty=0, frequency_penalty=0, top_k=5
     )
@@ -150,7 +150,7 @@ def _stopping(**fields: object) -> pb.GenerateRequest:
     return pb.GenerateRequest(prompt=pb.Prompt(tokens=pb.TokenIds(ids=[1, 2])), stopping=stopping)
 
 
-LONGEST = 315_576_000_000  # seconds a Duration may have
+LONGEST = 315_576_000_000  # largest number of seconds in a Duration
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ LONGEST = 315_576_000_000  # seconds a Duration may have
     ],
     ids=lambda value: str(value)[:60] if isinstance(value, pb.GenerateRequest) else None,
 )
-def test_a_request_that_cannot_be_is_refused(
+def test_an_invalid_request_is_refused(
     request: pytest.FixtureRequest, kind: str, request_: pb.GenerateRequest, named: list[str]
 ) -> None:
     with pytest.raises(InvalidRequest) as caught:

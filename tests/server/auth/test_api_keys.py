@@ -25,7 +25,7 @@ def call(secret: str, scheme: str = "Bearer") -> list[tuple[str, str]]:
 
 
 def save(path: Path, callers: Sequence[Caller]) -> list[str]:
-    """A file with a key for each; their secrets."""
+    """Writes a file with a key for each caller. Returns their secrets."""
     made = [new_key(caller) for caller in callers]
     write_keys(path, [key for key, _ in made])
     return [secret for _, secret in made]
@@ -52,7 +52,7 @@ def test_a_secret_names_its_caller(path: Path) -> None:
     assert WRITER.may_use("tiny-image")
 
 
-def test_whoever_has_no_secret_is_refused(path: Path) -> None:
+def test_a_call_without_a_valid_secret_is_refused(path: Path) -> None:
     (secret,) = save(path, [READER])
     digest = read_keys(path)[0].digest.hex()
     callers = Callers(path)
@@ -71,13 +71,13 @@ def test_whoever_has_no_secret_is_refused(path: Path) -> None:
         assert secret[12:20] not in raised.value.message
 
 
-def test_an_empty_file_serves_nobody(path: Path) -> None:
+def test_an_empty_file_refuses_all_calls(path: Path) -> None:
     save(path, [])
     with pytest.raises(Unauthenticated):
         Callers(path).of(call(""))
 
 
-def test_a_secret_is_kept_nowhere(path: Path) -> None:
+def test_no_secret_is_stored(path: Path) -> None:
     secrets = save(path, [READER, WRITER])
     content = path.read_text()
     for secret in secrets:
@@ -87,9 +87,7 @@ def test_a_secret_is_kept_nowhere(path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o600
 
 
-def test_every_digest_is_compared_whoever_calls(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_call_compares_all_digests(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     secrets = save(path, [READER, WRITER, Caller("third")])
     compared = []
 

@@ -23,7 +23,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def keys(path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Runs a command on a file of its own; what it printed to standard output."""
+    """Runs a command on its own keys file. Returns its standard output."""
 
     def run(*arguments: str) -> str:
         GROUP.main(["keys", *arguments, "--keys", str(path)], standalone_mode=False)
@@ -32,7 +32,7 @@ def keys(path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
     return run
 
 
-def test_a_key_that_was_added_opens(keys: Any, path: Path) -> None:
+def test_an_added_key_is_accepted(keys: Any, path: Path) -> None:
     everything = keys("add", "writer").strip()
     limited = keys("add", "reader", "-m", "a", "--model", "b", "--streams", "8").strip()
     callers = Callers(path)
@@ -40,7 +40,7 @@ def test_a_key_that_was_added_opens(keys: Any, path: Path) -> None:
     assert callers.of(call(limited)) == Caller("reader", ("a", "b"), 8)
 
 
-def test_the_list_shows_who_and_what_but_no_secret(keys: Any, path: Path) -> None:
+def test_the_list_shows_names_and_limits_but_no_secret(keys: Any, path: Path) -> None:
     keys("add", "writer")
     secret = keys("add", "reader", "-m", "a", "--streams", "8").strip()
     shown = keys("list")
@@ -59,7 +59,7 @@ def test_the_list_shows_who_and_what_but_no_secret(keys: Any, path: Path) -> Non
     assert secret not in shown + as_json
 
 
-def test_a_key_that_was_removed_is_gone(keys: Any, path: Path) -> None:
+def test_a_removed_key_is_gone(keys: Any, path: Path) -> None:
     keys("add", "writer")
     keys("add", "reader")
     keys("remove", "writer")

@@ -43,7 +43,7 @@ async def answer(address: str, tls: Tls | None) -> tuple[str, str]:
     return raised.value.code().name, str(raised.value.details())
 
 
-async def test_tls_serves_who_trusts_it_and_nobody_else(
+async def test_tls_serves_only_clients_that_trust_it(
     start: Connect, certificates: Certificates
 ) -> None:
     address = await start(certificates.server())
@@ -56,7 +56,7 @@ async def test_tls_serves_who_trusts_it_and_nobody_else(
     assert (status, "expired" in details) == ("UNAVAILABLE", True)
 
 
-async def test_mtls_serves_who_shows_a_certificate_of_its_authority(
+async def test_mtls_serves_clients_with_a_certificate_of_its_authority(
     start: Connect, certificates: Certificates
 ) -> None:
     address = await start(certificates.server(mutual=True))

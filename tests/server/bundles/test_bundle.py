@@ -37,7 +37,7 @@ def test_state_bytes_by_hand(text: Bundle) -> None:
     assert text.max_state_bytes == (11 + 8) * entry + recurrent
 
 
-def test_what_a_bundle_says(text: Bundle, image: Bundle) -> None:
+def test_properties_of_a_bundle(text: Bundle, image: Bundle) -> None:
     assert (text.name, text.context, text.span, text.is_image) == ("tiny-text", 96, 8, False)
     assert (image.name, image.context, image.span, image.is_image) == ("tiny-image", 64, 8, True)
 
@@ -86,7 +86,7 @@ def _unknown_type(manifest: pb.Manifest, files: list[str]) -> None:
         (_unknown_type, "state keys.0 has an unknown data type"),
     ],
 )
-def test_a_manifest_that_asks_too_much_is_refused(
+def test_a_manifest_beyond_the_limits_is_refused(
     copied: Path, text: Bundle, change: Callable[[pb.Manifest, list[str]], None], named: str
 ) -> None:
     manifest, files = pb.Manifest(), ["step.onnx", "fold.onnx"]

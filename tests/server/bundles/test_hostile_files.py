@@ -30,7 +30,7 @@ _ODD: tuple[Any, ...] = (
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_bundles_that_are_none_are_refused(form: str, text: Bundle, tmp_path: Path) -> None:
+def test_damaged_bundles_are_refused(form: str, text: Bundle, tmp_path: Path) -> None:
     """Manifests with changed bytes, and with changed values; files with changed bytes."""
     for path in text.folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -51,7 +51,7 @@ def test_bundles_that_are_none_are_refused(form: str, text: Bundle, tmp_path: Pa
 
 
 def _change(value: Any, rng: random.Random) -> None:
-    """One value somewhere in a JSON document becomes another."""
+    """Changes one value in a JSON document."""
     keys = [*value] if isinstance(value, dict) else [*range(len(value))]
     key = rng.choice(keys)
     inner = value[key]
@@ -62,7 +62,7 @@ def _change(value: Any, rng: random.Random) -> None:
 
 
 def _signed(changed: Any) -> bytes:
-    """The manifest with the fingerprint of what it says now."""
+    """The manifest with a fingerprint that matches its content."""
     try:
         manifest = json_format.ParseDict(changed, bundle_pb2.Manifest())
     except (json_format.ParseError, SystemError):
@@ -72,7 +72,7 @@ def _signed(changed: Any) -> bytes:
 
 
 def _refused(folder: Path, name: str, content: bytes, tally: Tally) -> None:
-    """Refused, or so sound that the arithmetic of its state holds."""
+    """Checks that the bundle is refused, or that its state sizes are consistent."""
     (folder / name).write_bytes(content)
     tally.cases += 1
     try:
@@ -100,7 +100,7 @@ def _chunk(name: bytes, content: bytes) -> bytes:
 
 
 def _bomb(width: int, height: int, packed: bytes, *more: bytes) -> bytes:
-    """A PNG that says it has this size, whatever it holds."""
+    """A PNG whose header claims this size."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     parts = [_chunk(b"IHDR", header), *more, _chunk(b"IDAT", packed), _chunk(b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
@@ -124,13 +124,13 @@ def _bombs() -> list[bytes]:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_images_that_are_none_are_refused(form: str, image: Bundle) -> None:
+def test_damaged_images_are_refused(form: str, image: Bundle) -> None:
     rng, tally = random.Random(3), Tally("images", form)
     contents = _bombs()
     while len(contents) < tally.promised:
         whole = _png(8, rng.choice([1, 3, 8, 9]), rng)
         changed = mutated(whole, rng)
-        # With the checksums put right, what was changed reaches the decoder.
+        # With correct checksums, the change reaches the decoder.
         contents.append(_mended(changed) if rng.random() < 0.5 else changed)
     taken = 0
     for content in contents:
@@ -145,7 +145,7 @@ def test_images_that_are_none_are_refused(form: str, image: Bundle) -> None:
 
 
 def _mended(png: bytes) -> bytes:
-    """The same chunks, as far as they can be told, with the right lengths and checksums."""
+    """The chunks that can be read, with correct lengths and checksums."""
     out, at = png[:8], 8
     while at + 12 <= len(png):
         size = min(int.from_bytes(png[at : at + 4], "big"), len(png) - at - 12)

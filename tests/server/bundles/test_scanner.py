@@ -13,7 +13,7 @@ from tests.server.bundle_folders import damage, put
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The folders of the bundles that were read, once for each read."""
+    """The folder of each bundle read, in order."""
     read: list[Path] = []
     load = server.bundles.scanner.load_bundle
     monkeypatch.setattr(
@@ -47,7 +47,7 @@ def test_nothing_is_read_twice(image_bundle: Path, tmp_path: Path, reads: list[P
 def test_a_copy_under_way_is_not_read(
     image_bundle: Path, tmp_path: Path, reads: list[Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The manifest comes first, and every scan finds more of the graph."""
+    """The manifest is copied first; every scan finds more of the graph."""
     scanner = BundleScanner(tmp_path)
     scanner.scan()
     (tmp_path / "one").mkdir()

@@ -1,4 +1,4 @@
-"""What an engine takes on: the arithmetic, and its books over any life of any streams."""
+"""Admission: the limits, and the ledger over random lives of streams."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
     loop.close()
 
 
-def test_a_stream_weighs_its_prompt_and_the_most_state_on_its_way() -> None:
+def test_a_stream_weighs_its_prompt_and_its_largest_state() -> None:
     # A prompt of 5 and 5 more: the largest stack is that before the fold at 8.
     (weight,) = weigh(BUNDLE, [ask(b"12345", max_tokens=5)])
     assert weight == Weight(1, 5, (1 + 4) * ENTRY)
@@ -46,7 +46,7 @@ def test_a_stream_weighs_its_prompt_and_the_most_state_on_its_way() -> None:
     assert scored == Weight(1, 5, 4 * ENTRY)
 
 
-def test_outputs_of_one_prompt_queue_it_once() -> None:
+def test_outputs_with_one_prompt_queue_it_once() -> None:
     prompt, other = (prompt_of(256, range(size), "B") for size in (5, 3))
     outputs = weigh(BUNDLE, [Request(prompt), Request(prompt), Request(other)])
     assert [weight.queue_tokens for weight in outputs] == [5, 0, 3]
@@ -59,24 +59,24 @@ def test_limits_are_those_of_the_config_and_half_of_the_memory() -> None:
 
 
 @pytest.mark.parametrize(
-    ("held", "wanted", "reason", "said"),
+    ("held", "wanted", "reason", "message"),
     [
         (Weight(2, 99, 999), Weight(1, 1, 1), None, ""),
         (Weight(3, 0, 30), Weight(1, 0, 1), "queue_full", "3 of at most 3 streams"),
         (Weight(2, 60, 30), Weight(1, 41, 1), "queue_tokens", "60 of at most 100 prompt tokens"),
         (Weight(2, 0, 600), Weight(1, 0, 401), "state_bytes", "600 of at most 1000 bytes"),
-        # What asks for nothing of a kind is not refused for the lack of it.
+        # A request is not refused by a limit to which it adds nothing.
         (Weight(2, 100, 0), Weight(1, 0, 1), None, ""),
         (Weight(3, 100, 1000), Weight(1, 1, 1), "queue_full", "--queue-limit"),
     ],
 )
 def test_the_first_limit_exceeded_refuses(
-    held: Weight, wanted: Weight, reason: str | None, said: str
+    held: Weight, wanted: Weight, reason: str | None, message: str
 ) -> None:
     refusal = check(held, wanted, LIMITS, Pace(), now=0)
     assert (refusal and refusal.reason) == reason
     if refusal is not None:
-        assert said in refusal.message and "later" in refusal.message
+        assert message in refusal.message and "later" in refusal.message
         assert isinstance(refusal.error, Overloaded)
         assert refusal.error.retry_after_s == refusal.retry_after_s
 
@@ -89,16 +89,16 @@ def test_the_first_limit_exceeded_refuses(
         (Weight(1, 0, 1001), "lower max_tokens"),
     ],
 )
-def test_what_never_fits_is_not_to_be_tried_again(wanted: Weight, remedy: str) -> None:
+def test_a_request_that_never_fits_is_not_retryable(wanted: Weight, remedy: str) -> None:
     refusal = check(Weight(), wanted, LIMITS, Pace(), now=0)
     assert refusal is not None and remedy in refusal.message
     assert isinstance(refusal.error, InvalidRequest)
     assert "later" not in refusal.message
 
 
-def test_the_wait_is_as_long_as_so_many_ends_took_lately() -> None:
+def test_the_wait_follows_the_recent_pace_of_endings() -> None:
     pace = Pace((0.0,))
-    assert pace.retry_after_s(3, now=50.0) == 3.0  # nothing is known: a second each
+    assert pace.retry_after_s(3, now=50.0) == 3.0  # no ending so far: a second each
     for end_s in (2.0, 4.0, 6.0):
         pace = pace.after(end_s)
     assert pace.retry_after_s(3, now=6.0) == pytest.approx(6.0)
@@ -112,10 +112,10 @@ def test_the_wait_is_as_long_as_so_many_ends_took_lately() -> None:
 
 
 @given(st.data())
-def test_the_books_are_exact_whatever_happens(
+def test_the_ledger_is_exact_in_any_order_of_events(
     loop: asyncio.AbstractEventLoop, data: st.DataObject
 ) -> None:
-    """Any mix of requests, begun or not, ended in any order: the sums are those of who is open."""
+    """Requests begin or not and end in any order: the sums are those of the open streams."""
     ledger = Ledger(BUNDLE, Weight(8, 60, 4000))
     queued, begun = list[Stream](), list[Stream]()
     for now in range(data.draw(st.integers(1, 30))):

@@ -29,12 +29,12 @@ def test_every_character_arrives_with_its_last_byte() -> None:
 
 
 @pytest.mark.parametrize("cut", range(len(SAMPLE.encode()) + 1))
-def test_a_stream_that_ends_anywhere_tears_at_most_one_character(cut: int) -> None:
+def test_an_ending_cuts_at_most_one_character(cut: int) -> None:
     pieces, stream = _pushes(SAMPLE.encode()[:cut])
     whole = SAMPLE.encode()[:cut].decode(errors="ignore")
     assert "".join(pieces) == whole
-    torn = len(whole.encode()) < cut
-    assert stream.flush() == ("\ufffd" if torn else "")
+    is_cut = len(whole.encode()) < cut
+    assert stream.flush() == ("\ufffd" if is_cut else "")
 
 
 @pytest.mark.parametrize(
@@ -49,9 +49,7 @@ def test_a_stream_that_ends_anywhere_tears_at_most_one_character(cut: int) -> No
         (b"\xf0\x9f\xf0\x9f\x98\x80", ["", "", "\ufffd", "", "", "😀"]),
     ],
 )
-def test_bytes_that_are_no_text_become_replacement_characters(
-    content: bytes, expected: list[str]
-) -> None:
+def test_invalid_bytes_become_replacement_characters(content: bytes, expected: list[str]) -> None:
     assert _pushes(content)[0] == expected
 
 
@@ -61,14 +59,14 @@ def test_bytes_that_are_no_text_become_replacement_characters(
         ("one\n\ntwo", ["\n\n"], "one", "\n\n"),
         ("abcabd", ["abd"], "abc", "abd"),
         ("aaab", ["aab"], "a", "aab"),
-        ("xabc", ["c", "abc"], "x", "abc"),  # both end here; the earlier beginning wins
-        ("xabcd", ["abcd", "b"], "xa", "b"),  # the one that is complete first wins
+        ("xabc", ["c", "abc"], "x", "abc"),  # both end here: the earlier beginning counts
+        ("xabcd", ["abcd", "b"], "xa", "b"),  # the one that is complete first counts
         ("abab", ["abac"], "abab", None),
         ("a€b", ["€"], "a", "€"),
         ("stop", ["stop"], "", "stop"),
     ],
 )
-def test_nothing_from_a_stop_string_on_is_sent(
+def test_a_stop_string_and_later_text_are_not_sent(
     text: str, stop: list[str], expected: str, matched: str | None
 ) -> None:
     pieces, stream = _pushes(text.encode(), stop)
@@ -77,12 +75,12 @@ def test_nothing_from_a_stop_string_on_is_sent(
     assert (sent if matched else sent + stream.flush()) == expected
 
 
-def test_only_what_may_become_a_stop_string_is_held_back() -> None:
+def test_only_a_possible_stop_string_is_held_back() -> None:
     pieces, _ = _pushes(b"a\n\nb\n# x", ["\n\n\n", "\n#!"])
     assert pieces == ["a", "", "", "\n\nb", "", "", "\n# ", "x"]
 
 
-def test_what_was_held_back_is_sent_in_the_end() -> None:
+def test_held_text_is_sent_at_the_end() -> None:
     pieces, stream = _pushes(b"a\n", ["\n\n"])
     assert pieces == ["a", ""]
     assert stream.flush() == "\n"
@@ -125,7 +123,7 @@ def test_text_is_sent_as_soon_as_no_stop_string_can_begin_with_it(
 
 
 def _whole(text: str, stops: list[str]) -> tuple[str, str | None]:
-    """The stop string that is complete first; of those that end together, the longest."""
+    """The stop string that is complete first; the longest, if several end together."""
     for end in range(len(text) + 1):
         ending = [stop for stop in stops if stop and text[:end].endswith(stop)]
         if ending:
@@ -163,7 +161,7 @@ def test_the_stop_string_can_be_included(stop: list[str], pieces: str, released:
         (["aa"], "aaa", 2, "a", "aa"),
     ],
 )
-def test_what_is_complete_before_it_may_stop_is_text(
+def test_a_stop_string_before_min_tokens_is_text(
     stop: list[str], text: str, free: int, expected: str, matched: str | None
 ) -> None:
     stream, sent = Detokenizer(stop), ""

@@ -1,4 +1,4 @@
-"""What an engine generates: the right tokens, for everybody, and no further than asked."""
+"""An engine generates the right tokens for each stream, and ends where the request asks."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Logits = Callable[[list[int]], npt.NDArray[np.float64]]
 
 
 def _requests(bundle: Bundle, count: int) -> list[Request]:
-    """Prompts and outputs of all lengths, around the borders of blocks above all."""
+    """Prompts and outputs of many lengths, most of them near block borders."""
     rng = np.random.default_rng(5)
     vocabulary, made = bundle.manifest.vocabulary, []
     for seed in range(count):
@@ -57,10 +57,10 @@ def _requests(bundle: Bundle, count: int) -> list[Request]:
     return made
 
 
-async def test_tokens_are_those_of_the_model_and_the_seed(
+async def test_tokens_follow_from_the_model_and_the_seed(
     bundle: Bundle, start: Start, exact_logits: Callable[[Bundle], Logits]
 ) -> None:
-    """The whole path against its definition: the parallel model, then the sampler."""
+    """The engine gives the same tokens as the parallel model and the sampler."""
     model, exact = start(bundle), exact_logits(bundle)
     for wanted in _requests(bundle, 16):
         outcome = await generate(model, wanted)
@@ -76,8 +76,8 @@ async def test_tokens_are_those_of_the_model_and_the_seed(
         assert outcome.tokens == tuple(expected.tolist())
 
 
-async def test_a_stream_is_the_same_alone_and_in_a_crowd(bundle: Bundle, start: Start) -> None:
-    """Sixteen streams share four slots, join and leave in turns, and none is moved by another."""
+async def test_a_stream_is_the_same_alone_and_among_others(bundle: Bundle, start: Start) -> None:
+    """Sixteen streams share four slots; none affects another."""
     model, requests = start(bundle, slots=4), _requests(bundle, 16)
     alone = [await generate(model, wanted) for wanted in requests]
     assert len({outcome.tokens for outcome in alone}) == len(requests)
@@ -110,7 +110,7 @@ async def test_the_batch_is_as_large_as_it_can_be(text: Bundle, start: Start) ->
     assert len(batches) < 70
 
 
-async def test_scores_are_the_surprise_of_the_model(
+async def test_scores_are_the_bits_of_the_model(
     bundle: Bundle, start: Start, exact_logits: Callable[[Bundle], Logits]
 ) -> None:
     model, exact = start(bundle), exact_logits(bundle)
@@ -128,7 +128,7 @@ async def test_scores_are_the_surprise_of_the_model(
 
 
 async def test_scoring_needs_no_slot(text: Bundle, start: Start) -> None:
-    """It gets done while the only slot is taken, and disturbs nobody."""
+    """It runs while the only slot is taken, and affects no stream."""
     model = start(text, slots=1)
     expected = await generate(model, ask(max_tokens=90))
     order: list[str] = []
@@ -165,8 +165,8 @@ async def test_two_event_loops_share_an_engine(text: Bundle, start: Start) -> No
     assert [[outcome.tokens for outcome in outcomes[name]] for name in "ab"] == [expected] * 2
 
 
-async def test_a_loop_that_is_gone_leaves_nothing_behind(text: Bundle, start: Start) -> None:
-    """Its streams end with the first token that nobody can take, and not with their last."""
+async def test_a_closed_event_loop_leaves_nothing(text: Bundle, start: Start) -> None:
+    """Its streams end with the first token that cannot be delivered."""
     model = start(text, slots=2)
 
     async def forgetful() -> None:
@@ -198,7 +198,7 @@ def _finish(outcome: Outcome) -> Finish:
         ({"stop": ("two thirds",)}, b"one two th", "one two th", FinishReason.MAX_TOKENS, None, 10),
         ({"stop_tokens": frozenset(b"wx")}, b"one t", "one t", FinishReason.STOP, None, 6),
         ({"end_token": ord("w")}, b"one t", "one t", FinishReason.END, None, 6),
-        # What was held back for a stop string is sent when the stream ends otherwise.
+        # Text held back for a stop string is sent if the stream ends without it.
         (
             {"stop_tokens": frozenset(b"w"), "stop": ("e tx",)},
             b"one t",
@@ -210,7 +210,7 @@ def _finish(outcome: Outcome) -> Finish:
         ({"end_token": ord("w"), "stop": ("e tx",)}, b"one t", "one t", FinishReason.END, None, 6),
     ],
 )
-async def test_a_stream_ends_where_it_was_asked_to(
+async def test_a_stream_ends_where_its_request_asks(
     text: Bundle,
     start: Start,
     fields: dict[str, Any],
@@ -259,6 +259,6 @@ async def test_an_image_that_is_cut_short_is_not_complete(image: Bundle, start: 
     assert _finish(outcome).reason == FinishReason.MAX_TOKENS
 
 
-async def test_times_are_told_in_their_order(text: Bundle, start: Start) -> None:
+async def test_times_are_in_order(text: Bundle, start: Start) -> None:
     finish = _finish(await generate(start(text), ask(b"some prompt", max_tokens=30)))
     assert 0 < finish.queue_s < finish.first_token_s < finish.total_s < LIMIT_S

@@ -1,4 +1,4 @@
-"""When the model fails, and when the engine stops: everybody is told, and nobody else suffers."""
+"""When the model fails or the engine stops, the right streams end with an error."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _failure(outcome: Outcome) -> StepFailed:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-async def test_a_value_that_is_not_finite_ends_that_stream_alone(
+async def test_a_value_that_is_not_finite_ends_only_its_stream(
     text: Bundle, start: Start, value: float
 ) -> None:
     model = start(text, slots=4)
@@ -64,7 +64,7 @@ async def test_a_value_that_is_not_finite_ends_that_stream_alone(
 
 
 async def test_a_state_that_is_not_finite_stays_with_its_stream(text: Bundle, start: Start) -> None:
-    """Rows and the bench are used again; what lay there must not shine through."""
+    """Rows and the prefill slot are used again: former values there must have no effect."""
     model = start(text, slots=3)
     wanted = ask(b"prompt", max_tokens=60)
     expected = (await generate(model, wanted)).tokens
@@ -103,7 +103,7 @@ async def test_a_score_that_is_not_finite_is_an_error(
 
 
 def _fail_once(model: DrivenModel, name: str, after: int) -> None:
-    """Makes one call of the runtime raise what onnxruntime could."""
+    """Makes one call of the runtime raise an error of onnxruntime."""
     run, calls = getattr(model.engine.runtime, name), count()
 
     def fail(*args: object) -> object:
@@ -117,7 +117,7 @@ def _fail_once(model: DrivenModel, name: str, after: int) -> None:
 @pytest.mark.parametrize(
     ("name", "after"), [("step", 0), ("step", 10), ("prefill", 2), ("fold", 3), ("move", 1)]
 )
-async def test_a_pass_that_raises_ends_its_streams_and_the_engine_goes_on(
+async def test_a_pass_that_raises_ends_its_streams_and_the_engine_continues(
     text: Bundle, start: Start, name: str, after: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = start(text, slots=2)
@@ -127,7 +127,7 @@ async def test_a_pass_that_raises_ends_its_streams_and_the_engine_goes_on(
     outcomes = await asyncio.gather(*[generate(model, wanted) for _ in range(8)])
     failed = [outcome for outcome in outcomes if isinstance(outcome.ending, StepFailed)]
     own = name in ("move", "prefill")  # work for one stream alone
-    assert 1 <= len(failed) <= (1 if own else 3)  # both slots and the bench
+    assert 1 <= len(failed) <= (1 if own else 3)  # both slots and the prefill slot
     for outcome in failed:
         assert "secret" not in _failure(outcome).message
         assert outcome.tokens == expected[: len(outcome.tokens)]
@@ -141,7 +141,7 @@ async def test_a_pass_that_raises_ends_its_streams_and_the_engine_goes_on(
 # ---- the end of an engine
 
 
-async def test_closing_ends_every_stream_wherever_it_is(text: Bundle, start: Start) -> None:
+async def test_closing_ends_every_stream_in_every_place(text: Bundle, start: Start) -> None:
     model = start(text, slots=1, stream_buffer=4)
     paused = model.submit(ask(max_tokens=60))
     await until(lambda: paused.paused)
@@ -184,10 +184,8 @@ async def test_a_closed_engine_refuses(text: Bundle, start: Start) -> None:
     assert len(outcome.tokens) == 8
 
 
-async def test_a_stream_submitted_while_the_engine_closes_is_not_forgotten(
-    text: Bundle, start: Start
-) -> None:
-    """It was not refused, so it has to end, though the engine is told to stop before it is told."""
+async def test_a_stream_submitted_while_the_engine_closes_ends(text: Bundle, start: Start) -> None:
+    """It was admitted, so it must end, although the engine stops before it takes it."""
     model = start(text)
     closing = threading.Thread(target=model.close)
     post = model.engine.post
@@ -203,7 +201,7 @@ async def test_a_stream_submitted_while_the_engine_closes_is_not_forgotten(
     closing.join(LIMIT_S)
 
 
-async def test_who_gives_up_before_it_is_done_is_not_answered(text: Bundle, start: Start) -> None:
+async def test_a_cancelled_attachment_is_not_made(text: Bundle, start: Start) -> None:
     model = start(text, slots=1)
     with Gate(model) as gate:
         stream = model.submit(ask())
@@ -214,11 +212,11 @@ async def test_who_gives_up_before_it_is_done_is_not_answered(text: Bundle, star
         await until(lambda: model.engine.num_actions)
         asking.cancel()
         await asyncio.wait([asking])
-    assert len((await read(model, stream)).tokens) == 8  # its first reader was not sent away
+    assert len((await read(model, stream)).tokens) == 8  # its first subscriber is still attached
     assert model.alive and asking.cancelled()
 
 
-async def test_a_session_is_forgotten_though_nobody_waits_for_it(
+async def test_a_session_is_deleted_even_if_its_caller_is_cancelled(
     text: Bundle, start: Start
 ) -> None:
     model = start(text, slots=1, stream_buffer=4)
@@ -235,7 +233,7 @@ async def test_a_session_is_forgotten_though_nobody_waits_for_it(
     assert model.alive and asking.cancelled() and not model.holds_sessions
 
 
-async def test_who_gives_up_when_it_is_done_leaves_nothing(text: Bundle, start: Start) -> None:
+async def test_an_attachment_cancelled_too_late_leaves_nothing(text: Bundle, start: Start) -> None:
     model = start(text, stream_buffer=4)
     stream = model.submit(ask(max_tokens=90))
     await until(lambda: model.engine.placement.paused)
@@ -244,7 +242,7 @@ async def test_who_gives_up_when_it_is_done_leaves_nothing(text: Bundle, start: 
     first = session.subscribers
     asking = asyncio.create_task(model.attach(session, [BEGINNING]))
     await asyncio.sleep(0)
-    while session.subscribers == first:  # and this event loop hears nothing of it
+    while session.subscribers == first:  # this event loop does not run meanwhile
         time.sleep(0.01)
     asking.cancel()
     await asyncio.wait([asking])
@@ -252,17 +250,17 @@ async def test_who_gives_up_when_it_is_done_leaves_nothing(text: Bundle, start: 
     await until(lambda: is_empty(model))
 
 
-async def test_closing_is_noticed_at_any_moment(
+async def test_closing_takes_effect_at_any_moment(
     text: Bundle, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Even between two looks at what there is to do, of which the second is a long wait."""
+    """Even between the last turn and a long wait."""
     monkeypatch.setattr(Engine, "idle_wait_s", 10 * LIMIT_S)
     model = start(text)
     await generate(model, ask())
     clear = model.engine.wakeup.clear
 
     def close_before_clearing() -> None:
-        threading.Thread(target=model.close).start()  # it waits for the thread that is here
+        threading.Thread(target=model.close).start()  # it joins the thread that runs this
         while not model.engine.closing:
             time.sleep(0.001)
         model.engine.wakeup.wait(LIMIT_S)
@@ -273,10 +271,10 @@ async def test_closing_is_noticed_at_any_moment(
     await until(lambda: not model.alive)
 
 
-async def test_an_engine_that_dies_tells_everybody(
+async def test_a_dead_engine_ends_all_streams(
     text: Bundle, start: Start, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nobody may wait for ever for a thread that is gone."""
+    """No reader waits for ever for a dead thread."""
     model = start(text, slots=1)
 
     def die(now: float) -> None:

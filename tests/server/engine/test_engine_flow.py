@@ -1,4 +1,4 @@
-"""Who waits, who is dropped, who is late: what an engine does with those it serves."""
+"""How an engine treats waiting, cancelled, slow and late streams."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ async def test_cancelling_a_waiting_stream_takes_it_out_of_the_queue(
 
 
 @pytest.mark.parametrize("score", [False, True])
-async def test_cancelling_in_the_middle_of_prefill_clears_the_bench(
+async def test_cancelling_in_the_middle_of_prefill_clears_the_prefill_slot(
     text: Bundle, start: Start, score: bool
 ) -> None:
     model = start(text, slots=1)
@@ -91,7 +91,7 @@ async def test_cancelling_in_the_middle_of_prefill_clears_the_bench(
 
 
 @pytest.mark.parametrize("cancel", [False, True])
-async def test_a_prefilled_stream_waits_for_its_slot_on_the_bench(
+async def test_a_prefilled_stream_waits_for_its_slot_in_the_prefill_slot(
     text: Bundle, start: Start, cancel: bool
 ) -> None:
     model = start(text, slots=1, stream_buffer=4)
@@ -103,7 +103,7 @@ async def test_a_prefilled_stream_waits_for_its_slot_on_the_bench(
         await gate.held("prefill")
         assert model.engine.placement.paused == [pausing]
         events = model.events(pausing)
-        first = await anext(events)  # so it comes back, and takes the slot again
+        first = await anext(events)  # so it returns and takes the slot again
         await gate.let_one("step")
         assert (model.engine.placement.running, model.engine.placement.prefilling) == (
             [pausing],
@@ -150,50 +150,53 @@ async def test_cancelling_twice_or_after_the_end_does_nothing(text: Bundle, star
 
 
 async def test_two_hundred_cancels_at_any_moment_leave_nothing(text: Bundle, start: Start) -> None:
-    """Each comes while a pass of the model runs, and strikes whoever waits, runs or is paused."""
+    """Each comes during a pass of the model and drops a stream in any place."""
     model = start(text, slots=3, stream_buffer=4, queue_limit=300)
     expected = (await generate(model, ask(b"hello", max_tokens=40))).tokens
-    chance, struck, doomed = random.Random(11), Counter[str](), set[Stream]()
+    chance, cancelled, to_cancel = random.Random(11), Counter[str](), set[Stream]()
 
-    def strike() -> None:
-        bench = [model.engine.placement.prefilling] if model.engine.placement.prefilling else []
+    def cancel_one() -> None:
+        placement = model.engine.placement
+        prefilling = [placement.prefilling] if placement.prefilling else []
         places = {
-            "waiting": model.engine.placement.waiting,
-            "running": model.engine.placement.running,
-            "paused": model.engine.placement.paused,
+            "waiting": placement.waiting,
+            "running": placement.running,
+            "paused": placement.paused,
         }
-        place = chance.choice(["bench", "bench", *places])
-        found = [stream for stream in {**places, "bench": bench}[place] if stream in doomed]
+        place = chance.choice(["prefill", "prefill", *places])
+        found = [
+            stream for stream in {**places, "prefill": prefilling}[place] if stream in to_cancel
+        ]
         if found:
             stream = chance.choice(found)
-            struck[place] += 1
-            doomed.remove(stream)
+            cancelled[place] += 1
+            to_cancel.remove(stream)
             model.cancel(stream)
 
     for name in ("step", "prefill"):
-        _before(model, name, strike)
-    patients, readers = [], []
+        _before(model, name, cancel_one)
+    untouched, readers = [], []
     for number in range(200):
         prompt = b"x" * chance.choice([0, 1, 8, 80])
         limit_s = chance.choice([None, 1000.0])
         stream = model.submit(ask(prompt, max_tokens=16, seed=number, time_limit_s=limit_s))
-        doomed.add(stream)
+        to_cancel.add(stream)
         if chance.random() < 0.7:  # the others stall, and are paused
             readers.append(asyncio.create_task(read(model, stream)))
         if number % 40 == 0:
-            patients.append(asyncio.create_task(generate(model, ask(b"hello", max_tokens=40))))
+            untouched.append(asyncio.create_task(generate(model, ask(b"hello", max_tokens=40))))
     async with asyncio.timeout(LIMIT_S):
-        assert [(await patient).tokens for patient in patients] == [expected] * 5
+        assert [(await reading).tokens for reading in untouched] == [expected] * 5
         while not is_empty(model):
             await asyncio.sleep(0.001)
-            for stream in [s for s in doomed if s.paused]:  # nobody else would ever end these
-                doomed.discard(stream)
+            for stream in [s for s in to_cancel if s.paused]:  # nothing else ends these
+                to_cancel.discard(stream)
                 model.cancel(stream)
     for reader in readers:
         reader.cancel()
     for left in await asyncio.gather(*readers, return_exceptions=True):
         assert isinstance(left, (Outcome, asyncio.CancelledError)), left
-    assert struck.keys() == {"waiting", "bench", "running", "paused"}
+    assert cancelled.keys() == {"waiting", "prefill", "running", "paused"}
 
 
 def _before(model: DrivenModel, name: str, act: Callable[[], None]) -> None:
@@ -220,7 +223,7 @@ async def test_a_slow_reader_is_paused_and_misses_nothing(text: Bundle, start: S
             await until(lambda: stream.paused or stream.ended)
             pauses += stream.paused
             assert stream.subscriber.unread <= 4
-            # Its slot is free meanwhile: others are served.
+            # Its slot is free meanwhile for other streams.
             assert len((await generate(model, ask(max_tokens=3))).tokens) == 3
             event = await anext(events)
             if not isinstance(event, Delta):
@@ -232,10 +235,10 @@ async def test_a_slow_reader_is_paused_and_misses_nothing(text: Bundle, start: S
     assert isinstance(event, Finish)
 
 
-async def test_a_paused_stream_comes_back_as_soon_as_it_was_read(
+async def test_a_paused_stream_returns_as_soon_as_it_is_read(
     text: Bundle, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The reader wakes the engine: there may be nobody else to do so."""
+    """The reader wakes the engine: no other stream may do so."""
     monkeypatch.setattr(Engine, "idle_wait_s", 10 * LIMIT_S)
     model = start(text, slots=1, stream_buffer=4)
     stream, tokens = model.submit(ask(max_tokens=40)), list[int]()
@@ -249,7 +252,7 @@ async def test_a_paused_stream_comes_back_as_soon_as_it_was_read(
 async def test_slow_readers_beside_fast_ones_get_their_own_tokens(
     text: Bundle, start: Start
 ) -> None:
-    """Parked and restored into whatever row is free, while others come and go."""
+    """They are parked and restored into any free row, while others come and go."""
     model = start(text, slots=3, stream_buffer=3)
     wanted = [ask(b"p" * (3 * n), max_tokens=40, seed=n) for n in range(9)]
     expected = [(await generate(model, w)).tokens for w in wanted]
@@ -275,7 +278,7 @@ def _finish(outcome: Outcome) -> Finish:
 
 
 class Clock:
-    """Time that passes only when a test says so."""
+    """A clock that only the test moves."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -288,7 +291,7 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """The clock of engines and streams that are made from now on."""
+    """Replaces the clock of engines and streams."""
     clock = Clock()
     for module in (engine, loop, lifecycle, decoding, stream):
         monkeypatch.setattr(module, "time", clock)
@@ -316,7 +319,7 @@ async def test_a_time_limit_ends_a_stream_that_waits(
     assert len((await read(model, blocking)).tokens) == 90
 
 
-async def test_a_time_limit_ends_a_stream_that_runs_with_what_is_there(
+async def test_a_time_limit_ends_a_running_stream_with_its_text_so_far(
     text: Bundle, start: Start, clock: Clock
 ) -> None:
     model = start(text, slots=1)
@@ -365,7 +368,7 @@ async def test_a_time_limit_ends_a_stream_whose_reader_stalls(text: Bundle, star
 async def test_an_idle_engine_wakes_up_for_a_time_limit(
     text: Bundle, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And not just when it would have looked around anyway."""
+    """It does not wait for its regular wake-up."""
     monkeypatch.setattr(Engine, "idle_wait_s", 60.0)
     model = start(text, slots=1, stream_buffer=1)
     stream = model.submit(ask(max_tokens=90, time_limit_s=0.1))
@@ -374,7 +377,7 @@ async def test_an_idle_engine_wakes_up_for_a_time_limit(
 
 
 async def _after(stream: Stream, model: DrivenModel) -> Outcome:
-    """What a reader gets who looks only when all is over."""
+    """The outcome of a stream, read after its end."""
     await until(lambda: stream.ended)
     return await read(model, stream)
 
@@ -405,7 +408,7 @@ async def test_a_full_queue_refuses_at_once(text: Bundle, start: Start) -> None:
 async def test_prompts_do_not_starve_running_streams(
     text: Bundle, start: Start, clock: Clock, share: float
 ) -> None:
-    """A chunk takes three times a step, and prompts never end: steps get the rest of the time."""
+    """A chunk takes as long as three steps, and prompts never end: steps get their share."""
     passes: list[str] = []
     model = start(text, slots=32, prefill_share=share)
 
@@ -464,7 +467,7 @@ async def test_a_prompt_seen_before_is_pushed_from_its_last_block_on(
     assert model.engine.cache.prefix_bytes > 0
 
 
-async def test_streams_are_begun_in_the_order_they_came(text: Bundle, start: Start) -> None:
+async def test_streams_begin_in_the_order_of_arrival(text: Bundle, start: Start) -> None:
     model, begun = start(text, slots=2), list[Stream]()
     begin = model.engine.streams.start
 

@@ -1,4 +1,4 @@
-"""Streams of a higher priority go first, and nobody loses a token by it."""
+"""Streams of higher priority go first, and no stream loses a token."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Start = Callable[..., DrivenModel]
 
 
 def _count_pushed(model: DrivenModel) -> list[int]:
-    """How many tokens each pass of prefill from now on pushes."""
+    """Records the number of tokens of each later pass of prefill."""
     cache: Any = model.engine.cache
     prefill, pushed = cache.prefill, list[int]()
 
@@ -44,10 +44,10 @@ def _count_pushed(model: DrivenModel) -> list[int]:
 
 
 @pytest.mark.parametrize("prompt", [b"", b"the prompt of the higher one"])
-async def test_a_preempted_stream_equals_its_undisturbed_twin(
+async def test_a_preempted_stream_equals_an_undisturbed_one(
     text: Bundle, start: Start, prompt: bytes
 ) -> None:
-    """Parked at any point of its block, and restored without a token of it pushed again."""
+    """It is parked at any point of a block, and restored without pushing a token again."""
     model = start(text, slots=1)
     counting = SamplingParameters(
         seed=3, processors=LogitsProcessors(frequency_penalty=2)
@@ -85,7 +85,7 @@ async def test_a_higher_priority_gets_the_slot_before_the_next_step(
         await gate.let_one("step")
         high = model.submit(ask(max_tokens=3, priority=5))
         await gate.let_one("step")
-        # The lowest and latest gave way, and waits before those that came after it.
+        # The stream of lowest priority and latest arrival is parked, and keeps its queue position.
         assert model.engine.placement.running == [
             first,
             high,
@@ -105,7 +105,7 @@ async def test_a_higher_priority_gets_the_slot_before_the_next_step(
         await read(model, stream)
 
 
-async def test_equals_never_displace_each_other(text: Bundle, start: Start) -> None:
+async def test_equal_priorities_do_not_preempt_each_other(text: Bundle, start: Start) -> None:
     model, before = start(text, slots=2, stream_buffer=4), value_of("streams_preempted_total")
     streams = [model.submit(ask(b"x" * (n % 3), max_tokens=12, priority=3)) for n in range(12)]
     await asyncio.gather(*[read(model, stream) for stream in streams])
@@ -157,7 +157,7 @@ async def test_a_preempted_stream_keeps_its_time_limit_and_can_be_cancelled(
 
 
 async def test_priorities_slow_readers_and_prompts_together(text: Bundle, start: Start) -> None:
-    """Everything that parks and restores at once: each reader gets what it would get alone."""
+    """Streams are parked for all reasons at once: each gets the tokens that it gets alone."""
     model, chance = start(text, slots=2, stream_buffer=5), random.Random(2)
     wanted = [
         ask(b"p" * chance.choice([0, 1, 9, 30]), max_tokens=30, seed=n, priority=n % 4)

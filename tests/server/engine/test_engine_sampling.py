@@ -1,4 +1,4 @@
-"""What requests may ask of sampling and of what is sent, through a whole engine."""
+"""Options of sampling and output, through a whole engine."""
 
 from __future__ import annotations
 
@@ -68,10 +68,8 @@ def _tokens(events: list[Any]) -> list[int]:
     return [token for event in events if isinstance(event, Delta) for token in event.tokens]
 
 
-async def test_every_option_at_once_gives_the_tokens_of_the_definition(
-    text: Bundle, start: Start
-) -> None:
-    """Beside others that come and go, and parked whenever its reader lags."""
+async def test_all_options_at_once_match_the_plain_sampler(text: Bundle, start: Start) -> None:
+    """Other streams come and go, and it is parked whenever its reader lags."""
     model = start(text, slots=3, stream_buffer=4)
     seen: dict[int, list[float]] = {}
 
@@ -103,7 +101,7 @@ async def test_every_option_at_once_gives_the_tokens_of_the_definition(
     assert len(output) == 60
 
 
-async def test_a_stream_with_rules_is_the_same_alone_and_in_a_crowd(
+async def test_a_stream_with_processors_is_the_same_alone_and_among_others(
     text: Bundle, start: Start
 ) -> None:
     model = start(text, slots=3)
@@ -125,9 +123,7 @@ async def test_a_stream_with_rules_is_the_same_alone_and_in_a_crowd(
 
 
 @pytest.mark.parametrize("prompt", [b"", b"a", b"a prompt of more than two blocks"])
-async def test_outputs_share_one_prefill_and_nothing_else(
-    text: Bundle, start: Start, prompt: bytes
-) -> None:
+async def test_outputs_share_only_their_prefill(text: Bundle, start: Start, prompt: bytes) -> None:
     model = start(text, slots=3)
     pushed: list[int] = []
     prefill = model.engine.runtime.prefill
@@ -192,7 +188,7 @@ async def test_outputs_dropped_at_any_moment_leave_nothing(text: Bundle, start: 
 async def test_one_output_that_is_not_read_does_not_stop_the_others(
     text: Bundle, start: Start
 ) -> None:
-    """A reader that takes turns gets from each; none is more than a buffer ahead."""
+    """Each output gets at most one buffer ahead."""
     model = start(text, slots=4, stream_buffer=4)
     requests = _outputs(ask(b"d", max_tokens=40), 3)
     alone = [(await generate(model, wanted)).tokens for wanted in requests]
@@ -213,25 +209,25 @@ async def test_one_output_that_is_not_read_does_not_stop_the_others(
 async def test_logprobs_are_those_of_the_model(
     bundle: Bundle, start: Start, exact_logits: Callable[[Bundle], Logits], length: int
 ) -> None:
-    """Of its own distribution, whatever temperature, filters and rules make of it."""
+    """They are of its own distribution, before temperature, filters and processors."""
     model, exact = start(bundle), exact_logits(bundle)
     vocabulary = bundle.manifest.vocabulary
     ids = np.random.default_rng(length).integers(1, 16, size=length)
     prompt = prompt_of(vocabulary, ids, bundle.typecode)
-    rules = LogitsProcessors(bias=((3, 5.0),), repetition_penalty=2.0)
-    sampling = SamplingParameters(0.3, 5, seed=1, logprobs=4, processors=rules)
+    processors = LogitsProcessors(bias=((3, 5.0),), repetition_penalty=2.0)
+    sampling = SamplingParameters(0.3, 5, seed=1, logprobs=4, processors=processors)
     wanted = Request(prompt, sampling, max_tokens=12, prompt_logprobs=2)
     (events,) = await _read_together(model, model.submit_together([wanted]))
-    told = [event for event in events if isinstance(event, PromptLogprobs)]
+    prompt_events = [event for event in events if isinstance(event, PromptLogprobs)]
     deltas = [event for event in events if isinstance(event, Delta)]
-    assert events[: len(told)] == told
-    starts = np.cumsum([0, *(len(event.logprobs) for event in told)])
-    assert [event.first_position for event in told] == starts[:-1].tolist()
-    said = [one for event in [*told, *deltas] for one in event.logprobs]
+    assert events[: len(prompt_events)] == prompt_events
+    starts = np.cumsum([0, *(len(event.logprobs) for event in prompt_events)])
+    assert [event.first_position for event in prompt_events] == starts[:-1].tolist()
+    logprobs = [one for event in [*prompt_events, *deltas] for one in event.logprobs]
     tokens = [vocabulary, *ids.tolist(), *_tokens(events)]
-    assert len(said) == len(tokens) - 1 == length + 12
+    assert len(logprobs) == len(tokens) - 1 == length + 12
     logits = exact(tokens[:-1])
-    for index, (row, token, one) in enumerate(zip(logits, tokens[1:], said, strict=True)):
+    for index, (row, token, one) in enumerate(zip(logits, tokens[1:], logprobs, strict=True)):
         expected = plain_sampler.logprobs(row.tolist(), token, 2 if index < length else 4)
         assert one.logprob == pytest.approx(expected.logprob, abs=1e-4)
         assert one.top_logprobs == pytest.approx(expected.top_logprobs, abs=1e-4)
@@ -241,7 +237,7 @@ async def test_logprobs_are_those_of_the_model(
         )
 
 
-async def test_logprobs_come_only_to_those_who_ask(text: Bundle, start: Start) -> None:
+async def test_logprobs_come_only_on_request(text: Bundle, start: Start) -> None:
     model = start(text, slots=3)
     asked = [None, 0, None, 3, 20]
     requests = [
@@ -252,9 +248,9 @@ async def test_logprobs_come_only_to_those_who_ask(text: Bundle, start: Start) -
     everything = await asyncio.gather(*[_read_together(model, [s]) for s in streams])
     for n, (top, (events,)) in enumerate(zip(asked, everything, strict=True)):
         assert not any(isinstance(event, PromptLogprobs) for event in events)
-        said = [one for event in events if isinstance(event, Delta) for one in event.logprobs]
-        assert len(said) == (0 if top is None else 5 + n)
-        assert all(len(one.top_ids) == len(one.top_logprobs) == top for one in said)
+        logprobs = [one for event in events if isinstance(event, Delta) for one in event.logprobs]
+        assert len(logprobs) == (0 if top is None else 5 + n)
+        assert all(len(one.top_ids) == len(one.top_logprobs) == top for one in logprobs)
 
 
 async def test_a_stop_token_that_is_not_sent_has_no_logprobs(text: Bundle, start: Start) -> None:
@@ -267,8 +263,8 @@ async def test_a_stop_token_that_is_not_sent_has_no_logprobs(text: Bundle, start
             include_stop=include_stop,
         )
         (events,) = await _read_together(model, [model.submit(wanted)])
-        said = [one for event in events if isinstance(event, Delta) for one in event.logprobs]
-        assert len(said) == len(_tokens(events)) == count
+        logprobs = [one for event in events if isinstance(event, Delta) for one in event.logprobs]
+        assert len(logprobs) == len(_tokens(events)) == count
 
 
 async def test_a_prompt_that_breaks_the_model_ends_its_stream(text: Bundle, start: Start) -> None:
@@ -299,7 +295,7 @@ async def test_a_prompt_that_breaks_the_model_ends_its_stream(text: Bundle, star
         ({"end_token": ord("w"), "stop_tokens": frozenset(b"w")}, b"one t", "one t", None),
     ],
 )
-async def test_include_stop_sends_what_the_stream_stopped_at(
+async def test_include_stop_sends_the_stop_string_or_token(
     text: Bundle,
     start: Start,
     fields: dict[str, Any],
@@ -319,7 +315,7 @@ async def test_include_stop_sends_what_the_stream_stopped_at(
 async def test_no_stop_before_min_tokens(
     text: Bundle, start: Start, min_tokens: int, count: int
 ) -> None:
-    """The model wants to end at once: it gets its second choice until it may."""
+    """The model prefers the end token: before `min_tokens` its second choice is drawn."""
     model = start(text)
 
     def end(logits: Floats, positions: Ints) -> Floats:
@@ -328,10 +324,10 @@ async def test_no_stop_before_min_tokens(
         return logits
 
     change_logits(model, end)
-    rules = LogitsProcessors(min_tokens=min_tokens, withheld=(0, 7))
+    processors = LogitsProcessors(min_tokens=min_tokens, withheld=(0, 7))
     wanted = ask(
         max_tokens=8,
-        sampling=SamplingParameters(temperature=0, processors=rules),
+        sampling=SamplingParameters(temperature=0, processors=processors),
         min_tokens=min_tokens,
         end_token=0,
         stop_tokens=frozenset({7}),
@@ -343,12 +339,12 @@ async def test_no_stop_before_min_tokens(
     assert outcome.ending.reason == expected
 
 
-async def test_rules_that_leave_nothing_end_their_stream_and_no_other(
+async def test_processors_that_leave_no_token_end_their_stream_and_no_other(
     text: Bundle, start: Start
 ) -> None:
     model = start(text)
-    rules = LogitsProcessors(allowed=(65, 66), bad_words=((65, 65), (66,)))
-    wanted = ask(b"prompt", sampling=SamplingParameters(seed=3, processors=rules))
+    processors = LogitsProcessors(allowed=(65, 66), bad_words=((65, 65), (66,)))
+    wanted = ask(b"prompt", sampling=SamplingParameters(seed=3, processors=processors))
     beside = asyncio.create_task(generate(model, ask(max_tokens=20)))
     outcome = await generate(model, wanted)
     assert outcome.tokens == (65,)
@@ -388,7 +384,7 @@ async def test_first_and_last_tokens_are_never_held_back(text: Bundle, start: St
         for _ in range(3):
             await gate.let_one("step")
         await asyncio.sleep(0.05)
-        assert stream.subscriber.take() is None  # three wait for a fourth
+        assert stream.subscriber.take() is None  # three tokens wait for a fourth
         await gate.let_one("step")
         sizes.append(len((await asyncio.wait_for(anext(events), LIMIT_S)).tokens))
         gate.let(2)

@@ -15,7 +15,7 @@ SLOTS, CONTEXT = 3, 24
 
 
 class Streams:
-    """Does to a cache whatever chance says, and keeps the tokens of every stream in a list."""
+    """Applies random operations to a cache, and keeps the tokens of every stream in a list."""
 
     def __init__(self, span: int | None, chance: random.Random, binary: bool = False) -> None:
         self.bundle = bare_bundle(span, CONTEXT, binary)
@@ -23,13 +23,13 @@ class Streams:
         self.cache = Cache(self.bundle, self.runtime, SLOTS)  # type: ignore[arg-type]
         self.chance = chance
         self.rows: list[list[int]] = []
-        self.bench: list[int] | None = None
+        self.prefilling: list[int] | None = None
         self.saved: list[tuple[SavedState, list[int]]] = []
 
     def possible(self) -> list[Callable[[], None]]:
-        """What could be done now; stepping and prefilling are likelier than the rest."""
-        actions = [self.clear_bench]
-        if self.bench is not None and len(self.bench) < CONTEXT:
+        """The operations that are possible now; steps and prefill are the most likely."""
+        actions = [self.start_prefill]
+        if self.prefilling is not None and len(self.prefilling) < CONTEXT:
             actions += [self.prefill] * 4
         if self.rows:
             actions += [self.leave, self.park]
@@ -37,7 +37,7 @@ class Streams:
             actions += [self.step] * 8
         if len(self.rows) < SLOTS:
             actions += [self.begin]
-            actions += [self.join] * 2 if self.bench is not None else []
+            actions += [self.join] * 2 if self.prefilling is not None else []
             actions += [self.restore] if self.saved else []
         if self.chance.random() < 0.05:
             actions += [self.clear]
@@ -47,28 +47,29 @@ class Streams:
         assert self.cache.begin() == len(self.rows)
         self.rows.append([])
 
-    def clear_bench(self) -> None:
+    def start_prefill(self) -> None:
         self.cache.start_prefill()
-        self.bench = []
+        self.prefilling = []
 
     def prefill(self) -> None:
-        assert self.bench is not None
+        assert self.prefilling is not None
         span = self.bundle.span or CONTEXT
-        room = span - len(self.bench) % span
+        room = span - len(self.prefilling) % span
         assert self.cache.block_room == room
-        count = self.chance.randint(1, min(room, CONTEXT - len(self.bench)))
+        count = self.chance.randint(1, min(room, CONTEXT - len(self.prefilling)))
         tokens = [self.chance.randrange(256) for _ in range(count)]
         logits = self.chance.random() < 0.5
         out = self.cache.prefill(np.array(tokens), logits)
-        seen = len(self.bench)
-        self.bench += tokens
-        assert out[:, 0].tolist() == (list(range(seen + 1, len(self.bench) + 1)) if logits else [])
+        seen = len(self.prefilling)
+        self.prefilling += tokens
+        expected = list(range(seen + 1, len(self.prefilling) + 1)) if logits else []
+        assert out[:, 0].tolist() == expected
 
     def join(self) -> None:
-        assert self.bench is not None
+        assert self.prefilling is not None
         assert self.cache.join() == len(self.rows)
-        self.rows.append(self.bench)
-        self.bench = None
+        self.rows.append(self.prefilling)
+        self.prefilling = None
 
     def leave(self, row: int | None = None) -> None:
         row = self.chance.randrange(len(self.rows)) if row is None else row
@@ -87,8 +88,8 @@ class Streams:
         self.saved.append((self.cache.save(row), list(self.rows[row])))
 
     def restore(self) -> None:
-        parked, history = self.chance.choice(self.saved)
-        assert self.cache.restore(parked) == len(self.rows)
+        saved, history = self.chance.choice(self.saved)
+        assert self.cache.restore(saved) == len(self.rows)
         self.rows.append(list(history))
 
     def step(self) -> None:
@@ -109,17 +110,17 @@ class Streams:
             self.leave(row)
 
     def check(self) -> None:
-        """Everybody's entries stand for the tokens that were pushed, and for no others."""
+        """Checks that each stream's state holds exactly the tokens that it pushed."""
         assert self.cache.num_running == len(self.rows)
         assert self.cache.num_free == SLOTS - len(self.rows)
         assert self.cache.pushed.tolist() == [len(row) for row in self.rows]
         for row, history in enumerate(self.rows):
-            assert self.runtime.seen(row, self.extent(history)) == history
-        if self.bench is not None:
-            assert self.cache.prefill_pushed == len(self.bench)
-            assert self.runtime.seen(SLOTS, self.extent(self.bench)) == self.bench
+            assert self.runtime.seen(row, self.length(history)) == history
+        if self.prefilling is not None:
+            assert self.cache.prefill_pushed == len(self.prefilling)
+            assert self.runtime.seen(SLOTS, self.length(self.prefilling)) == self.prefilling
 
-    def extent(self, history: list[int]) -> StateLength:
+    def length(self, history: list[int]) -> StateLength:
         return StateLength(self.bundle.entries(len(history)), len(history))
 
 

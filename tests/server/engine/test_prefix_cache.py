@@ -1,4 +1,4 @@
-"""The tree of shared blocks against a plain list of what was kept, and its limit in bytes."""
+"""The prefix cache against a plain list of its blocks, and its limit in bytes."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ def tokens(text: str) -> Ints:
 
 
 def left(text: str) -> State:
-    """What a block leaves: here, a sum over everything up to its end."""
+    """The entry of a block: here, a sum over all tokens up to its end."""
     return {"keys": np.full((2, 1, 5), sum(map(ord, text)), np.float32)}
 
 
 def keep(cache: PrefixCache, text: str) -> None:
-    """Insert every block of `text` that is not known, as prefill does."""
+    """Insert the blocks of `text` that are not cached, as prefill does."""
     known = len(cache.match(tokens(text)))
     for end in range((known + 1) * SPAN, len(text) + 1, SPAN):
         cache.insert(tokens(text[end - SPAN : end]), left(text[:end]))
 
 
 def found(cache: PrefixCache, text: str) -> str:
-    """The beginning of `text` that is known; what was left has to be of these very blocks."""
+    """The beginning of `text` that is cached. Checks the entries of its blocks."""
     states = cache.match(tokens(text))
     for number, state in enumerate(states, start=1):
         expected = left(text[: number * SPAN])
@@ -53,7 +53,7 @@ def test_whole_blocks_from_the_beginning_are_found() -> None:
     assert found(cache, "ab") == found(cache, "") == ""
 
 
-def test_prompts_that_part_ways_share_what_is_before() -> None:
+def test_prompts_share_the_blocks_of_their_common_beginning() -> None:
     cache = PrefixCache(SPAN, 10**6)
     keep(cache, "abcdef")
     keep(cache, "abcxyz")
@@ -62,22 +62,22 @@ def test_prompts_that_part_ways_share_what_is_before() -> None:
     assert (found(cache, "abcdef"), found(cache, "abcxyz")) == ("abcdef", "abcxyz")
 
 
-def test_the_block_that_was_used_least_recently_goes_first_and_never_before_its_followers() -> None:
+def test_the_least_recently_used_block_is_dropped_after_its_children() -> None:
     cache = PrefixCache(SPAN, 4 * (SPAN * 8 + 2 * 5 * 4))
     keep(cache, "abcdefghi")
     keep(cache, "xyz")
     assert found(cache, "abcdefghi") == "abcdefghi"
-    keep(cache, "uvw")  # pushes out xyz
+    keep(cache, "uvw")  # drops xyz
     assert (found(cache, "xyz"), found(cache, "abcdefghi")) == ("", "abcdefghi")
     keep(cache, "rst")  # uvw is older than abc…
-    keep(cache, "opq")  # and now the end of abc… goes, not its beginning
+    keep(cache, "opq")  # drops the end of abc…, not its beginning
     assert found(cache, "abcdefghi") == "abcdef"
 
 
-def test_a_block_whose_beginning_is_gone_is_not_kept() -> None:
+def test_a_block_without_its_parent_is_not_cached() -> None:
     size = SPAN * 8 + 2 * 5 * 4
     cache = PrefixCache(SPAN, 2 * size)
-    keep(cache, "abcdefghijkl")  # ghi has no room, so jkl has nothing to stand behind
+    keep(cache, "abcdefghijkl")  # ghi has no room, so jkl has no parent
     assert cache.nbytes == 2 * size
     assert found(cache, "abcdefghijkl") == "abcdef"
     keep(cache, "xyz")
@@ -85,7 +85,7 @@ def test_a_block_whose_beginning_is_gone_is_not_kept() -> None:
 
 
 @pytest.mark.parametrize("known", ["", "abc", "abcdef"])
-def test_a_prompt_that_was_pushed_elsewhere_is_followed_if_it_is_known(known: str) -> None:
+def test_a_prompt_that_is_pushed_already_resumes_if_it_is_cached(known: str) -> None:
     cache = PrefixCache(SPAN, 10**6)
     keep(cache, known)
     cache.resume(tokens("abcdefg"), 2)
@@ -95,7 +95,7 @@ def test_a_prompt_that_was_pushed_elsewhere_is_followed_if_it_is_known(known: st
 
 @contextmanager
 def moves() -> Iterator[list[int]]:
-    """One for each block that moves in the order of use."""
+    """Counts the blocks that move in the order of use."""
     seen: list[int] = []
 
     def profile(_: FrameType, event: str, called: object) -> None:
@@ -109,8 +109,8 @@ def moves() -> Iterator[list[int]]:
         sys.setprofile(None)
 
 
-def test_a_block_costs_the_same_wherever_it_lies() -> None:
-    """Of a long prompt, the last insert looks at no more blocks than the first."""
+def test_an_insert_costs_the_same_at_any_position() -> None:
+    """The last insert of a long prompt moves no more blocks than the first."""
     cache = PrefixCache(SPAN, 10**6)
     with moves() as looked:
         keep(cache, "abc" * 200)
@@ -119,7 +119,7 @@ def test_a_block_costs_the_same_wherever_it_lies() -> None:
     assert len(looked) == 2 * 200, "once for the prompt that ended, once for the one that begins"
 
 
-def test_nothing_is_kept_that_is_larger_than_the_limit() -> None:
+def test_a_block_above_the_limit_is_not_cached() -> None:
     cache = PrefixCache(SPAN, 10)
     keep(cache, "abcdef")
     assert (cache.nbytes, found(cache, "abcdef")) == (0, "")

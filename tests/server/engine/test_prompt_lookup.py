@@ -1,4 +1,4 @@
-"""Drafts change nothing but the number of passes."""
+"""Drafts change only the number of passes."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ Start = Callable[..., ServedModel]
 
 
 @pytest.mark.parametrize(
-    ("known", "draft"),
+    ("recent", "draft"),
     [
         (b"one two three one two", b" three o"),
-        (b"abcdXabcdYabcd", b"Yabcd"),  # what followed last
+        (b"abcdXabcdYabcd", b"Yabcd"),  # after the latest occurrence
         (b"aaaaaaaa", b"a"),
         (b"abc", b""),
         (b"", b""),
         (b"one two three", b""),
     ],
 )
-def test_what_followed_the_last_time_is_proposed(known: bytes, draft: bytes) -> None:
-    assert bytes(propose(array("B", known), 8)) == draft
+def test_the_tokens_after_the_latest_occurrence_are_proposed(recent: bytes, draft: bytes) -> None:
+    assert bytes(propose(array("B", recent), 8)) == draft
 
 
 @given(st.lists(st.integers(0, 3), max_size=60), st.integers(1, 9), st.sampled_from("BHI"))
-def test_a_draft_follows_what_was_said_before(tokens: list[int], size: int, code: str) -> None:
+def test_a_draft_follows_an_earlier_occurrence(tokens: list[int], size: int, code: str) -> None:
     draft = propose(array(code, tokens), size).tolist()
     assert len(draft) <= size
     if draft:
@@ -48,7 +48,7 @@ def test_a_draft_follows_what_was_said_before(tokens: list[int], size: int, code
         assert any(tokens[n : n + len(draft)] == draft for n in at)
 
 
-def test_tokens_of_several_bytes_are_not_torn() -> None:
+def test_matches_begin_at_whole_tokens() -> None:
     wide = array("H", [0x0101, 0x0101, 0x0101, 0x0101, 7, 0x0101, 0x0101, 0x0101, 0x0101])
     assert propose(wide, 3).tolist() == [7, 0x0101, 0x0101]
 
@@ -68,7 +68,7 @@ RULES = LogitsProcessors(repetition_penalty=1.2, frequency_penalty=0.3, bad_word
 async def test_tokens_are_the_same_with_drafts_and_without(
     start: Start, attention: str, sampling: SamplingParameters, request: pytest.FixtureRequest
 ) -> None:
-    """Text that repeats itself makes drafts; some are right and some are not."""
+    """Text that repeats itself makes drafts, some correct and some not."""
     bundle = load_bundle(request.getfixturevalue(attention))
     prompt = prompt_of(bundle.manifest.vocabulary, [1, 2, 3, 4, 5, 6] * 2, bundle.typecode)
     most = bundle.context - len(prompt) - 1
@@ -82,7 +82,7 @@ async def test_tokens_are_the_same_with_drafts_and_without(
 async def test_text_that_repeats_itself_takes_fewer_passes(text: Bundle, start: Start) -> None:
     model = start(text, draft_tokens=6)
     content = b"the cat the cat the cat the cat the cat the cat the cat the cat the cat "
-    said = content * 2
+    output = content * 2
     passes, runtime = 0, model.engine.runtime
     run = runtime.prefill
 
@@ -91,19 +91,19 @@ async def test_text_that_repeats_itself_takes_fewer_passes(text: Bundle, start: 
         passes += 1
         out = np.zeros_like(run(row, tokens, position, length, logits))
         for index in range(len(out)):
-            out[index, said[position + index]] = 1e4
+            out[index, output[position + index]] = 1e4
         return out
 
     runtime.prefill = wants  # type: ignore[method-assign]
     outcome = await generate(model, ask(max_tokens=90))
-    assert outcome.text == said[:90].decode()
+    assert outcome.text == output[:90].decode()
     assert passes < 45
 
 
 async def test_a_second_stream_ends_the_drafts_and_changes_nothing(
     text: Bundle, start: Start
 ) -> None:
-    """In the middle of a draft that was wrong, too."""
+    """Also in the middle of a wrong draft."""
     wanted = [ask(b"abcabcabcabc", 60, seed=seed) for seed in range(4)]
     plain = [await generate(start(text), each) for each in wanted]
     model = start(text, draft_tokens=7)
@@ -118,15 +118,15 @@ async def test_a_second_stream_ends_the_drafts_and_changes_nothing(
 
 async def test_a_stop_string_is_met_within_a_draft(text: Bundle, start: Start) -> None:
     wanted = ask(b"abcabcabcabc", 60, sampling=SamplingParameters(temperature=0))
-    said = (await generate(start(text), wanted)).text
-    stopped = replace(wanted, stop=(said[20:24],))
+    plain = (await generate(start(text), wanted)).text
+    stopped = replace(wanted, stop=(plain[20:24],))
     plain = await generate(start(text), stopped)
     drafted = await generate(start(text, draft_tokens=8), stopped)
     assert (drafted.tokens, drafted.text) == (plain.tokens, plain.text)
     assert drafted.ending.reason is FinishReason.STOP  # type: ignore[union-attr]
 
 
-async def test_a_draft_is_paused_and_goes_on(text: Bundle, start: Start) -> None:
+async def test_a_stream_with_drafts_is_paused_and_continues(text: Bundle, start: Start) -> None:
     wanted = ask(b"abcabcabcabc", 70, seed=2, sampling=SamplingParameters(temperature=0))
     plain = await generate(start(text), wanted)
     model = start(text, draft_tokens=7, stream_buffer=4)
@@ -135,5 +135,5 @@ async def test_a_draft_is_paused_and_goes_on(text: Bundle, start: Start) -> None
     assert (await read(model, stream)).tokens == plain.tokens
 
 
-def test_drafts_are_off_unless_asked_for() -> None:
+def test_drafts_are_off_by_default() -> None:
     assert EngineConfig().draft_tokens == 0

@@ -41,7 +41,7 @@ def _plan(**changes: object) -> Plan:
             {"num_free": 1, "waiting": (NO_PROMPT, SCORE)},
             Plan(begin=1, start_prefill=True, decode=True),
         ),
-        # Full: nobody joins, but scoring needs no slot.
+        # Full: no stream joins, but scoring needs no slot.
         ({"num_free": 0, "num_running": 4, "waiting": (NO_PROMPT,)}, Plan(decode=True)),
         ({"num_free": 0, "num_running": 4, "waiting": (PROMPT,)}, Plan(decode=True)),
         (
@@ -77,13 +77,13 @@ def _plan(**changes: object) -> Plan:
              "waiting": (NO_PROMPT,)},
             Plan(begin=1, decode=True),
         ),
-        # Those who come back go before those who are new.
+        # Returning streams go before new ones.
         (
             {"num_free": 1, "num_running": 3, "returning": (0, 0),
              "prefilling": Prefilling(0, True), "waiting": (NO_PROMPT,)},
             Plan(restore=1, decode=True),
         ),
-        # A higher priority takes the slot of a lower one, an equal one does not.
+        # A higher priority takes the slot of a lower one; an equal one does not.
         (
             {**FULL, "preemptible": (-1, 0), "waiting": (Waiting(0, True, 0), Waiting(0, True, 0))},
             Plan(preempt=1, begin=1, decode=True),
@@ -101,7 +101,7 @@ def _plan(**changes: object) -> Plan:
             {**FULL, "preemptible": (0,), "returning": (0,), "waiting": (Waiting(0, True, 1),)},
             Plan(preempt=1, begin=1, decode=True),
         ),
-        # One with a prompt pushes it first, and parks another only then.
+        # A stream with a prompt pushes it before another one is parked for it.
         ({**FULL, "preemptible": (0,), "waiting": (Waiting(9, True, 1),)},
          Plan(start_prefill=True, decode=True)),
         ({**FULL, "preemptible": (0,), "prefilling": Prefilling(9, True, 1)}, Plan(decode=True)),
@@ -112,7 +112,7 @@ def _plan(**changes: object) -> Plan:
              "waiting": (Waiting(0, True, 2),)},
             Plan(preempt=1, begin=1, decode=True),
         ),
-        # What the prefilled stream claims is free for those of a higher priority only.
+        # Only a higher priority may take the slot that the prefilled stream claims.
         (
             {"num_free": 1, "num_running": 3, "prefilling": Prefilling(9, True, 0),
              "waiting": (Waiting(0, True, 1), Waiting(0, True, 1))},
@@ -123,7 +123,7 @@ def _plan(**changes: object) -> Plan:
              "returning": (0,)},
             Plan(decode=True),
         ),
-        # While somebody decodes, prefill has to have credit.
+        # While a stream decodes, prefill needs credit.
         (
             {"num_free": 3, "num_running": 1, "prefilling": Prefilling(9, True)},
             Plan(decode=True),
@@ -148,7 +148,7 @@ def test_only_an_empty_plan_is_idle() -> None:
 
 @dataclass
 class Job:
-    """A stream to be: its prompt, its tokens, and after how many it pauses for how many turns."""
+    """A simulated stream: prompt, tokens, and when and for how many turns its reader lags."""
 
     number: int
     arrives: int
@@ -166,13 +166,13 @@ class Job:
 
     @property
     def ready(self) -> bool:
-        """Whether it could join the batch at once."""
+        """Whether it can join the batch at once."""
         return self.begun or not self.prompt
 
 
 @dataclass
 class World:
-    """What the engine does with a plan, with numbers in place of a model."""
+    """Executes plans as the engine does, with counters in place of a model."""
 
     slots: int
     span: int
@@ -217,7 +217,7 @@ class World:
         )
 
     def execute(self, todo: Plan, decode_s: float, token_s: float) -> float:
-        """Does one turn and returns how long its prefill took."""
+        """Runs one turn. Returns the time of its prefill."""
         back, parked = self.returning()[: todo.restore], self.preemptible()[: todo.preempt]
         self.running = [job for job in self.running if job not in parked]
         self.waiting = sorted(self.waiting + parked, key=lambda job: job.place)
@@ -234,7 +234,7 @@ class World:
             joined.append(self.prefilling)
             self.prefilling = None
         self.running += joined
-        # Everyone who gave way did so for somebody of a higher priority.
+        # Every parked stream is parked for one of higher priority.
         highest = sorted(joined, key=lambda job: -job.priority)
         assert len(parked) <= len(joined)
         assert all(p.priority < j.priority for p, j in zip(parked[::-1], highest, strict=False))
@@ -289,12 +289,12 @@ def jobs(draw: st.DrawFn, priorities: tuple[int, ...]) -> list[Job]:
 
 
 def _serve(world: World, token_s: float) -> None:
-    """Turns until everybody was served."""
+    """Runs turns until all streams have ended."""
     for _ in range(5000):
         load = world.load()
         todo = plan(load)
         if todo.idle:
-            # With nobody running there is no reason to wait for anybody but a reader.
+            # Only paused streams may be left, which wait for their readers.
             assert not world.running
             assert not world.waiting
             assert world.prefilling is None
@@ -307,7 +307,7 @@ def _serve(world: World, token_s: float) -> None:
 
 
 @given(jobs((0,)), st.integers(1, 4), st.integers(1, 9), st.floats(0, 3))
-def test_everybody_is_served_in_order(
+def test_streams_are_served_in_order(
     jobs: list[Job], slots: int, span: int, token_s: float
 ) -> None:
     world = World(slots, span, jobs)
@@ -317,7 +317,7 @@ def test_everybody_is_served_in_order(
 
 
 @given(jobs((-1, 0, 0, 7)), st.integers(1, 4), st.integers(1, 9), st.floats(0, 3))
-def test_priorities_go_first_and_within_one_nothing_changes(
+def test_priorities_go_first_and_keep_the_order_within_one(
     jobs: list[Job], slots: int, span: int, token_s: float
 ) -> None:
     world = World(slots, span, jobs)
@@ -326,8 +326,8 @@ def test_priorities_go_first_and_within_one_nothing_changes(
     for priority in (-1, 0, 7):
         own = [job.number for job in world.seated if job.priority == priority]
         assert own == sorted(own)
-    # No ping-pong: whoever takes a slot does so once, and once more after a pause; the lowest of
-    # three priorities can be displaced for it, and what was displaced may displace once more.
+    # A stream takes a slot once, and once more after each pause. Each time it may preempt one of
+    # lower priority, which may preempt another when it returns.
     taking = sum(1 + (job.pauses_at is not None) for job in jobs if job.priority > -1)
     assert world.preempted <= 2 * taking
 
@@ -342,7 +342,7 @@ PRIORITIES = st.integers(-2, 2)
     st.lists(PRIORITIES, max_size=6).map(lambda them: sorted(them, reverse=True)),
     st.none() | st.builds(Prefilling, st.sampled_from([0, 5]), st.booleans(), PRIORITIES),
 )
-def test_nobody_ready_waits_behind_a_lower_priority(
+def test_no_ready_stream_waits_for_a_lower_priority(
     free: int,
     running: list[int],
     returning: list[int],
@@ -365,14 +365,14 @@ def test_nobody_ready_waits_behind_a_lower_priority(
     kept = running[todo.preempt :]
     assert len(kept) + len(joined) <= len(running) + free
     assert max(left, default=-9) <= min([*kept, *joined], default=9)
-    # Nobody is parked for a slot that is free, unless the prefilled stream has a claim to that.
+    # No stream is parked while a slot is free, unless the prefilled stream claims it.
     claimed = prefilling is not None and prefilling.joins and not todo.join
     assert not todo.preempt or len(joined) - todo.preempt >= free - claimed
 
 
 @pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.75])
 def test_prefill_gets_its_share_of_the_time(share: float) -> None:
-    """Endless prompts beside endless streams; a chunk takes three times a decode step."""
+    """Endless prompts and endless streams; a chunk takes as long as three steps."""
     credit_s = prefill_s = decode_s = 0.0
     for _ in range(3000):
         todo = _plan(
@@ -386,15 +386,15 @@ def test_prefill_gets_its_share_of_the_time(share: float) -> None:
     assert prefill_s / (prefill_s + decode_s) == pytest.approx(share, rel=0.02)
 
 
-def test_credit_that_nobody_used_does_not_become_a_burst() -> None:
+def test_unused_credit_does_not_become_a_burst() -> None:
     credit_s = 0.0
     for _ in range(1000):
         credit_s = next_credit(credit_s, 0.5, 0.0, 0.01)
     assert 0 < credit_s <= 0.01
 
 
-def test_prefill_that_kept_nobody_waiting_is_not_held_against_it() -> None:
-    """After a long prompt on an empty engine, the next prompt must not wait as long again."""
+def test_prefill_without_running_streams_leaves_no_debt() -> None:
+    """After a long prompt on an empty engine, the next prompt does not wait."""
     credit_s = 0.0
     for _ in range(100):
         credit_s = next_credit(credit_s, 0.5, 1.0, 0.0)

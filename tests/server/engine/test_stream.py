@@ -33,7 +33,7 @@ async def _stream(
         ({"end_token": 0}, b"ab\0", FinishReason.END, "ab"),
         ({"stop_tokens": frozenset(b"cd")}, b"abc", FinishReason.STOP, "ab"),
         ({"stop": ("bc",)}, b"abc", FinishReason.STOP, "a"),
-        # What happens with the last token that is allowed has other reasons, too.
+        # The last token of `max_tokens` may end the stream for another reason.
         ({"max_tokens": 3, "stop": ("bc",)}, b"abc", FinishReason.STOP, "a"),
         ({"max_tokens": 3, "end_token": 99}, b"abc", FinishReason.END, "ab"),
         ({"end_token": 99, "stop_tokens": frozenset(b"c")}, b"abc", FinishReason.STOP, "ab"),
@@ -89,11 +89,11 @@ async def test_times_count_from_acceptance() -> None:
 
 
 def _checkpoint(tokens: bytes, pushed: int, **fields: object) -> Checkpoint:
-    """Of a stream that generated `tokens`, and whose state has seen `pushed` tokens."""
+    """A checkpoint with `tokens` generated and `pushed` tokens in the state."""
     return Checkpoint(array("B", tokens), SavedState({}, pushed), **fields)  # type: ignore[arg-type]
 
 
-async def test_what_a_revived_stream_holds_follows_from_its_tokens() -> None:
+async def test_a_restored_stream_follows_from_its_tokens() -> None:
     lived = await _stream(stop=("de!",))
     for token in "abcdé".encode()[:-1]:
         lived.accept_token(token, 1.0)
@@ -109,9 +109,9 @@ async def test_what_a_revived_stream_holds_follows_from_its_tokens() -> None:
 
 
 @pytest.mark.parametrize("pushed", [0, 1, 2, 3, 4, 5])
-async def test_tokens_whose_state_is_lost_are_drawn_again_as_they_were(pushed: int) -> None:
-    parked = SavedState({}, pushed) if pushed else None
-    stream = await _stream(Checkpoint(array("B", b"abc"), parked))
+async def test_tokens_that_are_not_in_the_state_are_replayed(pushed: int) -> None:
+    saved = SavedState({}, pushed) if pushed else None
+    stream = await _stream(Checkpoint(array("B", b"abc"), saved))
     seen = max(0, pushed - 2)
     assert bytes(stream.history) == b"abc"[:seen]
     assert bytes(stream.replay_tokens) == b"abc"[seen:]
@@ -124,19 +124,19 @@ async def test_tokens_whose_state_is_lost_are_drawn_again_as_they_were(pushed: i
     [
         (ResumeCursor(tokens=6, last_ids=tuple(b"cdef")), b"cdef"),
         (ResumeCursor(tokens=6, last_ids=tuple(b"abcdef")), b"cdef"),
-        (ResumeCursor(tokens=6, last_ids=tuple(b"ef")), b""),  # nobody knows what stands between
+        (ResumeCursor(tokens=6, last_ids=tuple(b"ef")), b""),  # the tokens between are unknown
         (ResumeCursor(tokens=2, last_ids=tuple(b"ab")), b""),
         (ResumeCursor(tokens=5), b""),
     ],
 )
-async def test_a_reader_knows_what_follows_a_snapshot(
+async def test_the_cursor_adds_tokens_after_the_snapshot(
     cursor: ResumeCursor, replayed: bytes
 ) -> None:
     stream = await _stream(_checkpoint(b"ab", pushed=4), cursor)
     assert bytes(stream.replay_tokens) == replayed
 
 
-async def test_lost_logprobs_of_the_prompt_are_made_again() -> None:
+async def test_missing_logprobs_of_the_prompt_are_computed_again() -> None:
     cursor = ResumeCursor(prompt_logprobs=1)
     stream = await _stream(_checkpoint(b"ab", pushed=4), cursor, prompt_logprobs=0)
     assert stream.saved is None
@@ -159,7 +159,7 @@ async def test_lost_logprobs_of_the_prompt_are_made_again() -> None:
         ({"stop": ("bcd",)}, b"abc", FinishReason.PAUSED, None, "a"),
     ],
 )
-async def test_the_backlog_of_a_stream_that_ended_is_all_that_was_said(
+async def test_the_backlog_of_an_ended_stream_is_its_whole_output(
     fields: dict[str, object], tokens: bytes, reason: FinishReason, stop: str | None, text: str
 ) -> None:
     finish = Finish(reason, stop, len(tokens), 0, 0, 0, 0)

@@ -1,4 +1,4 @@
-"""A thousand callers go away at random moments, and nothing of them is left."""
+"""A thousand callers disconnect at random moments; nothing of them is left."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from tests.server.engines import LIMIT_S, is_empty, until
 
 KEEP_MS, TTL_S = 50, 0.05
 AT_ONCE = 24
-POOL_THREADS = 6  # asyncio begins them as it needs them, and keeps them
+POOL_THREADS = 6  # asyncio starts them when needed, and keeps them
 TOLERANCE_BYTES = 8 * 1024 * 1024
-"""What the allocator may keep of what was freed."""
+"""Freed memory that the allocator may keep."""
 
 
 class Crowd:
-    """Callers that all go away before their time."""
+    """Callers that disconnect before the end of their streams."""
 
     def __init__(self, channel: grpc.aio.Channel, seed: int) -> None:
         self._generation = GenerationServiceStub(channel)
@@ -54,7 +54,7 @@ class Crowd:
         }
 
     async def come_and_go(self, count: int) -> None:
-        """So many streams, half of which are cut, and half deleted."""
+        """Runs streams, half of which are cut and half deleted."""
         await asyncio.gather(*(self._one(index) for index in range(count)))
 
     async def _one(self, index: int) -> None:
@@ -84,7 +84,7 @@ class Crowd:
     async def _some(
         self, call: AsyncIterator[pb.GenerateResponse], count: int
     ) -> AsyncIterator[pb.GenerateResponse]:
-        """So many events, if they come; then some time passes."""
+        """Reads some events, if they come, and waits a while."""
         with suppress(asyncio.CancelledError, grpc.aio.AioRpcError):
             async for event in call:
                 if not event.HasField("error"):
@@ -101,30 +101,30 @@ class Crowd:
 
 
 @pytest.mark.parametrize("cancels", [100, pytest.param(1_000, marks=pytest.mark.slow)])
-async def test_nothing_is_left_of_those_who_left(
+async def test_disconnected_callers_leave_nothing(
     cancels: int, text: Bundle, tmp_path: Path
 ) -> None:
     (port,) = free_ports(1)
     store = Store(f"file://{tmp_path}/store")
-    keeper = SnapshotWriter(store, Sealer.for_this_process(), 60.0)
-    # Blocks of prompts are kept for those who begin alike, up to a limit: that is no leak.
+    writer = SnapshotWriter(store, Sealer.for_this_process(), 60.0)
+    # The prefix cache grows up to its limit: that is not a leak.
     model = ServedModel(
-        text, EngineConfig(slots=4, threads=1, snapshot_interval=8, prefix_cache_bytes=0), keeper
+        text, EngineConfig(slots=4, threads=1, snapshot_interval=8, prefix_cache_bytes=0), writer
     )
     server = make_server(
-        ServeConfig((text.folder,), port=port), make_servicers(None, {text.name: model}, keeper)
+        ServeConfig((text.folder,), port=port), make_servicers(None, {text.name: model}, writer)
     )
     await server.start()
     channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")
 
     async def crowd(count: int, seed: int) -> tuple[int, int]:
-        """Memory and threads once everybody left, and what they left was swept."""
+        """Memory and threads after all callers are gone and their sessions are deleted."""
         callers = Crowd(channel, seed)
         await callers.come_and_go(count)
         assert callers.left["cut"] == callers.left["deleted"] == count // 2
         assert min(callers.left.values()) >= count // 20, callers.left
         await until(lambda: is_empty(model), 20)
-        assert await asyncio.to_thread(keeper.flush, LIMIT_S)
+        assert await asyncio.to_thread(writer.flush, LIMIT_S)
         assert not callers.deleted & {path.name for path in tmp_path.rglob("*")}
         await asyncio.sleep(TTL_S * 2)
         store.sweep(TTL_S)
@@ -141,4 +141,4 @@ async def test_nothing_is_left_of_those_who_left(
         await channel.close()
         await server.stop(None)
         model.close()
-        keeper.close(LIMIT_S)
+        writer.close(LIMIT_S)

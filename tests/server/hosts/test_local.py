@@ -1,4 +1,4 @@
-"""A server as `concertina serve --local` assembles it: who is let in, and to what."""
+"""A server as `concertina serve --local` makes it: keys, quotas and limits."""
 
 from __future__ import annotations
 
@@ -191,12 +191,12 @@ async def test_a_key_reaches_its_models_only(serve: Serve, connect: Any, keys: A
     served = await serve(keys=path)
     reader = connect(served, secret)
     assert await reader.models() == [TEXT]
-    # It needs no name, since no other is there for this key.
+    # It needs no name, since this key has no other model.
     assert await reader.generate() == await reader.score() == await reader.model() == TEXT
     for call in (reader.generate, reader.score, reader.model):
         served_one, missing_one = [await refusal(call(name)) for name in (IMAGE, "tiny-nope")]
         assert served_one[0] == "PERMISSION_DENIED"
-        # Neither status nor message tells which of them is served.
+        # Status and message do not show which of them is served.
         assert served_one == (missing_one[0], missing_one[1].replace("tiny-nope", IMAGE))
     stale = connect(served, useless)
     assert await stale.models() == []
@@ -225,7 +225,7 @@ async def test_a_key_has_a_quota_of_streams(serve: Serve, connect: Any, keys: An
         held[1].cancel()
 
         async def generate() -> str:
-            gate.let(1)  # the engine hears of the cancellation between two steps
+            gate.let(1)  # the engine takes the cancellation between two steps
             return await reader.generate(IMAGE, outputs=2)
 
         assert await eventually(generate) == IMAGE
@@ -272,7 +272,7 @@ async def test_messages_have_a_limit(serve: Serve, connect: Any) -> None:
     assert await connect(served).generate(TEXT) == TEXT
 
 
-async def test_nothing_of_a_stream_is_told_to_anyone_else(
+async def test_logs_metrics_and_errors_hold_nothing_of_a_stream(
     serve: Serve,
     connect: Any,
     keys: Any,
@@ -297,20 +297,20 @@ async def test_nothing_of_a_stream_is_told_to_anyone_else(
         assert "".join(event.tokens.text for event in events).encode() == written
         monkeypatch.setattr(runtime, "step", lambda *_: 1 / 0)
         events = [event async for event in calls.send(request)]
-        told = [events[-1].error.message]
+        messages = [events[-1].error.message]
         request.stopping.stop[:] = ["Zebedee" * 1000]
-        told.append((await refusal(anext(aiter(calls.send(request)))))[1])
+        messages.append((await refusal(anext(aiter(calls.send(request)))))[1])
         request.prompt.text *= 100
         del request.stopping.stop[:]
-        told.append((await refusal(anext(aiter(calls.send(request)))))[1])
+        messages.append((await refusal(anext(aiter(calls.send(request)))))[1])
         monkeypatch.setattr("server.api.generation.generate_request", lambda *_: {}[0])
-        told.append((await refusal(anext(aiter(calls.send(request)))))[1])
+        messages.append((await refusal(anext(aiter(calls.send(request)))))[1])
     assert "the log is being read" in caplog.text and "ZeroDivisionError" in caplog.text
-    assert all(told), told
+    assert all(messages), messages
     metrics = generate_latest().decode()
     assert f'model_name="{TEXT}"' in metrics
     output = capfd.readouterr()
-    for place in (caplog.text, metrics, *told, output.out, output.err):
+    for place in (caplog.text, metrics, *messages, output.out, output.err):
         for word in (b"Xanthippe", b"Zebedee"):
             assert word.decode() not in place
             assert ", ".join(map(str, word)) not in place

@@ -25,7 +25,7 @@ def replica(**parts: object) -> Any:
 
 
 class Refusing:
-    """A servicer that refuses every call, as ours does: it sets a status and returns nothing."""
+    """A servicer that refuses every call: it sets a status and returns None."""
 
     async def refuse(self, request: object, context: Any) -> None:
         context.set_code(grpc.StatusCode.NOT_FOUND)
@@ -52,7 +52,7 @@ async def test_ray_gets_a_response_even_for_a_refused_call() -> None:
 
 @pytest.fixture
 def add_address(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """What opens the port of a gRPC server in Ray's processes, once we have had our say."""
+    """The patched method that opens the port of a gRPC server in Ray's processes."""
     from ray.serve._private import default_impl
 
     monkeypatch.setattr(default_impl, "add_grpc_address", default_impl.add_grpc_address)

@@ -39,13 +39,13 @@ def test_haproxy_can_be_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_replica_listens_where_it_has_to(installed: bool, tmp_path: Path) -> None:
-    """Behind HAProxy on loopback, whatever the host; without it, it is what callers connect to."""
+    """On loopback behind HAProxy, for any host; else on the address that callers connect to."""
     config = ServeConfig(CONFIG.bundles, host="0.0.0.0")
     host = environment.ray_environment(config, tmp_path)[GRPC_HOST]
     assert host == ("127.0.0.1" if installed else "0.0.0.0")
 
 
-def test_servers_on_one_machine_do_not_meet(tmp_path: Path) -> None:
+def test_servers_on_one_machine_are_independent(tmp_path: Path) -> None:
     here, there = tmp_path / "here", tmp_path / "there"
     one, other = (
         environment.ray_environment(CONFIG, here),
@@ -85,14 +85,14 @@ def test_tls_needs_haproxy(
         environment.ray_environment(replace(CONFIG, tls=certificates.server()), tmp_path)
 
 
-def test_messages_have_the_size_that_was_asked_for(tmp_path: Path) -> None:
+def test_messages_have_the_configured_size(tmp_path: Path) -> None:
     config = ServeConfig(CONFIG.bundles, max_message_bytes=3 * MEBIBYTE)
     values = environment.ray_environment(config, tmp_path)
     assert values["RAY_SERVE_GRPC_MAX_MESSAGE_SIZE"] == str(3 * MEBIBYTE)
 
 
 def test_ray_knows_every_variable(installed: bool, tmp_path: Path) -> None:
-    """They are internals of Ray: one that a new release renames would be ignored without a word."""
+    """They are internals of Ray: a new release that renames one ignores it without a message."""
     ray = find_spec("ray")
     assert ray is not None and ray.origin is not None
     source = (Path(ray.origin).parent / "serve/_private/constants.py").read_text()

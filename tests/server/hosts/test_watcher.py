@@ -43,8 +43,8 @@ SEALER = Sealer([bytes(range(32))])
 
 
 @dataclass
-class Home:
-    """A server that watches a directory, and calls of it."""
+class WatchingServer:
+    """A server that watches a directory, and stubs to call it."""
 
     directory: Path
     watcher: Watcher
@@ -81,14 +81,14 @@ def _listed(engines: dict[str, ServedModel]) -> dict[str, str]:
     return {name: model.bundle.manifest.fingerprint for name, model in engines.items()}
 
 
-Start = Callable[..., Awaitable[Home]]
+Start = Callable[..., Awaitable[WatchingServer]]
 
 
 @pytest.fixture
-async def keeper(tmp_path: Path) -> AsyncIterator[SnapshotWriter]:
-    keeper = SnapshotWriter(Store(f"file://{tmp_path}/store"), SEALER, 60.0)
-    yield keeper
-    keeper.close(LIMIT_S)
+async def writer(tmp_path: Path) -> AsyncIterator[SnapshotWriter]:
+    writer = SnapshotWriter(Store(f"file://{tmp_path}/store"), SEALER, 60.0)
+    yield writer
+    writer.close(LIMIT_S)
 
 
 @pytest.fixture
@@ -98,28 +98,28 @@ def directory(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-async def start(directory: Path, keeper: SnapshotWriter) -> AsyncIterator[Start]:
-    """Starts servers of the directory; in the end none of their threads may be left."""
-    homes: list[tuple[Watcher, grpc.aio.Server, grpc.aio.Channel]] = []
+async def start(directory: Path, writer: SnapshotWriter) -> AsyncIterator[Start]:
+    """Starts servers of the directory. At the end, checks that none of their threads is left."""
+    opened: list[tuple[Watcher, grpc.aio.Server, grpc.aio.Channel]] = []
     before = set(threading.enumerate())
 
-    async def start(drain_seconds: int = 60) -> Home:
+    async def start(drain_seconds: int = 60) -> WatchingServer:
         (port,) = free_ports(1)
         config = ServeConfig((), directory, port=port, drain_seconds=drain_seconds, engine=CONFIG)
-        watcher = Watcher(config, {}, keeper, period_s=0.02)
-        servicers = make_servicers(None, watcher.models, keeper, watcher.draining)
+        watcher = Watcher(config, {}, writer, period_s=0.02)
+        servicers = make_servicers(None, watcher.models, writer, watcher.draining)
         server = make_server(config, servicers)
         channel = grpc.aio.insecure_channel(config.address)
-        homes.append((watcher, server, channel))
+        opened.append((watcher, server, channel))
         watcher.start()
         await server.start()
         generation: Any = generation_grpc.GenerationServiceStub(channel)
         models: Any = model_grpc.ModelServiceStub(channel)
         health: Any = health_pb2_grpc.HealthStub(channel)
-        return Home(directory, watcher, generation, models, health)
+        return WatchingServer(directory, watcher, generation, models, health)
 
     yield start
-    for watcher, server, channel in homes:
+    for watcher, server, channel in opened:
         await channel.close()
         await watcher.stop()
         watcher.close()
@@ -157,30 +157,30 @@ def reserved(model: str) -> float:
 async def test_a_server_may_start_with_nothing(
     start: Start, directory: Path, text_bundle: Path
 ) -> None:
-    home = await start()
-    status = await home.health.Check(health_pb2.HealthCheckRequest(), timeout=LIMIT_S)
+    served = await start()
+    status = await served.health.Check(health_pb2.HealthCheckRequest(), timeout=LIMIT_S)
     assert status.status == health_pb2.HealthCheckResponse.SERVING
-    assert await home.listed() == {}
+    assert await served.listed() == {}
     for model in ("", TEXT):
-        assert (await refused(home.stream(model)))[0] == "NOT_FOUND"
+        assert (await refused(served.stream(model)))[0] == "NOT_FOUND"
     fingerprint = put(text_bundle, directory / "a")
-    await home.serves(tiny_text=fingerprint)
-    assert names(await home.generate("")) == ["accepted", "tokens", "finished"]
+    await served.serves(tiny_text=fingerprint)
+    assert names(await served.generate("")) == ["accepted", "tokens", "finished"]
 
 
 async def test_a_bundle_comes_while_a_stream_runs(
     start: Start, directory: Path, text_bundle: Path, image_bundle: Path
 ) -> None:
     text = put(text_bundle, directory / "a")
-    home = await start()
-    alone = await home.generate(TEXT)
-    with Gate(home.engines[TEXT]) as gate:
-        running = home.stream(TEXT)
+    served = await start()
+    alone = await served.generate(TEXT)
+    with Gate(served.engines[TEXT]) as gate:
+        running = served.stream(TEXT)
         await gate.held("step")
         gate.let(5)
         image = put(image_bundle, directory / "b")
-        await home.serves(tiny_text=text, tiny_image=image)
-        assert names(await home.generate(IMAGE)) == ["accepted", "tokens", "finished"]
+        await served.serves(tiny_text=text, tiny_image=image)
+        assert names(await served.generate(IMAGE)) == ["accepted", "tokens", "finished"]
         gate.let(float("inf"))
         assert tokens(await rest(running)) == tokens(alone)
 
@@ -190,93 +190,93 @@ async def test_a_bundle_that_goes_ends_its_streams_well(
 ) -> None:
     put(text_bundle, directory / "a")
     image = put(image_bundle, directory / "b")
-    home = await start()
-    alone = await home.generate(TEXT)
-    model = home.engines[TEXT]
+    served = await start()
+    alone = await served.generate(TEXT)
+    model = served.engines[TEXT]
     with Gate(model) as gate:
-        running = home.stream(TEXT)
+        running = served.stream(TEXT)
         await gate.held("step")
         shutil.rmtree(directory / "a")
-        await home.serves(tiny_image=image)
-        status, details = await refused(home.stream(TEXT))
+        await served.serves(tiny_image=image)
+        status, details = await refused(served.stream(TEXT))
         assert status == "NOT_FOUND" and IMAGE in details
         await asyncio.sleep(SCANS_S)
         assert model.alive and reserved(TEXT)
         gate.let(float("inf"))
         assert tokens(await rest(running)) == tokens(alone)
-    await until(lambda: not home.watcher.draining)
+    await until(lambda: not served.watcher.draining)
     assert not model.alive and not reserved(TEXT)
-    assert names(await home.generate(IMAGE)) == ["accepted", "tokens", "finished"]
+    assert names(await served.generate(IMAGE)) == ["accepted", "tokens", "finished"]
     gone = weakref.ref(model.engine.runtime)
     del model, gate
     await until(lambda: (gc.collect(), gone() is None)[1])
 
 
-async def test_those_who_do_not_end_in_time_are_told(
-    start: Start, directory: Path, text_bundle: Path, keeper: SnapshotWriter
+async def test_streams_that_do_not_end_in_time_get_an_ending(
+    start: Start, directory: Path, text_bundle: Path, writer: SnapshotWriter
 ) -> None:
-    """What is kept and stored goes on wherever the same bundle is; what is not, ends."""
+    """A kept and stored stream continues on another server of the bundle; others end."""
     put(text_bundle, directory / "a")
-    home = await start(drain_seconds=0)
-    alone = tokens(await home.generate(TEXT))
-    model = home.engines[TEXT]
+    served = await start(drain_seconds=0)
+    alone = tokens(await served.generate(TEXT))
+    model = served.engines[TEXT]
     with Gate(model) as gate:
-        plain, kept = home.stream(TEXT), home.stream(TEXT, keep={"seconds": 60})
+        plain, kept = served.stream(TEXT), served.stream(TEXT, keep={"seconds": 60})
         await gate.held("step")
         await until(lambda: len(model.table) == 2)
         gate.let(5)
         await gate.held("step")
         shutil.rmtree(directory / "a")
-        await home.serves()
-        await until(lambda: model.engine.num_actions)  # it is to hand over
+        await served.serves()
+        await until(lambda: model.engine.num_actions)  # the request to hand over is in the inbox
         gate.let(2)  # it publishes at the end of a turn
-        had = await rest(kept)
+        handed = await rest(kept)
         await until(lambda: model.engine.closing)
         gate.let(float("inf"))
-        told = await rest(plain)
-    assert names(told)[-1] == "error" and "taken down" in told[-1].error.message
-    assert names(had)[-1] == "handed_over"
-    await until(lambda: not home.watcher.draining)
+        ended = await rest(plain)
+    assert names(ended)[-1] == "error" and "taken down" in ended[-1].error.message
+    assert names(handed)[-1] == "handed_over"
+    await until(lambda: not served.watcher.draining)
     resume = pb.ResumeRequest(
-        stream_id=had[0].accepted.stream_id,
-        after_sequence=had[-1].sequence,
-        cursors=[pb.ResumeCursor(tokens=len(tokens(had)))],
+        stream_id=handed[0].accepted.stream_id,
+        after_sequence=handed[-1].sequence,
+        cursors=[pb.ResumeCursor(tokens=len(tokens(handed)))],
     )
-    status, _ = await refused(home.generation.Resume(resume, timeout=LIMIT_S))
+    status, _ = await refused(served.generation.Resume(resume, timeout=LIMIT_S))
     assert status == "NOT_FOUND"
     fingerprint = put(text_bundle, directory / "again")
-    await home.serves(tiny_text=fingerprint)
-    more = await rest(home.generation.Resume(resume, timeout=LIMIT_S))
-    assert tokens(had) + tokens(more) == alone
+    await served.serves(tiny_text=fingerprint)
+    more = await rest(served.generation.Resume(resume, timeout=LIMIT_S))
+    assert tokens(handed) + tokens(more) == alone
     assert names(more)[-1] == "finished"
 
 
-async def test_an_upgrade_ends_what_began_before_it_on_the_old_bundle(
+async def test_after_an_upgrade_running_streams_end_on_the_old_bundle(
     start: Start, directory: Path, text_bundle: Path
 ) -> None:
     old = put(text_bundle, directory / "a")
-    home = await start(drain_seconds=3)
-    alone = tokens(await home.generate(TEXT))
-    before = home.engines[TEXT]
+    served = await start(drain_seconds=3)
+    alone = tokens(await served.generate(TEXT))
+    before = served.engines[TEXT]
     with Gate(before) as gate:
-        running = home.stream(TEXT, keep={"seconds": 60})
+        running = served.stream(TEXT, keep={"seconds": 60})
         await gate.held("step")
         new = put(text_bundle, directory / "a", version="2")
-        await home.serves(tiny_text=new)
+        await served.serves(tiny_text=new)
         assert reserved(TEXT) == 2 * before.engine.runtime.nbytes
-        assert (await home.generate(TEXT))[0].accepted.fingerprint == new
+        assert (await served.generate(TEXT))[0].accepted.fingerprint == new
         accepted = await running.read()
         assert accepted.accepted.fingerprint == old
         running.cancel()
         stream_id = accepted.accepted.stream_id
         gate.let(float("inf"))
         resume = pb.ResumeRequest(stream_id=stream_id, after_sequence=1)
-        back = await rest(home.generation.Resume(resume, timeout=LIMIT_S))
+        back = await rest(served.generation.Resume(resume, timeout=LIMIT_S))
         assert tokens(back) == alone and names(back)[-1] == "finished"
-    await until(lambda: not home.watcher.draining)
-    assert not before.alive and home.engines[TEXT].alive
-    assert reserved(TEXT) == home.engines[TEXT].engine.runtime.nbytes
-    status, details = await refused(home.generation.Resume(resume, timeout=LIMIT_S))
+    await until(lambda: not served.watcher.draining)
+    assert not before.alive and served.engines[TEXT].alive
+    assert reserved(TEXT) == served.engines[TEXT].engine.runtime.nbytes
+    status, details = await refused(served.generation.Resume(resume, timeout=LIMIT_S))
     assert status == "DATA_LOSS" and "another bundle" in details
 
 
@@ -289,10 +289,10 @@ async def test_a_bundle_that_cannot_be_used_takes_nothing_down(
     version: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Damaged, or no graph; in place of one that was served, or new."""
+    """A damaged or missing graph, in a new bundle or in place of a served one."""
     text = put(text_bundle, directory / "a")
-    home = await start()
-    model = home.engines[TEXT]
+    served = await start()
+    model = served.engines[TEXT]
     with caplog.at_level(logging.ERROR, logger="server"):
         put(text_bundle, directory / "a", version, graph=b"not a graph")
         put(image_bundle, directory / "b", version)
@@ -302,61 +302,61 @@ async def test_a_bundle_that_cannot_be_used_takes_nothing_down(
     reasons = " ".join(record.getMessage() + (record.exc_text or "") for record in caplog.records)
     assert len(caplog.records) == 2
     assert "step.onnx has" in reasons and "step.onnx cannot be loaded" in reasons
-    assert home.engines == {TEXT: model}
-    assert names(await home.generate(TEXT)) == ["accepted", "tokens", "finished"]
-    assert await home.listed() == {TEXT: text}
+    assert served.engines == {TEXT: model}
+    assert names(await served.generate(TEXT)) == ["accepted", "tokens", "finished"]
+    assert await served.listed() == {TEXT: text}
     text = put(text_bundle, directory / "a", version="3")
     image = put(image_bundle, directory / "b")
-    await home.serves(tiny_text=text, tiny_image=image)
+    await served.serves(tiny_text=text, tiny_image=image)
 
 
-async def test_of_two_with_one_name_the_first_stays(
+async def test_of_two_bundles_with_one_name_the_first_stays(
     start: Start, directory: Path, text_bundle: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = put(text_bundle, directory / "b")
-    home = await start()
+    served = await start()
     with caplog.at_level(logging.ERROR, logger="server"):
         second = put(text_bundle, directory / "a", version="2")
         await until(lambda: caplog.records)
         await asyncio.sleep(SCANS_S)
     (record,) = caplog.records
     assert f"{directory / 'a'} has the name 'tiny-text' of" in record.getMessage()
-    await home.serves(tiny_text=first)
+    await served.serves(tiny_text=first)
     shutil.rmtree(directory / "b")
-    await home.serves(tiny_text=second)
+    await served.serves(tiny_text=second)
 
 
 async def test_a_folder_may_get_another_name(
     start: Start, directory: Path, text_bundle: Path
 ) -> None:
     put(text_bundle, directory / "a")
-    home = await start()
-    model = home.engines[TEXT]
+    served = await start()
+    model = served.engines[TEXT]
     (directory / "a").rename(directory / "b")
     await asyncio.sleep(SCANS_S)
-    assert home.engines == {TEXT: model} and model.alive and not home.watcher.draining
+    assert served.engines == {TEXT: model} and model.alive and not served.watcher.draining
     shutil.rmtree(directory / "b")
-    await until(lambda: not home.engines)
+    await until(lambda: not served.engines)
 
 
 async def test_a_directory_that_cannot_be_read_changes_nothing(
     start: Start, directory: Path, text_bundle: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     text = put(text_bundle, directory / "a")
-    home = await start()
+    served = await start()
     with caplog.at_level(logging.ERROR, logger="server"):
         directory.rename(directory.with_name("away"))
         await until(lambda: caplog.records)
         await asyncio.sleep(SCANS_S)
     (record,) = caplog.records
     assert f"cannot read {directory}" in record.getMessage()
-    await home.serves(tiny_text=text)
+    await served.serves(tiny_text=text)
     directory.with_name("away").rename(directory)
     shutil.rmtree(directory / "a")
-    await until(lambda: not home.engines)
+    await until(lambda: not served.engines)
 
 
-async def test_loading_does_not_hold_up_the_loop(
+async def test_loading_does_not_block_the_loop(
     start: Start, directory: Path, text_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load_s, gaps, last = 0.5, list[float](), time.monotonic()
@@ -369,22 +369,22 @@ async def test_loading_does_not_hold_up_the_loop(
         time.sleep(load_s)
         return ServedModel(*arguments)
 
-    home = await start()
+    served = await start()
     monkeypatch.setattr("server.bundles.scanner.load_bundle", slowly)
     monkeypatch.setattr("server.hosts.watcher.ServedModel", open_slowly)
     put(text_bundle, directory / "a")
     async with asyncio.timeout(LIMIT_S):
-        while not home.engines:
+        while not served.engines:
             await asyncio.sleep(0.001)
             gaps.append(time.monotonic() - last)
             last += gaps[-1]
     assert max(gaps[1:]) < load_s / 2
 
 
-async def test_whoever_stops_meanwhile_leaves_no_engine(
+async def test_a_stop_during_loading_leaves_no_engine(
     start: Start, directory: Path, text_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The fixture sees to it that no thread is left."""
+    """The fixture checks that no thread is left."""
     opening = threading.Event()
 
     def open_slowly(*arguments: Any) -> ServedModel:
@@ -392,9 +392,9 @@ async def test_whoever_stops_meanwhile_leaves_no_engine(
         time.sleep(0.3)
         return ServedModel(*arguments)
 
-    home = await start()
+    served = await start()
     monkeypatch.setattr("server.hosts.watcher.ServedModel", open_slowly)
     put(text_bundle, directory / "a")
     await until(opening.is_set)
-    await home.watcher.stop()
-    assert list(home.engines) == [TEXT]
+    await served.watcher.stop()
+    assert list(served.engines) == [TEXT]

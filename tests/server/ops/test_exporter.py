@@ -74,8 +74,8 @@ def test_port_0_serves_nothing() -> None:
 
 def test_health_sets_the_status() -> None:
     (port,) = free_ports(1)
-    said = [True, False]
-    with exporting("127.0.0.1", port, lambda: said.pop(0)):
+    answers = [True, False]
+    with exporting("127.0.0.1", port, lambda: answers.pop(0)):
         url = f"http://127.0.0.1:{port}/healthz"
         with urllib.request.urlopen(url, timeout=10) as response:
             assert response.status == 200

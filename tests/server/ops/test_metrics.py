@@ -32,7 +32,7 @@ def value_of(name: str, **labels: str) -> float:
 
 
 def _counts() -> dict[str, float]:
-    """Everything that only ever grows."""
+    """All counters."""
     finished = ("max_tokens", "stop", "end", "time_limit", "scored", "cancelled", "error")
     return {
         "prompt": value_of("prompt_tokens_total"),
@@ -54,7 +54,7 @@ def _grown(before: dict[str, float]) -> dict[str, float]:
     return {name: n - before[name] for name, n in _counts().items() if n != before[name]}
 
 
-async def test_what_a_stream_counts(text: Bundle, start: Start) -> None:
+async def test_metrics_of_a_stream(text: Bundle, start: Start) -> None:
     """A prompt of 11 and 10 tokens more: 21 are pushed, 11 of them in two chunks, 2 blocks fold."""
     model, before = start(text), _counts()
     await generate(model, ask(b"some prompt", max_tokens=10))
@@ -84,7 +84,7 @@ async def test_a_step_counts_once_and_its_tokens_all(text: Bundle, start: Start)
     assert [grown[name] for name in ("steps", "rows", "generated", "gaps")] == [5, 15, 15, 4]
 
 
-async def test_an_idle_engine_is_no_slow_step(text: Bundle, start: Start) -> None:
+async def test_idle_time_is_not_a_slow_step(text: Bundle, start: Start) -> None:
     model, before = start(text), _counts()
     for _ in range(2):
         await generate(model, ask(max_tokens=5))
@@ -92,7 +92,7 @@ async def test_an_idle_engine_is_no_slow_step(text: Bundle, start: Start) -> Non
     assert _grown(before)["gaps"] == 2 * 4
 
 
-async def test_what_a_score_counts(text: Bundle, start: Start) -> None:
+async def test_metrics_of_a_score(text: Bundle, start: Start) -> None:
     model, before = start(text), _counts()
     await generate(model, ask(b"x" * 16, score=True))
     assert _grown(before) == {
@@ -124,7 +124,7 @@ async def test_why_streams_ended(text: Bundle, start: Start) -> None:
     assert [grown[why] for why in reasons] == [2, 1, 1, 1, 3, 1, 8]
 
 
-async def test_what_an_engine_holds(
+async def test_metrics_of_what_an_engine_holds(
     text: Bundle, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(metrics, "GAUGE_INTERVAL_S", 0.0)  # after every step
@@ -149,7 +149,7 @@ async def test_what_an_engine_holds(
         }
         gate.let(7)
         await gate.held("step")
-        gate.let(1)  # the tenth: both readers lag, and the third stream gets a slot
+        gate.let(1)  # the tenth token: both readers lag, and the third stream gets a slot
         await until(lambda: held()["paused"] == 2)
         await gate.held("step")
         await gate.let_one("step")

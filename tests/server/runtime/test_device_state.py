@@ -34,7 +34,7 @@ GPU_TOLERANCE = 0.02
     params=["fixed", "full", "logsparse", pytest.param("mixture", marks=pytest.mark.slow)]
 )
 def bundle(request: pytest.FixtureRequest, tiny_bundles: Path) -> Bundle:
-    """Caches in float16: between them all kinds of state, folded by block, by carry, and not."""
+    """Bundles with float16 caches: all kinds of state, folded by block, by carry, or never."""
     return load_bundle(export_tiny(tiny_bundles, request.param, half=True))
 
 
@@ -45,13 +45,13 @@ def fixed(tiny_bundles: Path) -> Bundle:
 
 @pytest.fixture
 def cpu_as_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The code for devices, on the processor."""
+    """Runs the code for devices on the CPU."""
     monkeypatch.setitem(runtime.PROVIDERS, "cuda", ["CPUExecutionProvider"])
     monkeypatch.setitem(runtime.DEVICES, "cuda", "cpu")
 
 
 def caches(bundle: Bundle, prefix_bytes: int = 0) -> list[Cache]:
-    """One on the host, one on the device."""
+    """A cache on the host and one on the device."""
     providers: tuple[Provider, ...] = ("cpu", "cuda")
     return [
         Cache(bundle, Runtime(bundle, SLOTS + 1, 1, provider), SLOTS, prefix_bytes)
@@ -65,7 +65,7 @@ def random_course(bundle: Bundle, seed: int, check: Callable[[Any, Any], None]) 
     vocabulary = bundle.manifest.vocabulary
     both = caches(bundle, prefix_bytes=10**6)
     prompt = rng.integers(vocabulary, size=bundle.context)
-    parked: list[list[SavedState]] = []
+    saved: list[list[SavedState]] = []
     for _ in range(80):
         host = both[0]
         action = rng.integers(6)
@@ -85,14 +85,14 @@ def random_course(bundle: Bundle, seed: int, check: Callable[[Any, Any], None]) 
                 cache.join()
         elif action == 2 and host.num_running:
             row = int(rng.integers(host.num_running))
-            parked.append([cache.save(row) for cache in both])
-            for name, values in parked[-1][0].state.items():
-                assert parked[-1][1].state[name].dtype == values.dtype
-                check(values, parked[-1][1].state[name])
+            saved.append([cache.save(row) for cache in both])
+            for name, values in saved[-1][0].state.items():
+                assert saved[-1][1].state[name].dtype == values.dtype
+                check(values, saved[-1][1].state[name])
             for cache in both:
                 cache.leave(row)
-        elif action == 3 and host.num_free and parked:
-            for cache, state in zip(both, parked.pop(), strict=True):
+        elif action == 3 and host.num_free and saved:
+            for cache, state in zip(both, saved.pop(), strict=True):
                 cache.restore(state)
         elif host.num_running and host.pushed.max() < bundle.context:
             tokens = rng.integers(vocabulary, size=host.num_running)
@@ -117,7 +117,7 @@ def assert_near(host: Any, device: Any) -> None:
 
 @pytest.mark.usefixtures("cpu_as_device")
 @pytest.mark.parametrize("seed", range(3))
-def test_any_course_of_events_gives_the_same(bundle: Bundle, seed: int) -> None:
+def test_host_and_device_agree_in_any_order_of_operations(bundle: Bundle, seed: int) -> None:
     random_course(bundle, seed, assert_equal)
 
 
@@ -132,14 +132,14 @@ def test_buffers_are_as_large_as_promised(bundle: Bundle) -> None:
 def test_a_decoding_loop_sends_indices_and_gets_logits(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two whole blocks of two streams, folds and a stream that leaves included."""
+    """Two whole blocks of two streams, with folds and a stream that leaves."""
     *_, cache = caches(bundle)
     for _ in range(2):
         cache.begin()
     crossed: dict[str, int] = {}
 
     class Watched:
-        """An I/O binding that notes what it is given from the host, and what goes to it."""
+        """An I/O binding that records inputs from the host and outputs to it."""
 
         def __init__(self, session: ort.InferenceSession) -> None:
             self._io = ort.IOBinding(session)
@@ -163,7 +163,7 @@ def test_a_decoding_loop_sends_indices_and_gets_logits(
             self._io.bind_ortvalue_output(name, value)
 
     def view(values: np.ndarray, *device: Any) -> Any:
-        """Memory of the host, which a run reads from or writes to."""
+        """Records host memory that a run reads or writes."""
         assert not device, "the loop copies a whole value to the device"
         value = from_numpy(values)
         alive.append(value)
@@ -196,17 +196,17 @@ def test_a_decoding_loop_sends_indices_and_gets_logits(
     assert max(crossed.values()) <= 2 * 17, "no more than the indices of what moves"
 
 
-def test_what_needs_an_accelerator_names_the_package(fixed: Bundle) -> None:
+def test_a_missing_provider_names_the_package(fixed: Bundle) -> None:
     if "CUDAExecutionProvider" in ort.get_available_providers():
         pytest.skip("it is installed")
     with pytest.raises(ConfigError, match=r"CUDAExecutionProvider; .* extra `gpu` in place"):
         Runtime(fixed, 1, provider="cuda")
 
 
-def test_a_provider_that_does_not_start_is_not_passed_over(
+def test_a_provider_that_does_not_start_is_an_error(
     fixed: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a driver, onnxruntime only warns, and computes on the processor."""
+    """Without a driver, onnxruntime only warns and uses the CPU."""
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     session = ort.InferenceSession
 
@@ -219,29 +219,29 @@ def test_a_provider_that_does_not_start_is_not_passed_over(
 
 
 @pytest.mark.usefixtures("cpu_as_device")
-def test_a_bundle_in_float32_is_told_how_to_be_exported(fixed_bundle: Path) -> None:
+def test_the_error_for_a_float32_bundle_names_the_export_option(fixed_bundle: Path) -> None:
     with pytest.raises(BundleError, match=r"state in float32, .* with --state float16"):
         Runtime(load_bundle(fixed_bundle), 1, provider="cuda")
 
 
 @pytest.mark.usefixtures("cpu_as_device")
-async def test_an_engine_writes_the_same_on_a_device(fixed: Bundle) -> None:
-    told = []
+async def test_an_engine_generates_the_same_on_a_device(fixed: Bundle) -> None:
+    outcomes = []
     start = prompt_of(fixed.manifest.vocabulary, [], fixed.typecode)
     providers: tuple[Provider, ...] = ("cpu", "cuda")
     for provider in providers:
         model = DrivenModel(fixed, EngineConfig(slots=2, threads=1, provider=provider))
         try:
-            told.append(await generate(model, Request(start, max_tokens=20)))
+            outcomes.append(await generate(model, Request(start, max_tokens=20)))
         finally:
             model.close()
-    assert told[0].tokens == told[1].tokens and len(told[0].tokens) == 20
+    assert outcomes[0].tokens == outcomes[1].tokens and len(outcomes[0].tokens) == 20
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(
     "CUDAExecutionProvider" not in ort.get_available_providers(), reason="no onnxruntime for GPUs"
 )
-def test_a_gpu_gives_what_the_processor_gives(bundle: Bundle) -> None:
+def test_a_gpu_agrees_with_the_cpu(bundle: Bundle) -> None:
     for seed in range(3):
         random_course(bundle, seed, assert_near)

@@ -21,7 +21,7 @@ SLOTS, TOLERANCE = 4, 1e-4
 
 @pytest.fixture
 def runtime(bundle: Bundle) -> Runtime:
-    """Its dead entries are not even numbers: one that is read spoils everything it touches."""
+    """A runtime whose unused entries are NaN: a graph that reads one gives NaN."""
     runtime = Runtime(bundle, SLOTS + 1, threads=1)
     for tensor in bundle.manifest.state:
         if len(tensor.shape) == 3:
@@ -49,7 +49,7 @@ def test_prefill_in_chunks_gives_the_logits_of_the_model(
     assert np.abs(np.array(got) - exact_logits(bundle)(tokens)).max() < TOLERANCE
 
 
-def test_prefill_gives_no_logits_unless_they_are_asked_for(runtime: Runtime) -> None:
+def test_prefill_gives_logits_only_on_request(runtime: Runtime) -> None:
     assert runtime.prefill(0, np.array([1, 2]), 0, 0).shape[0] == 0
 
 
@@ -74,8 +74,8 @@ def test_streams_that_come_and_go_get_the_logits_of_the_model(
 
     while coming or rows or away:
         if away and cache.num_free and rng.random() < 0.3:
-            parked, stream = away.pop(int(rng.integers(len(away))))
-            cache.restore(parked)
+            saved, stream = away.pop(int(rng.integers(len(away))))
+            cache.restore(saved)
             rows.append(stream)
         if coming and cache.num_free and rng.random() < 0.5:
             stream = coming.pop()
@@ -121,12 +121,12 @@ def test_state_read_and_written_is_the_same_state(bundle: Bundle, runtime: Runti
     assert kept == sum(bundle.state_bytes(5).values())
 
 
-def test_buffers_are_as_large_as_promised(bundle: Bundle) -> None:
+def test_buffers_have_the_computed_size(bundle: Bundle) -> None:
     assert Runtime(bundle, 3, threads=1).nbytes == 3 * bundle.max_state_bytes
 
 
 @pytest.mark.parametrize("name", ["step.onnx", "fold.onnx"])
-def test_a_graph_that_is_none_is_refused_by_name(text: Bundle, tmp_path: Path, name: str) -> None:
+def test_an_invalid_graph_is_refused_by_name(text: Bundle, tmp_path: Path, name: str) -> None:
     for path in text.folder.iterdir():
         content = b"no graph" if path.name == name else path.read_bytes()
         (tmp_path / path.name).write_bytes(content)

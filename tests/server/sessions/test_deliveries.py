@@ -11,10 +11,10 @@ from server.sessions.subscriber import Deliveries, Delta, Subscriber
 REQUEST = Request(prompt_of(256, [], "B"))
 
 
-async def test_a_loop_is_woken_once_for_all_its_readers(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_loop_is_woken_once_for_all_subscribers(monkeypatch: pytest.MonkeyPatch) -> None:
     loop = asyncio.get_running_loop()
     deliveries = Deliveries()
-    readers = [Subscriber(REQUEST, loop, deliveries) for n in range(3)]
+    subscribers = [Subscriber(REQUEST, loop, deliveries) for n in range(3)]
     wake, wakes = loop.call_soon_threadsafe, []
 
     def counted(*arguments: object) -> object:
@@ -23,18 +23,18 @@ async def test_a_loop_is_woken_once_for_all_its_readers(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(loop, "call_soon_threadsafe", counted)
     for token in range(4):
-        for reader in readers:
-            reader.put(StreamUpdate(token))
+        for subscriber in subscribers:
+            subscriber.put(StreamUpdate(token))
     assert deliveries.publish() == set()
     assert len(wakes) == 1
-    assert readers[0].take() is None
+    assert subscribers[0].take() is None
     await asyncio.sleep(0)
-    assert [reader.take() for reader in readers] == [Delta(0, (0, 1, 2, 3), "")] * 3
+    assert [subscriber.take() for subscriber in subscribers] == [Delta(0, (0, 1, 2, 3), "")] * 3
     assert deliveries.publish() == set()
     assert len(wakes) == 1
 
 
-async def test_readers_of_a_closed_loop_are_told_of() -> None:
+async def test_publish_returns_subscribers_of_a_closed_loop() -> None:
     gone = asyncio.new_event_loop()
     gone.close()
     deliveries = Deliveries()

@@ -1,4 +1,4 @@
-"""Streams that lose their reader, their engine, or both, go on as if nothing had happened."""
+"""Streams that lose their reader, their engine, or both, continue without a difference."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ KEEP = {"keep": {"seconds": 60}}
 
 
 @dataclass
-class Had:
-    """What a client has of a stream."""
+class Received:
+    """What a client has received of a stream."""
 
     stream_id: str = ""
     sequence: int = 0
@@ -47,7 +47,7 @@ class Had:
     handed_over: bool = False
 
     def take(self, event: pb.GenerateResponse, first: int) -> None:
-        """One event; what it says must follow from those before it."""
+        """Adds one event. Checks that it follows the ones before."""
         assert event.sequence == self.sequence + 1
         self.sequence += 1
         output = event.output
@@ -60,8 +60,8 @@ class Had:
                 assert event.tokens.first_position == first + len(ids)
                 ids += event.tokens.ids
                 self.texts[output] = self.texts.get(output, "") + event.tokens.text
-                told = self.logprobs.setdefault(output, [])
-                told += [one.logprob for one in event.tokens.logprobs]
+                logprobs = self.logprobs.setdefault(output, [])
+                logprobs += [one.logprob for one in event.tokens.logprobs]
             case "prompt_logprobs":
                 assert event.prompt_logprobs.first_position == len(self.prompt)
                 self.prompt += [one.logprob for one in event.prompt_logprobs.logprobs]
@@ -73,8 +73,8 @@ class Had:
             case other:
                 raise AssertionError(f"{other}: {event.error.message}")
 
-    def received(self, outputs: int, ids: bool = False) -> list[ResumeCursor]:
-        """The same, as the server is told it."""
+    def cursors(self, outputs: int, ids: bool = False) -> list[ResumeCursor]:
+        """The resume cursors of this client."""
         return [
             ResumeCursor(
                 len(self.ids.get(output, [])),
@@ -88,18 +88,20 @@ class Had:
 
     @property
     def content(self) -> tuple[object, ...]:
-        """All that counts."""
+        """Everything that must not depend on interruptions."""
         ends = {o: (e.reason, e.stop, e.usage.generated_tokens) for o, e in self.endings.items()}
-        logs = {o: [round(x, 3) for x in told] for o, told in self.logprobs.items()}
+        logs = {o: [round(x, 3) for x in logprobs] for o, logprobs in self.logprobs.items()}
         return self.ids, self.texts, logs, [round(x, 3) for x in self.prompt], ends
 
 
-async def follow(following: Attachment, had: Had, first: int, events: int | None = None) -> None:
-    """Reads so many events of a stream, or all of them, and goes away."""
-    sent = send(following, had.sequence, durable=False)
+async def read(
+    attachment: Attachment, got: Received, first: int, events: int | None = None
+) -> None:
+    """Reads `events` events of a stream, or all of them, and disconnects."""
+    sent = send(attachment, got.sequence, durable=False)
     async with asyncio.timeout(LIMIT_S):
         async for event in sent:
-            had.take(event, first)
+            got.take(event, first)
             if events is not None and (events := events - 1) <= 0:
                 break
         await sent.aclose()
@@ -110,7 +112,7 @@ Cluster = Callable[..., Replica]
 
 @pytest.fixture
 async def cluster(text: Bundle, tmp_path: Path) -> AsyncIterator[Cluster]:
-    """Starts replicas that share a store; none may hold anything in the end."""
+    """Starts replicas that share a store."""
     replicas: list[Replica] = []
 
     def start(**settings: Any) -> Replica:
@@ -131,12 +133,12 @@ def request(max_tokens: int = 40, **fields: Any) -> pb.GenerateRequest:
     )
 
 
-async def whole(sessions: Replica, wanted: pb.GenerateRequest, first: int = 9) -> Had:
-    """An undisturbed stream."""
-    had = Had()
-    await follow(await sessions.start(wanted), had, first)
-    await sessions.delete(had.stream_id, "")
-    return had
+async def whole(sessions: Replica, wanted: pb.GenerateRequest, first: int = 9) -> Received:
+    """Reads a stream without interruption."""
+    got = Received()
+    await read(await sessions.start(wanted), got, first)
+    await sessions.delete(got.stream_id, "")
+    return got
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -158,183 +160,185 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("events", [1, 5])
-async def test_a_reader_comes_back(cluster: Cluster, case: str, events: int) -> None:
+async def test_a_reader_resumes(cluster: Cluster, case: str, events: int) -> None:
     sessions = cluster()
     wanted = request(**CASES[case])
     expected = await whole(sessions, wanted)
-    had, outputs = Had(), max(1, wanted.output.n)
-    await follow(await sessions.start(wanted), had, 9, events)
-    while len(had.endings) < outputs:
-        received = had.received(outputs)
-        await follow(await sessions.follow(had.stream_id, "", received), had, 9, events)
-    assert had.content == expected.content
+    got, outputs = Received(), max(1, wanted.output.n)
+    await read(await sessions.start(wanted), got, 9, events)
+    while len(got.endings) < outputs:
+        cursors = got.cursors(outputs)
+        await read(await sessions.resume(got.stream_id, "", cursors), got, 9, events)
+    assert got.content == expected.content
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("events", "ids"), [(1, False), (9, True), (20, False)])
-async def test_another_replica_goes_on(cluster: Cluster, case: str, events: int, ids: bool) -> None:
-    """Wherever the first one dies, and twice more."""
+async def test_another_replica_continues(
+    cluster: Cluster, case: str, events: int, ids: bool
+) -> None:
+    """The first one dies at any event, and another one after it."""
     wanted = request(**CASES[case])
     last = cluster()
     expected = await whole(last, wanted)
-    had, outputs = Had(), max(1, wanted.output.n)
+    got, outputs = Received(), max(1, wanted.output.n)
     first = cluster()
-    await follow(await first.start(wanted), had, 9, events)
+    await read(await first.start(wanted), got, 9, events)
     first.kill()
     second = cluster()
-    received = had.received(outputs, ids)
-    await follow(await second.follow(had.stream_id, "", received), had, 9, events)
+    cursors = got.cursors(outputs, ids)
+    await read(await second.resume(got.stream_id, "", cursors), got, 9, events)
     second.kill()
-    await follow(await last.follow(had.stream_id, "", had.received(outputs, ids)), had, 9)
-    assert had.content == expected.content
+    await read(await last.resume(got.stream_id, "", got.cursors(outputs, ids)), got, 9)
+    assert got.content == expected.content
 
 
-async def test_a_stop_string_half_met_is_met_elsewhere(cluster: Cluster) -> None:
+async def test_a_partial_stop_string_is_completed_elsewhere(cluster: Cluster) -> None:
     plain = await whole(cluster(), request(60, sampling={"seed": 5}))
     text = plain.texts[0]
     stop = text[30:36]
     at = text.index(stop)
     wanted = request(60, sampling={"seed": 5})
     wanted.stopping.stop.append(stop)
-    first, second, had = cluster(), cluster(), Had()
+    first, second, got = cluster(), cluster(), Received()
     with Gate(first.model) as gate:
-        following = await first.start(wanted)
+        attachment = await first.start(wanted)
         gate.let(at + 5)  # the prompt is one pass or two
         await asyncio.sleep(0.2)
-        await follow(following, had, 9, 2)
+        await read(attachment, got, 9, 2)
         gate.let(float("inf"))
-        await until(lambda: following.session.ended)
+        await until(lambda: attachment.session.ended)
         first.kill()
-    await follow(await second.follow(had.stream_id, "", had.received(1)), had, 9)
-    assert had.texts[0] == text[:at]
-    assert had.endings[0].stop == stop
+    await read(await second.resume(got.stream_id, "", got.cursors(1)), got, 9)
+    assert got.texts[0] == text[:at]
+    assert got.endings[0].stop == stop
 
 
-async def test_a_stream_that_ended_is_told_again(cluster: Cluster) -> None:
+async def test_an_ended_stream_is_sent_again(cluster: Cluster) -> None:
     first, second = cluster(), cluster()
     wanted = request()
-    had = Had()
-    following = await first.start(wanted)
-    await follow(following, had, 9, 2)
-    await until(lambda: following.session.ended)
+    got = Received()
+    attachment = await first.start(wanted)
+    await read(attachment, got, 9, 2)
+    await until(lambda: attachment.session.ended)
     first.kill()
     for _ in range(2):
-        again = replace(had, ids={0: list(had.ids.get(0, []))}, texts=dict(had.texts), endings={})
-        await follow(await second.follow(had.stream_id, "", had.received(1)), again, 9)
+        again = replace(got, ids={0: list(got.ids.get(0, []))}, texts=dict(got.texts), endings={})
+        await read(await second.resume(got.stream_id, "", got.cursors(1)), again, 9)
         assert len(again.ids[0]) == 40
         assert again.endings[0].usage.generated_tokens == 40
 
 
-async def test_a_key_that_was_used_attaches(cluster: Cluster) -> None:
+async def test_a_used_idempotency_key_attaches(cluster: Cluster) -> None:
     first, second = cluster(), cluster()
     wanted = request(idempotency_key="once")
     wanted.sampling.ClearField("seed")
-    had, again, elsewhere = Had(), Had(), Had()
-    await follow(await first.start(wanted), had, 9, 4)
-    await follow(await first.start(wanted), again, 9)
-    assert again.stream_id == had.stream_id
-    assert again.ids[0][: len(had.ids[0])] == had.ids[0]
+    got, again, elsewhere = Received(), Received(), Received()
+    await read(await first.start(wanted), got, 9, 4)
+    await read(await first.start(wanted), again, 9)
+    assert again.stream_id == got.stream_id
+    assert again.ids[0][: len(got.ids[0])] == got.ids[0]
     first.kill()
-    await follow(await second.start(wanted), elsewhere, 9)
+    await read(await second.start(wanted), elsewhere, 9)
     assert elsewhere.content == again.content
     other = await second.start(request(idempotency_key="other"))
-    assert other.session.lease.stream_id != had.stream_id
+    assert other.session.lease.stream_id != got.stream_id
     second_owner = await second.start(wanted, Caller("somebody else"))
-    assert second_owner.session.lease.stream_id != had.stream_id
-    for following in (other, second_owner):
-        await second.model.forget(following.session)
-    held = second.model.find(had.stream_id, "")
+    assert second_owner.session.lease.stream_id != got.stream_id
+    for attachment in (other, second_owner):
+        await second.model.forget(attachment.session)
+    held = second.model.find(got.stream_id, "")
     assert held is not None
-    readers = held.subscribers
+    subscribers = held.subscribers
     with pytest.raises(InvalidRequest, match="idempotency_key"):
         await second.start(request(39, idempotency_key="once"))
-    assert held.subscribers == readers  # nobody was sent away for it
+    assert held.subscribers == subscribers  # they are still attached
 
 
 async def test_streams_are_handed_over(cluster: Cluster) -> None:
     wanted = request(80)
     last = cluster()
     expected = await whole(last, wanted)
-    first, had = cluster(), Had()
+    first, got = cluster(), Received()
     with Gate(first.model) as gate:
-        following = await first.start(wanted)
+        attachment = await first.start(wanted)
         gate.let(30)
         await gate.held("step")
         handing = asyncio.create_task(hand_over([first.model], first.snapshots))
-        reading = asyncio.create_task(follow(following, had, 9))
+        reading = asyncio.create_task(read(attachment, got, 9))
         await asyncio.sleep(0.05)
         gate.let(1)
         await asyncio.wait_for(asyncio.gather(handing, reading), LIMIT_S)
-    assert had.handed_over
-    assert not had.endings
+    assert got.handed_over
+    assert not got.endings
     await until(lambda: is_empty(first.model))
-    assert 0 < len(had.ids[0]) < 80
-    with pytest.raises(EngineStopped):  # else it would go on where it was
-        await first.follow(had.stream_id, "", had.received(1))
-    await follow(await last.follow(had.stream_id, "", had.received(1)), had, 9)
-    assert had.content == expected.content
+    assert 0 < len(got.ids[0]) < 80
+    with pytest.raises(EngineStopped):  # or the stream would continue where it was
+        await first.resume(got.stream_id, "", got.cursors(1))
+    await read(await last.resume(got.stream_id, "", got.cursors(1)), got, 9)
+    assert got.content == expected.content
 
 
 async def test_only_the_owner_finds_a_stream(cluster: Cluster) -> None:
-    sessions, had = cluster(), Had()
-    await follow(await sessions.start(request(), Caller("me")), had, 9, 3)
+    sessions, got = cluster(), Received()
+    await read(await sessions.start(request(), Caller("me")), got, 9, 3)
     for owner in ("", "you"):
         with pytest.raises(UnknownSession):
-            await sessions.follow(had.stream_id, owner, [])
-        await sessions.delete(had.stream_id, owner)
-    await follow(await sessions.follow(had.stream_id, "me", had.received(1)), had, 9)
-    assert had.endings
+            await sessions.resume(got.stream_id, owner, [])
+        await sessions.delete(got.stream_id, owner)
+    await read(await sessions.resume(got.stream_id, "me", got.cursors(1)), got, 9)
+    assert got.endings
 
 
 @pytest.mark.parametrize("stream_id", ["", "no-such-stream", "../../etc", "a/b", "\0"])
-async def test_what_is_not_there_is_unknown(cluster: Cluster, stream_id: str) -> None:
+async def test_a_missing_stream_is_unknown(cluster: Cluster, stream_id: str) -> None:
     sessions = cluster()
     with pytest.raises(UnknownSession):
-        await sessions.follow(stream_id, "", [])
+        await sessions.resume(stream_id, "", [])
     await sessions.delete(stream_id, "")
 
 
-async def test_a_stream_is_forgotten_when_it_was_kept_long_enough(cluster: Cluster) -> None:
-    sessions, had = cluster(stream_buffer=4), Had()
+async def test_a_stream_is_deleted_when_its_keep_is_over(cluster: Cluster) -> None:
+    sessions, got = cluster(stream_buffer=4), Received()
     wanted = request(80, keep={"nanos": 200_000_000})
-    await follow(await sessions.start(wanted), had, 9, 3)
-    assert sessions.model.find(had.stream_id, "") is not None
+    await read(await sessions.start(wanted), got, 9, 3)
+    assert sessions.model.find(got.stream_id, "") is not None
     await until(lambda: is_empty(sessions.model), 10)
 
 
 async def test_without_keep_a_stream_ends_with_its_reader(cluster: Cluster) -> None:
-    sessions, had = cluster(), Had()
+    sessions, got = cluster(), Received()
     wanted = request(80)
     wanted.ClearField("keep")
-    await follow(await sessions.start(wanted), had, 9, 3)
+    await read(await sessions.start(wanted), got, 9, 3)
     await until(lambda: is_empty(sessions.model), 10)
     with pytest.raises(UnknownSession):
-        await sessions.follow(had.stream_id, "", [])
+        await sessions.resume(got.stream_id, "", [])
 
 
-async def test_a_second_reader_sends_the_first_away(cluster: Cluster) -> None:
+async def test_a_second_reader_displaces_the_first(cluster: Cluster) -> None:
     sessions = cluster()
     with Gate(sessions.model) as gate:
-        following = await sessions.start(request())
+        attachment = await sessions.start(request())
         gate.let(12)
         await gate.held("step")
-        events = send(following, 0, durable=False)
+        events = send(attachment, 0, durable=False)
         stream_id = (await anext(events)).accepted.stream_id
-        attaching = asyncio.create_task(sessions.follow(stream_id, "", [BEGINNING]))
+        attaching = asyncio.create_task(sessions.resume(stream_id, "", [BEGINNING]))
         await asyncio.sleep(0.05)
         gate.let(float("inf"))
         second = await asyncio.wait_for(attaching, LIMIT_S)
         rest = [event async for event in events]
         assert rest[-1].error.code == "ABORTED"
-        had = Had(stream_id, 1)
-        await follow(second, had, 9)
-        assert len(had.ids[0]) == 40
+        got = Received(stream_id, 1)
+        await read(second, got, 9)
+        assert len(got.ids[0]) == 40
         await sessions.delete(stream_id, "")
 
 
 async def test_a_snapshot_of_another_bundle_is_refused(cluster: Cluster, text: Bundle) -> None:
-    first, had = cluster(), Had()
-    await follow(await first.start(request()), had, 9, 12)
+    first, got = cluster(), Received()
+    await read(await first.start(request()), got, 9, 12)
     first.kill()
     second = cluster()
     model = second.model
@@ -343,52 +347,52 @@ async def test_a_snapshot_of_another_bundle_is_refused(cluster: Cluster, text: B
     manifest.fingerprint = "0" * 64
     model.bundle = replace(text, manifest=manifest)
     with pytest.raises(SnapshotRefused, match="another bundle"):
-        await second.follow(had.stream_id, "", had.received(1))
+        await second.resume(got.stream_id, "", got.cursors(1))
     model.bundle = text
     elsewhere = SessionRegistry({"other": model}, second.snapshots)
     with pytest.raises(UnknownModel):
-        await reviver.follow(elsewhere, had.stream_id, "", had.received(1))
+        await reviver.resume(elsewhere, got.stream_id, "", got.cursors(1))
 
 
 @pytest.mark.parametrize(
-    ("told", "reason"),
+    ("fields", "reason"),
     [
         ({"after_sequence": 2**64 - 1}, "after_sequence"),
         ({"cursors": [{"tokens": 2**64 - 1}]}, "cursors.tokens"),
         ({"cursors": [{"characters": 2**64 - 1}]}, "cursors.characters"),
     ],
 )
-def test_what_cannot_have_been_received_is_refused(told: dict[str, Any], reason: str) -> None:
+def test_an_impossible_cursor_is_refused(fields: dict[str, Any], reason: str) -> None:
     with pytest.raises(InvalidRequest, match=reason):
-        resume_request(pb.ResumeRequest(stream_id="a", **told))
+        resume_request(pb.ResumeRequest(stream_id="a", **fields))
 
 
-async def test_a_token_that_is_none_is_not_pushed(cluster: Cluster) -> None:
-    """It would have failed the step of everybody in the batch."""
-    first, second, had = cluster(snapshot_interval=1_000), cluster(), Had()
-    await follow(await first.start(request()), had, 9, 5)
+async def test_an_invalid_token_of_a_cursor_is_not_pushed(cluster: Cluster) -> None:
+    """It would fail the step of the whole batch."""
+    first, second, got = cluster(snapshot_interval=1_000), cluster(), Received()
+    await read(await first.start(request()), got, 9, 5)
     first.die()
     first.kill()
-    received = [ResumeCursor(3, 3, last_ids=(1, 256, 3))]
+    cursors = [ResumeCursor(3, 3, last_ids=(1, 256, 3))]
     with pytest.raises(InvalidRequest, match=r"last_ids has 256; .* below 256"):
-        await second.follow(had.stream_id, "", received)
+        await second.resume(got.stream_id, "", cursors)
 
 
-async def test_what_a_reader_knew_is_told_to_the_next(cluster: Cluster) -> None:
-    """One said that the output was over, whose end was not stored yet; another knows nothing."""
+async def test_an_ending_lost_with_its_replica_is_sent_to_the_next_reader(cluster: Cluster) -> None:
+    """The first reader has the ending, which is not stored; the second has nothing."""
     wanted = request(40)
     last = cluster()
     expected = await whole(last, wanted)
-    first, had = cluster(snapshot_interval=1_000), Had()
+    first, got = cluster(snapshot_interval=1_000), Received()
     with Gate(first.model) as gate:
-        following = await first.start(wanted)
+        attachment = await first.start(wanted)
         gate.let(20)
         await gate.held("step")
         first.die()
         gate.let(float("inf"))
-        await follow(following, had, 9)
+        await read(attachment, got, 9)
     first.kill()
-    await follow(await last.follow(had.stream_id, "", had.received(1)), had, 9)
-    again = Had(had.stream_id, 1)
-    await follow(await last.follow(had.stream_id, "", [BEGINNING]), again, 9)
+    await read(await last.resume(got.stream_id, "", got.cursors(1)), got, 9)
+    again = Received(got.stream_id, 1)
+    await read(await last.resume(got.stream_id, "", [BEGINNING]), again, 9)
     assert again.content == expected.content

@@ -35,7 +35,7 @@ EDGES: dict[str, tuple[float, ...]] = {
 
 
 class Forger:
-    """Takes a real snapshot, changes what it says, seals it rightly, and has it imported."""
+    """Changes the content of a real snapshot, seals it correctly, and imports it."""
 
     def __init__(self, runner: asyncio.Runner, replica: Replica) -> None:
         self.runner = runner
@@ -43,7 +43,7 @@ class Forger:
         self.sealed = {"paused": runner.run(self._make(20)), "finished": runner.run(self._make(0))}
 
     async def _make(self, paused_at: int) -> bytes:
-        """A stream of 40 tokens, paused once so many came, or run to its end."""
+        """A stream of 40 tokens, paused after some tokens or run to its end."""
         wanted = pb.GenerateRequest(
             prompt={"text": "An abacus"},
             sampling={"seed": 3, "repetition_penalty": 1.2},
@@ -51,8 +51,8 @@ class Forger:
             output={"logprobs": 1},
             keep={"seconds": 60},
         )
-        following = await self.replica.start(wanted)
-        session = following.session
+        attachment = await self.replica.start(wanted)
+        session = attachment.session
         if paused_at:
             await until(lambda: session.streams[0].generated >= paused_at)
             await self.replica.model.pause(session)
@@ -64,11 +64,11 @@ class Forger:
         return sealed
 
     def opened(self, kind: str) -> tuple[snapshot_pb2.SnapshotHeader, snapshot_pb2.Snapshot]:
-        """A snapshot to be changed."""
+        """A copy of the snapshot, to change."""
         return SEALER.open(self.sealed[kind], "")
 
     def bring(self, header: snapshot_pb2.SnapshotHeader, snapshot: snapshot_pb2.Snapshot) -> bool:
-        """Import it, read all of it, and forget it; whether it was taken."""
+        """Imports it, reads its stream and deletes it. Returns whether it was accepted."""
         sealed = SEALER.seal(header, snapshot)
         return self.runner.run(asyncio.wait_for(self._bring(sealed), SOON_S))
 
@@ -81,8 +81,8 @@ class Forger:
             assert harmless(error.message)
             assert is_empty(self.replica.model)
             return False
-        following = await self.replica.follow(stream_id)
-        async for event in send(following, 0, durable=True):
+        attachment = await self.replica.resume(stream_id)
+        async for event in send(attachment, 0, durable=True):
             assert event.error.code != "INTERNAL", event.error.message
             assert harmless(event.error.message)
         await self.replica.delete(stream_id)
@@ -92,7 +92,7 @@ class Forger:
 
 @pytest.fixture
 def forger(text: Bundle, tmp_path: Any) -> Iterator[Forger]:
-    """Over an engine of its own."""
+    """A forger with its own engine."""
     with ExitStack() as opened:
         runner = opened.enter_context(asyncio.Runner())
         config = EngineConfig(slots=4, threads=1)
@@ -103,7 +103,7 @@ def forger(text: Bundle, tmp_path: Any) -> Iterator[Forger]:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_damaged_snapshots_are_refused(form: str, forger: Forger) -> None:
-    """Cut at every byte, and one bit of every byte turned over; each bit in the slow form."""
+    """Cut at every byte, and with one bit of every byte changed; in the slow form, each bit."""
     sealed, tally = forger.sealed["paused"], Tally("damaged snapshots", form)
     rng = random.Random(1)
     for at in range(len(sealed)):
@@ -134,7 +134,7 @@ def test_forged_snapshots_do_no_harm(form: str, forger: Forger) -> None:
     examples(
         Tally("forged snapshots", form), [st.sampled_from(["paused", "finished"]), st.data()], forge
     )
-    assert taken  # some forgeries are as good as the truth
+    assert taken  # some forgeries are valid snapshots
 
 
 def _forge(

@@ -26,14 +26,14 @@ def header(**fields: object) -> pb.SnapshotHeader:
 SEALED = Sealer([KEY]).seal(header(), SNAPSHOT)
 
 
-def test_what_was_sealed_is_opened_by_its_owner() -> None:
+def test_the_owner_opens_a_sealed_snapshot() -> None:
     opened, snapshot = Sealer([KEY]).open(SEALED, "me")
     assert (opened.stream_id, snapshot) == ("s", SNAPSHOT)
     assert b"secret words" not in SEALED
 
 
 @given(at=st.integers(0, len(SEALED) - 1), bit=st.integers(0, 7))
-def test_no_bit_can_be_changed(at: int, bit: int) -> None:
+def test_a_changed_bit_is_refused(at: int, bit: int) -> None:
     changed = bytearray(SEALED)
     changed[at] ^= 1 << bit
     with pytest.raises(SnapshotRefused):
@@ -41,18 +41,18 @@ def test_no_bit_can_be_changed(at: int, bit: int) -> None:
 
 
 @pytest.mark.parametrize("size", range(len(SEALED)))
-def test_no_byte_can_be_missing(size: int) -> None:
+def test_a_missing_byte_is_refused(size: int) -> None:
     with pytest.raises(SnapshotRefused):
         Sealer([KEY]).open(SEALED[:size], "me")
 
 
-def test_nothing_can_be_added() -> None:
+def test_an_added_byte_is_refused() -> None:
     with pytest.raises(SnapshotRefused):
         Sealer([KEY]).open(SEALED + b"\0", "me")
 
 
 @pytest.mark.parametrize("owner", ["", "you", "ME"])
-def test_nobody_else_opens_it(owner: str) -> None:
+def test_another_owner_does_not_open_it(owner: str) -> None:
     with pytest.raises(SnapshotRefused, match="another API key"):
         Sealer([KEY]).open(SEALED, owner)
 
@@ -62,8 +62,8 @@ def test_another_server_does_not_open_it() -> None:
         Sealer([OTHER]).open(SEALED, "me")
 
 
-def test_keys_can_be_changed() -> None:
-    """The first seals; those before it still open."""
+def test_keys_can_be_rotated() -> None:
+    """The first key seals; the former ones still open."""
     changed = Sealer([OTHER, KEY])
     assert changed.open(SEALED, "me")[1] == SNAPSHOT
     again = changed.seal(header(), SNAPSHOT)
@@ -76,7 +76,7 @@ def test_another_format_is_refused() -> None:
         Sealer([KEY]).open(newer, "me")
 
 
-def test_an_old_one_is_refused() -> None:
+def test_an_expired_snapshot_is_refused() -> None:
     refuse_expired(header())
     old = header()
     old.expires.FromSeconds(int(time.time()) - 1)

@@ -39,7 +39,7 @@ def writer(store: Store) -> Iterator[SnapshotWriter]:
 
 
 class Slow:
-    """A store that takes its time, and keeps a list of what it wrote."""
+    """A slow store that records its writes."""
 
     def __init__(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
         self.written: list[str] = []
@@ -54,7 +54,7 @@ class Slow:
         self.written.append(stream_id)
 
 
-def test_the_newest_of_what_waits_is_written(
+def test_the_newest_waiting_snapshot_is_written(
     text: Bundle, store: Store, writer: SnapshotWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow = Slow(store, monkeypatch)
@@ -71,7 +71,7 @@ def test_the_newest_of_what_waits_is_written(
     assert stored.content.outputs[0].generated == b"abc"
 
 
-def test_what_is_being_written_of_a_stream_is_forgotten_too(
+def test_forget_also_deletes_a_snapshot_that_is_being_written(
     text: Bundle, store: Store, writer: SnapshotWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow = Slow(store, monkeypatch)
@@ -86,10 +86,10 @@ def test_what_is_being_written_of_a_stream_is_forgotten_too(
     assert writer.load("", "s") is None
 
 
-def test_who_forgets_a_stream_does_not_wait_for_all_the_others(
+def test_forget_does_not_wait_for_other_streams(
     text: Bundle, store: Store, writer: SnapshotWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There is always one more of them to write."""
+    """There is always another snapshot to write."""
     put, busy = store.put, threading.Event()
     busy.set()
 

@@ -15,7 +15,7 @@ from server.snapshots.store import Store
 
 @pytest.fixture(params=["file", "memory", "s3"])
 def uri(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """Where snapshots can lie."""
+    """A URI of each kind of store."""
     if request.param == "s3":
         yield request.getfixturevalue("bucket")
     else:
@@ -24,7 +24,7 @@ def uri(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
-    """A bucket that is there as long as these tests."""
+    """An S3 bucket that exists during these tests."""
     boto3 = pytest.importorskip("boto3")
     moto_server = pytest.importorskip("moto.server")
     server = moto_server.ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
@@ -50,7 +50,7 @@ def bucket() -> Iterator[str]:
         server.stop()
 
 
-def test_what_is_put_is_got(uri: str) -> None:
+def test_get_returns_what_put_stored(uri: str) -> None:
     store, again = Store(uri), Store(uri)
     owner = uuid4().hex
     assert store.get(owner, "stream") == {}
@@ -82,12 +82,12 @@ def test_old_streams_are_swept(uri: str) -> None:
     assert store.streams(owner) == ["other"]
 
 
-def test_only_a_store_that_others_reach_is_durable(uri: str) -> None:
+def test_only_a_shared_store_is_durable(uri: str) -> None:
     assert Store(uri).is_shared == (not uri.startswith("memory"))
 
 
 @pytest.mark.parametrize("uri", ["nonsense://x", "sftp2://host/x"])
-def test_what_nothing_can_reach_is_refused(uri: str) -> None:
+def test_an_unknown_protocol_is_refused(uri: str) -> None:
     with pytest.raises(ConfigError, match=uri):
         Store(uri)
 
@@ -102,7 +102,7 @@ def test_no_name_leads_out_of_the_store(name: str, tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("0"))
 
 
-def test_a_reader_never_sees_a_part(tmp_path: Path) -> None:
+def test_a_reader_never_gets_a_part(tmp_path: Path) -> None:
     store, size, stop = Store(f"file://{tmp_path}"), 1 << 20, threading.Event()
     store.put("me", "s", "0", bytes(size))
 

@@ -27,8 +27,8 @@ def distribution(
 
     Raises Ambiguous where a test could not tell a bug from rounding.
     """
-    rules = parameters.processors or LogitsProcessors()
-    logits = [_changed(token, x, rules, prompt, output) for token, x in enumerate(logits)]
+    processors = parameters.processors or LogitsProcessors()
+    logits = [_changed(token, x, processors, prompt, output) for token, x in enumerate(logits)]
     best = max(logits)
     if best == _NOTHING:
         return None
@@ -55,7 +55,7 @@ def draw(probabilities: Sequence[float], number: float) -> int:
 
 
 def logprobs(logits: Sequence[float], token: int, top: int) -> TokenLogprobs:
-    """Of the distribution that the model gave."""
+    """Log-probabilities under the model's own distribution."""
     best = max(logits)
     whole = best + math.log(sum(math.exp(x - best) for x in logits))
     ids = sorted(range(len(logits)), key=lambda token: (-logits[token], token))[:top]
@@ -65,26 +65,30 @@ def logprobs(logits: Sequence[float], token: int, top: int) -> TokenLogprobs:
 
 
 def _changed(
-    token: int, logit: float, rules: LogitsProcessors, prompt: Sequence[int], output: Sequence[int]
+    token: int,
+    logit: float,
+    processors: LogitsProcessors,
+    prompt: Sequence[int],
+    output: Sequence[int],
 ) -> float:
-    for biased, bias in rules.bias:
+    for biased, bias in processors.bias:
         if token == biased:
             logit += bias
-    if rules.allowed and token not in rules.allowed:
+    if processors.allowed and token not in processors.allowed:
         return _NOTHING
-    for word in rules.bad_words:
+    for word in processors.bad_words:
         if (*output, token)[-len(word) :] == word:
             return _NOTHING
-    if token in rules.withheld and len(output) < rules.min_tokens:
+    if token in processors.withheld and len(output) < processors.min_tokens:
         return _NOTHING
     if token in prompt or token in output:
         if logit > 0:
-            logit /= rules.repetition_penalty
+            logit /= processors.repetition_penalty
         else:
-            logit *= rules.repetition_penalty
-    logit -= rules.frequency_penalty * list(output).count(token)
+            logit *= processors.repetition_penalty
+    logit -= processors.frequency_penalty * list(output).count(token)
     if token in output:
-        logit -= rules.presence_penalty
+        logit -= processors.presence_penalty
     return logit
 
 

@@ -18,8 +18,8 @@ def test_logprobs_are_those_of_the_definition() -> None:
     rng = np.random.default_rng(0)
     logits = rng.choice([-30, -1, 0, 0.5, 2, 2.25, 80], (60, 9)).astype(np.float32)  # with ties
     tokens, top = rng.integers(9, size=60), rng.integers(0, 12, size=60).tolist()
-    said = token_logprobs(logits, tokens, top)
-    for row, token, count, one in zip(logits.tolist(), tokens.tolist(), top, said, strict=True):
+    found = token_logprobs(logits, tokens, top)
+    for row, token, count, one in zip(logits.tolist(), tokens.tolist(), top, found, strict=True):
         expected = plain_sampler.logprobs(row, token, count)
         assert one.top_ids == expected.top_ids
         assert one.logprob == pytest.approx(expected.logprob, abs=1e-9)

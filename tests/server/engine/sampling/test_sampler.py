@@ -14,7 +14,7 @@ from server.engine.sampling import sampler
 from server.engine.sampling.logits_processors import PenaltyState
 from server.engine.sampling.sampler import (
     NO_TOKEN_LEFT,
-    Numbers,
+    RandomNumbers,
     SamplingBatch,
     philox,
     sample,
@@ -96,10 +96,10 @@ PROMPT, OUTPUT = (1, 6, 6), (9, 3, 9, 0, 9)
 def test_numbers_made_ahead_are_the_same(
     rows: list[tuple[int, int]], jumps: list[int], steps: int
 ) -> None:
-    """Wherever a batch goes on, steadily or not."""
+    """The positions of a batch may advance by any steps."""
     seed = np.array([seed for seed, _ in rows], np.uint64)
     output = np.array([output for _, output in rows], np.uint64)
-    numbers, positions = Numbers(seed, output), np.arange(len(rows))
+    numbers, positions = RandomNumbers(seed, output), np.arange(len(rows))
     for jump in (*jumps, *[1] * steps):
         assert numbers.at(positions).tolist() == uniform(seed, positions, output).tolist()
         positions = (positions + jump) % (1 << 40)
@@ -116,8 +116,8 @@ SETTINGS = [
     SamplingParameters(temperature=0.7, top_k=8, top_p=0.9, min_p=0.1, typical_p=0.5, seed=99),
     SamplingParameters(output=5, seed=99),
     *(
-        SamplingParameters(seed=99, processors=rules)
-        for rules in (
+        SamplingParameters(seed=99, processors=processors)
+        for processors in (
             LogitsProcessors(bias=((1, -2.5), (10, 11.0))),
             LogitsProcessors(allowed=(2, 3, 9)),
             LogitsProcessors(bad_words=((4,), (9, 1), (0, 9, 9), (9, 0, 9, 3), (1, 6, 6, 9, 3))),
@@ -155,7 +155,7 @@ def test_tokens_are_drawn_as_often_as_they_should_be(parameters: SamplingParamet
     else:  # a position is that of a token: other numbers come from other seeds
         seeds = np.arange(count, dtype=np.uint64)
         position = len(PROMPT) + len(OUTPUT)
-        numbers = Numbers(seeds, np.zeros_like(seeds))
+        numbers = RandomNumbers(seeds, np.zeros_like(seeds))
         tokens = sample(logits, replace(batch, numbers=numbers), np.full(count, position))
     counts = np.bincount(tokens, minlength=len(LOGITS))
     possible = expected > 0
@@ -274,9 +274,9 @@ Parameters = st.builds(
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_a_row_does_not_notice_the_others(seed: int) -> None:
+def test_a_row_is_independent_of_the_others(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    rules = LogitsProcessors(
+    processors = LogitsProcessors(
         bias=((3, 2.0),), bad_words=((7,), (8, 9)), repetition_penalty=1.2, presence_penalty=0.3
     )
     rows = [
@@ -287,7 +287,7 @@ def test_a_row_does_not_notice_the_others(seed: int) -> None:
             min_p=float(rng.choice([0, 0, 0.05, 1])),
             typical_p=float(rng.choice([0.2, 0.9, 1, 1, 1])),
             output=int(rng.integers(3)),
-            processors=rules if rng.random() < 0.5 else None,
+            processors=processors if rng.random() < 0.5 else None,
             seed=int(rng.integers(U64, dtype=np.uint64)),
         )
         for _ in range(12)
@@ -339,7 +339,7 @@ def test_an_unlikely_token_can_be_more_typical_than_the_likeliest() -> None:
     assert _drawn(logits, SamplingParameters(typical_p=0.5)) == set(range(1, 15))
 
 
-def test_where_nothing_is_left_nothing_is_drawn() -> None:
+def test_without_an_allowed_token_none_is_drawn() -> None:
     nothing = LogitsProcessors(allowed=(1, 2), bad_words=((1,), (2,)))
     for temperature in (0.0, 1.0):
         parameters = [
@@ -385,7 +385,7 @@ Whole = st.builds(
     st.lists(st.tuples(Whole, st.lists(Token, max_size=3)), min_size=1, max_size=4),
     st.integers(0, 1 << 32),
 )
-def test_streams_are_those_of_the_definition(
+def test_streams_match_the_plain_sampler(
     streams: list[tuple[SamplingParameters, list[int]]], seed: int
 ) -> None:
     """Any options, in a batch that changes under way: each token is the one that the plain sampler
@@ -396,7 +396,7 @@ def test_streams_are_those_of_the_definition(
     here = list(range(len(streams)))
     batch = None
     for _ in range(9):
-        if batch is None or rng.random() < 0.3:  # others leave, and come back
+        if batch is None or rng.random() < 0.3:  # streams leave and return
             here = rng.permutation(len(streams))[: rng.integers(1, len(streams) + 1)].tolist()
             batch = SamplingBatch.of([streams[i][0] for i in here], [states[i] for i in here])
         logits = rng.choice([-3, -1, 0, 0.5, 2, 3.25], (len(here), VOCABULARY)).astype(np.float32)
@@ -418,7 +418,7 @@ def test_streams_are_those_of_the_definition(
             assert token == wanted
             outputs[i].append(token)
         if NO_TOKEN_LEFT in tokens:
-            return  # such streams end
+            return  # such a stream ends
 
 
 def _chi_square(counts: np.ndarray, expected: np.ndarray) -> float:
