@@ -17,6 +17,7 @@ from server.config import EngineConfig
 from server.engine.admission import Ledger
 from server.engine.decoding import Decoding
 from server.engine.interfaces import SnapshotStore, StreamHolder
+from server.engine.lazy_heap import LazyHeap
 from server.engine.placement import Placement
 from server.engine.sampling.logits_processors import PenaltyState
 from server.engine.stream import Stream
@@ -46,7 +47,7 @@ class StreamLifecycle:
         snapshots: SnapshotStore | None,
     ) -> None:
         self.holder: StreamHolder | None = None
-        self.limited: set[Stream] = set()
+        self.limited = LazyHeap[Stream]()
         self._bundle = bundle
         self._config = config
         self._placement = placement
@@ -60,7 +61,7 @@ class StreamLifecycle:
         """Put an admitted stream into the queue."""
         self._placement.enqueue(stream)
         if stream.request.time_limit_s is not None:
-            self.limited.add(stream)
+            self.limited.put(stream, stream.expires_at)
 
     def start(self, stream: Stream) -> None:
         """Record that work on a stream begins. Does nothing if it had begun before."""
@@ -144,7 +145,8 @@ class StreamLifecycle:
 
     def expire(self, now: float) -> None:
         """End the streams whose time limit is over at `now`."""
-        for stream in [s for s in self.limited if s.expires_at <= now]:
+        while self.limited.first_key <= now:
+            stream = self.limited.pop()
             with self.placing(stream):
                 if rest := stream.detokenizer.flush():
                     stream.subscriber.put(StreamUpdate(text=rest))
@@ -153,7 +155,7 @@ class StreamLifecycle:
     @property
     def next_expiry(self) -> float:
         """When the next time limit ends, on the monotonic clock."""
-        return min((stream.expires_at for stream in self.limited), default=float("inf"))
+        return self.limited.first_key
 
     def hand_over(self, stream: Stream, ending: Ending) -> None:
         """Store a stream's checkpoint and end it here, so that another server can continue it."""
@@ -219,7 +221,7 @@ class StreamLifecycle:
         now = time.monotonic()
         with self._lock:
             self._ledger.ended(stream, now)
-        stream.ended, stream.ending = True, ending
+        stream.ended, stream.ending, stream.penalties = True, ending, None
         self.limited.discard(stream)
         self._metrics.finished(outcome(ending), now - stream.accepted_at)
         if ending is not None:

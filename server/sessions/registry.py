@@ -57,12 +57,7 @@ class SessionRegistry:
 
     def running(self, owner: str) -> int:
         """Number of streams of an owner that wait or run in this process."""
-        return sum(
-            not stream.ended
-            for model in self.holders
-            for session in model.sessions(owner)
-            for stream in session.streams
-        )
+        return sum(model.table.running(owner) for model in self.holders)
 
     def is_durable(self, session: Session) -> bool:
         """Whether the session outlives this process."""
