@@ -68,7 +68,7 @@ class Decoding:
         """Draw a token for each stream of the batch, or several if the batch is a single stream.
 
         Returns the endings of the streams that end. Full blocks are folded. A kept stream that ends
-        has its state saved.
+        has its state saved, if it can be.
         """
         streams = self._placement.running
         if self._config.draft_tokens and len(streams) == 1 and not streams[0].replay_tokens:
@@ -125,7 +125,7 @@ class Decoding:
         kept = {row for row in ended if streams[row].is_kept}
         self._metrics.folded(self._cache.fold(ended.keys() - kept))
         for row in kept:
-            streams[row].saved = self._cache.save(row)
+            streams[row].saved = self._placement.try_save(streams[row])
         since = self._last_step_at and perf - self._last_step_at
         self._metrics.stepped(len(streams), perf - began, since)
         self._last_step_at = perf
@@ -156,7 +156,7 @@ class Decoding:
         if int(self._cache.pushed[0]) > first and (ending is None or saves):
             self._metrics.folded(self._cache.fold())
         if saves:
-            stream.saved = self._cache.save(0)
+            stream.saved = self._placement.try_save(stream)
         return {} if ending is None else {stream: ending}
 
     def _propose(self, stream: Stream, drawn: int) -> list[int]:

@@ -25,7 +25,7 @@ from server.engine.lifecycle import StreamLifecycle
 from server.engine.loop import StepLoop
 from server.engine.placement import Placement
 from server.engine.stream import Stream
-from server.errors import EngineStopped
+from server.errors import EngineStopped, StepFailed
 from server.ops.metrics import EngineMetrics
 from server.runtime.onnx_session import Runtime
 
@@ -135,14 +135,16 @@ class Engine:
             for stream in streams:
                 self.ledger.release(stream)
 
-    def admit(self, register: Callable[[], Action]) -> None:
+    def admit(self, streams: Sequence[Stream], register: Callable[[], Action]) -> None:
         """Take in streams that have room: call `register` and post the action that it returns.
 
-        Raises EngineStopped.
+        If that action raises, the streams end with StepFailed. Raises EngineStopped, and what
+        `register` raises.
         """
         with self._lock:
             self._require_open(admits=True)
-            self.post(register())
+            action = register()
+            self.post(lambda: self._open(streams, action))
 
     def stop_accepting(self) -> None:
         """Admit no further streams; those that are admitted continue."""
@@ -215,9 +217,22 @@ class Engine:
         holder.publish()
         self.metrics.closed(self.runtime.nbytes)
 
+    def _open(self, streams: Sequence[Stream], action: Action) -> None:
+        try:
+            action()
+        except Exception:
+            for stream in streams:
+                failed = StepFailed("the stream could not be opened; see the server's log")
+                self.streams.end(stream, failed)
+            raise
+
     def _take_inbox(self) -> None:
         while self._inbox:
-            self._inbox.popleft()()
+            action = self._inbox.popleft()
+            try:
+                action()
+            except Exception:
+                _log.exception("an action in the inbox of %s failed", self.bundle.name)
 
     def _idle_s(self, holder: StreamHolder) -> float:
         soonest = min(self.streams.next_expiry, holder.next_expiry)

@@ -1,7 +1,8 @@
 """Manages the rows of the runtime: how many tokens each row has pushed, and when it folds.
 
 Rows `0 … len(pushed) - 1` are the batch, without gaps. Row `slots` is the prefill slot, where one
-stream at a time pushes its prompt before it joins the batch.
+stream at a time pushes its prompt before it joins the batch. State is copied before a row counts
+as taken or free: where a copy raises, the batch is as it was.
 """
 
 from __future__ import annotations
@@ -127,9 +128,9 @@ class Cache:
 
     def join(self) -> int:
         """Move the stream in the prefill slot into the batch. Returns its row."""
-        row = self._append(self.prefill_pushed)
+        row = self._next_row
         self._runtime.move(self._prefill_row, row, self._length(self.prefill_pushed))
-        return row
+        return self._append(self.prefill_pushed)
 
     def save_prefill(self) -> SavedState:
         """A copy of the state in the prefill slot."""
@@ -140,15 +141,15 @@ class Cache:
 
     def begin(self) -> int:
         """Add a new stream to the batch. Returns its row."""
-        row = self._append(0)
+        row = self._next_row
         self._runtime.reset(row)
-        return row
+        return self._append(0)
 
     def restore(self, saved: SavedState) -> int:
         """Add a stream with a saved state to the batch. Returns its row."""
-        row = self._append(saved.pushed)
+        row = self._next_row
         self._runtime.write(row, self._length(saved.pushed), saved.state)
-        return row
+        return self._append(saved.pushed)
 
     def save(self, row: int) -> SavedState:
         """A copy of the state in a row of the batch. The stream stays in the batch."""
@@ -158,7 +159,8 @@ class Cache:
     def leave(self, row: int) -> int | None:
         """Remove a row from the batch. The last row moves into the gap.
 
-        Returns the old number of the row that moves; None if none does.
+        Returns the old number of the row that moves; None if none does. If the move raises, the
+        row stays in the batch, and its state is lost.
         """
         last = self.num_running - 1
         if row != last:
@@ -220,8 +222,12 @@ class Cache:
 
     # ---- arithmetic
 
-    def _append(self, pushed: int) -> int:
+    @property
+    def _next_row(self) -> int:
         assert self.num_free > 0
+        return self.num_running
+
+    def _append(self, pushed: int) -> int:
         self._pushed = np.append(self._pushed, pushed)
         return self.num_running - 1
 

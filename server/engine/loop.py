@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 
 from server.bundles.bundle import Bundle
@@ -14,10 +13,7 @@ from server.engine.kv_cache import Cache
 from server.engine.lifecycle import StreamLifecycle
 from server.engine.placement import Placement
 from server.engine.scheduler import Load, Plan, next_credit, plan
-from server.errors import StepFailed
 from server.ops.metrics import EngineMetrics
-
-_log = logging.getLogger(__name__)
 
 
 class StepLoop:
@@ -53,9 +49,7 @@ class StepLoop:
         try:
             self._execute(todo)
         except Exception:
-            _log.exception("a pass of %s failed", self._bundle.name)
-            failed = StepFailed("the model failed on this step; see the server's log")
-            self._streams.fail_batch(failed)
+            self._streams.fail_pass()
         holder.publish()
         self._measure(todo.idle)
         if todo.idle:
@@ -83,14 +77,19 @@ class StepLoop:
         if todo.preempt or todo.restore:
             self._exchange(todo)
         for _ in range(todo.begin):
-            self._streams.start(placement.begin())
+            with self._streams.placing(placement.waiting[0]):
+                self._streams.start(placement.begin())
         if todo.join:
-            placement.join()
+            assert placement.prefilling is not None
+            with self._streams.placing(placement.prefilling):
+                placement.join()
         prefill_s = self._prefill(todo.prefill) if todo.prefill else 0.0
         if todo.start_prefill and placement.waiting[0].to_prefill:
-            self._streams.start(placement.start_prefill())
-            self._metrics.shared(self._cache.prefill_pushed, self._cache.prefix_bytes)
-        decode_s = self._decode() if todo.decode else 0.0
+            with self._streams.placing(placement.waiting[0]):
+                self._streams.start(placement.start_prefill())
+                self._metrics.shared(self._cache.prefill_pushed, self._cache.prefix_bytes)
+        # What was to join the batch may have ended instead.
+        decode_s = self._decode() if todo.decode and placement.running else 0.0
         share = self._config.prefill_share
         self._credit_s = next_credit(self._credit_s, share, prefill_s, decode_s)
 
@@ -98,15 +97,23 @@ class StepLoop:
         """Park running streams for others of higher priority, and restore paused ones."""
         returning = self._placement.returning()
         for stream in self._placement.preemptible(returning)[: todo.preempt]:
-            self._placement.preempt(stream)
-            self._metrics.preempted()
+            if stream.ended:  # since another one could not be parked
+                continue
+            with self._streams.placing(stream):
+                self._placement.preempt(stream)
+                self._metrics.preempted()
         for stream in returning[: todo.restore]:
-            self._placement.restore(stream)
+            with self._streams.placing(stream):
+                self._placement.restore(stream)
 
     def _prefill(self, count: int) -> float:
         stream = self._placement.prefilling
         assert stream is not None
-        seconds, ending = self._decoding.prefill(stream, count)
+        try:
+            seconds, ending = self._decoding.prefill(stream, count)
+        except Exception:
+            self._streams.fail_pass(stream)
+            return 0.0
         if ending is not None:
             self._streams.end(stream, ending)
         elif not stream.request.predicts_prompt:
@@ -123,8 +130,10 @@ class StepLoop:
         for stream, ending in ended.items():
             self._streams.end(stream, ending)
         for stream in streams:
-            if stream not in ended and stream.subscriber.unread >= self._config.stream_buffer:
-                self._streams.pause_lagging(stream)
+            lags = stream.subscriber.unread >= self._config.stream_buffer
+            if lags and not stream.ended:
+                with self._streams.placing(stream):
+                    self._streams.pause_lagging(stream)
         return time.perf_counter() - began
 
     def _measure(self, idle: bool) -> None:

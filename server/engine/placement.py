@@ -1,11 +1,12 @@
 """The places of an engine's streams: the queue, the prefill slot, the batch, or paused.
 
 The state moves with the stream: a stream of the batch has a row of the cache, a parked one has a
-saved state.
+saved state. A move that raises leaves the stream where it was.
 """
 
 from __future__ import annotations
 
+import logging
 from bisect import insort
 from collections.abc import Sequence
 from itertools import count
@@ -17,7 +18,9 @@ from server.engine.kv_cache import Cache
 from server.engine.sampling.sampler import SamplingBatch
 from server.engine.scheduler import Prefilling, Waiting
 from server.engine.stream import Stream
+from server.ops.metrics import SNAPSHOT_FAILURES
 
+_log = logging.getLogger(__name__)
 _QUEUE_KEY = attrgetter("queue_key")
 
 
@@ -71,13 +74,14 @@ class Placement:
 
     def begin(self) -> Stream:
         """Move the first stream of the queue, which needs no prefill, into the batch."""
-        stream = self.waiting.pop(0)
+        stream = self.waiting[0]
         self._place_row(stream)
+        del self.waiting[0]
         return stream
 
     def start_prefill(self) -> Stream:
         """Move the first stream of the queue into the prefill slot."""
-        self.prefilling = stream = self.waiting.pop(0)
+        stream = self.waiting[0]
         if stream.saved is not None:
             self._cache.resume_prefill(stream.request.prompt.inputs(), stream.saved)
             stream.saved = None
@@ -85,22 +89,24 @@ class Placement:
             # The logits of every prompt token are needed, so cached blocks cannot be used.
             request = stream.request
             self._cache.start_prefill(None if request.predicts_prompt else request.prompt.inputs())
+        self.prefilling = self.waiting.pop(0)
         return stream
 
     def join(self) -> None:
         """Move the prefilled stream into the batch.
 
-        Waiting streams with the same prompt get a copy of its state.
+        Waiting streams with the same prompt get a copy of its state. Without one they prefill.
         """
         assert self.prefilling is not None
-        row, stream = self._cache.join(), self.prefilling
-        siblings = [s for s in self.waiting if s.shares_prompt(stream)]
-        if siblings:
-            saved = self._cache.save(row)
-            for sibling in siblings:
-                sibling.saved = saved
+        stream = self.prefilling
+        self._cache.join()
         self._add(stream)
         self.prefilling = None
+        siblings = [s for s in self.waiting if s.shares_prompt(stream)]
+        if siblings:
+            saved = self.try_save(stream)
+            for sibling in siblings:
+                sibling.saved = saved
 
     def preempt(self, stream: Stream) -> None:
         """Park a running stream for one of higher priority, and put it back into the queue."""
@@ -120,14 +126,17 @@ class Placement:
         self.paused.remove(stream)
 
     def remove(self, stream: Stream) -> None:
-        """Remove a stream from its place."""
+        """Remove a stream from its place. Does nothing if it is in none.
+
+        If its row cannot be filled by the last one, this raises and the state of its row is lost.
+        """
         if stream in self.running:
             self._leave_row(stream)
         elif stream is self.prefilling:
             self.prefilling = None
         elif stream in self.paused:
             self.paused.remove(stream)
-        else:
+        elif stream in self.waiting:
             self.waiting.remove(stream)
 
     def clear(self) -> list[Stream]:
@@ -161,6 +170,15 @@ class Placement:
             return self._cache.save(self.running.index(stream))
         return self._cache.save_prefill() if stream is self.prefilling else stream.saved
 
+    def try_save(self, stream: Stream) -> SavedState | None:
+        """As `save`; None, which is counted and logged, if the state cannot be copied."""
+        try:
+            return self.save(stream)
+        except Exception:
+            SNAPSHOT_FAILURES.inc()
+            _log.exception("the state of a stream could not be copied")
+            return None
+
     def _place_row(self, stream: Stream) -> None:
         if stream.saved is None:
             self._cache.begin()
@@ -170,8 +188,9 @@ class Placement:
         self._add(stream)
 
     def _park_row(self, stream: Stream) -> None:
-        stream.saved = self._cache.save(self.running.index(stream))
+        saved = self._cache.save(self.running.index(stream))
         self._leave_row(stream)
+        stream.saved = saved
 
     def _leave_row(self, stream: Stream) -> None:
         row = self.running.index(stream)

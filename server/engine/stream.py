@@ -13,6 +13,9 @@ from server.engine.sampling.logits_processors import PenaltyState
 from server.engine.updates import Backlog, Ending
 from server.request import Lease, Request
 
+_NUMBER_BYTES = 32
+_LOGPROBS_BYTES, _TOP_BYTES = 256, 72  # of a TokenLogprobs, and of each token that it lists
+
 
 class Stream:
     """A stream. The constructor makes a new one, `server.engine.restore` one that continues.
@@ -72,6 +75,18 @@ class Stream:
     def priority(self) -> int:
         """Priority; streams of higher priority go first."""
         return self.request.priority
+
+    @property
+    def retained_bytes(self) -> int:
+        """About how much memory it uses besides its state: request, tokens and log-probabilities.
+
+        The outputs of a request share its prompt and lists, which count for the first one.
+        """
+        size = self.history.itemsize * len(self.history)
+        size += len(self.logprobs) * _logprobs_bytes(self.request.sampling.logprobs)
+        size += len(self.prompt_logprobs) * _logprobs_bytes(self.request.prompt_logprobs)
+        size += len(self.prompt_bits) * _NUMBER_BYTES
+        return size + (0 if self.output else _request_bytes(self.request))
 
     @property
     def expires_at(self) -> float:
@@ -181,3 +196,15 @@ class Stream:
         if self.ended and matched is None and not paused:
             text += detokenizer.flush()
         return text
+
+
+def _request_bytes(request: Request) -> int:
+    numbers = len(request.stop_tokens)
+    if (given := request.sampling.processors) is not None:
+        numbers += 2 * len(given.bias) + len(given.allowed) + len(given.withheld)
+        numbers += sum(map(len, given.bad_words))
+    return request.prompt.tokens.nbytes + _NUMBER_BYTES * numbers
+
+
+def _logprobs_bytes(top: int | None) -> int:
+    return _LOGPROBS_BYTES + _TOP_BYTES * (top or 0)

@@ -81,8 +81,7 @@ class SessionLifecycle:
                 self._streams.cancel(stream)
             return
         self.table.leave(session)
-        for oldest in self.table.surplus(self._config.session_bytes, self.held_bytes):
-            self.forget(oldest)
+        self._rest_if_ended(session)
 
     def pause(self, session: Session) -> None:
         """Pause the streams of a session and save their state. Raises UnknownSession."""
@@ -111,13 +110,18 @@ class SessionLifecycle:
 
     def expire(self, now: float) -> None:
         """See StreamHolder."""
-        for session in self.table.expired(now):
+        while (session := self.table.expired(now)) is not None:
             self.forget(session)
 
     def ended(self, stream: Stream) -> None:
         """See StreamHolder."""
+        self.table.ended(stream)
         session = self.table.of(stream)
-        if session is not None and session.ended and not stream.is_kept:
+        if session is None or not session.ended:
+            return
+        if stream.is_kept:
+            self._rest_if_ended(session)
+        else:
             self.table.drop(session)
 
     def publish(self) -> None:
@@ -141,6 +145,15 @@ class SessionLifecycle:
             raise UnknownSession(
                 f"stream {session.lease.stream_id!r} was deleted or continued by another call"
             )
+
+    def _rest_if_ended(self, session: Session) -> None:
+        """Count what a session uses if it has ended and has no subscriber. Too much is deleted."""
+        if session.left_at is None or not session.ended:
+            return
+        sizes = (self.held_bytes(each) + each.retained_bytes for each in session.streams)
+        self.table.rest(session, sum(sizes))
+        while (surplus := self.table.surplus(self._config.session_bytes)) is not None:
+            self.forget(surplus)
 
     def _open(self, session: Session, opened: Sequence[Stream], before: Session | None) -> None:
         if before is not None:  # the new session takes its place

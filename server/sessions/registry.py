@@ -88,12 +88,7 @@ class SessionRegistry:
 
     def running(self, owner: str) -> int:
         """Number of an owner's streams in this process that wait, run, or are being opened."""
-        return self._reserved[owner] + sum(
-            not stream.ended
-            for model in self.holders
-            for session in model.sessions(owner)
-            for stream in session.streams
-        )
+        return self._reserved[owner] + sum(model.table.running(owner) for model in self.holders)
 
     def is_durable(self, session: Session) -> bool:
         """Whether a session is in a store that outlives this process."""

@@ -104,7 +104,7 @@ class ServedModel:
 
     def commit(self, session: Session) -> None:
         """Open a session that has room. Raises EngineStopped."""
-        self.engine.admit(lambda: self._sessions.register(session))
+        self.engine.admit(session.unfinished, lambda: self._sessions.register(session))
 
     def release(self, session: Session) -> None:
         """Give back the room of a session that was not opened."""

@@ -337,6 +337,7 @@ async def test_a_client_that_goes_away_leaves_nothing(serve: Serve, after: int) 
                 gate.let(1)
                 await asyncio.wait_for(call.read(), LIMIT_S)
         await served.channel.close()
+        await until(lambda: model.engine.num_actions >= 4)  # the server has noticed
         gate.let(20)
         await until(lambda: model.engine.ledger.held.streams == 0)
 

@@ -107,8 +107,11 @@ async def paused(caller: Caller, wanted: generation_pb.GenerateRequest, after: i
         attachment = await caller.sessions.start(wanted)
         gate.let(after)
         await gate.held("step")
+        stream_id = attachment.session.lease.stream_id
+        pausing = asyncio.create_task(caller.call("Pause", stream_id=stream_id))
+        await until(lambda: model.engine.num_actions)
         gate.let(1)
-        answer = await caller.call("Pause", stream_id=attachment.session.lease.stream_id)
+        answer = await pausing
         gate.let(float("inf"))
         await read(attachment, got, 9)
     assert answer.session.phase == pb.SESSION_PHASE_PAUSED

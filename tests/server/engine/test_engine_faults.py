@@ -32,6 +32,7 @@ from tests.server.engines import (
 )
 
 Start = Callable[..., DrivenModel]
+_PASS_FAILED = "a pass of tiny-text failed"
 
 
 def _failure(outcome: Outcome) -> StepFailed:
@@ -125,13 +126,15 @@ async def test_a_pass_that_raises_ends_its_streams_and_the_engine_continues(
     _fail_once(model, name, after)
     outcomes = await asyncio.gather(*[generate(model, wanted) for _ in range(8)])
     failed = [outcome for outcome in outcomes if isinstance(outcome.ending, StepFailed)]
-    assert 1 <= len(failed) <= 3  # both slots and the prefill slot
+    own = name in ("move", "prefill")  # work for one stream alone
+    assert 1 <= len(failed) <= (1 if own else 3)  # both slots and the prefill slot
     for outcome in failed:
         assert "secret" not in _failure(outcome).message
         assert outcome.tokens == expected[: len(outcome.tokens)]
     served = [outcome.tokens for outcome in outcomes if outcome not in failed]
     assert served == [expected] * (8 - len(failed))
-    assert caplog.messages == ["a pass of tiny-text failed"]
+    what = "a stream of tiny-text could not be placed" if name == "move" else _PASS_FAILED
+    assert caplog.messages == [what]
     assert model.alive
 
 
