@@ -11,8 +11,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from server import lazy_heap
 from server.checkpoint import TokenLogprobs
-from server.engine import lazy_heap
 from server.engine.stream import Stream
 from server.request import Lease, LogitsProcessors, SamplingParameters
 from server.sessions import table
