@@ -100,7 +100,8 @@ class SnapshotWriter:
 
     def load(self, owner: str, stream_id: str) -> Snapshot | None:
         """The caller's stream of that name. Raises SnapshotRefused, OSError."""
-        sealed = self._store.get(owner, stream_id).values()
+        names = self._store.names(owner, stream_id)
+        sealed = self._store.get(owner, stream_id, names).values()
         opened = [self._sealer.open(part, owner) for part in sealed]
         if not opened:
             return None
@@ -114,7 +115,7 @@ class SnapshotWriter:
 
     def streams(self, owner: str) -> list[str]:
         """Names of the caller's streams of which something is stored. Raises OSError."""
-        return self._store.streams(owner)
+        return sorted(self._store.streams(owner))
 
     def export(self, bundle: Bundle, lease: Lease, checkpoints: Sequence[Checkpoint]) -> bytes:
         """A whole stream, sealed."""
