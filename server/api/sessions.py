@@ -184,7 +184,7 @@ class SessionServicer(session_grpc.SessionServiceServicer):
         else:
             checkpoint = _go_on(asked, output, request, model.bundle.context)
         requests = generate_request(model.bundle, asked, model.config)
-        lease = replace(session.lease, requests=requests)
+        lease = replace(session.lease, requests=requests, epoch=session.lease.epoch + 1)
         return await self._opener.open(model, lease, [checkpoint])
 
     async def _received(self, requests: AsyncIterator[pb.ImportRequest]) -> bytes:

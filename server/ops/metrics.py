@@ -87,6 +87,12 @@ SNAPSHOT_TIME = Histogram(
 )
 SNAPSHOT_BYTES = Counter("concertina_snapshot_bytes", "Bytes of stored snapshots, sealed.")
 SNAPSHOT_FAILURES = Counter("concertina_snapshot_failures", "Snapshots that could not be stored.")
+STORE_UP = Gauge(
+    "concertina_store_up",
+    "0 while the snapshot store does not work; 1 otherwise, also without a store.",
+    multiprocess_mode="livemin",
+)
+STORE_UP.set(1)
 RESUMED = Counter(
     "concertina_streams_resumed",
     "Streams resumed by a reader, from memory or from the store.",

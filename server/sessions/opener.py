@@ -14,13 +14,14 @@ from dataclasses import replace
 from server.auth.api_keys import Caller
 from server.auth.quota import require_room
 from server.checkpoint import Checkpoint
-from server.errors import InvalidRequest, StorageFailed, UnknownSession
+from server.errors import Displaced, InvalidRequest, StorageFailed, UnknownSession
 from server.request import Lease, Request
 from server.sessions.registry import NAME_BYTES, Attachment, SessionRegistry, new_name
 from server.sessions.reviver import follow, load, model_of, revive
 from server.sessions.served_model import ServedModel
 from server.sessions.table import Session
 from server.snapshots.codec import Snapshot, restored
+from server.snapshots.writer import AlreadyClaimed
 
 _log = logging.getLogger(__name__)
 
@@ -101,6 +102,9 @@ class SessionOpener:
             return attachment
         try:
             await asyncio.to_thread(snapshots.begin, model.bundle, session.lease, checkpoints)
+        except AlreadyClaimed as error:
+            await model.forget(session)
+            raise Displaced(f"the stream cannot go on here: {error}") from None
         except OSError as error:
             await model.forget(session)
             _log.exception("a stream could not be stored")

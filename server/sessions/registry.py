@@ -117,4 +117,5 @@ async def hand_over(models: Iterable[ServedModel], snapshots: SnapshotWriter | N
     for model in models:
         with suppress(EngineStopped):
             await model.hand_over()
-    await asyncio.to_thread(snapshots.flush, _FLUSH_S)
+    if left := await asyncio.to_thread(snapshots.flush, _FLUSH_S):
+        _log.error("%d snapshots could not be saved", left)

@@ -100,7 +100,7 @@ async def test_every_position_of_two_blocks_goes_on_to_the_bit(
                 **fields, keep={"seconds": 60}, stopping={"ignore_eos": True}
             )
             expected[name] = await undisturbed(model, writer, name, request)
-        assert writer.flush(LIMIT_S)
+        assert writer.flush(LIMIT_S) == 0
     finally:
         model.close()
         writer.close(LIMIT_S)

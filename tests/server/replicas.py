@@ -88,7 +88,7 @@ class Replica:
 
     def kill(self) -> None:
         """What SIGKILL would leave of it: nothing but what was stored by then."""
-        assert self.snapshots.flush(LIMIT_S)
+        assert self.snapshots.flush(LIMIT_S) == 0
         self.die()
         self.model.close()
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import errno
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -15,23 +15,6 @@ import pytest
 from server.config import ConfigError
 from server.snapshots.limited_calls import LimitedCalls
 from server.snapshots.store import Store
-from tests.server.snapshots.buckets import bucket_server
-
-
-@pytest.fixture(params=["file", "memory", "s3"])
-def uri(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """Where snapshots can lie."""
-    if request.param == "s3":
-        yield request.getfixturevalue("bucket")
-    else:
-        yield f"{request.param}://{tmp_path}/{uuid4().hex}"
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    """A bucket that is there as long as these tests."""
-    with bucket_server() as uri:
-        yield f"{uri}/{uuid4().hex}"
 
 
 def everything(store: Store, owner: str, stream_id: str) -> dict[str, bytes]:
