@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from concertina.v1 import snapshot_pb2 as pb
 from server.bundles.bundle import Bundle
 from server.checkpoint import Checkpoint
-from server.config import ConfigError
 from server.errors import SnapshotRefused
 from server.ops import metrics
 from server.request import Lease
@@ -31,7 +30,7 @@ from server.snapshots.names import (
     origin_name,
     output_name,
 )
-from server.snapshots.sealer import KEY_VARIABLE, Sealer, refuse_expired
+from server.snapshots.sealer import Sealer, refuse_expired
 from server.snapshots.store import Store
 from server.snapshots.sweeper import Sweeper
 from server.snapshots.waiting import Job, Waiting
@@ -49,45 +48,6 @@ class AlreadyClaimed(Exception):
         self.claim = claim
 
 
-def open_writer(uri: str, ttl_s: float, optional: bool = False) -> SnapshotWriter | None:
-    """The writer to the store at `uri`; None for an empty one. Raises as `open_store` does."""
-    opened = open_store(uri, optional)
-    if opened is None:
-        return None
-    writer = SnapshotWriter(*opened, ttl_s)
-    if optional:
-        writer.look()
-    return writer
-
-
-def open_store(uri: str, optional: bool = False) -> tuple[Store, Sealer] | None:
-    """The store at `uri`, and what seals its contents; None for an empty one.
-
-    Raises ConfigError: for a store that others reach, the environment has to hold a key; and the
-    store has to work now, unless it is `optional`.
-    """
-    if not uri:
-        return None
-    store, sealer = Store(uri), Sealer.from_environment()
-    if sealer is None:
-        if store.is_shared:
-            raise ConfigError(
-                f"snapshots is {uri!r}, and {KEY_VARIABLE} is not set: snapshots hold what users "
-                "wrote, and are sealed; make a key with: openssl rand -base64 32"
-            )
-        sealer = Sealer.for_this_process()
-    if not optional:
-        try:
-            store.probe()
-        except OSError as error:
-            raise ConfigError(
-                f"snapshots is {uri!r}, which cannot be used ({type(error).__name__}: {error}); "
-                "mend it, or start with --snapshots-optional: streams then run, and do not survive "
-                "the server until the store is there"
-            ) from None
-    return store, sealer
-
-
 class SnapshotWriter:
     """Stores streams in `store`, sealed by `sealer`, for `ttl_s` seconds each."""
 
@@ -103,7 +63,8 @@ class SnapshotWriter:
         self._changed = threading.Condition()
         self._writing: tuple[str, str] | None = None  # the stream whose snapshot is being written
         self._closing = False
-        self._availability = Availability(store.probe, self._wake)
+        self._mistaken: set[tuple[str, str, str]] = set()  # claims that failed, but lie there
+        self._availability = Availability(store.probe, self._back)
         self._sweeper = Sweeper(store, ttl_s)
         self._thread = threading.Thread(target=self._run, name="snapshots", daemon=True)
         self._thread.start()
@@ -149,6 +110,7 @@ class SnapshotWriter:
         content = self._sealed(bundle, lease, content_of(lease, outputs))
         owner, stream_id, name = lease.owner, lease.stream_id, origin_name(lease.epoch)
         with self._watched():
+            self._take_back((owner, stream_id, name))
             try:
                 self.store.create(owner, stream_id, name, content)
             except FileExistsError:
@@ -157,7 +119,8 @@ class SnapshotWriter:
             try:
                 names = self.store.names(owner, stream_id)
             except OSError:
-                self._remove(lease, [name])
+                self._mistaken.add((owner, stream_id, name))
+                self._take_all_back()
                 raise
         claim = claim_in(names)
         if claim is not None and claim.is_above(lease.epoch):
@@ -265,7 +228,23 @@ class SnapshotWriter:
                 lambda: self._writing != (owner, stream_id), 2 * self.store.time_limit_s
             )
 
-    def _wake(self) -> None:
+    def _take_back(self, claimed: tuple[str, str, str]) -> None:
+        """Drop a claim of ours, if it lies there although we said that it failed."""
+        if claimed in self._mistaken:
+            owner, stream_id, name = claimed
+            self.store.remove(owner, stream_id, [name])
+            self._mistaken.discard(claimed)
+
+    def _take_all_back(self) -> None:
+        try:
+            for claimed in list(self._mistaken):
+                self._take_back(claimed)
+        except OSError as error:
+            self._availability.failed(error)
+
+    def _back(self) -> None:
+        """The store works again."""
+        self._take_all_back()
         with self._changed:
             self._changed.notify_all()
 

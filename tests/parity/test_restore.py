@@ -23,8 +23,9 @@ from server.checkpoint import Checkpoint
 from server.sessions.opener import SessionOpener
 from server.sessions.registry import SessionRegistry
 from server.sessions.served_model import ServedModel
+from server.snapshots.opening import open_writer
 from server.snapshots.sealer import KEY_VARIABLE
-from server.snapshots.writer import SnapshotWriter, open_writer
+from server.snapshots.writer import SnapshotWriter
 from tests.parity.restoring import CONFIG, LIMIT_S, Told, read, record_logits
 from tests.server.replicas import start
 

@@ -17,6 +17,7 @@ def bucket_server() -> Iterator[str]:
     boto3 = pytest.importorskip("boto3")
     moto_server = pytest.importorskip("moto.server")
     responses = pytest.importorskip("moto.s3.responses")
+    forget_clients()
     server = moto_server.ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -31,6 +32,11 @@ def bucket_server() -> Iterator[str]:
             yield "s3://snapshots"
         finally:
             server.stop()
+
+
+def forget_clients() -> None:
+    """What fsspec remembers of S3, which has the address of an earlier server."""
+    pytest.importorskip("s3fs").S3FileSystem.clear_instance_cache()
 
 
 def _make_puts_atomic(patched: pytest.MonkeyPatch, responses: Any) -> None:
