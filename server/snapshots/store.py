@@ -6,9 +6,11 @@ import errno
 import hashlib
 import re
 import secrets
+import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, TypeVar
 
@@ -23,6 +25,14 @@ _SLOWEST_BYTES_S = 2_000_000  # a large object may take longer
 _SWEEPS, _PROBES = ".sweeps", ".probes"
 
 _T = TypeVar("_T")
+
+
+@dataclass
+class _Flight:
+    """Writes to one path that have not ended, and what the last call wants there; None: nothing."""
+
+    puts: int = 0
+    wanted: bytes | None = None
 
 
 class Store:
@@ -43,11 +53,13 @@ class Store:
         self.is_shared: bool = get_protocol(uri) != "memory"
         self._calls = LimitedCalls(_CALLS)
         self._sweeping = LimitedCalls(1)
+        self._flights: dict[str, _Flight] = {}
+        self._lock = threading.Lock()
 
     def put(self, owner: str, stream_id: str, name: str, content: bytes) -> None:
         """Store `content` in place of what has this name."""
         path = f"{self._folder(owner, stream_id)}/{name}"
-        self._write(lambda: self.backend.put(path, content), len(content))
+        self._write(lambda: self._put(path, content), len(content))
 
     def create(self, owner: str, stream_id: str, name: str, content: bytes) -> None:
         """Store `content` under a name that is free; of several who try, one succeeds.
@@ -76,6 +88,7 @@ class Store:
     def remove(self, owner: str, stream_id: str, names: Iterable[str]) -> None:
         """Drop what is stored of a stream under these names."""
         paths = [f"{self._folder(owner, stream_id)}/{name}" for name in names]
+        self._want_nothing(paths)
 
         def remove() -> None:
             for path in paths:
@@ -87,6 +100,8 @@ class Store:
         """Drop all that is stored of a stream, but for the object with the name `keep`."""
         with suppress(FileNotFoundError):
             folder = self._folder(owner, stream_id)
+            others = [path for path in [*self._flights] if path != f"{folder}/{keep}"]
+            self._want_nothing(path for path in others if path.startswith(f"{folder}/"))
             self._read(lambda: self.backend.clear(folder, keep))
 
     def streams(self, owner: str) -> dict[str, set[str]]:
@@ -137,6 +152,36 @@ class Store:
         for folder in old:
             self.backend.clear(folder)
         return len(old)
+
+    def _put(self, path: str, content: bytes) -> None:
+        """Store `content`, unless a later call wants something else there when that is done.
+
+        A write that hung may come to its end after a later one, or after the object was dropped.
+        """
+        with self._lock:
+            flight = self._flights.setdefault(path, _Flight())
+            flight.puts += 1
+            flight.wanted = content
+        try:
+            self.backend.put(path, content)
+            while (wanted := flight.wanted) is not content:
+                if wanted is None:
+                    self.backend.remove(path)
+                    break
+                content = wanted
+                self.backend.put(path, content)
+        finally:
+            with self._lock:
+                flight.puts -= 1
+                if not flight.puts:
+                    del self._flights[path]
+
+    def _want_nothing(self, paths: Iterable[str]) -> None:
+        """That nothing lies at `paths` when the writes that are under way there have ended."""
+        with self._lock:
+            for path in paths:
+                if (flight := self._flights.get(path)) is not None:
+                    flight.wanted = None
 
     def _create(self, path: str, content: bytes) -> None:
         # One that gave up tells its caller that it did not happen, and so it must not happen.

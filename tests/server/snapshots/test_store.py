@@ -224,6 +224,34 @@ def test_what_was_given_up_is_not_created_after_all(
         time.sleep(0.01)
 
 
+@pytest.mark.parametrize("after", ["put", "remove", "delete"])
+def test_a_write_that_hung_replaces_nothing_newer(
+    after: str, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, owner = Store(uri), uuid4().hex
+    put = store.backend.put
+    hanging = Hanging(store, monkeypatch, "put")
+    with pytest.raises(TimeoutError):
+        store.put(owner, "s", "0", b"older")
+    monkeypatch.setattr(Store, "time_limit_s", 10.0)
+    monkeypatch.setattr(store.backend, "put", put)
+    newer: dict[str, bytes] = {}
+    if after == "put":
+        store.put(owner, "s", "0", b"newer")
+        newer = {"0": b"newer"}
+    elif after == "remove":
+        store.remove(owner, "s", ["0"])
+    else:
+        store.delete(owner, "s", keep="tombstone")
+    hanging.go_on.set()
+    until = time.monotonic() + 10
+    while hanging.left or everything(store, owner, "s") != newer:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    store.put(owner, "s", "0", b"newest")
+    assert everything(store, owner, "s") == {"0": b"newest"}
+
+
 def test_those_who_come_many_wait_for_their_turn() -> None:
     calls = LimitedCalls(2)
     with ThreadPoolExecutor(16) as pool:

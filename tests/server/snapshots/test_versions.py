@@ -1,7 +1,7 @@
 """What earlier builds stored still opens: `fixtures/` has what each format looked like.
 
 Each folder has a stream of the tiny text bundle, paused after 23 of 40 tokens, as a server exported
-it, and as it lay in the store. It was sealed with `KEY`, and expires in the year 7000.
+it, and as it lay in the store. It was sealed with `KEY`, and expires after the year 7000.
 """
 
 from __future__ import annotations
@@ -54,14 +54,9 @@ def require_story(lease: Lease, checkpoint: Checkpoint) -> None:
     assert checkpoint.finish.reason is FinishReason.PAUSED
     assert checkpoint.saved is not None
     assert checkpoint.saved.pushed == 32
+    shapes = {"keys": (2, 4, 16), "values": (2, 4, 16), "pooled_query": (2, 16)}
     assert {name: values.shape for name, values in checkpoint.saved.state.items()} == {
-        f"{name}.{layer}": shape
-        for name, shape in {
-            "keys": (2, 4, 16),
-            "values": (2, 4, 16),
-            "pooled_query": (2, 16),
-        }.items()
-        for layer in (0, 1)
+        f"{name}.{layer}": shape for name, shape in shapes.items() for layer in (0, 1)
     }
 
 
