@@ -136,6 +136,9 @@ class ServeConfig:
     snapshots: str = ""
     """URI of the snapshot store, in fsspec's form; empty stores none."""
 
+    snapshots_optional: bool = False
+    """Start also while the snapshot store cannot be used."""
+
     snapshot_ttl: int = 3600
     """Seconds after which a snapshot expires."""
 

@@ -148,6 +148,7 @@ class Lease:
     requests: one for each output; they share one prompt.
     keep_s: seconds that the stream is kept without a reader; 0 ends it when its reader disconnects.
     accepted_at: Unix time in seconds.
+    epoch: how often the stream has changed its owner; the first is 1.
     """
 
     stream_id: str
@@ -155,3 +156,4 @@ class Lease:
     owner: str = ""
     keep_s: float = 0.0
     accepted_at: float = 0.0
+    epoch: int = 1

@@ -7,7 +7,7 @@ import hashlib
 import time
 from array import array
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import replace
 
 from concertina.v1 import generation_service_pb2 as generation_pb
@@ -21,16 +21,17 @@ from server.api.validate import generate_request
 from server.auth.api_keys import Caller, Callers
 from server.checkpoint import Checkpoint, Finish, FinishReason
 from server.engine.stream import Stream
-from server.errors import InvalidRequest, PermissionDenied, UnknownSession, Unsuitable
+from server.errors import Displaced, InvalidRequest, PermissionDenied, Unsuitable
 from server.request import Lease
 from server.sessions.opener import SessionOpener
 from server.sessions.registry import Attachment, SessionRegistry
 from server.sessions.reviver import find_or_revive
 from server.sessions.served_model import ServedModel
 from server.sessions.table import Session
-from server.snapshots.writer import SnapshotWriter
+from server.snapshots.writer import AlreadyClaimed, SnapshotWriter
 
 _MOST_COPIES = 128
+_TRIES = 3  # another server may take the stream over meanwhile
 _PAGE, _LARGEST_PAGE = 100, 1000
 
 
@@ -166,16 +167,18 @@ class SessionServicer(session_grpc.SessionServiceServicer):
 
     async def _continue(self, request: pb.ContinueRequest, context: Context) -> Attachment:
         caller = self._caller(context)
-        await self._find(request.stream_id, caller)  # it is held here from now on
-        async with self._registry.alone(request.stream_id):
-            held = self._registry.held(request.stream_id, caller.name)
-            if held is None:
-                raise UnknownSession(f"stream {request.stream_id!r} was deleted meanwhile")
-            model, session = held
-            _require_ended(session)
-            lease, checkpoint = _continued(model, session, request)
-            with self._registry.reserving(caller, 1):
-                return await self._opener.open(model, lease, [checkpoint])
+        for _ in range(_TRIES):
+            await self._find(request.stream_id, caller)  # it is held here from now on
+            async with self._registry.alone(request.stream_id):
+                held = self._registry.held(request.stream_id, caller.name)
+                if held is None:
+                    continue  # deleted, or moved to another server meanwhile
+                model, session = held
+                _require_ended(session)
+                lease, checkpoint = _continued(model, session, request)
+                with suppress(AlreadyClaimed), self._registry.reserving(caller, 1):
+                    return await self._opener.open(model, lease, [checkpoint])
+        raise Displaced("other calls change the stream all the time; try again later")
 
     async def _received(self, requests: AsyncIterator[pb.ImportRequest]) -> bytes:
         models = self._registry.models.values()
@@ -264,7 +267,13 @@ def _continued(
     else:
         checkpoint = _unpause(asked, output, request, model.bundle.context)
     requests = generate_request(model.bundle, asked, model.config)
-    return replace(session.lease, requests=requests, accepted_at=time.time()), checkpoint
+    lease = replace(
+        session.lease,
+        requests=requests,
+        accepted_at=time.time(),
+        epoch=session.lease.epoch + 1,
+    )
+    return lease, checkpoint
 
 
 def _more_tokens(model: ServedModel, request: pb.ContinueRequest) -> list[int]:

@@ -27,7 +27,7 @@ from server.ops.logs import log_to_stderr
 from server.ops.process import STOP_SIGNALS, share_one_heap
 from server.sessions.registry import hand_over
 from server.sessions.served_model import serve_bundles
-from server.snapshots.writer import open_writer
+from server.snapshots.opening import open_writer
 
 try:
     from uvloop import new_event_loop
@@ -82,7 +82,7 @@ def make_server(config: ServeConfig, servicers: Servicers) -> grpc.aio.Server:
 
 async def _serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
     stopping, stopping_now = _signals()
-    snapshots = open_writer(config.snapshots, config.snapshot_ttl)
+    snapshots = open_writer(config.snapshots, config.snapshot_ttl, config.snapshots_optional)
     models = serve_bundles(config.bundles, config.engine, snapshots)
     with ExitStack() as opened:
         if snapshots is not None:

@@ -81,11 +81,13 @@ class Replica:
         from server.api.servicers import make_servicers
         from server.hosts.watcher import Watcher
         from server.sessions.served_model import serve_bundles
-        from server.snapshots.writer import open_writer
+        from server.snapshots.opening import open_writer
 
         log_to_stderr()
         self.watcher: Watcher | None = None  # for `__del__`, if the next lines fail
-        self.snapshots = open_writer(config.snapshots, config.snapshot_ttl)
+        self.snapshots = open_writer(
+            config.snapshots, config.snapshot_ttl, config.snapshots_optional
+        )
         self.served = serve_bundles(config.bundles, config.engine, self.snapshots)
         self.watcher = Watcher(config, self.served, self.snapshots)
         self.watcher.start()

@@ -21,7 +21,7 @@ from server.config import ConfigError, EngineConfig, Provider, ServeConfig, TlsC
 from server.hosts.ray_environment import HAPROXY_PROGRAM, ray_environment
 from server.ops.ports import require_free
 from server.ops.process import interrupt_on_stop_signals
-from server.snapshots.writer import open_store
+from server.snapshots.opening import open_store
 
 BUNDLES: Final = Path("bundles")
 _WATCHED_SHARES: Final = 4  # with --watch: number of bundles that memory is divided for
@@ -108,6 +108,14 @@ def serve(
             "kept streams then survive the end of this server."
         ),
     ] = ServeConfig.snapshots,
+    snapshots_optional: Annotated[
+        bool,
+        typer.Option(
+            "--snapshots-optional",
+            help="Start also while the store of --snapshots cannot be used; until it can, kept "
+            "streams do not survive the end of this server.",
+        ),
+    ] = ServeConfig.snapshots_optional,
     snapshot_interval: Annotated[
         int, typer.Option(help="Tokens between two snapshots of a stream.")
     ] = EngineConfig.snapshot_interval,
@@ -167,6 +175,7 @@ def serve(
         keys=None if keys is None else keys.resolve(),
         tls=tls,
         snapshots=snapshots,
+        snapshots_optional=snapshots_optional,
         snapshot_ttl=snapshot_ttl,
         engine=EngineConfig(
             draft_tokens=draft_tokens,
@@ -187,7 +196,7 @@ def serve(
     opened = [load_bundle(folder) for folder in folders]
     if config.keys is not None:
         read_keys(config.keys)
-    open_store(config.snapshots)
+    open_store(config.snapshots, config.snapshots_optional)
     if tls is not None:
         require_usable(tls)
     require_free(host, port, "choose another port with --port")

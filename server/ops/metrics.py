@@ -86,7 +86,15 @@ SNAPSHOT_TIME = Histogram(
     "concertina_snapshot_seconds", "Time to seal and store one snapshot.", buckets=_STEP
 )
 SNAPSHOT_BYTES = Counter("concertina_snapshot_bytes", "Bytes of stored snapshots, sealed.")
-SNAPSHOT_FAILURES = Counter("concertina_snapshot_failures", "Snapshots that could not be stored.")
+SNAPSHOT_FAILURES = Counter(
+    "concertina_snapshot_failures", "Attempts to store a snapshot that failed."
+)
+STORE_UP = Gauge(
+    "concertina_store_up",
+    "0 while the snapshot store does not work; 1 otherwise, also without a store.",
+    multiprocess_mode="livemin",
+)
+STORE_UP.set(1)
 RESUMED = Counter(
     "concertina_streams_resumed",
     "Streams resumed by a reader, from memory or from the store.",

@@ -95,6 +95,15 @@ class SessionLifecycle:
             self._streams.cancel(stream)
         self.table.drop(session)
 
+    def lose(self, session: Session, deleted: bool) -> None:
+        """Let go of a session that another server owns, or has deleted. Nothing more is stored."""
+        if not self.table.holds(session):
+            return
+        gone = UnknownSession(f"stream {session.lease.stream_id!r} was deleted")
+        for stream in session.unfinished:
+            self._streams.end(stream, gone if deleted else HandedOver())
+        self.table.drop(session)
+
     def held_bytes(self, stream: Stream) -> int:
         """Bytes of a stream's saved state, or of the slot that it has or needs."""
         if stream.saved is not None:

@@ -21,6 +21,7 @@ from server.sessions.reviver import buffered, load, model_of, resume
 from server.sessions.served_model import ServedModel
 from server.sessions.table import Session
 from server.snapshots.codec import Snapshot, restored
+from server.snapshots.writer import AlreadyClaimed
 
 _log = logging.getLogger(__name__)
 
@@ -57,8 +58,12 @@ class SessionOpener:
         async with self._registry.alone(stream_id):
             first = await self._first(stream_id, owner)
             if first is None:
-                with self._registry.reserving(caller, len(requests)):
+                with suppress(AlreadyClaimed), self._registry.reserving(caller, len(requests)):
                     return await self.open(model, lease)
+                # Another server has opened it meanwhile, for the same key.
+                first = await self._first(stream_id, owner)
+        if first is None:
+            raise UnknownSession(f"stream {stream_id!r} was deleted while it was opened")
         _require_same(*first, model.bundle.name, lease, draws_seed)
         return await resume(self._registry, stream_id, caller, (), joins=True)
 
@@ -68,7 +73,8 @@ class SessionOpener:
         """Open a session, which continues from `checkpoints` if given; all of it or nothing.
 
         A session with `keep` is in the store when this returns, unless it is new and the store is
-        away. Raises what `ServedModel.open` raises, and StorageFailed.
+        away. Raises what `ServedModel.open` raises, StorageFailed, and AlreadyClaimed if another
+        server owns the stream.
         """
         session = model.reserve(lease, checkpoints)
         try:
@@ -86,7 +92,7 @@ class SessionOpener:
         """
         model = model_of(self._registry, snapshot)
         lease, checkpoints = restored(model.bundle, snapshot)
-        lease = replace(buffered(model, lease), stream_id=new_name(), accepted_at=time.time())
+        lease = _renamed(buffered(model, lease))
         with self._registry.reserving(caller, len(checkpoints)):
             attachment = await self.open(model, lease, [_anew(each) for each in checkpoints])
         attachment.leave()
@@ -150,11 +156,16 @@ class SessionOpener:
         return hmac.new(self._secret, text, hashlib.sha256).hexdigest()[: 2 * NAME_BYTES]
 
 
+def _renamed(lease: Lease) -> Lease:
+    """The lease of a stream that is made of another one now."""
+    return replace(lease, stream_id=new_name(), accepted_at=time.time(), epoch=1)
+
+
 def _reseeded(lease: Lease) -> Lease:
     """The lease of a copy that is made now."""
     seed = secrets.randbits(63)
     requests = tuple(replace(r, sampling=replace(r.sampling, seed=seed)) for r in lease.requests)
-    return replace(lease, stream_id=new_name(), requests=requests, accepted_at=time.time())
+    return _renamed(replace(lease, requests=requests))
 
 
 def _anew(checkpoint: Checkpoint) -> Checkpoint:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from server.auth.api_keys import Caller
 from server.auth.quota import require_room
 from server.errors import EngineStopped, StorageFailed
+from server.request import Lease
 from server.sessions.served_model import ServedModel
 from server.sessions.subscriber import Subscriber
 from server.sessions.table import Session
@@ -53,6 +54,8 @@ class SessionRegistry:
         self.snapshots = snapshots
         self._draining = draining
         self._reserved: Counter[str] = Counter()  # streams of an owner that are being opened
+        if snapshots is not None:
+            snapshots.on_lost = self._lost
         self._locks: dict[str, tuple[asyncio.Lock, int]] = {}  # with the number of their users
 
     @property
@@ -101,6 +104,32 @@ class SessionRegistry:
                 return model, session
         return None
 
+    async def owned(self, model: ServedModel, session: Session) -> bool:
+        """Whether this process still owns a session that it holds; if not, it lets go of it.
+
+        While the store is away, nobody else can own it. Raises EngineStopped.
+        """
+        if self.snapshots is None or not session.stored:
+            return True
+        lease = session.lease
+        try:
+            claim = await asyncio.to_thread(
+                self.snapshots.newest_epoch, lease.owner, lease.stream_id
+            )
+        except OSError:
+            return True
+        if claim is None or not claim.is_above(lease.epoch):
+            return True
+        await model.lose(session, claim.deleted)
+        return False
+
+    def _lost(self, lease: Lease, deleted: bool) -> None:
+        """The writer found that another server owns a stream, or has deleted it."""
+        held = self.held(lease.stream_id, lease.owner)
+        if held is not None and held[1].lease.epoch == lease.epoch:
+            model, session = held
+            model.lose_soon(session, deleted)
+
     async def stored(self, owner: str) -> list[str]:
         """Names of the owner's streams in the store, in order. Raises StorageFailed."""
         if self.snapshots is None:
@@ -146,4 +175,5 @@ async def hand_over(models: Iterable[ServedModel], snapshots: SnapshotWriter | N
     for model in models:
         with suppress(EngineStopped):
             await model.hand_over()
-    await asyncio.to_thread(snapshots.flush, _FLUSH_S)
+    if left := await asyncio.to_thread(snapshots.flush, _FLUSH_S):
+        _log.error("%d snapshots could not be saved", left)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from server.auth.api_keys import Caller
+from server.checkpoint import Checkpoint
 from server.engine.restore import BEGINNING, ResumeCursor
 from server.errors import (
     Displaced,
@@ -22,6 +23,8 @@ from server.sessions.registry import Attachment, SessionRegistry
 from server.sessions.served_model import ServedModel
 from server.sessions.table import Session
 from server.snapshots.codec import Snapshot, restored
+from server.snapshots.names import Claim
+from server.snapshots.writer import AlreadyClaimed
 
 _log = logging.getLogger(__name__)
 _TRIES = 3  # another call may change the session between its look-up and the attachment
@@ -42,20 +45,23 @@ async def resume(
     QuotaExceeded and EngineStopped.
     """
     for _ in range(_TRIES):
-        if (held := registry.held(stream_id, caller.name)) is None:
-            async with registry.alone(stream_id):
-                if registry.held(stream_id, caller.name) is None:
-                    snapshot = await load(registry, stream_id, caller.name)
-                    return revive(registry, snapshot, caller, cursors)
-            continue  # another call has revived it
-        model, session = held
+        held = registry.held(stream_id, caller.name)
         try:
+            if held is None:
+                return await _take_over(registry, stream_id, caller, cursors)
+            model, session = held
+            if not await registry.owned(model, session):
+                continue  # another server owns it; this one takes it back
             subscribers = await model.attach(session, _padded(cursors, len(session.streams)), joins)
+        except AlreadyClaimed:
+            continue  # another server was faster
         except UnknownSession:
+            if held is None:
+                raise
             continue  # deleted, expired or continued since it was found
         metrics.RESUMED.labels(model.bundle.name, "memory").inc()
         return Attachment(model, session, subscribers)
-    raise Displaced("other calls delete or continue the stream all the time; try again later")
+    raise Displaced("other calls change the stream all the time; try again later")
 
 
 async def find_or_revive(
@@ -65,7 +71,8 @@ async def find_or_revive(
 
     A revived session continues to run if it has not ended. Raises what `resume` raises.
     """
-    if (held := registry.held(stream_id, caller.name)) is not None:
+    held = registry.held(stream_id, caller.name)
+    if held is not None and await registry.owned(*held):
         return held
     attachment = await resume(registry, stream_id, caller, ())
     attachment.leave()
@@ -92,22 +99,46 @@ async def load(registry: SessionRegistry, stream_id: str, owner: str) -> Snapsho
     return snapshot
 
 
-def revive(
-    registry: SessionRegistry,
-    snapshot: Snapshot,
-    caller: Caller,
-    cursors: Sequence[ResumeCursor] = (),
+async def _take_over(
+    registry: SessionRegistry, stream_id: str, caller: Caller, cursors: Sequence[ResumeCursor]
 ) -> Attachment:
-    """Open a session from a snapshot. Raises what `resume` raises."""
-    model = model_of(registry, snapshot)
-    lease, checkpoints = restored(model.bundle, snapshot)
-    cursors = _padded(cursors, len(lease.requests))
-    _require_tokens(model, cursors)
-    with registry.reserving(caller, sum(each.finish is None for each in checkpoints)):
-        session = model.open(buffered(model, lease), checkpoints, cursors)
-    session.stored = True
+    """Claim a stream that the store has, in the next epoch, and open it here: all or nothing.
+
+    Raises what `resume` raises, and AlreadyClaimed.
+    """
+    async with registry.alone(stream_id):
+        if (held := registry.held(stream_id, caller.name)) is not None:
+            raise AlreadyClaimed(Claim(held[1].lease.epoch))  # by another call to this server
+        snapshot = await load(registry, stream_id, caller.name)
+        model = model_of(registry, snapshot)
+        lease, checkpoints = restored(model.bundle, snapshot)
+        lease = replace(buffered(model, lease), epoch=snapshot.epoch + 1)
+        cursors = _padded(cursors, len(lease.requests))
+        _require_tokens(model, cursors)
+        with registry.reserving(caller, sum(each.finish is None for each in checkpoints)):
+            session = model.reserve(lease, checkpoints, cursors)
+            try:
+                await _claim(registry, model, lease, checkpoints)
+                session.stored = True
+                model.commit(session)
+            except BaseException:
+                model.release(session)
+                raise
     metrics.RESUMED.labels(model.bundle.name, "store").inc()
     return Attachment(model, session, session.subscribers)
+
+
+async def _claim(
+    registry: SessionRegistry,
+    model: ServedModel,
+    lease: Lease,
+    checkpoints: Sequence[Checkpoint],
+) -> None:
+    assert registry.snapshots is not None  # the snapshot is from there
+    try:
+        await asyncio.to_thread(registry.snapshots.begin, model.bundle, lease, checkpoints)
+    except OSError as error:
+        raise StorageFailed("the stream cannot be taken over: try again later") from error
 
 
 def model_of(registry: SessionRegistry, snapshot: Snapshot) -> ServedModel:

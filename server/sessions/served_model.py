@@ -188,6 +188,17 @@ class ServedModel:
         """Pause the streams of a session and save their state. Raises EngineStopped."""
         await self._ask(lambda: self._sessions.pause(session))
 
+    async def lose(self, session: Session, deleted: bool) -> None:
+        """Let go of a session that another server owns, or has deleted. Nothing more is stored.
+
+        Raises EngineStopped.
+        """
+        await self._ask(lambda: self._sessions.lose(session, deleted))
+
+    def lose_soon(self, session: Session, deleted: bool) -> None:
+        """The same, soon. From any thread."""
+        self.engine.post(lambda: self._sessions.lose(session, deleted))
+
     async def forget(self, session: Session) -> None:
         """End the streams of a session and delete it from memory. Raises EngineStopped.
 

@@ -30,6 +30,8 @@ class Snapshot:
 
     header: pb.SnapshotHeader
     content: pb.Snapshot
+    epoch: int = 1
+    """That of the owner who wrote it."""
 
     @property
     def model(self) -> str:
@@ -110,7 +112,14 @@ def restored(bundle: Bundle, snapshot: Snapshot) -> tuple[Lease, tuple[Checkpoin
         )
     requests = requests_from(bundle, snapshot.content.request)
     accepted_at = min(max(0.0, header.accepted.ToNanoseconds() / 1e9), time.time())
-    lease = Lease(header.stream_id, requests, header.owner, header.keep_seconds, accepted_at)
+    lease = Lease(
+        header.stream_id,
+        requests,
+        header.owner,
+        header.keep_seconds,
+        accepted_at,
+        snapshot.epoch,
+    )
     checkpoints = [Checkpoint(array(bundle.typecode))] * len(requests)
     for stored in snapshot.content.outputs:
         if (output := stored.output) < len(checkpoints):

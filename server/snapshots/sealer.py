@@ -24,6 +24,9 @@ from server.errors import SnapshotRefused
 
 KEY_VARIABLE = "CONCERTINA_SNAPSHOT_KEY"
 VERSION = 2
+"""The format that is written."""
+READ_VERSIONS = (2,)
+"""The formats that are read: ours, and the one before, once there is one that was released."""
 
 _MAGIC = b"CONCERTINA-SNAP\n"
 _NONCE_BYTES = 12
@@ -80,9 +83,10 @@ class Sealer:
             )
         if header.owner != owner:
             raise SnapshotRefused("the snapshot belongs to another API key")
-        if header.version != VERSION:
+        if header.version not in READ_VERSIONS:
             raise SnapshotRefused(
-                f"the snapshot has format {header.version}; this server reads {VERSION}"
+                f"the snapshot has format {header.version}, this server reads "
+                f"{' and '.join(map(str, READ_VERSIONS))}"
             )
         try:
             for time_of in (header.accepted, header.expires):

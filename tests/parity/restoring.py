@@ -18,7 +18,7 @@ from server.sessions.registry import Attachment, SessionRegistry
 from server.sessions.reviver import resume
 from server.sessions.served_model import ServedModel
 from server.sessions.subscriber import Delta
-from server.snapshots.writer import open_writer
+from server.snapshots.opening import open_writer
 
 LIMIT_S = 60.0
 CONFIG = EngineConfig(

@@ -88,7 +88,7 @@ class Replica:
 
     def kill(self) -> None:
         """Ends it as SIGKILL does: only what is stored by then remains."""
-        assert self.snapshots.flush(LIMIT_S)
+        assert self.snapshots.flush(LIMIT_S) == 0
         self.die()
         self.model.close()
 

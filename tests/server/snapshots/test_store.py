@@ -1,71 +1,43 @@
 from __future__ import annotations
 
-import os
+import errno
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
 
 from server.config import ConfigError
+from server.snapshots.limited_calls import LimitedCalls
 from server.snapshots.store import Store
 
 
-@pytest.fixture(params=["file", "memory", "s3"])
-def uri(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """A URI of each kind of store."""
-    if request.param == "s3":
-        yield request.getfixturevalue("bucket")
-    else:
-        yield f"{request.param}://{tmp_path}/{uuid4().hex}"
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    """An S3 bucket that exists during these tests."""
-    boto3 = pytest.importorskip("boto3")
-    moto_server = pytest.importorskip("moto.server")
-    server = moto_server.ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    settings = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "none",
-        "AWS_SECRET_ACCESS_KEY": "none",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    try:
-        boto3.client("s3").create_bucket(Bucket="snapshots")
-        yield f"s3://snapshots/{uuid4().hex}"
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-        server.stop()
+def everything(store: Store, owner: str, stream_id: str) -> dict[str, bytes]:
+    """All that is stored of a stream."""
+    return store.get(owner, stream_id, store.names(owner, stream_id))
 
 
 def test_get_returns_what_put_stored(uri: str) -> None:
     store, again = Store(uri), Store(uri)
     owner = uuid4().hex
-    assert store.get(owner, "stream") == {}
+    assert everything(store, owner, "stream") == {}
     store.put(owner, "stream", "origin", b"one")
     store.put(owner, "stream", "0", b"two")
     store.put(owner, "stream", "0", b"three" * 1000)
     store.put(owner, "other", "0", b"four")
-    assert again.get(owner, "stream") == {"origin": b"one", "0": b"three" * 1000}
-    assert again.streams(owner) == ["other", "stream"]
-    assert again.streams("nobody") == []
-    assert again.get("nobody", "stream") == {}
+    assert everything(again, owner, "stream") == {"origin": b"one", "0": b"three" * 1000}
+    assert again.streams(owner) == {"other": {"0"}, "stream": {"origin", "0"}}
+    assert again.streams("nobody") == {}
+    assert everything(again, "nobody", "stream") == {}
     again.delete(owner, "stream")
     again.delete(owner, "stream")
-    assert store.get(owner, "stream") == {}
-    assert store.streams(owner) == ["other"]
+    assert everything(store, owner, "stream") == {}
+    assert list(store.streams(owner)) == ["other"]
 
 
 def test_old_streams_are_swept(uri: str) -> None:
@@ -76,15 +48,233 @@ def test_old_streams_are_swept(uri: str) -> None:
     store.put(owner, "stream", "1", b"new: the stream lives")
     store.put(owner, "other", "0", b"new")
     assert store.sweep(older_than_s=600) == 0
-    assert len(store.get(owner, "stream")) == 2
-    time.sleep(1.2 * old_s)
+    assert len(everything(store, owner, "stream")) == 2
+    time.sleep(1.2)
     store.put(owner, "other", "0", b"newer")
-    assert store.sweep(older_than_s=old_s) >= 1
-    assert store.streams(owner) == ["other"]
+    assert store.sweep(older_than_s=1.0) >= 1
+    assert list(store.streams(owner)) == ["other"]
 
 
 def test_only_a_shared_store_is_durable(uri: str) -> None:
     assert Store(uri).is_shared == (not uri.startswith("memory"))
+
+
+def test_of_all_who_create_one_succeeds(uri: str) -> None:
+    store, owner = Store(uri), uuid4().hex
+    for attempt in range(5):
+        contents = [bytes([65 + number]) * 10_000 for number in range(6)]
+        begin = threading.Barrier(len(contents))
+        create = partial(_created, uri, owner, f"{attempt}", begin)
+        with ThreadPoolExecutor(len(contents)) as pool:
+            won = [content for content in pool.map(create, contents) if content]
+        assert len(won) == 1
+        assert everything(store, owner, "stream")[f"{attempt}"] == won[0]
+    assert len(store.names(owner, "stream")) == 5
+
+
+def _created(
+    uri: str, owner: str, name: str, begin: threading.Barrier, content: bytes
+) -> bytes | None:
+    """The content, if it was created."""
+    store = Store(uri)
+    begin.wait()
+    try:
+        store.create(owner, "stream", name, content)
+    except FileExistsError:
+        return None
+    return content
+
+
+def test_a_free_name_is_one_that_was_dropped(uri: str) -> None:
+    store, owner = Store(uri), uuid4().hex
+    store.create(owner, "stream", "a", b"one")
+    store.put(owner, "stream", "b", b"two")
+    for name in ("a", "b"):
+        with pytest.raises(FileExistsError):
+            store.create(owner, "stream", name, b"three")
+    store.remove(owner, "stream", ["a", "never"])
+    store.create(owner, "stream", "a", b"four")
+    assert everything(store, owner, "stream") == {"a": b"four", "b": b"two"}
+    store.delete(owner, "stream", keep="b")
+    store.delete(owner, "other", keep="b")
+    assert everything(store, owner, "stream") == {"b": b"two"}
+
+
+def test_a_store_can_be_tried(uri: str) -> None:
+    store = Store(uri)
+    store.probe()
+    assert store.streams("") == {}
+
+
+def test_one_of_all_sweeps(uri: str) -> None:
+    stores = [Store(uri) for _ in range(3)]
+    assert [store.begin_sweep(7) for store in stores] == [True, False, False]
+    assert stores[1].begin_sweep(8)
+    stores[0].put("me", "s", "0", b"x")
+    stores[0].sweep(600)
+    assert not stores[0].begin_sweep(8)
+    time.sleep(1.2)
+    assert stores[0].sweep(1.0) >= 1  # what says who sweeps goes too, and is no stream
+    assert stores[0].begin_sweep(8)
+
+
+def test_a_store_that_creates_twice_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(f"file://{tmp_path}")
+    monkeypatch.setattr(store.backend, "create", store.backend.put)
+    with pytest.raises(OSError, match="there already"):
+        store.probe()
+
+
+@pytest.mark.parametrize("uri", ["http://host/x", "zip:///tmp/x.zip", "simplecache::memory://x"])
+def test_what_cannot_create_exclusively_is_refused(uri: str) -> None:
+    with pytest.raises(ConfigError, match=r"file://.* s3:// and memory://"):
+        Store(uri)
+
+
+def test_an_answer_that_got_lost_is_no_defeat(bucket: str) -> None:
+    """S3's client sends a request again when it hears nothing."""
+    store, owner = Store(bucket), uuid4().hex
+    store.create(owner, "stream", "a", b"mine")
+    store.create(owner, "stream", "a", b"mine")
+    with pytest.raises(FileExistsError):
+        store.create(owner, "stream", "a", b"others")
+
+
+def test_files_that_could_not_be_written_leave_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(f"file://{tmp_path}")
+    store.put("me", "s", "0", b"old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    for write in (store.put, store.create):
+        with pytest.raises(OSError, match="no space"):
+            write("me", "s", "0" if write == store.put else "1", b"new")
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["0"]
+    assert everything(store, "me", "s") == {"0": b"old"}
+
+
+class Hanging:
+    """A back end of which some operations hang until it is told to go on."""
+
+    def __init__(self, store: Store, monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+        self.go_on, self.left = threading.Event(), 0
+        monkeypatch.setattr(Store, "time_limit_s", 0.1)
+        for name in names:
+            monkeypatch.setattr(store.backend, name, self._hang(getattr(store.backend, name)))
+
+    def _hang(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        def hanging(*arguments: Any) -> Any:
+            self.left += 1
+            try:
+                assert self.go_on.wait(30)
+                return real(*arguments)
+            finally:
+                self.left -= 1
+
+        return hanging
+
+
+def test_nobody_waits_for_a_store_that_hangs(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, owner = Store(uri), uuid4().hex
+    store.put(owner, "s", "0", b"x")
+    names = ("put", "create", "read", "names", "find", "remove", "clear")
+    hanging = Hanging(store, monkeypatch, *names)
+    operations: list[Callable[[], Any]] = [
+        lambda: store.put(owner, "s", "0", b"y"),
+        lambda: store.create(owner, "s", "1", b"y"),
+        lambda: store.get(owner, "s", ["0"]),
+        lambda: store.names(owner, "s"),
+        lambda: store.streams(owner),
+        lambda: store.remove(owner, "s", ["0"]),
+        lambda: store.delete(owner, "s"),
+        store.probe,
+    ]
+    for operation in operations:
+        with pytest.raises(TimeoutError, match=r"0\.1"):
+            operation()
+    began = time.monotonic()
+    for operation in operations:  # as many hang as may
+        with pytest.raises(TimeoutError, match="8 calls hang"):
+            operation()
+    assert time.monotonic() - began < 0.1
+    hanging.go_on.set()
+    while hanging.left:
+        time.sleep(0.01)
+    monkeypatch.setattr(Store, "time_limit_s", 10.0)
+    store.probe()
+
+
+def test_what_was_given_up_is_not_created_after_all(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, owner = Store(uri), uuid4().hex
+    hanging = Hanging(store, monkeypatch, "create")
+    with pytest.raises(TimeoutError):
+        store.create(owner, "s", "1", b"y")
+    hanging.go_on.set()
+    monkeypatch.setattr(Store, "time_limit_s", 10.0)
+    until = time.monotonic() + 10
+    while hanging.left or store.names(owner, "s"):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("after", ["put", "remove", "delete"])
+def test_a_write_that_hung_replaces_nothing_newer(
+    after: str, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, owner = Store(uri), uuid4().hex
+    put = store.backend.put
+    hanging = Hanging(store, monkeypatch, "put")
+    with pytest.raises(TimeoutError):
+        store.put(owner, "s", "0", b"older")
+    monkeypatch.setattr(Store, "time_limit_s", 10.0)
+    monkeypatch.setattr(store.backend, "put", put)
+    newer: dict[str, bytes] = {}
+    if after == "put":
+        store.put(owner, "s", "0", b"newer")
+        newer = {"0": b"newer"}
+    elif after == "remove":
+        store.remove(owner, "s", ["0"])
+    else:
+        store.delete(owner, "s", keep="tombstone")
+    hanging.go_on.set()
+    until = time.monotonic() + 10
+    while hanging.left or everything(store, owner, "s") != newer:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    store.put(owner, "s", "0", b"newest")
+    assert everything(store, owner, "s") == {"0": b"newest"}
+
+
+def test_those_who_come_many_wait_for_their_turn() -> None:
+    calls = LimitedCalls(2)
+    with ThreadPoolExecutor(16) as pool:
+        for _ in range(16):
+            pool.submit(calls.call, 10.0, lambda: time.sleep(0.02)).add_done_callback(
+                lambda done: done.result()
+            )
+    with pytest.raises(ZeroDivisionError):
+        calls.call(1.0, lambda: 1 / 0)
+    assert calls.call(1.0, lambda: 3) == 3
+
+
+def test_what_is_no_oserror_becomes_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """S3 without credentials, say."""
+    store = Store(f"file://{tmp_path}")
+
+    def anonymous(*_: Any) -> None:
+        raise RuntimeError("no credentials")
+
+    monkeypatch.setattr(store.backend, "create", anonymous)
+    with pytest.raises(OSError, match="RuntimeError: no credentials"):
+        store.create("me", "s", "0", b"x")
 
 
 @pytest.mark.parametrize("uri", ["nonsense://x", "sftp2://host/x"])
@@ -96,7 +286,7 @@ def test_an_unknown_protocol_is_refused(uri: str) -> None:
 @pytest.mark.parametrize("name", ["", "..", "a/../../b", "a/b", "a\0b", "."])
 def test_no_name_leads_out_of_the_store(name: str, tmp_path: Path) -> None:
     store = Store(f"file://{tmp_path}/store")
-    assert store.get("me", name) == {}
+    assert store.names("me", name) == set()
     store.delete("me", name)
     with pytest.raises(FileNotFoundError):
         store.put("me", name, "0", b"x")
@@ -117,7 +307,7 @@ def test_a_reader_never_gets_a_part(tmp_path: Path) -> None:
     writer.start()
     try:
         for _ in range(50):
-            found = store.get("me", "s")
+            found = everything(store, "me", "s")
             assert len(set(found["0"])) == 1
             assert (len(found["0"]), list(found)) == (size, ["0"])
     finally:
