@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from math import inf
 
 import psutil
 
@@ -201,9 +202,14 @@ class Engine:
         holder = self.streams.holder
         assert holder is not None
         try:
+            turn_s = 0.0
             while not self._closing:
-                self._take_inbox()
-                if self._loop.turn(holder):
+                # Streams wait for the inbox no longer than for the step of others.
+                self._take_inbox(turn_s if self.placement.running else inf)
+                began = time.perf_counter()
+                idle = self._loop.turn(holder)
+                turn_s = time.perf_counter() - began
+                if idle:
                     self.wakeup.wait(self._idle_s(holder))
                     self.wakeup.clear()
             holder.hand_over()
@@ -226,8 +232,10 @@ class Engine:
                 self.streams.end(stream, failed)
             raise
 
-    def _take_inbox(self) -> None:
-        while self._inbox:
+    def _take_inbox(self, limit_s: float = inf) -> None:
+        """Do what is in the inbox. After `limit_s` seconds the rest waits for the next turn."""
+        began = time.perf_counter()
+        while self._inbox and time.perf_counter() - began <= limit_s:
             action = self._inbox.popleft()
             try:
                 action()
