@@ -211,4 +211,62 @@ MUTANTS = (
         "            self._require_open()\n            if streams:",
         "tests/server/sessions/test_registry.py",
     ),
+    Mutant(
+        "a reader attaches to a session that is gone",
+        "server/sessions/lifecycle.py",
+        """        taken its name.
+        \"\"\"
+        self._require_held(session)
+""",
+        """        taken its name.
+        \"\"\"
+""",
+        "tests/server/sessions/test_races.py",
+    ),
+    Mutant(
+        "a quota is not held while a stream is opened",
+        "server/sessions/registry.py",
+        "        self._reserved[caller.name] += streams",
+        "        self._reserved[caller.name] += 0",
+        "tests/server/sessions/test_races.py",
+    ),
+    Mutant(
+        "a second reader with the same key sends the first away",
+        "server/sessions/opener.py",
+        "caller, (), joins=True)",
+        "caller, (), joins=False)",
+        "tests/server/sessions/test_races.py",
+    ),
+    Mutant(
+        "a server that takes a stream over keeps the epoch of its owner",
+        "server/sessions/reviver.py",
+        "epoch=snapshot.epoch + 1)",
+        "epoch=snapshot.epoch)",
+        "tests/server/sessions/test_races.py",
+    ),
+    Mutant(
+        "a continuation that the store refuses has begun",
+        "server/sessions/opener.py",
+        """            model.release(session)
+            raise
+        return Attachment(model""",
+        """            model.commit(session)
+            raise
+        return Attachment(model""",
+        "tests/server/sessions/test_races.py",
+    ),
+    Mutant(
+        "what a continuation measures begins with the first call",
+        "server/api/sessions.py",
+        "        accepted_at=time.time(),\n",
+        "",
+        "tests/server/sessions/test_races.py",
+    ),
+    Mutant(
+        "an action that raises ends the engine",
+        "server/engine/engine.py",
+        '            except Exception:\n                _log.exception("an action in',
+        '            except ZeroDivisionError:\n                _log.exception("an action in',
+        "tests/server/engine/test_engine_faults.py",
+    ),
 )
