@@ -190,6 +190,70 @@ MUTANTS = (
         "        if not header.owner and owner:",
         "tests/server/snapshots/test_sealer.py",
     ),
+    *bugs(
+        "server/snapshots/writer.py",
+        "tests/server/snapshots/test_claims.py",
+        (
+            "the late write of an older owner is read",
+            "of_epoch(names, claim.epoch)",
+            "sorted(names, reverse=True)",
+        ),
+        (
+            "who claims does not look whether the stream is deleted",
+            "if claim is not None and claim.is_above(lease.epoch):\n            self._remove",
+            "if False:\n            self._remove",
+        ),
+        (
+            "a stream that was lost is written on",
+            "            self._lose(lease, claim, name)",
+            "            pass",
+        ),
+        (
+            "a deleted stream leaves no tombstone",
+            "if TOMBSTONE not in names:",
+            "if TOMBSTONE in names:",
+        ),
+        (
+            "what waits of an older epoch is written after a claim",
+            "self._waiting.withdraw(owner, stream_id, below=lease.epoch)",
+            "pass",
+        ),
+    ),
+    *bugs(
+        "server/snapshots/writer.py",
+        "tests/server/snapshots/test_outages.py",
+        (
+            "a snapshot that could not be written is dropped",
+            "                again = True",
+            "                again = False",
+        ),
+        (
+            "a claim that failed stays in the store",
+            "self._mistaken.add((owner, stream_id, name))",
+            "pass",
+        ),
+    ),
+    *bugs(
+        "server/snapshots/store.py",
+        "tests/server/snapshots/test_store.py",
+        (
+            "a write that hung replaces a newer one",
+            "while (wanted := flight.wanted) is not content:",
+            "while (wanted := content) is not content:",
+        ),
+        (
+            "a claim that was given up is made after all",
+            "            lambda: self.backend.remove(path),\n",
+            "            None,\n",
+        ),
+    ),
+    Mutant(
+        "two create the same file",
+        "server/snapshots/backends.py",
+        "            os.link(part, path)",
+        "            os.replace(part, path)",
+        "tests/server/snapshots/test_store.py",
+    ),
     Mutant(
         "a wrong draft leaves its mark on the state",
         "server/engine/kv_cache.py",

@@ -150,11 +150,15 @@ def test_a_late_write_of_an_older_owner_is_not_read(
     old.offer(text, stream, 0, at("abc"))
     assert old.flush(LIMIT_S) == 0
     assert lost == []
+    late = old.store.get(stream.owner, "s", [output_name(1, 0)])
     taken = replace(stream, epoch=2)
-    new.begin(text, taken, [at("abc")])
+    new.begin(text, taken, [at("ab")])
+    for name, content in late.items():  # it lands now, and its writer dies
+        new.store.put(stream.owner, "s", name, content)
+    assert stored(new, stream) == ["ab"]
     old.offer(text, stream, 0, at("abcdefgh"))
     assert old.flush(LIMIT_S) == 0
-    assert stored(new, stream) == stored(old, stream) == ["abc"]
+    assert stored(new, stream) == stored(old, stream) == ["ab"]
     assert lost == [(1, False)]
     new.offer(text, taken, 0, at("abcd"))
     assert new.flush(LIMIT_S) == 0
@@ -179,7 +183,8 @@ def test_what_waits_of_an_earlier_epoch_is_not_written(
     other = replace(stream, stream_id="other")
     writer.offer(text, other, 0, at("x"))
     assert busy.wait(LIMIT_S)
-    writer.offer(text, stream, 0, at("abc"))
+    for output in (0, 1):
+        writer.offer(text, stream, output, at("abc"))
     writer.begin(text, replace(stream, epoch=2), [at("ab")])
     writer.offer(text, replace(stream, epoch=2), 0, at("abcd"))
     writer.offer(text, stream, 0, at("abc"))  # the engine has not heard of it
