@@ -113,6 +113,7 @@ class SessionOpener:
                     lease = _reseeded(session.lease)
                     made.append(lease.stream_id)
                     (await self.open(model, lease, checkpoints)).leave()
+                    await asyncio.sleep(0)  # other calls have their turn between two copies
             except BaseException:
                 for stream_id in made:
                     with suppress(RequestError):
@@ -134,7 +135,8 @@ class SessionOpener:
                 raise StorageFailed(
                     "the stream cannot be stored, so it stays as it was: try again later"
                 ) from error
-            _log.error("a new stream is not stored: %s", error)
+            _log.error("a new stream is not stored yet: %s", error)
+            snapshots.begin_later(lease)
             return False
         return True
 

@@ -55,7 +55,7 @@ class SessionRegistry:
         self._draining = draining
         self._reserved: Counter[str] = Counter()  # streams of an owner that are being opened
         if snapshots is not None:
-            snapshots.on_lost = self._lost
+            snapshots.on_begun, snapshots.on_lost = self._begun, self._lost
         self._locks: dict[str, tuple[asyncio.Lock, int]] = {}  # with the number of their users
 
     @property
@@ -122,6 +122,12 @@ class SessionRegistry:
             return True
         await model.lose(session, claim.deleted)
         return False
+
+    def _begun(self, lease: Lease) -> None:
+        """The writer has stored a stream that began while the store was away."""
+        held = self.held(lease.stream_id, lease.owner)
+        if held is not None:
+            held[1].stored = True
 
     def _lost(self, lease: Lease, deleted: bool) -> None:
         """The writer found that another server owns a stream, or has deleted it."""

@@ -56,6 +56,8 @@ class SnapshotWriter:
         """Called on the writer's thread when a snapshot was written of a stream that another server
         claimed since, or that is deleted, with the lease that it was offered with. Whoever holds a
         lease of a later epoch has lost nothing."""
+        self.on_begun: Callable[[Lease], None] = lambda lease: None
+        """Called on the writer's thread when a stream of `begin_later` is in the store."""
         self.store = store
         self._sealer = sealer
         self._ttl_s = ttl_s
@@ -63,6 +65,7 @@ class SnapshotWriter:
         self._changed = threading.Condition()
         self._writing: tuple[str, str] | None = None  # the stream whose snapshot is being written
         self._closing = False
+        self._late: set[tuple[str, str]] = set()  # streams that began while the store was away
         self._mistaken: set[tuple[str, str, str]] = set()  # claims that failed, but lie there
         self._availability = Availability(store.probe, self._back)
         self._sweeper = Sweeper(store, ttl_s)
@@ -132,9 +135,14 @@ class SnapshotWriter:
             self._remove(lease, older)
         self._availability.worked()
 
+    def begin_later(self, lease: Lease) -> None:
+        """Claim a new stream, for which `begin` raised OSError, with the first snapshot of it."""
+        self._late.add((lease.owner, lease.stream_id))
+
     def forget(self, owner: str, stream_id: str) -> None:
         """Delete a stream for all servers, and what waits of it. Raises OSError."""
         self._withdraw(owner, stream_id)
+        self._late.discard((owner, stream_id))
         with self._watched():
             names = self.store.names(owner, stream_id)
             if not names:
@@ -278,6 +286,8 @@ class SnapshotWriter:
     def _write(self, job: Job) -> None:
         began = time.perf_counter()
         lease, name = job.lease, output_name(job.lease.epoch, job.output)
+        if job.stream in self._late and not self._begins(job):
+            return
         # The request is in the origin.
         content = pb.Snapshot(outputs=[output_snapshot(job.output, job.checkpoint)])
         sealed = self._sealed(job.bundle, lease, content)
@@ -289,6 +299,20 @@ class SnapshotWriter:
         self._availability.worked()
         if claim is not None and claim.is_above(lease.epoch):
             self._lose(lease, claim, name)
+
+    def _begins(self, job: Job) -> bool:
+        """Claim a stream late; False if another server has a stream of this name."""
+        try:
+            self.begin(job.bundle, job.lease)
+        except AlreadyClaimed as other:
+            self._late.discard(job.stream)
+            with self._changed:
+                self._waiting.withdraw(*job.stream)
+            self.on_lost(job.lease, other.claim.deleted)
+            return False
+        self._late.discard(job.stream)
+        self.on_begun(job.lease)
+        return True
 
     def _lose(self, lease: Lease, claim: Claim, name: str) -> None:
         """Drop what we wrote of a stream that is not ours any more, and what waits of it."""

@@ -228,6 +228,11 @@ MUTANTS = (
             "                again = False",
         ),
         (
+            "a stream that began in an outage is never claimed",
+            "self._late.add((lease.owner, lease.stream_id))",
+            "pass",
+        ),
+        (
             "a claim that failed stays in the store",
             "self._mistaken.add((owner, stream_id, name))",
             "pass",
@@ -271,8 +276,8 @@ MUTANTS = (
     Mutant(
         "a stream that was handed over is taken back",
         "server/engine/engine.py",
-        "            self._require_open(admits=True)\n            if streams:",
-        "            self._require_open()\n            if streams:",
+        "self._closing or (admits and not self._accepting)",
+        "self._closing",
         "tests/server/sessions/test_registry.py",
     ),
     Mutant(

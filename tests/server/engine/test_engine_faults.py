@@ -293,3 +293,17 @@ async def test_a_dead_engine_ends_all_streams(
     with pytest.raises(EngineStopped):
         model.submit(ask())
     assert is_empty(model)
+
+
+async def test_an_action_that_raises_ends_no_stream(text: Bundle, start: Start) -> None:
+    model = start(text, slots=4)
+    expected = (await generate(model, ask(max_tokens=40))).tokens
+    running = asyncio.create_task(generate(model, ask(max_tokens=40)))
+    await until(lambda: bool(model.engine.placement.running))
+
+    def fail() -> None:
+        raise ValueError("an action")
+
+    model.engine.post(fail)
+    assert (await running).tokens == expected
+    assert model.engine.alive

@@ -21,7 +21,7 @@ from tests.server.api.test_sessions import Caller as Client
 from tests.server.api.test_sessions import Refused, paused
 from tests.server.engines import LIMIT_S, Gate, is_empty, until
 from tests.server.replicas import Replica
-from tests.server.sessions.test_registry import Cluster, Received, cluster, read, request
+from tests.server.sessions.test_registry import Cluster, Received, cluster, read, request, whole
 
 __all__ = ["cluster"]  # a fixture
 
@@ -165,9 +165,13 @@ async def test_a_new_stream_runs_while_the_store_is_away(
         Held(sessions, "begin", failing).let_go(OSError("no route to the store"))
         attachment = await sessions.start(request())
     assert not sessions.registry.is_durable(attachment.session)
-    await read(attachment, got, 9)
-    assert len(got.ids[0]) == 40
-    await sessions.delete(got.stream_id)
+    await read(attachment, got, 9, 20)
+    await until(lambda: sessions.registry.is_durable(attachment.session))
+    sessions.kill()
+    other = cluster()
+    await read(await other.resume(got.stream_id, "", got.cursors(1)), got, 9)
+    assert got.content == (await whole(other, request())).content
+    await other.delete(got.stream_id)
 
 
 async def test_of_two_calls_that_continue_a_stream_one_does(

@@ -262,6 +262,42 @@ def test_a_claim_that_cannot_be_checked_is_made_again(
     assert generated(writer) == ""
 
 
+def test_a_stream_that_began_in_an_outage_is_claimed_later(
+    text: Bundle, store: Store, writer: SnapshotWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[Lease] = []
+    writer.on_begun = begun.append
+    failing = Failing(store, monkeypatch, "create")
+    with pytest.raises(OSError, match="no space"):
+        writer.begin(text, STREAM)
+    writer.begin_later(STREAM)
+    writer.offer(text, STREAM, 0, at("abc"))
+    time.sleep(0.1)
+    assert (begun, writer.load("me", "s")) == ([], None)
+    failing.share = 0.0
+    assert writer.flush(LIMIT_S) == 0
+    assert (begun, generated(writer)) == ([STREAM], "abc")
+
+
+def test_a_stream_that_began_in_an_outage_yields_to_another_of_its_name(
+    text: Bundle, store: Store, writer: SnapshotWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost: list[tuple[Lease, bool]] = []
+    writer.on_lost = lambda lease, deleted: lost.append((lease, deleted))
+    failing = Failing(store, monkeypatch, "create")
+    with pytest.raises(OSError, match="no space"):
+        writer.begin(text, STREAM)
+    writer.begin_later(STREAM)
+    failing.share = 0.0
+    other = SnapshotWriter(store, Sealer([bytes(32)]), 60.0)
+    other.begin(text, STREAM)
+    other.offer(text, STREAM, 0, at("other"))
+    other.close(LIMIT_S)
+    writer.offer(text, STREAM, 0, at("mine"))
+    assert writer.flush(LIMIT_S) == 0
+    assert (lost, generated(writer)) == ([(STREAM, False)], "other")
+
+
 @pytest.mark.parametrize("operations", [["names"], ["names", "remove"]])
 def test_a_claim_that_cannot_be_checked_is_taken_back(
     operations: list[str],
