@@ -90,24 +90,29 @@ class SessionLifecycle:
             self._streams.stop(stream, FinishReason.PAUSED)
 
     def forget(self, session: Session) -> None:
-        """End the streams of a session and delete it from the table."""
+        """End the streams of a session, with UnknownSession for its readers, and delete it."""
+        gone = _deleted(session) if session.readers else None
         for stream in session.streams:
-            self._streams.cancel(stream)
+            self._streams.end(stream, gone)
         self.table.drop(session)
+
+    def cancel(self, session: Session) -> None:
+        """Forget a session whose readers have gone."""
+        session.readers.clear()
+        self.forget(session)
 
     def lose(self, session: Session, deleted: bool) -> None:
         """Let go of a session that another server owns, or has deleted. Nothing more is stored."""
         if not self.table.holds(session):
             return
-        gone = UnknownSession(f"stream {session.lease.stream_id!r} was deleted")
         for stream in session.unfinished:
-            self._streams.end(stream, gone if deleted else HandedOver())
+            self._streams.end(stream, _deleted(session) if deleted else HandedOver())
         self.table.drop(session)
 
     def held_bytes(self, stream: Stream) -> int:
         """Bytes of a stream's saved state, or of the slot that it has or needs."""
-        if stream.saved is not None:
-            return sum(self._bundle.state_bytes(stream.saved.pushed).values())
+        if (saved := stream.saved) is not None:
+            return sum(self._bundle.state_bytes(saved.pushed).values())
         return 0 if stream.ended else self._bundle.max_state_bytes
 
     # ---- StreamHolder
@@ -174,6 +179,10 @@ class SessionLifecycle:
                 _catch_up(stream, subscriber)
         for stream in opened:
             self._streams.enqueue(stream)
+
+
+def _deleted(session: Session) -> UnknownSession:
+    return UnknownSession(f"stream {session.lease.stream_id!r} was deleted")
 
 
 def _catch_up(stream: Stream, subscriber: Subscriber) -> None:

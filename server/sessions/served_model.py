@@ -131,8 +131,8 @@ class ServedModel:
             yield stream, event
 
     def cancel(self, session: Session) -> None:
-        """Drop a session soon: its streams end before the next step."""
-        self.engine.post(lambda: self._sessions.forget(session))
+        """Drop a session soon that nobody reads: its streams end before the next step."""
+        self.engine.post(lambda: self._sessions.cancel(session))
 
     # ---- sessions
 
@@ -155,9 +155,9 @@ class ServedModel:
 
     def forgets_at(self, session: Session) -> float | None:
         """When a session without a subscriber is deleted, in Unix time; None if it has one."""
-        if session.left_at is None:
+        if (left_at := session.left_at) is None:
             return None
-        return time.time() + session.expires_at - time.monotonic()
+        return time.time() + left_at + session.lease.keep_s - time.monotonic()
 
     @property
     def largest_snapshot(self) -> int:

@@ -40,7 +40,9 @@ class Availability:
         with self._changed:
             if self._thread is not None or self._closing:
                 return
-            self._thread = threading.Thread(target=self._retry, name="store retry", daemon=True)
+            thread = threading.Thread(target=self._retry, name="store retry", daemon=True)
+            thread.start()  # it waits for the lock
+            self._thread = thread
             metrics.STORE_UP.set(0)
             if not self._told:
                 _log.error(
@@ -49,7 +51,6 @@ class Availability:
                     error,
                 )
             self._told = True
-            self._thread.start()
 
     def worked(self) -> None:
         """Something real was written: an outage, if there was one, is over."""

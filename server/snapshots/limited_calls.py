@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Generic, TypeVar
 
 _T = TypeVar("_T")
@@ -32,9 +33,9 @@ class LimitedCalls:
             self._changed.wait_for(self._may_begin, limit_s)
             if self._running >= self._most:
                 raise TimeoutError(f"{self._hung} calls hang, {self._running} run")
+            run = partial(self._run, call, late)
+            threading.Thread(target=run, name="store", daemon=True).start()
             self._running += 1
-        threading.Thread(target=self._run, args=(call, late), name="store", daemon=True).start()
-        with self._changed:
             if not self._changed.wait_for(lambda: call.done, until - time.monotonic()):
                 call.given_up = True
                 self._hung += 1

@@ -54,6 +54,7 @@ class Store:
         self._calls = LimitedCalls(_CALLS)
         self._sweeping = LimitedCalls(1)
         self._flights: dict[str, _Flight] = {}
+        self._creating: set[str] = set()
         self._lock = threading.Lock()
 
     def put(self, owner: str, stream_id: str, name: str, content: bytes) -> None:
@@ -184,12 +185,24 @@ class Store:
                     flight.wanted = None
 
     def _create(self, path: str, content: bytes) -> None:
-        # One that gave up tells its caller that it did not happen, and so it must not happen.
-        self._write(
-            lambda: self.backend.create(path, content),
-            len(content),
-            lambda: self.backend.remove(path),
-        )
+        """Create an object. One that is given up is taken back; until then, none begins there."""
+        if path in self._creating:
+            raise OSError(errno.EBUSY, "an earlier call that creates the object has not ended")
+
+        def create() -> None:
+            self._creating.add(path)
+            try:
+                self.backend.create(path, content)
+            except BaseException:
+                self._creating.discard(path)
+                raise
+
+        def take_back() -> None:
+            self.backend.remove(path)
+            self._creating.discard(path)
+
+        self._write(create, len(content), take_back)
+        self._creating.discard(path)
 
     def _write(
         self, write: Callable[[], None], size: int, late: Callable[[], None] | None = None

@@ -67,6 +67,7 @@ class SnapshotWriter:
         self._closing = False
         self._late: set[tuple[str, str]] = set()  # streams that began while the store was away
         self._mistaken: set[tuple[str, str, str]] = set()  # claims that failed, but lie there
+        self._taking_back = threading.Lock()
         self._availability = Availability(store.probe, self._back)
         self._sweeper = Sweeper(store, ttl_s)
         self._thread = threading.Thread(target=self._run, name="snapshots", daemon=True)
@@ -129,6 +130,7 @@ class SnapshotWriter:
         if claim is not None and claim.is_above(lease.epoch):
             self._remove(lease, [name])
             raise AlreadyClaimed(claim)
+        self._late.discard((owner, stream_id))
         with self._changed:
             self._waiting.withdraw(owner, stream_id, below=lease.epoch)
         if older := before_epoch(names, lease.epoch):
@@ -229,19 +231,24 @@ class SnapshotWriter:
         raise OSError("the stream changes its owner more quickly than it can be read")
 
     def _withdraw(self, owner: str, stream_id: str) -> None:
-        """Write nothing more of what waits of a stream; what was being written is written."""
+        """Write nothing more of what waits of a stream; what was being written is written.
+
+        Raises TimeoutError if that does not come to its end.
+        """
         with self._changed:
             self._waiting.withdraw(owner, stream_id)
-            self._changed.wait_for(
-                lambda: self._writing != (owner, stream_id), 2 * self.store.time_limit_s
-            )
+            limit_s = 2 * self.store.time_limit_s
+            if not self._changed.wait_for(lambda: self._writing != (owner, stream_id), limit_s):
+                raise TimeoutError("a snapshot of the stream is still being written")
+            self._waiting.withdraw(owner, stream_id)  # one that could not be written waits again
 
     def _take_back(self, claimed: tuple[str, str, str]) -> None:
         """Drop a claim of ours, if it lies there although we said that it failed."""
-        if claimed in self._mistaken:
-            owner, stream_id, name = claimed
-            self.store.remove(owner, stream_id, [name])
-            self._mistaken.discard(claimed)
+        with self._taking_back:
+            if claimed in self._mistaken:
+                owner, stream_id, name = claimed
+                self.store.remove(owner, stream_id, [name])
+                self._mistaken.discard(claimed)
 
     def _take_all_back(self) -> None:
         try:
@@ -306,11 +313,11 @@ class SnapshotWriter:
             self.begin(job.bundle, job.lease)
         except AlreadyClaimed as other:
             self._late.discard(job.stream)
+            continued = not other.claim.deleted and other.claim.epoch > job.lease.epoch
             with self._changed:
-                self._waiting.withdraw(*job.stream)
+                self._waiting.withdraw(*job.stream, other.claim.epoch if continued else None)
             self.on_lost(job.lease, other.claim.deleted)
             return False
-        self._late.discard(job.stream)
         self.on_begun(job.lease)
         return True
 

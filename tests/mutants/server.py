@@ -228,6 +228,16 @@ MUTANTS = (
             "                again = False",
         ),
         (
+            "a stream that began in an outage is claimed twice",
+            "self._late.discard((owner, stream_id))\n        with self._changed:",
+            "with self._changed:",
+        ),
+        (
+            "a snapshot of a deleted stream is written later",
+            "            self._waiting.withdraw(owner, stream_id)  # one",
+            "            # one",
+        ),
+        (
             "a stream that began in an outage is never claimed",
             "self._late.add((lease.owner, lease.stream_id))",
             "pass",
@@ -279,6 +289,13 @@ MUTANTS = (
         "self._closing or (admits and not self._accepting)",
         "self._closing",
         "tests/server/sessions/test_registry.py",
+    ),
+    Mutant(
+        "a delete leaves the reader waiting",
+        "server/sessions/lifecycle.py",
+        "            self._streams.end(stream, gone)",
+        "            self._streams.cancel(stream)",
+        "tests/server/sessions/test_races.py",
     ),
     Mutant(
         "a reader attaches to a session that is gone",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from typing import Any
@@ -174,6 +175,21 @@ async def test_a_new_stream_runs_while_the_store_is_away(
     await other.delete(got.stream_id)
 
 
+async def test_a_delete_ends_the_stream_of_its_reader(cluster: Cluster) -> None:
+    sessions, got = cluster(), Received()
+    with Gate(sessions.model) as gate:
+        reading = asyncio.create_task(read(await sessions.start(request()), got, 9))
+        gate.let(3)
+        await until(lambda: got.sequence)
+        deleting = asyncio.create_task(sessions.delete(got.stream_id))
+        await asyncio.sleep(0.05)
+        gate.let(float("inf"))
+        outcomes = await settled(reading, deleting)
+    assert "was deleted" in str(outcomes[0])
+    assert outcomes[1] is None
+    await until(lambda: is_empty(sessions.model))
+
+
 async def test_of_two_calls_that_continue_a_stream_one_does(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -266,14 +282,16 @@ async def test_the_limits_of_a_continuation_count_from_it(cluster: Cluster) -> N
     session = client.sessions.model.sessions("")[0]
     rested = session.lease.accepted_at
     await asyncio.sleep(0.3)
+    began = time.monotonic()
     then = await client.continue_session(
         got, 9 + before, stopping={"max_tokens": 20, "min_tokens": 10, "time_limit": {"seconds": 3}}
     )
+    took_ns = (time.monotonic() - began) * 1e9
     usage = then.endings[0].usage
     assert len(then.ids[0]) >= 10
-    assert usage.total_time.ToNanoseconds() < 0.3e9
-    assert usage.queue_time.ToNanoseconds() < 0.3e9
-    assert usage.time_to_first_token.ToNanoseconds() < 0.3e9
+    assert usage.total_time.ToNanoseconds() < took_ns
+    assert usage.queue_time.ToNanoseconds() < took_ns
+    assert usage.time_to_first_token.ToNanoseconds() < took_ns
     assert client.sessions.model.sessions("")[0].lease.accepted_at > rested + 0.29
     with pytest.raises(Refused, match=r"min_tokens is 9; it must be at most 5"):
         again = await paused(client, request(80), 21)

@@ -298,6 +298,49 @@ def test_a_stream_that_began_in_an_outage_yields_to_another_of_its_name(
     assert (lost, generated(writer)) == ([(STREAM, False)], "other")
 
 
+def test_a_stream_that_began_in_an_outage_is_continued_before_its_claim(
+    text: Bundle, store: Store, writer: SnapshotWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost: list[tuple[Lease, bool]] = []
+    writer.on_lost = lambda lease, deleted: lost.append((lease, deleted))
+    failing = Failing(store, monkeypatch, "create")
+    with pytest.raises(OSError, match="no space"):
+        writer.begin(text, STREAM)
+    writer.begin_later(STREAM)
+    failing.share = 0.0
+    until(lambda: writer.is_up)
+    continued = replace(STREAM, epoch=2)
+    writer.begin(text, continued, [at("ab")])
+    writer.offer(text, continued, 0, at("abcd"))
+    assert writer.flush(LIMIT_S) == 0
+    assert (lost, generated(writer)) == ([], "abcd")
+
+
+def test_what_fails_while_its_stream_is_deleted_is_not_written_later(
+    text: Bundle, store: Store, writer: SnapshotWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go, real = threading.Event(), threading.Event(), store.backend.create
+
+    def create(*arguments: Any) -> None:
+        begun.set()
+        assert go.wait(LIMIT_S)
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    monkeypatch.setattr(store.backend, "create", create)
+    writer.begin_later(STREAM)
+    writer.offer(text, STREAM, 0, at("abc"))
+    assert begun.wait(LIMIT_S)
+    deleting = threading.Thread(target=writer.forget, args=("me", "s"))
+    deleting.start()
+    time.sleep(0.05)
+    go.set()
+    deleting.join(LIMIT_S)
+    monkeypatch.setattr(store.backend, "create", real)
+    until(lambda: writer.is_up)
+    assert writer.flush(LIMIT_S) == 0
+    assert store.names("me", "s") == set()
+
+
 @pytest.mark.parametrize("operations", [["names"], ["names", "remove"]])
 def test_a_claim_that_cannot_be_checked_is_taken_back(
     operations: list[str],

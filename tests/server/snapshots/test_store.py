@@ -187,7 +187,7 @@ def test_nobody_waits_for_a_store_that_hangs(uri: str, monkeypatch: pytest.Monke
     hanging = Hanging(store, monkeypatch, *names)
     operations: list[Callable[[], Any]] = [
         lambda: store.put(owner, "s", "0", b"y"),
-        lambda: store.create(owner, "s", "1", b"y"),
+        lambda: store.create(owner, "s", uuid4().hex, b"y"),
         lambda: store.get(owner, "s", ["0"]),
         lambda: store.names(owner, "s"),
         lambda: store.streams(owner),
@@ -217,12 +217,22 @@ def test_what_was_given_up_is_not_created_after_all(
     hanging = Hanging(store, monkeypatch, "create")
     with pytest.raises(TimeoutError):
         store.create(owner, "s", "1", b"y")
-    hanging.go_on.set()
     monkeypatch.setattr(Store, "time_limit_s", 10.0)
+    with pytest.raises(OSError, match="has not ended"):
+        store.create(owner, "s", "1", b"z")
+    hanging.go_on.set()
     until = time.monotonic() + 10
     while hanging.left or store.names(owner, "s"):
         assert time.monotonic() < until
         time.sleep(0.01)
+    while True:
+        try:
+            store.create(owner, "s", "1", b"z")
+            break
+        except OSError:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+    assert store.get(owner, "s", ["1"]) == {"1": b"z"}
 
 
 @pytest.mark.parametrize("after", ["put", "remove", "delete"])
