@@ -13,7 +13,7 @@ RUN python3 -m venv /opt/concertina \
     && /opt/concertina/bin/python -c "import tomllib; \
 server, client = (tomllib.load(open(file, 'rb'))['project'] for file in ('pyproject.toml', 'protos/pyproject.toml')); \
 extras = server['optional-dependencies'] | client['optional-dependencies']; \
-lines = sum((extras[name] for name in ('${EXTRA}', 'codecs', 'cli')), server['dependencies'] + client['dependencies']); \
+lines = sum((extras[name] for name in ('${EXTRA}', 's3', 'codecs', 'cli')), server['dependencies'] + client['dependencies']); \
 print(*(line for line in lines if not line.startswith('concertina-client')), sep='\n')" > requirements.txt \
     && /opt/concertina/bin/pip install --no-cache-dir --constraint constraints.txt --requirement requirements.txt
 COPY . .

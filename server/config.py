@@ -59,7 +59,7 @@ class EngineConfig:
     """Tokens between two snapshots of a kept stream; taken when a block folds."""
 
     session_bytes: int = 1024 * MEBIBYTE
-    """Memory for the state of sessions that do not run; above it, the oldest are deleted."""
+    """Memory for the state of ended sessions; above it, who uses most loses the oldest."""
 
     provider: Provider = "cpu"
     """Device that computes and holds the state in its memory."""

@@ -189,7 +189,7 @@ class Engine:
 
     def _raise_if(self, refusal: Refusal | None) -> None:
         if refusal is not None:
-            self.metrics.rejected(refusal.reason)
+            self.metrics.refused(refusal.reason)
             raise refusal.error
 
     def _require_open(self, admits: bool = False) -> None:

@@ -144,4 +144,4 @@ class StepLoop:
                 len(self._placement.paused),
                 self._cache.state_bytes(),
             )
-            self._metrics.promising(self._ledger.held.state_bytes)
+            self._metrics.admitted(self._ledger.held.state_bytes)

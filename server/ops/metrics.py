@@ -130,7 +130,7 @@ class EngineMetrics:
         BUFFER_BYTES.labels(self._name).dec(size)
         PREFIX_BYTES.labels(self._name).set(0)
         self.holding(0, 0, 0, dict.fromkeys(_STATE_KINDS, 0))
-        self.promising(0)
+        self.admitted(0)
 
     def are_due(self, now: float) -> bool:
         """Whether it is time to update the gauges again; a busy engine skips most steps."""
@@ -148,7 +148,7 @@ class EngineMetrics:
             self._memory_at = self._held_at
             PROCESS_MEMORY.set(psutil.Process().memory_info().rss)
 
-    def promising(self, size: int) -> None:
+    def admitted(self, size: int) -> None:
         """Set the largest state, in bytes, that all admitted streams can reach."""
         self._admitted.set(size)
 
@@ -204,6 +204,6 @@ class EngineMetrics:
         FINISHED.labels(self._name, reason).inc()
         STREAM_TIME.labels(self._name).observe(seconds)
 
-    def rejected(self, reason: str) -> None:
+    def refused(self, reason: str) -> None:
         """A request was refused."""
         REFUSED.labels(self._name, reason).inc()

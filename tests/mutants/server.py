@@ -258,8 +258,8 @@ MUTANTS = (
         ),
         (
             "a claim that was given up is made after all",
-            "            lambda: self.backend.remove(path),\n",
-            "            None,\n",
+            "            self.backend.remove(path)\n            self._creating",
+            "            self._creating",
         ),
     ),
     Mutant(
