@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
-from functools import partial
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 _T = TypeVar("_T")
 
 
 class LimitedCalls:
-    """At most `most` calls at once, each on a thread of its own, hung ones included."""
+    """At most `most` calls at once, each on a thread of its own, hung ones included.
+
+    Threads are used again: each new one leaves holes in the heap.
+    """
+
+    idle_limit_s = 10.0
+    """How long a thread waits for another call before it ends."""
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._running = self._hung = 0
+        self._running = self._hung = self._idle = 0
+        self._waiting: deque[tuple[_Call[Any], Callable[[], Any] | None]] = deque()
         self._changed = threading.Condition()
 
     def call(
@@ -33,9 +40,11 @@ class LimitedCalls:
             self._changed.wait_for(self._may_begin, limit_s)
             if self._running >= self._most:
                 raise TimeoutError(f"{self._hung} calls hang, {self._running} run")
-            run = partial(self._run, call, late)
-            threading.Thread(target=run, name="store", daemon=True).start()
+            if len(self._waiting) >= self._idle:
+                threading.Thread(target=self._run, name="store", daemon=True).start()
+            self._waiting.append((call, late))
             self._running += 1
+            self._changed.notify_all()
             if not self._changed.wait_for(lambda: call.done, until - time.monotonic()):
                 call.given_up = True
                 self._hung += 1
@@ -46,15 +55,24 @@ class LimitedCalls:
     def _may_begin(self) -> bool:
         return self._running < self._most or self._hung >= self._most
 
-    def _run(self, call: _Call[_T], late: Callable[[], None] | None) -> None:
-        call.run()
-        with self._changed:
-            call.done = True
-            self._running -= 1
-            self._hung -= call.given_up
-            self._changed.notify_all()
-        if late is not None and call.given_up and call.error is None:
-            _Call(late).run()
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._idle += 1
+                found = self._changed.wait_for(lambda: self._waiting, self.idle_limit_s)
+                self._idle -= 1
+                if not found:
+                    return
+                call, late = self._waiting.popleft()
+            call.run()
+            with self._changed:
+                call.done = True
+                self._running -= 1
+                self._hung -= call.given_up
+                self._changed.notify_all()
+            if late is not None and call.given_up and call.error is None:
+                _Call(late).run()
+            del call, late  # what they hold is not kept until the next call
 
 
 class _Call(Generic[_T]):
