@@ -231,10 +231,7 @@ class SnapshotWriter:
         raise OSError("the stream changes its owner more quickly than it can be read")
 
     def _withdraw(self, owner: str, stream_id: str) -> None:
-        """Write nothing more of what waits of a stream; what was being written is written.
-
-        Raises TimeoutError if that does not come to its end.
-        """
+        """Write nothing more of a stream; what is being written ends first, else TimeoutError."""
         with self._changed:
             self._waiting.withdraw(owner, stream_id)
             limit_s = 2 * self.store.time_limit_s
