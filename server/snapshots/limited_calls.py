@@ -12,9 +12,9 @@ _T = TypeVar("_T")
 
 
 class LimitedCalls:
-    """At most `most` calls at once, each on a thread of its own, hung ones included.
+    """At most `most` calls at once, each on a thread of its own, which is used again when it ends.
 
-    Threads are used again: each new one leaves holes in the heap.
+    Calls that hang count.
     """
 
     idle_limit_s = 10.0
