@@ -82,6 +82,8 @@ class SessionOpener:
             model.commit(session)
         except BaseException:
             model.release(session)
+            if self._registry.snapshots is not None:
+                self._registry.snapshots.begin_never(lease)
             raise
         return Attachment(model, session, session.subscribers)
 
@@ -136,7 +138,7 @@ class SessionOpener:
                     "the stream cannot be stored, so it stays as it was: try again later"
                 ) from error
             _log.error("a new stream is not stored yet: %s", error)
-            snapshots.begin_later(lease)
+            snapshots.begin_later(model.bundle, lease)
             return False
         return True
 

@@ -55,7 +55,7 @@ class SessionRegistry:
         self._draining = draining
         self._reserved: Counter[str] = Counter()  # streams of an owner that are being opened
         if snapshots is not None:
-            snapshots.on_begun, snapshots.on_lost = self._begun, self._lost
+            snapshots.on_stored, snapshots.on_lost = self._stored_now, self._lost
         self._locks: dict[str, tuple[asyncio.Lock, int]] = {}  # with the number of their users
 
     @property
@@ -123,11 +123,11 @@ class SessionRegistry:
         await model.lose(session, claim.deleted)
         return False
 
-    def _begun(self, lease: Lease) -> None:
-        """The writer has stored a stream that began while the store was away."""
+    def _stored_now(self, lease: Lease, stored: bool) -> None:
+        """The writer has stored a stream that began while the store was away, or one expired."""
         held = self.held(lease.stream_id, lease.owner)
-        if held is not None:
-            held[1].stored = True
+        if held is not None and held[1].lease.epoch == lease.epoch:
+            held[1].stored = stored
 
     def _lost(self, lease: Lease, deleted: bool) -> None:
         """The writer found that another server owns a stream, or has deleted it."""
