@@ -182,6 +182,7 @@ def test_what_waits_of_an_earlier_epoch_is_not_written(
 ) -> None:
     writer, go_on, busy = open_writer(), threading.Event(), threading.Event()
     create, written = writer.store.create, []
+    lost = lost_by(writer)
 
     def slowly(owner: str, stream_id: str, name: str, content: bytes) -> None:
         written.append(name)
@@ -205,6 +206,7 @@ def test_what_waits_of_an_earlier_epoch_is_not_written(
     go_on.set()
     assert writer.flush(LIMIT_S) == 0
     assert written == [tokens_name(1, 0, 0, 1), tokens_name(2, 0, 2, 4)]
+    assert lost == []
     assert stored(writer, stream) == ["abcd"]
 
 
