@@ -142,8 +142,8 @@ class SessionRegistry:
             return []
         try:
             return await asyncio.to_thread(self.snapshots.streams, owner)
-        except OSError:
-            _log.exception("the store cannot be listed")
+        except OSError as error:
+            _log.error("the store cannot be listed: %s", error)
             raise StorageFailed("the snapshots cannot be listed: try again later") from None
 
     async def delete(self, stream_id: str, owner: str) -> None:
@@ -160,8 +160,8 @@ class SessionRegistry:
                     await asyncio.to_thread(self.snapshots.forget, owner, stream_id)
                 except FileNotFoundError:
                     pass
-                except OSError:
-                    _log.exception("a stream could not be deleted")
+                except OSError as error:
+                    _log.error("a stream could not be deleted: %s", error)
                     message = "the snapshots cannot be deleted: try again later"
                     raise StorageFailed(message) from None
 
