@@ -34,6 +34,8 @@ _log = logging.getLogger(__name__)
 
 Action = Callable[[], None]
 
+NOT_OPENED = "the stream could not be opened; see the server's log"
+
 
 class Engine:
     """Runs the streams of one bundle, on a thread that `start` starts.
@@ -228,8 +230,7 @@ class Engine:
             action()
         except Exception:
             for stream in streams:
-                failed = StepFailed("the stream could not be opened; see the server's log")
-                self.streams.end(stream, failed)
+                self.streams.end(stream, StepFailed(NOT_OPENED))
             raise
 
     def _take_inbox(self, limit_s: float = inf) -> None:
