@@ -277,7 +277,7 @@ async def _read_once(client: AsyncClient, wanted: Wanted, result: Result) -> tup
                     probe = asyncio.create_task(_prefill(client, known, result))
     except ConcertinaError as error:
         if accepted is None:
-            result.begun_again += 1
+            result.begun_again[error.code] += 1
             raise _BeginAgainError from error
         if error.code == "NOT_FOUND" and result.may_lose(accepted, asked_at):
             result.lost += 1

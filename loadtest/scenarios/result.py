@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +27,7 @@ class Kill:
 class Result:
     """What the clients see, counted while it happens.
 
-    begun_again: calls that were refused, or broke before the stream was accepted.
+    begun_again: calls that were refused, or broke before the stream was accepted, by their codes.
     not_durable: streams whose clients were told so. lost: those of them that a kill ended.
     accepted_s: from a request until its stream was accepted.
     wrong: streams that differ from their twins, or are lost though they must not be.
@@ -39,7 +40,7 @@ class Result:
     killed_at_once: int = 0
     streams: int = 0
     resumed: int = 0
-    begun_again: int = 0
+    begun_again: Counter[str] = field(default_factory=Counter)
     not_durable: int = 0
     lost: int = 0
     wrong: list[str] = field(default_factory=list)
