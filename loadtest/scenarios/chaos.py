@@ -38,14 +38,17 @@ _STREAM_LIMIT_S = 600.0
 _SILENCE_LIMIT_S = START_LIMIT_S + 60.0  # an event, or an error, has to come within this
 _LONG_PROMPTS = (16, 200, 1_200, 1_900)
 _PROBES = 3  # after each kill, so many prompts of all known tokens are sent, to compare with
+_ACCEPTANCE_LIMIT_S = 45.0  # two or three operations of the store, of at most ten seconds each
 _FINE_S = (1.0, 6.0)
-_TROUBLE_S = {  # how long each lasts; an operation that takes ten seconds has failed
-    Trouble.REFUSES: (0.5, 6.0),
-    Trouble.CUTS: (0.5, 6.0),
-    Trouble.LOSES: (0.5, 6.0),
-    Trouble.SLOWS: (1.0, 8.0),
-    Trouble.HANGS: (0.5, 18.0),
-}
+_TROUBLES = (  # and how long they last
+    (Trouble.REFUSES, (0.5, 6.0)),
+    (Trouble.CUTS, (0.5, 6.0)),
+    (Trouble.LOSES, (0.5, 6.0)),
+    (Trouble.SLOWS, (1.0, 8.0)),
+    (Trouble.HANGS, (0.5, 8.0)),
+    (Trouble.HANGS, (12.0, 18.0)),
+    (Trouble.HANGS, (50.0, 60.0)),
+)
 
 
 @dataclass(frozen=True)
@@ -210,12 +213,13 @@ async def _storm(
 
 async def _spoil(bucket: Bucket | None, over: asyncio.Event, rng: random.Random) -> None:
     """Let the bucket fail for moments, all of it or a part, until it is over."""
-    trouble = Trouble.NONE
+    works = True
     while bucket is not None and not over.is_set():
-        trouble = rng.choice(list(_TROUBLE_S)) if trouble is Trouble.NONE else Trouble.NONE
+        works = not works
+        trouble, lasts_s = (Trouble.NONE, _FINE_S) if works else rng.choice(_TROUBLES)
         bucket.fail(trouble, share=rng.choice((0.3, 1.0)))
         with suppress(TimeoutError):
-            async with asyncio.timeout(rng.uniform(*_TROUBLE_S.get(trouble, _FINE_S))):
+            async with asyncio.timeout(rng.uniform(*lasts_s)):
                 await over.wait()
     if bucket is not None:
         bucket.fail(Trouble.NONE)
@@ -261,7 +265,7 @@ async def _read_once(client: AsyncClient, wanted: Wanted, result: Result) -> tup
         async for event in _spoken(stream):
             if isinstance(event, Accepted):
                 accepted = event
-                result.accepted_s.append(time.monotonic() - asked_at)
+                result.accepted(time.monotonic() - asked_at, _ACCEPTANCE_LIMIT_S)
                 result.not_durable += not event.durable
             if isinstance(event, Tokens):
                 if event.first_position != len(wanted.prompt) + len(ids):

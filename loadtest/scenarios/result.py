@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from concertina.client import Accepted
+from loadtest.servers import START_LIMIT_S
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Result:
     begun_again: calls that were refused, or broke before the stream was accepted, by their codes.
     not_durable: streams whose clients were told so. lost: those of them that a kill ended.
     accepted_s: from a request until its stream was accepted.
-    wrong: streams that differ from their twins, or are lost though they must not be.
+    wrong: streams that differ from their twins, are lost though they must not be, or wait too long.
     next_token_s, after_both_s: from a kill to a resumed stream's next event, when one server is
         killed, and when both are.
     prefill_s: the time to the next token of a new request with all known tokens as its prompt.
@@ -55,6 +56,13 @@ class Result:
         kills = [kill for kill in self.killed if kill.at >= since]
         stored = any(stream.stream_id in kill.stored for kill in kills)
         return bool(kills) and not stream.durable and not stored
+
+    def accepted(self, seconds: float, most: float) -> None:
+        """Note when a stream was accepted. Without a kill, that is after `most` seconds at most."""
+        self.accepted_s.append(seconds)
+        killed = self.killed and self.killed[-1].at > time.monotonic() - seconds - START_LIMIT_S
+        if seconds > most and not killed:
+            self.wrong.append(f"a stream was accepted after {seconds:.0f} s")
 
     def went_on(self) -> None:
         """Note how long after a kill a stream that was resumed got its next event."""

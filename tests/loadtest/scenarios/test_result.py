@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from unittest.mock import create_autospec
 
 from concertina.client import Accepted
@@ -27,3 +28,14 @@ def test_only_a_kill_may_lose_a_stream_that_is_nowhere_else() -> None:
     ):
         result = Result(killed=kills)
         assert result.may_lose(stream(durable=durable), since=2.0) == may
+
+
+def test_without_a_kill_a_stream_is_accepted_soon() -> None:
+    result = Result()
+    result.accepted(9.0, most=10.0)
+    assert result.wrong == []
+    result.accepted(11.0, most=10.0)
+    assert result.wrong == ["a stream was accepted after 11 s"]
+    killed = Result(killed=[Kill(time.monotonic() - 1.0, False, frozenset())])
+    killed.accepted(11.0, most=10.0)
+    assert killed.wrong == []
