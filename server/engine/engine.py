@@ -121,6 +121,12 @@ class Engine:
             self._require_open(admits=True)
             self._raise_if(self.ledger.full(time.monotonic()))
 
+    def room_after_s(self, ends: int, of: int) -> float:
+        """Estimated seconds until `ends` of some of its streams have ended, `of` how many."""
+        with self._lock:
+            held = self.ledger.held.streams
+            return self.ledger.ends_after_s(ends * held / of, time.monotonic())
+
     def reserve(self, streams: Sequence[Stream]) -> None:
         """Make room for streams, all or none: `admit` them, or `release` the room.
 
