@@ -66,6 +66,11 @@ class Bucket:
             "AWS_MAX_ATTEMPTS": "1",  # else botocore hides short failures from its user
         }
 
+    @property
+    def fails(self) -> bool:
+        """Whether some requests fail now."""
+        return self._trouble is not Trouble.NONE
+
     @contextmanager
     def running(self) -> Iterator[None]:
         """Serve it."""

@@ -195,6 +195,8 @@ async def _storm(
             for _ in range(kills):
                 await _healthy(cluster)
                 await asyncio.sleep(rng.uniform(0.5, 4.0))
+                while bucket is not None and not (bucket.fails or result.kills % 2):
+                    await asyncio.sleep(0.05)  # every second kill finds the store failing
                 both = (result.kills + 1) % 5 == 0 or (kills < 5 and result.kills == kills - 1)
                 stored = await asyncio.to_thread(bucket.streams) if bucket else set()
                 result.killed.append(Kill(time.monotonic(), both, frozenset(stored)))
