@@ -70,7 +70,10 @@ class SessionOpener:
                 # Another server has opened it meanwhile, for the same key.
                 first = await self._first(stream_id, owner)
         if first is None:
-            raise UnknownSession(f"stream {stream_id!r} was deleted while it was opened")
+            # A copy of the request that comes late must not bring back what a Delete has ended.
+            raise InvalidRequest(
+                "idempotency_key is of a stream that was deleted: use a new key for a new stream"
+            )
         _require_same(*first, model.bundle.name, lease, draws_seed)
         return await resume(self._registry, stream_id, caller, (), joins=True)
 

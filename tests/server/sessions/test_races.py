@@ -13,6 +13,7 @@ import pytest
 
 from server.auth.api_keys import Caller
 from server.errors import (
+    InvalidRequest,
     QuotaExceeded,
     RequestError,
     UnknownSession,
@@ -223,6 +224,21 @@ async def test_a_key_that_another_server_has_gives_the_same_stream_in_an_outage(
     await read(await one.resume(first.stream_id, "", first.cursors(1)), first, 9)
     assert got.content == first.content
     await one.delete(got.stream_id)
+
+
+async def test_the_key_of_a_deleted_stream_starts_no_other(cluster: Cluster) -> None:
+    """Nor does a copy of the request that arrives after Delete."""
+    one, other, got = cluster(), cluster(), Received()
+    wanted = request(idempotency_key="k")
+    await read(await one.start(wanted), got, 9, 3)
+    await one.delete(got.stream_id)
+    for replica in (one, other):
+        with pytest.raises(InvalidRequest, match=r"of a stream that was deleted: use a new key"):
+            await replica.start(wanted)
+    assert one.snapshots.streams("") == []
+    await until(lambda: is_empty(one.model) and is_empty(other.model))
+    for replica, key in ((one, "l"), (other, "m")):
+        await whole(replica, request(idempotency_key=key))
 
 
 async def test_a_delete_ends_the_stream_of_its_reader(cluster: Cluster) -> None:
