@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 
 from server.auth.api_keys import Caller
 from server.auth.quota import require_room
@@ -22,6 +23,7 @@ from server.snapshots.writer import SnapshotWriter
 _log = logging.getLogger(__name__)
 NAME_BYTES = 16
 _FLUSH_S = 30.0
+_OPENING_S = 1.0  # streams that are still being opened may fail soon
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class SessionRegistry:
 
         Raises QuotaExceeded, and InvalidRequest if they are more than the quota.
         """
-        require_room(caller, self.running, streams)
+        require_room(caller, self.running, streams, partial(self._room_after_s, caller.name))
         self._reserved[caller.name] += streams
         try:
             yield
@@ -92,6 +94,11 @@ class SessionRegistry:
     def running(self, owner: str) -> int:
         """Number of an owner's streams in this process that wait, run, or are being opened."""
         return self._reserved[owner] + sum(model.table.running(owner) for model in self.holders)
+
+    def _room_after_s(self, owner: str, ends: int) -> float:
+        """Estimated seconds until so many of an owner's streams have ended."""
+        estimates = [model.room_after_s(owner, ends) for model in self.holders]
+        return min((each for each in estimates if each is not None), default=_OPENING_S)
 
     def is_durable(self, session: Session) -> bool:
         """Whether a session is in a store that outlives this process."""
@@ -142,8 +149,8 @@ class SessionRegistry:
             return []
         try:
             return await asyncio.to_thread(self.snapshots.streams, owner)
-        except OSError:
-            _log.exception("the store cannot be listed")
+        except OSError as error:
+            _log.error("the store cannot be listed: %s", error)
             raise StorageFailed("the snapshots cannot be listed: try again later") from None
 
     async def delete(self, stream_id: str, owner: str) -> None:
@@ -160,8 +167,8 @@ class SessionRegistry:
                     await asyncio.to_thread(self.snapshots.forget, owner, stream_id)
                 except FileNotFoundError:
                     pass
-                except OSError:
-                    _log.exception("a stream could not be deleted")
+                except OSError as error:
+                    _log.error("a stream could not be deleted: %s", error)
                     message = "the snapshots cannot be deleted: try again later"
                     raise StorageFailed(message) from None
 
