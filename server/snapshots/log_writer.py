@@ -104,7 +104,7 @@ class LogWriter:
     ) -> pb.Snapshot:
         """The origin of an epoch that begins with `checkpoints`; `names` are in the store.
 
-        Raises OSError and SnapshotRefused.
+        Raises OSError, FileNotFoundError if that has changed meanwhile, and SnapshotRefused.
         """
         claim, before = claim_in(names), pb.Snapshot()
         if claim is not None:
@@ -175,7 +175,7 @@ class LogWriter:
         name = origin_name(epoch)
         found = self._store.get(lease.owner, lease.stream_id, [name])
         if name not in found:
-            raise OSError("the stream has changed its owner just now")
+            raise FileNotFoundError(f"{name} is gone: the stream has another owner, or is deleted")
         header, origin = self._sealer.open(found[name], lease.owner)
         return origin if header.name == name else pb.Snapshot()
 
