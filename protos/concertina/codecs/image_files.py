@@ -12,8 +12,8 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-MOST_PIXELS = 100_000_000
-"""Pixels of the largest image that is read or written: 400 MB while it is in memory."""
+MOST_PIXELS = 1 << 26
+"""Pixels of the largest image that is read or written: 256 MiB while it is in memory."""
 
 _ORIENTATION = 0x0112
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -53,10 +53,12 @@ def open_image(
     Integers of 16 bits lose their lower 8; floating-point grey lies between 0 and 1. Raises
     ImageError if it cannot be read, ImageTooLarge if it claims more pixels than `most_pixels`.
     """
+    name = formats[0] if len(formats) == 1 else f"image ({', '.join(formats)})"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, about what a viewer would not mention
         try:
             image = Image.open(io.BytesIO(data), formats=formats)
+            name = image.format or name
             if image.width * image.height > most_pixels:
                 raise ImageTooLarge(image.size, most_pixels)
             image.load()
@@ -65,11 +67,10 @@ def open_image(
             raise
         except Image.DecompressionBombError:
             raise ImageError(f"has more pixels than the limit of {most_pixels:,}") from None
-        except UnidentifiedImageError:
-            raise ImageError(f"is not a readable {_names(formats)}") from None
         except Exception as error:  # Pillow's decoders raise errors of many types
-            reason = (str(error) or type(error).__name__)[:_LONGEST_REASON]
-            raise ImageError(f"is not a readable {_names(formats)}: {reason}") from None
+            told = isinstance(error, OSError) and not isinstance(error, UnidentifiedImageError)
+            reason = f": {error}"[:_LONGEST_REASON] if told else ""
+            raise ImageError(f"is not a readable {name}{reason}") from None
         method = _UPRIGHT.get(_orientation(image))
     rgba.info.clear()  # what it says of orientation must not be obeyed again
     return rgba if method is None else rgba.transpose(method)
@@ -78,10 +79,6 @@ def open_image(
 def most_scale(width: int, height: int) -> int:
     """How many times an image may be enlarged until it has more than `MOST_PIXELS`; 0 if it has."""
     return math.isqrt(MOST_PIXELS // (width * height))
-
-
-def _names(formats: tuple[str, ...]) -> str:
-    return formats[0] if len(formats) == 1 else f"image ({', '.join(formats)})"
 
 
 def _orientation(image: Image.Image) -> Any:

@@ -521,7 +521,7 @@ def test_the_largest_scale_depends_on_the_model(fake: Fake, run: Run, tmp_path: 
     code, _, err = run("paint", "--out", out, "--scale", "100000")
     assert code == 2
     shown = " ".join(err.replace("│", " ").split())
-    assert "--scale: 100000 times 4x3 pixels are more than 100,000,000: use at most 2886" in shown
+    assert "--scale: 100000 times 4x3 pixels are more than 67,108,864: use at most 2364" in shown
     assert not fake.requests
     fake.script = painted(fake, [1] * 12)
     assert run("paint", "--scale", "100000")[0] == 0  # nothing is saved
@@ -637,7 +637,7 @@ def test_without_a_model_what_can_be_opened_is_an_image(
     file.write_bytes(file.read_bytes()[:45])
     code, _, err = run("score", str(file))
     assert code == 1
-    assert f"{file} is not a readable image" in err
+    assert f"{file} is not a readable PNG: image file is truncated" in err
     assert f"; and {file} is not UTF-8 text: see byte 0" in err
 
 
