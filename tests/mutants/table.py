@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tests.mutants import export, model, patterns, server
+from tests.mutants import export, model, patterns, pixels, server
 
-MUTANTS = (*patterns.MUTANTS, *model.MUTANTS, *export.MUTANTS, *server.MUTANTS)
+MUTANTS = (*patterns.MUTANTS, *model.MUTANTS, *export.MUTANTS, *server.MUTANTS, *pixels.MUTANTS)

@@ -17,6 +17,7 @@ from rich.segment import Segment
 from rich.style import Style
 
 _SHADES = " .:-=+*#%@"
+_LARGEST_ZOOM = 16  # however large a terminal says that it is
 _FRAME = 6  # lines and columns that the border and the shell's prompt use
 
 
@@ -86,10 +87,10 @@ class Easel:
         self._started = perf_counter()
 
     def fit(self, console: Console) -> None:
-        """Sets the largest zoom at which the frame fits into the terminal."""
+        """Sets the largest zoom, up to a limit, at which the frame fits into the terminal."""
         columns = (console.width - _FRAME) // self._canvas.width
         lines = 2 * (console.height - _FRAME) // self._canvas.height
-        self._canvas.zoom = max(1, min(columns, lines))
+        self._canvas.zoom = max(1, min(columns, lines, _LARGEST_ZOOM))
 
     def __rich__(self) -> Panel:
         canvas = self._canvas

@@ -20,7 +20,9 @@ import grpc
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
+from concertina.cli.canvas import Canvas, Easel
 from concertina.cli.main import main
 from concertina.v1 import bundle_pb2
 from concertina.v1 import generation_service_pb2 as pb
@@ -419,6 +421,14 @@ def test_paint_in_a_terminal_without_colours(
     assert "12/12 pixels" in terminal.shown
     assert "@@" in terminal.shown
     assert "▀" not in terminal.shown
+
+
+def test_a_terminal_that_says_it_is_huge_is_not_filled() -> None:
+    canvas = Canvas(32, 32)
+    sizes = {(80, 24): 1, (208, 80): 4, (1_000_000, 1_000_000): 16}
+    for (width, height), zoom in sizes.items():
+        Easel(canvas, "").fit(Console(width=width, height=height))
+        assert canvas.zoom == zoom
 
 
 def test_paint_completes_an_image(fake: Fake, run: Run, tmp_path: Path) -> None:

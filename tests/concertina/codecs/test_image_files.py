@@ -217,7 +217,13 @@ def test_a_photograph_is_upright() -> None:
 
 @pytest.mark.parametrize(
     "exif",
-    [b"", b"Exif\0\0", b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12", b"Exif\0\0MM\0*\0\0\0\x08\0\x09"],
+    [
+        b"",
+        b"Exif\0\0",
+        b"Exif\0\0is no TIFF",
+        b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12",
+        b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02\0\0\0\x01\0\x03\0\0\0\0\0\0",  # a text
+    ],
 )
 def test_broken_exif_is_as_good_as_none(exif: bytes) -> None:
     data = saved(Image.fromarray(_PICTURE))
