@@ -10,7 +10,7 @@ import numpy as np
 import typer
 from PIL import Image
 
-from concertina.client import DEFAULT_ADDRESS, AsyncClient, Tokens
+from concertina.client import DEFAULT_ADDRESS, AsyncClient, ImageFormat, Tokens
 from concertina.codecs.image_files import MOST_PIXELS, most_scale
 
 
@@ -39,6 +39,17 @@ def contact_sheet(
     whole.resize((whole.width * scale, whole.height * scale), Image.Resampling.NEAREST).save(out)
 
 
+def check_size(image: ImageFormat, count: int, columns: int, scale: int) -> None:
+    """Raises BadParameter if a sheet of `count` images would be too large."""
+    rows = -(-count // columns)
+    most = most_scale(columns * (image.width + 2), rows * (image.height + 2))
+    if scale > most:
+        raise typer.BadParameter(
+            f"{count} samples in {columns} columns, {scale} times as large, are more than "
+            f"{MOST_PIXELS:,} pixels: use at most --scale {most}, or fewer samples and columns"
+        )
+
+
 async def _paint(
     address: str, name: str, count: int, columns: int, scale: int, temperature: float
 ) -> list[np.ndarray]:
@@ -46,13 +57,7 @@ async def _paint(
         model = await client.model(name)
         assert model.image is not None, f"{model.name} does not make images"
         shape = (model.image.height, model.image.width, 3)
-        rows = -(-count // columns)
-        most = most_scale(columns * (model.image.width + 2), rows * (model.image.height + 2))
-        if scale > most:
-            raise typer.BadParameter(
-                f"{count} samples in {columns} columns, {scale} times as large, are more than "
-                f"{MOST_PIXELS:,} pixels: use at most --scale {most}, or fewer samples and columns"
-            )
+        check_size(model.image, count, columns, scale)
 
         async def one(seed: int) -> np.ndarray:
             label = model.labels[seed % len(model.labels)] if model.labels else None

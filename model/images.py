@@ -26,6 +26,7 @@ _MAN, _WOMAN, _PERSON = 0x1F468, 0x1F469, 0x1F9D1
 _VARIANTS_KEPT = 4
 _NOT_MIRRORED = ("Symbols", "Flags")
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+_FINE = 16
 _BRIGHTNESS = (299, 587, 114)
 
 
@@ -132,19 +133,19 @@ def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
     Raises ImageError if it is so long and narrow that the padding would be too large.
     """
-    colours = on_white(image).reshape(image.height, image.width, 3)
-    enlarge = max(image.width / size[0], image.height / size[1])
-    whole = (round(enlarge * size[0]), round(enlarge * size[1]))
+    rgb = Image.fromarray(on_white(image).reshape(image.height, image.width, 3))
+    shrinks = max(image.width / size[0], image.height / size[1])
+    if shrinks >= 2 * _FINE:  # means of squares first: as good, and the padding stays small
+        rgb = rgb.reduce(int(shrinks / _FINE))
+        shrinks = max(rgb.width / size[0], rgb.height / size[1])
+    whole = (round(shrinks * size[0]), round(shrinks * size[1]))
     if whole[0] * whole[1] > MOST_PIXELS:
         raise ImageError(
-            f"is {image.width}x{image.height} pixels, but {whole[0]}x{whole[1]} when padded to the "
-            f"shape of {size[0]}x{size[1]}: the limit is {MOST_PIXELS:,} pixels"
+            f"is {image.width}x{image.height} pixels, too long and narrow for {size[0]}x{size[1]}: "
+            "cut it into parts"
         )
     padded = Image.new("RGB", whole, "white")
-    padded.paste(
-        Image.fromarray(colours),
-        (round((whole[0] - image.width) / 2), round((whole[1] - image.height) / 2)),
-    )
+    padded.paste(rgb, (round((whole[0] - rgb.width) / 2), round((whole[1] - rgb.height) / 2)))
     return padded.resize(size, Image.Resampling.LANCZOS)
 
 

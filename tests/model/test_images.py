@@ -222,9 +222,23 @@ def test_pictures_are_padded_to_another_shape() -> None:
 
 
 def test_a_strip_is_not_padded_without_end() -> None:
-    strip = Image.new("RGBA", (1, 20_000), RED)
-    with pytest.raises(ValueError, match=r"is 1x20000 pixels, but 20000x20000 when padded"):
-        fitted(strip, SIZE)
+    strip = Image.new("RGBA", (1, 1_000_000), RED)
+    column = np.asarray(fitted(strip, SIZE))
+    assert (column[:, [0, 3]] == 255).all()
+    with pytest.raises(ValueError, match=r"is 1x1000000 pixels, too long and narrow for 4096x4096"):
+        fitted(strip, (4096, 4096))
+
+
+def test_a_large_photograph_is_shrunk_as_evenly_as_a_small_one() -> None:
+    rng = np.random.default_rng(4)
+    small = rng.integers(0, 256, (16, 24, 4)).astype(np.uint8)
+    small[:, :, 3] = 255
+    large = Image.fromarray(small).resize((2400, 1600), Image.Resampling.NEAREST)
+    one, other = (
+        np.asarray(fitted(image, (12, 12)), np.int64)
+        for image in (Image.fromarray(small).resize((240, 160), Image.Resampling.NEAREST), large)
+    )
+    assert np.abs(one - other).max() < 8
 
 
 def test_a_single_family_is_refused() -> None:

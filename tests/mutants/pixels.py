@@ -23,7 +23,7 @@ MUTANTS = (
             "if not ((values >= 0) & (values <= white)).all():",
             "if False:",
         ),
-        ("a transparent grey is compared unscaled", "{2: 85, 4: 17}", "{}"),
+        ("a transparent grey is compared unscaled", "* 255 // top)", ")"),
         ("a transparent colour of 16 bits is lost", "png_depth == 16", "png_depth == 8"),
         (
             "two orientations are mixed up",
@@ -112,7 +112,7 @@ MUTANTS = (
         ("white is lost", "palette[nearest(distinct[-1:], palette.tobytes())] = 255", "pass"),
         ("a palette is padded", "vocabulary=len(palette)", "vocabulary=colours"),
         ("mirror images unasked", "if mirror and picture", "if picture"),
-        ("another shape stretches", "(round(enlarge * size[0]), round", "(image.width, round"),
+        ("another shape stretches", "(round(shrinks * size[0]), round", "(rgb.width, round"),
     ),
     *bugs(
         "model/text.py",

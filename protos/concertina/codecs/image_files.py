@@ -96,9 +96,10 @@ def _rgba(image: Image.Image, png_depth: int) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image)
         return _grey(_high_byte(values), None if clear is None else values == clear)
-    if image.mode == "L" and isinstance(clear, int):  # Pillow scales the pixels, but not `clear`
-        grey = np.asarray(image)
-        return _grey(grey, grey == clear * {2: 85, 4: 17}.get(png_depth, 1))
+    if image.mode in ("1", "L") and isinstance(clear, int):  # Pillow scales pixels, but not `clear`
+        top = 1 if image.mode == "1" else (1 << min(png_depth, 8)) - 1
+        grey = np.asarray(image.convert("L"))
+        return _grey(grey, grey == (clear & top) * 255 // top)
     if image.mode == "RGB" and isinstance(clear, tuple) and png_depth == 16:
         # The pixels' lower bytes are gone, so colours that differ only there are clear as well.
         image.info["transparency"] = tuple(value >> 8 for value in clear)

@@ -23,6 +23,8 @@ def shown_rows(rgba: Image.Image) -> Image.Image | None:
 def on_white(rgba: Image.Image) -> Colours:
     """Colours `[height * width, 3]` of an RGBA image that lies on white, rounded to the nearest."""
     pixels = np.asarray(rgba).reshape(-1, 4)
+    if (pixels[:, 3] == 255).all():  # most are: a photograph needs no room for more than itself
+        return np.ascontiguousarray(pixels[:, :3])
     missing = (255 - pixels[:, :3]).astype(np.uint16) * pixels[:, 3:]
     return np.asarray(255 - (missing + 127) // 255, np.uint8)
 
