@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import secrets
+import struct
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import IO, Protocol, TypeAlias, TypedDict, TypeVar
@@ -19,7 +20,9 @@ from concertina.v1 import session_service_pb2 as session_pb
 class PillowImage(Protocol):
     """The part of `PIL.Image.Image` that a prompt needs: the client works without Pillow."""
 
-    def save(self, fp: IO[bytes], format: str | None = ...) -> None: ...
+    def save(self, fp: IO[bytes], format: str | None = ..., *, exif: bytes = ...) -> None: ...
+
+    def getexif(self) -> Mapping[int, object]: ...
 
 
 PromptLike: TypeAlias = str | bytes | Sequence[int] | PillowImage
@@ -28,6 +31,7 @@ PromptLike: TypeAlias = str | bytes | Sequence[int] | PillowImage
 _Message = TypeVar("_Message", bound=Message)
 _KEY_BYTES = 16
 _PNG = b"\x89PNG\r\n\x1a\n"
+_ORIENTATION = 0x0112
 
 
 class ContinueParameters(TypedDict, total=False):
@@ -161,14 +165,31 @@ def prompt_message(prompt: PromptLike | None, label: str | None) -> pb.Prompt | 
         return _message(pb.Prompt, image=rows, label=label)
     if isinstance(prompt, Iterable):
         return _message(pb.Prompt, tokens=_message(pb.TokenIds, ids=prompt), label=label)
-    if hasattr(prompt, "save"):
-        png = io.BytesIO()
-        prompt.save(png, format="PNG")
-        return _message(pb.Prompt, image=pb.ImageRows(png=png.getvalue()), label=label)
+    if hasattr(prompt, "save") and hasattr(prompt, "getexif"):
+        return _message(pb.Prompt, image=pb.ImageRows(png=_png(prompt)), label=label)
     raise InvalidRequest(
         f"a prompt is text, token ids, PNG or RGB bytes, or a Pillow image; "
         f"got {type(prompt).__name__}"
     )
+
+
+def _png(image: PillowImage) -> bytes:
+    """An image as PNG. Its orientation goes with it, since the server turns images upright."""
+    orientation = image.getexif().get(_ORIENTATION)
+    exif = b""
+    if isinstance(orientation, int) and 1 < orientation <= 8:
+        # One big-endian table of EXIF with one entry: the orientation, a 16-bit integer.
+        entry = struct.pack(">HHIHH", _ORIENTATION, 3, 1, orientation, 0)
+        exif = b"Exif\0\0" + struct.pack(">2sHIH", b"MM", 42, 8, 1) + entry + bytes(4)
+    png = io.BytesIO()
+    try:
+        image.save(png, format="PNG", exif=exif)
+    except (OSError, ValueError) as error:
+        raise InvalidRequest(
+            f"the image cannot be sent as PNG ({error}): convert it first, for example with "
+            'image.convert("RGB")'
+        ) from None
+    return png.getvalue()
 
 
 def _sampling(parameters: ContinueParameters) -> pb.SamplingParameters:
