@@ -33,6 +33,7 @@ from server.snapshots.names import (
     claim_in,
     end_name,
     epoch_of,
+    is_live,
     origin_name,
     parts_of,
     replaced,
@@ -143,7 +144,8 @@ class LogWriter:
         for name, part in _new_parts(job, stored):
             sealed = self.sealed(job.bundle, lease, pb.Snapshot(outputs=[part]), name)
             with suppress(FileExistsError):  # an earlier try, which seemed to fail
-                self._store.create(owner, stream_id, name, sealed)
+                # What lands late stays: another server may have adopted it by then.
+                self._store.create(owner, stream_id, name, sealed, is_live)
             added.append(name)
             nbytes += len(sealed)
         names = self._store.names(owner, stream_id)
