@@ -34,12 +34,13 @@ from loadtest.scenarios.clusters import Cluster, Processes, Ray, Store
 from loadtest.scenarios.result import Kill, Result
 from loadtest.servers import START_LIMIT_S
 
-_STREAM_LIMIT_S = 600.0
-_SILENCE_LIMIT_S = START_LIMIT_S + 60.0  # an event, or an error, has to come within this
+_STREAM_LIMIT_S = 900.0
+_RESUME_FOR_S = 300.0  # servers that start, while the store hangs, again and again
+_SILENCE_LIMIT_S = _RESUME_FOR_S + 60.0  # an event, or an error, has to come within this
 _LONG_PROMPTS = (16, 200, 1_200, 1_900)
 _PROBES = 3  # after each kill, so many prompts of all known tokens are sent, to compare with
 _ACCEPTANCE_LIMIT_S = 45.0  # two or three operations of the store, of at most ten seconds each
-_FINE_S = (1.0, 6.0)
+_FINE_S = (2.0, 10.0)
 _TROUBLES = (  # and how long they last
     (Trouble.REFUSES, (0.5, 6.0)),
     (Trouble.CUTS, (0.5, 6.0)),
@@ -263,7 +264,7 @@ async def _read_once(client: AsyncClient, wanted: Wanted, result: Result) -> tup
     accepted: Accepted | None = None
     asked_at = time.monotonic()
     try:
-        stream = client.generate(wanted.prompt, resume_for=START_LIMIT_S, **wanted.parameters)
+        stream = client.generate(wanted.prompt, resume_for=_RESUME_FOR_S, **wanted.parameters)
         async for event in _spoken(stream):
             if isinstance(event, Accepted):
                 accepted = event
