@@ -43,22 +43,27 @@ def compare(
             help="`NAME`, `NAME:POOLING` or `NAME@SEEDS`; default: all (fixed, full: 3 seeds)."
         ),
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Training tokens of each run.")] = 1_000_000,
+    tokens: Annotated[int, typer.Option(min=1, help="Training tokens of each run.")] = 1_000_000,
     context: Annotated[
-        int, typer.Option(help="Tokens per window (for images: their pixels).")
+        int, typer.Option(min=1, help="Tokens per window (for images: their pixels).")
     ] = 1024,
-    span: Annotated[int, typer.Option(help="Tokens per block (for images: their width).")] = 32,
-    width: Annotated[int, typer.Option(help="Width of the residual stream.")] = 128,
-    layers: Annotated[int, typer.Option(help="Number of layers.")] = 4,
-    heads: Annotated[int, typer.Option(help="Number of heads.")] = 4,
+    span: Annotated[
+        int, typer.Option(min=1, help="Tokens per block (for images: their width).")
+    ] = 32,
+    width: Annotated[int, typer.Option(min=1, help="Width of the residual stream.")] = 128,
+    layers: Annotated[int, typer.Option(min=1, help="Number of layers.")] = 4,
+    heads: Annotated[int, typer.Option(min=1, help="Number of heads.")] = 4,
     mlp: Annotated[
-        int, typer.Option(help="Width of the MLP; smaller for a pattern with weights of its own.")
+        int,
+        typer.Option(
+            min=1, help="Width of the MLP; smaller for a pattern with weights of its own."
+        ),
     ] = 512,
     positions: Annotated[Positions, typer.Option(help="Position embedding.")] = "factored",
-    rows: Annotated[int, typer.Option(help="Windows per step.")] = 8,
-    rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 0.01,
+    rows: Annotated[int, typer.Option(min=1, help="Windows per step.")] = 8,
+    rate: Annotated[float, typer.Option(min=0, help="Peak learning rate.")] = 0.01,
     evaluations: Annotated[int, typer.Option(min=1, help="Points on the curve of a run.")] = 6,
-    threads: Annotated[int, typer.Option(help="CPU threads; 0 uses all cores.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 uses all cores.")] = 0,
 ) -> None:
     """Train patterns on the same data, tokens, seeds and number of weights, and compare them.
 

@@ -22,6 +22,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from concertina.shown import cut
+
 
 class BundleError(Exception):
     """A bundle that cannot be served. The message names the file, the reason and the remedy."""
@@ -34,15 +36,16 @@ class KeysError(ValueError):
 class RequestError(Exception):
     """A request that ends with an error.
 
-    `status` (the name of a gRPC status) and `message` are sent to the client unchanged.
+    `status` (the name of a gRPC status) and `message` are sent to the client unchanged. A
+    message is short, whatever was asked.
     """
 
     status: ClassVar[str] = "INTERNAL"
     retryable: ClassVar[bool] = False
 
     def __init__(self, message: str, retry_after_s: float | None = None) -> None:
-        super().__init__(message)
-        self.message = message
+        self.message = cut(message)
+        super().__init__(self.message)
         self.retry_after_s = retry_after_s
 
 

@@ -12,6 +12,7 @@ from typing import Protocol, TypeVar
 
 import grpc
 
+from concertina.shown import listed, shown
 from server.auth.api_keys import Caller, Callers
 from server.errors import PermissionDenied, RequestError, StepFailed, UnknownModel
 from server.sessions.served_model import ServedModel
@@ -53,12 +54,12 @@ def find(models: Mapping[str, ServedModel], caller: Caller, name: str) -> Served
     usable = visible(models, caller)
     if name in usable:
         return usable[name]
-    names = ", ".join(sorted(usable)) or "none"
+    names = listed(sorted(usable)) or "none"
     if name and not caller.may_use(name):  # must not show whether the model is served
-        reason = f"key {caller.name!r} is not for model {name[:100]!r}"
+        reason = f"key {caller.name!r} is not for model {shown(name)}"
         raise PermissionDenied(f"{reason}; of those served, it is for: {names}")
     if name:
-        raise UnknownModel(f"model {name[:100]!r} is not served here; these are: {names}")
+        raise UnknownModel(f"model {shown(name)} is not served here; these are: {names}")
     if not models:
         raise UnknownModel("no model is served here yet; try again later")
     if not usable:

@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from concertina.codecs.pixels import nearest, on_white, open_png, shown_rows
+from concertina.shown import listed, shown
 from concertina.v1 import generation_service_pb2 as pb
 from server.arrays import Ints
 from server.bundles.bundle import Bundle
@@ -52,9 +53,10 @@ def _start_token(bundle: Bundle, prompt: pb.Prompt) -> int:
         return start
     labels = list(bundle.manifest.labels)
     if prompt.label not in labels:
-        names = ", ".join(repr(label) for label in labels) or "none"
-        shown = prompt.label[:100]
-        raise InvalidRequest(f"prompt.label is {shown!r}; {bundle.name} has these labels: {names}")
+        names = listed(map(repr, labels)) or "none"
+        raise InvalidRequest(
+            f"prompt.label is {shown(prompt.label)}; {bundle.name} has these labels: {names}"
+        )
     return start + 1 + labels.index(prompt.label)
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import psutil
 import typer
@@ -17,7 +17,7 @@ from rich.console import Console
 from server.auth.api_keys import read_keys
 from server.auth.tls import require_usable
 from server.bundles.bundle import load_bundle
-from server.config import ConfigError, EngineConfig, Provider, ServeConfig, TlsConfig
+from server.config import RANGES, ConfigError, EngineConfig, Provider, ServeConfig, TlsConfig
 from server.hosts.ray_environment import HAPROXY_PROGRAM, ray_environment
 from server.ops.ports import require_free
 from server.ops.process import interrupt_on_stop_signals
@@ -25,6 +25,12 @@ from server.snapshots.opening import open_store
 
 BUNDLES: Final = Path("bundles")
 _WATCHED_SHARES: Final = 4  # with --watch: number of bundles that memory is divided for
+
+
+def _number(setting: str, help: str) -> Any:
+    """An option for a number, with the range that the configuration gives it."""
+    lowest, highest = RANGES[setting]
+    return typer.Option(min=lowest, max=highest, help=help)
 
 
 def serve(
@@ -46,43 +52,52 @@ def serve(
     host: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0 opens the port to the network.")
     ] = ServeConfig.host,
-    port: Annotated[int, typer.Option(help="Port of the gRPC services.")] = ServeConfig.port,
+    port: Annotated[int, _number("port", "Port of the gRPC services.")] = ServeConfig.port,
     metrics_port: Annotated[
-        int, typer.Option(help="Port for Prometheus metrics and health; 0 turns it off.")
+        int, _number("metrics_port", "Port for Prometheus metrics and health; 0 turns it off.")
     ] = ServeConfig.metrics_port,
     slots: Annotated[
-        int, typer.Option(help="Streams of one bundle that decode at the same time.")
+        int, _number("slots", "Streams of one bundle that decode at the same time.")
     ] = EngineConfig.slots,
     queue_limit: Annotated[
-        int, typer.Option(help="Streams of one bundle that may wait; further ones are refused.")
+        int,
+        _number("queue_limit", "Streams of one bundle that may wait; further ones are refused."),
     ] = EngineConfig.queue_limit,
     queue_tokens: Annotated[
         int,
-        typer.Option(help="Prompt tokens of one bundle that may wait; further ones are refused."),
+        _number(
+            "queue_tokens", "Prompt tokens of one bundle that may wait; further ones are refused."
+        ),
     ] = EngineConfig.queue_tokens,
     state_limit_bytes: Annotated[
         int,
-        typer.Option(
-            help="Largest state that the streams of one bundle may reach; 0 divides half of the "
-            "machine's memory among bundles and replicas (with --watch: as if for four bundles)."
+        _number(
+            "state_limit_bytes",
+            "Largest state that the streams of one bundle may reach; 0 divides half of the "
+            "machine's memory among bundles and replicas (with --watch: as if for four bundles).",
         ),
     ] = EngineConfig.state_limit_bytes,
     prefix_cache_bytes: Annotated[
-        int, typer.Option(help="Memory for the folded blocks that prompts share; 0 keeps none.")
+        int,
+        _number(
+            "prefix_cache_bytes", "Memory for the folded blocks that prompts share; 0 keeps none."
+        ),
     ] = EngineConfig.prefix_cache_bytes,
     prefill_chunk: Annotated[
         int,
-        typer.Option(help="Most prompt tokens in one pass; running streams decode in between."),
+        _number(
+            "prefill_chunk", "Most prompt tokens in one pass; running streams decode in between."
+        ),
     ] = EngineConfig.prefill_chunk,
     prefill_share: Annotated[
         float,
-        typer.Option(help="Share of the time that prompts may take while streams decode."),
+        _number("prefill_share", "Share of the time that prompts may take while streams decode."),
     ] = EngineConfig.prefill_share,
     replicas: Annotated[
-        int, typer.Option(help="Number of server processes; each serves every bundle.")
+        int, _number("replicas", "Number of server processes; each serves every bundle.")
     ] = ServeConfig.replicas,
     threads: Annotated[
-        int, typer.Option(help="Threads for each model; 0 uses all cores.")
+        int, _number("threads", "Threads for each model; 0 uses all cores.")
     ] = EngineConfig.threads,
     provider: Annotated[
         Provider,
@@ -90,15 +105,17 @@ def serve(
     ] = EngineConfig.provider,
     drain_seconds: Annotated[
         int,
-        typer.Option(
-            help="Time for streams to end after Ctrl-C, or after their bundle is removed."
+        _number(
+            "drain_seconds",
+            "Time for streams to end after Ctrl-C, or after their bundle is removed.",
         ),
     ] = ServeConfig.drain_seconds,
     draft_tokens: Annotated[
         int,
-        typer.Option(
-            help="Draft tokens to guess from repeated text while a single stream runs; "
-            "they change only its speed. 0 turns it off."
+        _number(
+            "draft_tokens",
+            "Draft tokens to guess from repeated text while a single stream runs; "
+            "they change only its speed. 0 turns it off.",
         ),
     ] = EngineConfig.draft_tokens,
     snapshots: Annotated[
@@ -117,13 +134,13 @@ def serve(
         ),
     ] = ServeConfig.snapshots_optional,
     snapshot_interval: Annotated[
-        int, typer.Option(help="Tokens between two snapshots of a stream.")
+        int, _number("snapshot_interval", "Tokens between two snapshots of a stream.")
     ] = EngineConfig.snapshot_interval,
     snapshot_ttl: Annotated[
-        int, typer.Option(help="Seconds after which a snapshot expires.")
+        int, _number("snapshot_ttl", "Seconds after which a snapshot expires.")
     ] = ServeConfig.snapshot_ttl,
     session_bytes: Annotated[
-        int, typer.Option(help="Memory for the state of kept streams that have ended.")
+        int, _number("session_bytes", "Memory for the state of kept streams that have ended.")
     ] = EngineConfig.session_bytes,
     keys: Annotated[
         Path | None,

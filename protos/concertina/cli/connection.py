@@ -18,6 +18,7 @@ from concertina.client import (
     Model,
     ModelNotFound,
 )
+from concertina.shown import listed
 
 if TYPE_CHECKING:
     from concertina.client.channel import Access
@@ -57,9 +58,9 @@ def choose_model(client: Client, name: str, modality: str) -> Model:
     if len(able) == 1:
         return able[0]
     if not able:
-        names = ", ".join(f"{model.name} ({model.modality})" for model in served) or "nothing"
+        names = listed(f"{model.name} ({model.modality})" for model in served) or "nothing"
         raise ModelNotFound(f"no {modality} model is served at {client.address}, only {names}")
-    names = ", ".join(model.name for model in able)
+    names = listed(model.name for model in able)
     raise InvalidRequest(f"several {modality} models are served: choose with --model: {names}")
 
 

@@ -14,8 +14,6 @@ from concertina.client.errors import (
     ContractViolation,
     GenerationFailed,
     StreamCut,
-    refusal,
-    status_error,
 )
 from concertina.client.events import (
     Accepted,
@@ -30,6 +28,7 @@ from concertina.client.events import (
     Tokens,
     Usage,
 )
+from concertina.client.statuses import refusal, status_error
 from concertina.v1 import generation_service_pb2 as pb
 
 _REASONS = {

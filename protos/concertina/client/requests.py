@@ -5,13 +5,15 @@ from __future__ import annotations
 import io
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import timedelta
-from typing import IO, Protocol, TypeAlias, TypedDict, TypeVar
+from difflib import get_close_matches
+from typing import IO, Final, Protocol, TypeAlias, TypedDict, TypeVar
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
 from concertina.client.errors import InvalidRequest
+from concertina.client.times import finite_seconds
+from concertina.shown import cut, shown
 from concertina.v1 import generation_service_pb2 as pb
 from concertina.v1 import session_service_pb2 as session_pb
 
@@ -28,6 +30,9 @@ PromptLike: TypeAlias = str | bytes | Sequence[int] | PillowImage
 _Message = TypeVar("_Message", bound=Message)
 _KEY_BYTES = 16
 _PNG = b"\x89PNG\r\n\x1a\n"
+_MOST_REASON: Final = 200
+# Keyword arguments of the calls that are no parameters of the request.
+_OF_THE_CALL: Final = ("prompt", "timeout", "keep", "resume_for")
 
 
 class ContinueParameters(TypedDict, total=False):
@@ -102,8 +107,10 @@ def generate_request(
 ) -> pb.GenerateRequest:
     """A request to generate. With `keep` (seconds) it has a key, so that it is safe to send twice.
 
-    Raises InvalidRequest, naming the parameter, for a value that the message cannot hold.
+    Raises InvalidRequest, naming the parameter, for a value that the message cannot hold, and
+    TypeError for a parameter that there is not.
     """
+    _check_names("generate", parameters, GenerateParameters.__optional_keys__)
     return _message(
         pb.GenerateRequest,
         model=parameters.get("model"),
@@ -128,8 +135,10 @@ def continue_request(
 ) -> session_pb.ContinueRequest:
     """A request to continue a stream.
 
-    Raises InvalidRequest, naming the parameter, for a value that the message cannot hold.
+    Raises InvalidRequest, naming the parameter, for a value that the message cannot hold, and
+    TypeError for a parameter that there is not.
     """
+    _check_names("continue_", parameters, ContinueParameters.__optional_keys__)
     sampling, stopping = _sampling(parameters), _stopping(parameters)
     return _message(
         session_pb.ContinueRequest,
@@ -203,6 +212,16 @@ def _stopping(parameters: ContinueParameters) -> pb.StoppingCriteria:
     )
 
 
+def _check_names(call: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raises TypeError for the first name that is not known, as Python does for its functions."""
+    known = {*known}
+    for name in given:
+        if name not in known:
+            like = get_close_matches(name, {*known, *_OF_THE_CALL}, 1)
+            hint = f"; did you mean {like[0]!r}?" if like else ""
+            raise TypeError(f"{call}() got an unexpected keyword argument {shown(name)}{hint}")
+
+
 def _message(kind: type[_Message], **fields: object) -> _Message:
     """A message with the fields that are not None, set one by one so that an error names one."""
     message = kind()
@@ -212,16 +231,26 @@ def _message(kind: type[_Message], **fields: object) -> _Message:
         try:
             message.MergeFrom(kind(**{name: value}))
         except (TypeError, ValueError) as error:
-            raise InvalidRequest(f"{name} is not valid: {value!r} ({error})") from None
+            name, value = _culprit(kind, name, value)
+            reason = cut(str(error), _MOST_REASON)
+            raise InvalidRequest(f"{name} is not valid: {shown(value)} ({reason})") from None
     return message
+
+
+def _culprit(kind: type[Message], name: str, value: object) -> tuple[str, object]:
+    """The item of a list that the field cannot hold, by its name; the whole if there is none."""
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        for index, item in enumerate(value):
+            try:
+                kind(**{name: [item]})
+            except (TypeError, ValueError):
+                return f"{name}[{index}]", item
+    return name, value
 
 
 def _duration(name: str, time: float | None) -> Duration | None:
     if time is None:
         return None
     duration = Duration()
-    try:
-        duration.FromTimedelta(timedelta(seconds=time))
-    except (OverflowError, ValueError, TypeError):
-        raise InvalidRequest(f"{name} is not a number of seconds: {time!r}") from None
+    duration.FromNanoseconds(round(1e9 * finite_seconds(name, time)))
     return duration

@@ -12,17 +12,19 @@ from typing import Final, TypeAlias
 
 import grpc
 
-from concertina.client.errors import (
-    ConcertinaError,
-    StreamCut,
+from concertina.client.errors import ConcertinaError, StreamCut
+from concertina.client.event_reader import EventReader, seconds
+from concertina.client.events import Event
+from concertina.client.requests import GenerateParameters, PromptLike, generate_request
+from concertina.client.statuses import (
+    is_too_large,
     is_unreachable,
+    is_without_replica,
     refusal,
     session_error,
     status_error,
 )
-from concertina.client.event_reader import EventReader, seconds
-from concertina.client.events import Event
-from concertina.client.requests import GenerateParameters, PromptLike, generate_request
+from concertina.client.times import patience_seconds, timeout_seconds
 from concertina.v1 import generation_service_pb2 as pb
 from concertina.v1 import session_service_pb2 as session_pb
 
@@ -44,8 +46,6 @@ _BROKEN = frozenset(
         grpc.StatusCode.UNAVAILABLE,
     }
 )
-# In a NOT_FOUND of Ray's own proxy, which answers while no replica of ours does.
-_RAY_WITHOUT_US = "RayServeAPIService"
 _NOT_DURABLE = (
     "the replica that held it is gone, and the stream was not durable: serve with --snapshots, "
     "and streams survive that"
@@ -75,8 +75,8 @@ def begin(
     keep: float | None,
     resume_for: float | None,
 ) -> Resumption:
-    """A stream to generate, as `Client.generate` describes it. Raises InvalidRequest."""
-    keep_s = DEFAULT_KEEP_S if keep is None else keep
+    """A stream to generate, as `Client.generate` describes it. Raises InvalidRequest, TypeError."""
+    keep_s = DEFAULT_KEEP_S if keep is None else patience_seconds("keep", keep)
     return Resumption(
         address,
         generate_request(prompt, parameters, keep_s),
@@ -107,8 +107,9 @@ class Resumption:
         self.resumed = 0
         self._address = address
         self._request = request
-        self._deadline = None if timeout is None else monotonic() + timeout
-        self._resume_for = resume_for
+        timeout_s = timeout_seconds(timeout)
+        self._deadline = None if timeout_s is None else monotonic() + timeout_s
+        self._resume_for = patience_seconds("resume_for", resume_for)
         self._forget = forget
         self._reader = EventReader(address, isinstance(request, session_pb.ContinueRequest))
         self._state = _State.STARTING
@@ -222,8 +223,8 @@ class Resumption:
             return True
         if self._state is not _State.RESUMING:
             return False
-        no_replica = code is grpc.StatusCode.NOT_FOUND and _RAY_WITHOUT_US in details
-        return no_replica or code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        full = code is grpc.StatusCode.RESOURCE_EXHAUSTED and not is_too_large(code, details)
+        return full or is_without_replica(code, details)
 
     def _check_error(self, error: pb.Error) -> None:
         """Raises CallBroken for an error event that ends the call, but not the stream.

@@ -12,9 +12,10 @@ from typing import Any, Unpack
 import grpc
 
 from concertina.client.connection import AsyncConnection, Connection, Stubs
-from concertina.client.errors import ContractViolation, session_error
+from concertina.client.errors import ContractViolation
 from concertina.client.requests import ContinueParameters, continue_request, fork_request
 from concertina.client.resuming import DEFAULT_KEEP_S, Resumption
+from concertina.client.statuses import session_error
 from concertina.client.streams import AsyncStream, Stream
 from concertina.v1 import session_service_pb2 as pb
 

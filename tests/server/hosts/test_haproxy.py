@@ -12,7 +12,7 @@ import grpc
 import pytest
 
 from concertina.client.channel import Access, Tls
-from concertina.client.errors import status_error
+from concertina.client.statuses import status_error
 from server.config import TlsConfig
 from server.hosts.haproxy import haproxy_program, wait_for_replicas, write_tls_script
 from server.ops.ports import free_ports
