@@ -7,7 +7,6 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import (
     BarColumn,
@@ -18,6 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from concertina.cli.output import plain_console
 from export.compare import Entry
 from export.compare import compare as compare_runs
 from export.comparison import table, write_report
@@ -75,7 +75,7 @@ def compare(
     concertina compare data/emoji runs/pools fixed@3 fixed:mean@3 fixed:deepset-max@3
     concertina compare data/python runs/long fixed full --context 4096 --span 64 --rows 2
     """
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     if threads:
         torch.set_num_threads(threads)
     loaded = load_dataset(dataset)
@@ -96,7 +96,7 @@ def compare(
     budget = TrainConfig(tokens=tokens, rows=rows, rate=rate, evaluate_every=every)
     entries = [Entry.parse(pattern) for pattern in patterns or _DEFAULT]
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
@@ -112,5 +112,5 @@ def compare(
 
         results = compare_runs(loaded, base, budget, entries, out, show)
     write_report(out, results, info.unit)
-    Console().print(Markdown(table(results, info.unit)))
-    console.print(f"{out}: results.json, table.md, quality.svg, cost.svg", highlight=False)
+    plain_console().print(Markdown(table(results, info.unit)), soft_wrap=False)
+    console.print(f"{out}: results.json, table.md, quality.svg, cost.svg")

@@ -18,7 +18,7 @@ from model.train import Progress as TrainProgress
 from model.train import TrainConfig
 from model.train import train as train_into
 
-_console = Console(stderr=True)
+_console = Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 class Kind(enum.StrEnum):
@@ -159,7 +159,7 @@ def train(
         bfloat16=not float32,
     )
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),

@@ -14,8 +14,8 @@ from typing import Annotated
 
 import psutil
 import typer
-from rich.console import Console
 
+from concertina.cli.output import plain_console, print_whole
 from loadtest.bench.plan import CONTESTANTS, CONTEXTS, STREAMS, Plan, all_cells, quick_cells
 from loadtest.bench.plots import plot
 from loadtest.bench.report import as_json, render
@@ -99,7 +99,7 @@ def bench(
         limit_s=_QUICK_LIMIT_S if quick else Plan.limit_s,
     )
     report = _measure(plan, peer_python or sys.executable, models)
-    Console().print(render(report))
+    print_whole(render(report))
     if json_file is not None:
         text = json.dumps(as_json(report, describe_machine()), indent=1)
         json_file.write_text(text + "\n", encoding="utf-8")
@@ -121,13 +121,13 @@ def describe_machine() -> dict[str, object]:
 
 
 def _measure(plan: Plan, peer_python: str, models: Path | None) -> Report:
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     kept = nullcontext(models) if models else tempfile.TemporaryDirectory(prefix="concertina-")
     with kept as folder, console.status("") as status:
         Path(folder).mkdir(parents=True, exist_ok=True)
 
         def on_job(what: str) -> None:
-            status.update(what) if console.is_terminal else console.print(what, highlight=False)
+            status.update(what) if console.is_terminal else console.print(what)
 
         return run(plan, in_process(peer_python, plan.limit_s), Path(folder).resolve(), on_job)
 

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Final
 
 import psutil
 import typer
-from rich.console import Console
 
+from concertina.cli.output import plain_console
 from server.auth.api_keys import read_keys
 from server.auth.tls import require_usable
 from server.bundles.bundle import load_bundle
@@ -220,7 +220,7 @@ def serve(
     if metrics_port:
         require_free(host, metrics_port, "choose another with --metrics-port, or 0 for none")
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = plain_console()
     names = ", ".join(bundle.name for bundle in opened)
     console.print(f"starting {names or f'the bundles in {watch}'}")
 

@@ -9,11 +9,11 @@ from time import perf_counter
 from PIL import Image
 from rich.color import Color
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.markup import escape
 from rich.measure import Measurement
 from rich.panel import Panel
 from rich.segment import Segment
 from rich.style import Style
+from rich.text import Text
 
 _FRAME = 6  # lines and columns that the border and the shell's prompt use
 
@@ -89,7 +89,7 @@ class Easel:
         rate = (canvas.painted - self._before) / (perf_counter() - self._started)
         return Panel(
             canvas,
-            title=escape(self._title),
+            title=Text(self._title),
             subtitle=f"{canvas.painted}/{canvas.pixels} pixels · {rate:.0f}/s",
             border_style="dim",
             expand=False,

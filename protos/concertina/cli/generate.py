@@ -149,7 +149,7 @@ def generate(
             timeout=timeout,
             keep=keep,
         )
-        printer = EventPrinter(json_output)
+        printer = EventPrinter(json_output, names_stream=bool(keep))
         with stream, nullcontext() if json_output else own_line():
             tokens = printer.tokens(stream)
             if json_output:

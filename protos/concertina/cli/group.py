@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from typing import Annotated, Any, NamedTuple
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 from typer._click import ClickException
 from typer.core import TyperCommand, TyperGroup
 
 from concertina import __version__
+from concertina.cli.output import plain_console
 from concertina.shown import cut
 
 _OURS = ("concertina", "server", "model", "export", "loadtest")
@@ -83,7 +83,7 @@ def command_line(commands: dict[str, Command]) -> TyperGroup:
 
 def print_error(message: str) -> None:
     """Prints one line on standard error."""
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console = plain_console(stderr=True)
     console.print(Text.assemble(("error: ", "bold red"), cut(message)))
 
 

@@ -34,6 +34,7 @@ from concertina.cli.options import (
     access,
     png_file,
 )
+from concertina.cli.output import plain_console
 from concertina.cli.printing import EventPrinter
 from concertina.client import DEFAULT_ADDRESS
 from concertina.codecs.pixels import in_palette, on_white
@@ -102,7 +103,7 @@ def paint(
             priority=priority,
             timeout=timeout,
         )
-        console = Console()
+        console = plain_console()
         live = console.is_terminal and not json_output
         easel = Easel(canvas, " · ".join(filter(None, (chosen.name, label))))
         easel.fit(console)
@@ -115,5 +116,9 @@ def paint(
         canvas.image(scale).save(out, format="PNG")
     elif not live and not json_output:
         canvas.zoom = 1
-        Console(force_terminal=True, color_system="truecolor").print(canvas, end="")
+        _picture_console().print(canvas, end="")
     printer.summarise()
+
+
+def _picture_console() -> Console:
+    return Console(force_terminal=True, color_system="truecolor", markup=False, emoji=False)

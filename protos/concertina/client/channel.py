@@ -14,6 +14,7 @@ from google.protobuf.message import Message
 from concertina.addresses import host_of, is_loopback
 from concertina.client.errors import InvalidRequest
 from concertina.client.times import timeout_seconds
+from concertina.shown import shown
 
 KEY_VARIABLE: Final = "CONCERTINA_KEY"
 _MAX_KEY_CHARACTERS: Final = 4096  # gRPC refuses headers of 8 KiB and more
@@ -96,7 +97,14 @@ class Access:
 
 
 def channel_options(address: str) -> tuple[tuple[str, int], ...]:
-    """The options of a channel to an address; to this machine it uses no proxy."""
+    """The options of a channel to an address; to this machine it uses no proxy.
+
+    Raises InvalidRequest for what is no address.
+    """
+    if not (address and address.isascii() and address.isprintable()):
+        raise InvalidRequest(
+            f"address is {shown(address)}: give HOST:PORT, for example 127.0.0.1:9000 or [::1]:9000"
+        )
     direct = is_loopback(host_of(address))
     return (*_OPTIONS, ("grpc.enable_http_proxy", 0)) if direct else _OPTIONS
 

@@ -9,7 +9,7 @@ import grpc
 from concertina.client.channel import Access, Tls
 from concertina.client.connection import AsyncConnection, Connection
 from concertina.client.models import Model, Score, model_from, score_from
-from concertina.client.requests import GenerateParameters, PromptLike, score_request
+from concertina.client.requests import GenerateParameters, PromptLike, message, score_request
 from concertina.client.resuming import begin
 from concertina.client.sessions import AsyncSessions, Sessions
 from concertina.client.streams import AsyncStream, Stream
@@ -86,7 +86,7 @@ class Client:
 
     def model(self, name: str = "", *, timeout: float | None = None) -> Model:
         """One model; without a name, the only one that is served."""
-        request = model_service_pb2.GetModelRequest(model=name)
+        request = message(model_service_pb2.GetModelRequest, model=name)
         try:
             return model_from(self._connection.models.GetModel(request, timeout=timeout).model)
         except grpc.RpcError as error:
@@ -154,7 +154,7 @@ class AsyncClient:
 
     async def model(self, name: str = "", *, timeout: float | None = None) -> Model:
         """One model; without a name, the only one that is served."""
-        request = model_service_pb2.GetModelRequest(model=name)
+        request = message(model_service_pb2.GetModelRequest, model=name)
         try:
             return model_from(
                 (await self._connection.models.GetModel(request, timeout=timeout)).model

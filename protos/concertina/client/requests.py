@@ -111,13 +111,13 @@ def generate_request(
     TypeError for a parameter that there is not.
     """
     _check_names("generate", parameters, GenerateParameters.__optional_keys__)
-    return _message(
+    return message(
         pb.GenerateRequest,
         model=parameters.get("model"),
         prompt=prompt_message(prompt, parameters.get("label")),
         sampling=_sampling(parameters),
         stopping=_stopping(parameters),
-        output=_message(
+        output=message(
             pb.OutputOptions,
             n=parameters.get("n"),
             logprobs=parameters.get("logprobs"),
@@ -140,7 +140,7 @@ def continue_request(
     """
     _check_names("continue_", parameters, ContinueParameters.__optional_keys__)
     sampling, stopping = _sampling(parameters), _stopping(parameters)
-    return _message(
+    return message(
         session_pb.ContinueRequest,
         stream_id=stream_id,
         prompt=prompt_message(prompt, None),
@@ -151,29 +151,29 @@ def continue_request(
 
 def fork_request(stream_id: str, n: int) -> session_pb.ForkRequest:
     """A request for copies. Raises InvalidRequest for a number that the message cannot hold."""
-    return _message(session_pb.ForkRequest, stream_id=stream_id, n=n)
+    return message(session_pb.ForkRequest, stream_id=stream_id, n=n)
 
 
 def score_request(prompt: PromptLike, model: str, label: str | None) -> pb.ScoreRequest:
     """A request for a score. Raises InvalidRequest for a prompt that the message cannot hold."""
-    return _message(pb.ScoreRequest, model=model, prompt=prompt_message(prompt, label))
+    return message(pb.ScoreRequest, model=model, prompt=prompt_message(prompt, label))
 
 
 def prompt_message(prompt: PromptLike | None, label: str | None) -> pb.Prompt | None:
     """The message for a prompt; None for no prompt and no label: an unconditional start."""
     if prompt is None:
-        return None if label is None else _message(pb.Prompt, label=label)
+        return None if label is None else message(pb.Prompt, label=label)
     if isinstance(prompt, str):
-        return _message(pb.Prompt, text=prompt, label=label)
+        return message(pb.Prompt, text=prompt, label=label)
     if isinstance(prompt, bytes):
         rows = pb.ImageRows(png=prompt) if prompt.startswith(_PNG) else pb.ImageRows(rgb=prompt)
-        return _message(pb.Prompt, image=rows, label=label)
+        return message(pb.Prompt, image=rows, label=label)
     if isinstance(prompt, Iterable):
-        return _message(pb.Prompt, tokens=_message(pb.TokenIds, ids=prompt), label=label)
+        return message(pb.Prompt, tokens=message(pb.TokenIds, ids=prompt), label=label)
     if hasattr(prompt, "save"):
         png = io.BytesIO()
         prompt.save(png, format="PNG")
-        return _message(pb.Prompt, image=pb.ImageRows(png=png.getvalue()), label=label)
+        return message(pb.Prompt, image=pb.ImageRows(png=png.getvalue()), label=label)
     raise InvalidRequest(
         f"a prompt is text, token ids, PNG or RGB bytes, or a Pillow image; "
         f"got {type(prompt).__name__}"
@@ -181,7 +181,7 @@ def prompt_message(prompt: PromptLike | None, label: str | None) -> pb.Prompt | 
 
 
 def _sampling(parameters: ContinueParameters) -> pb.SamplingParameters:
-    return _message(
+    return message(
         pb.SamplingParameters,
         temperature=parameters.get("temperature"),
         top_k=parameters.get("top_k"),
@@ -200,7 +200,7 @@ def _sampling(parameters: ContinueParameters) -> pb.SamplingParameters:
 
 def _stopping(parameters: ContinueParameters) -> pb.StoppingCriteria:
     stop = parameters.get("stop")
-    return _message(
+    return message(
         pb.StoppingCriteria,
         max_tokens=parameters.get("max_tokens"),
         min_tokens=parameters.get("min_tokens"),
@@ -222,19 +222,22 @@ def _check_names(call: str, given: Iterable[str], known: Iterable[str]) -> None:
             raise TypeError(f"{call}() got an unexpected keyword argument {shown(name)}{hint}")
 
 
-def _message(kind: type[_Message], **fields: object) -> _Message:
-    """A message with the fields that are not None, set one by one so that an error names one."""
-    message = kind()
+def message(kind: type[_Message], **fields: object) -> _Message:
+    """A message with the fields that are not None, set one by one so that an error names one.
+
+    Raises InvalidRequest.
+    """
+    made = kind()
     for name, value in fields.items():
         if value is None:
             continue
         try:
-            message.MergeFrom(kind(**{name: value}))
+            made.MergeFrom(kind(**{name: value}))
         except (TypeError, ValueError) as error:
             name, value = _culprit(kind, name, value)
             reason = cut(str(error), _MOST_REASON)
             raise InvalidRequest(f"{name} is not valid: {shown(value)} ({reason})") from None
-    return message
+    return made
 
 
 def _culprit(kind: type[Message], name: str, value: object) -> tuple[str, object]:

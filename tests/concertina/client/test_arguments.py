@@ -225,3 +225,25 @@ def test_a_message_of_the_server_is_short(fake: Fake) -> None:
     with Client(fake.address) as client, pytest.raises(InvalidRequest) as raised:
         client.models()
     assert len(str(raised.value)) <= SHORT
+
+
+@pytest.mark.parametrize("call", ["model", "pause", "continue_", "fork", "export", "delete"])
+def test_a_name_that_is_no_text_is_named(using: Call, call: str) -> None:
+    methods = {
+        "model": lambda client, name: client.model(name),
+        "pause": lambda client, name: client.sessions.pause(name),
+        "continue_": lambda client, name: client.sessions.continue_(name),
+        "fork": lambda client, name: client.sessions.fork(name),
+        "export": lambda client, name: client.sessions.export(name),
+        "delete": lambda client, name: client.sessions.delete(name),
+    }
+    for name in ("\udcff", 5):
+        with pytest.raises(InvalidRequest, match=r"^(stream_id|model) is not valid"):
+            using(lambda client, name=name: methods[call](client, name))
+
+
+@pytest.mark.parametrize("address", ["", "h\udcff:1", "a\n:1"])
+async def test_an_address_that_is_none_is_named(address: str) -> None:
+    for kind in (Client, AsyncClient):
+        with pytest.raises(InvalidRequest, match=r"^address is .*\[::1\]:9000"):
+            kind(address)
