@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Final, Literal, NamedTuple, get_args
 
+from concertina.addresses import join, reachable
+
 Provider = Literal["cpu", "cuda"]
 """Device that computes: the CPU, or an NVIDIA GPU."""
 
@@ -136,7 +138,7 @@ class ServeConfig:
     """Directory to watch: its bundles are served as they change. None serves `bundles`."""
 
     host: str = "127.0.0.1"
-    """Address that callers connect to; `0.0.0.0` opens the port to the network."""
+    """Address that callers connect to; `0.0.0.0` or `::` opens the port to the network."""
 
     port: int = 9000
     """Port of the gRPC services."""
@@ -187,4 +189,4 @@ class ServeConfig:
     @property
     def address(self) -> str:
         """Address of the gRPC port, as seen from this machine."""
-        return f"{'127.0.0.1' if self.host == '0.0.0.0' else self.host}:{self.port}"
+        return join(reachable(self.host), self.port)

@@ -18,6 +18,7 @@ from server.auth.api_keys import read_keys
 from server.auth.tls import require_usable
 from server.bundles.bundle import load_bundle
 from server.config import RANGES, ConfigError, EngineConfig, Provider, ServeConfig, TlsConfig
+from server.hosts.greeting import greeting
 from server.hosts.ray_environment import HAPROXY_PROGRAM, ray_environment
 from server.ops.ports import require_free
 from server.ops.process import interrupt_on_stop_signals
@@ -50,7 +51,7 @@ def serve(
         ),
     ] = None,
     host: Annotated[
-        str, typer.Option(help="Address to listen on; 0.0.0.0 opens the port to the network.")
+        str, typer.Option(help="Address to listen on; 0.0.0.0 or :: opens the port to the network.")
     ] = ServeConfig.host,
     port: Annotated[int, _number("port", "Port of the gRPC services.")] = ServeConfig.port,
     metrics_port: Annotated[
@@ -227,14 +228,8 @@ def serve(
     def announce(data_path: str) -> None:
         ready_s = time.time() - psutil.Process().create_time()
         console.print(f"ready after {ready_s:.1f} s: {data_path}")
-        console.print(f"  gRPC     {config.address} {_openness(config)}")
-        if metrics_port:
-            console.print(f"  metrics  http://{host}:{metrics_port}/metrics")
-        if opened:
-            verb = "paint" if opened[0].is_image else 'generate "import "'
-            console.print(f"try: concertina {verb} -m {opened[0].name} --address {config.address}")
-        else:
-            console.print(f"see: concertina models --address {config.address}")
+        for line in greeting(config, opened):
+            console.print(line)
 
     interrupt_on_stop_signals()
     with suppress(KeyboardInterrupt):
@@ -250,14 +245,6 @@ def _tls(cert: Path | None, key: Path | None, client_ca: Path | None) -> TlsConf
     return TlsConfig(cert.resolve(), key.resolve(), client_ca and client_ca.resolve())
 
 
-def _openness(config: ServeConfig) -> str:
-    """Who may call, and whether the connection is encrypted."""
-    callers = "anyone who can reach it" if config.keys is None else "callers with a key"
-    if config.tls is None:
-        return f"(plaintext, for {callers})"
-    return f"({'TLS' if config.tls.client_ca is None else 'mTLS'}, for {callers})"
-
-
 def _serve(config: ServeConfig, local: bool, announce: Callable[[str], None]) -> None:
     if local:
         from server.hosts.local import serve as serve_locally
@@ -266,7 +253,7 @@ def _serve(config: ServeConfig, local: bool, announce: Callable[[str], None]) ->
         return
     with tempfile.TemporaryDirectory(prefix="concertina-") as directory:
         values = ray_environment(config, Path(directory))
-        if config.tls is not None:  # the script runs the program that the variable named before
+        if HAPROXY_PROGRAM in values:  # the script runs the program that the variable named before
             os.environ[HAPROXY_PROGRAM] = values[HAPROXY_PROGRAM]
         for name, value in values.items():
             os.environ.setdefault(name, value)

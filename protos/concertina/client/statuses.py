@@ -40,6 +40,7 @@ _BY_CODE: dict[str, type[ConcertinaError]] = {
 }
 _RETRYABLE = {"UNAVAILABLE", "RESOURCE_EXHAUSTED"}
 _NO_TLS = ("handshake failed", "tsi_", "socket closed", "connection reset")
+_OTHER_NAME = "hostname verification check failed"
 _NO_CONNECTION = ("failed to connect", "dns resolution failed", "connection refused")
 # Of gRPC itself, here or there; what our server refuses has other words.
 _TOO_LARGE = ("message larger than max", "metadata size exceeds")
@@ -107,6 +108,8 @@ def _unavailable(address: str, at: str, details: str) -> str:
     message = details.lower()
     if "failed to connect" in message and any(phrase in message for phrase in _NO_TLS):
         return f"{at} and --tls, --ca, --cert here do not fit together ({details})"
+    if _OTHER_NAME in message:
+        return f"the certificate of {at} is for other names: use one of them in the address"
     if not any(phrase in message for phrase in _NO_CONNECTION):
         return f"the server at {at} is unavailable: {details}"
     if at != address:
