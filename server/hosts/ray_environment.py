@@ -40,6 +40,10 @@ HAPROXY: Final = "HAProxy, direct ingress"
 DIRECT: Final = "direct ingress, without HAProxy"
 PYTHON_PROXY: Final = "Python proxy, far slower than HAProxy"
 
+# Systems do not take longer names of sockets.
+_LONGEST_SOCKET_PATH: Final = 103
+_LONGEST_SOCKET: Final = "/ray/session_2026-11-28_21-13-47_332594_4194304/sockets/plasma_store"
+
 GRPC_HOST: Final = "CONCERTINA_GRPC_HOST"
 """Variable with the address on which proxies and replicas open their gRPC port."""
 
@@ -98,6 +102,8 @@ def ray_environment(config: ServeConfig, directory: Path) -> dict[str, str]:
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
+    if len(str(directory)) + len(_LONGEST_SOCKET) <= _LONGEST_SOCKET_PATH:
+        values["RAY_TMPDIR"] = str(directory)  # its sessions end with the server; else in /tmp/ray
     values.update(zip(PORTS, map(str, free_ports(len(PORTS))), strict=True))
     if haproxy:
         values |= _haproxy(config, directory)

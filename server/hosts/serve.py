@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,6 +19,7 @@ from server.bundles.bundle import load_bundle
 from server.config import RANGES, ConfigError, EngineConfig, Provider, ServeConfig, TlsConfig
 from server.hosts.greeting import greeting
 from server.hosts.ray_environment import HAPROXY_PROGRAM, ray_environment
+from server.hosts.scratch import scratch_folder
 from server.ops.ports import require_free
 from server.ops.process import interrupt_on_stop_signals
 from server.snapshots.opening import open_store
@@ -251,15 +251,15 @@ def _serve(config: ServeConfig, local: bool, announce: Callable[[str], None]) ->
 
         serve_locally(config, announce)
         return
-    with tempfile.TemporaryDirectory(prefix="concertina-") as directory:
-        values = ray_environment(config, Path(directory))
+    with scratch_folder() as directory:
+        values = ray_environment(config, directory)
         if HAPROXY_PROGRAM in values:  # the script runs the program that the variable named before
             os.environ[HAPROXY_PROGRAM] = values[HAPROXY_PROGRAM]
         for name, value in values.items():
             os.environ.setdefault(name, value)
         from server.hosts.ray_app import serve as serve_on_ray
 
-        serve_on_ray(config, Path(directory), announce)
+        serve_on_ray(config, directory, announce)
 
 
 def find_bundles(folder: Path) -> list[Path]:
