@@ -13,6 +13,7 @@ from typing import Protocol, TypeVar
 import grpc
 
 from concertina.shown import listed, shown
+from concertina.v1 import generation_service_pb2 as pb
 from server.auth.api_keys import Caller, Callers
 from server.errors import PermissionDenied, RequestError, StepFailed, UnknownModel
 from server.sessions.served_model import ServedModel
@@ -46,8 +47,10 @@ def visible(models: Mapping[str, ServedModel], caller: Caller) -> dict[str, Serv
     return {name: model for name, model in models.items() if caller.may_use(name)}
 
 
-def find(models: Mapping[str, ServedModel], caller: Caller, name: str) -> ServedModel:
-    """The model of this name; the only model if `name` is empty.
+def find(
+    models: Mapping[str, ServedModel], caller: Caller, name: str, prompt: pb.Prompt | None = None
+) -> ServedModel:
+    """The model of this name; if `name` is empty, the only model, or the only one for this prompt.
 
     Raises UnknownModel, PermissionDenied.
     """
@@ -64,9 +67,21 @@ def find(models: Mapping[str, ServedModel], caller: Caller, name: str) -> Served
         raise UnknownModel("no model is served here yet; try again later")
     if not usable:
         raise PermissionDenied(f"key {caller.name!r} is for none of the models served here")
+    fitting = [model for model in usable.values() if _fits(model, prompt)]
+    if len(fitting) == 1:
+        return fitting[0]
     if len(usable) > 1:
         raise UnknownModel(f"model is empty, and several are served: choose one of {names}")
     return next(iter(usable.values()))
+
+
+def _fits(model: ServedModel, prompt: pb.Prompt | None) -> bool:
+    """Whether a prompt is of the kind that the model takes, by its content and its label."""
+    content = None if prompt is None else prompt.WhichOneof("content")
+    if content in ("text", "image") and model.bundle.is_image != (content == "image"):
+        return False
+    labelled = prompt is not None and prompt.HasField("label")
+    return not labelled or prompt.label in model.bundle.manifest.labels
 
 
 def refuse(context: Context, error: Exception) -> None:

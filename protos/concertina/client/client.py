@@ -7,9 +7,16 @@ from typing import Self, Unpack
 import grpc
 
 from concertina.client.channel import Access, Tls
+from concertina.client.completions import Completion
 from concertina.client.connection import AsyncConnection, Connection
 from concertina.client.models import Model, Score, model_from, score_from
-from concertina.client.requests import GenerateParameters, PromptLike, message, score_request
+from concertina.client.requests import (
+    GenerateParameters,
+    PromptLike,
+    check_parameters,
+    message,
+    score_request,
+)
 from concertina.client.resuming import begin
 from concertina.client.sessions import AsyncSessions, Sessions
 from concertina.client.streams import AsyncStream, Stream
@@ -59,6 +66,22 @@ class Client:
             self._connection,
             begin(self.address, prompt, parameters, timeout, keep, resume_for),
         )
+
+    def complete(
+        self,
+        prompt: PromptLike | None = None,
+        *,
+        timeout: float | None = None,
+        keep: float | None = None,
+        resume_for: float | None = None,
+        **parameters: Unpack[GenerateParameters],
+    ) -> Completion:
+        """A whole stream, once it has ended: the text is `complete(…).text`."""
+        check_parameters("complete", parameters)
+        stream = self.generate(
+            prompt, timeout=timeout, keep=keep, resume_for=resume_for, **parameters
+        )
+        return stream.complete()
 
     def score(
         self,
@@ -127,6 +150,22 @@ class AsyncClient:
             self._connection,
             begin(self.address, prompt, parameters, timeout, keep, resume_for),
         )
+
+    async def complete(
+        self,
+        prompt: PromptLike | None = None,
+        *,
+        timeout: float | None = None,
+        keep: float | None = None,
+        resume_for: float | None = None,
+        **parameters: Unpack[GenerateParameters],
+    ) -> Completion:
+        """A whole stream, once it has ended, as Client.complete gives it."""
+        check_parameters("complete", parameters)
+        stream = self.generate(
+            prompt, timeout=timeout, keep=keep, resume_for=resume_for, **parameters
+        )
+        return await stream.complete()
 
     async def score(
         self,

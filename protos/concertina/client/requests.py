@@ -110,7 +110,7 @@ def generate_request(
     Raises InvalidRequest, naming the parameter, for a value that the message cannot hold, and
     TypeError for a parameter that there is not.
     """
-    _check_names("generate", parameters, GenerateParameters.__optional_keys__)
+    check_parameters("generate", parameters)
     return message(
         pb.GenerateRequest,
         model=parameters.get("model"),
@@ -138,7 +138,7 @@ def continue_request(
     Raises InvalidRequest, naming the parameter, for a value that the message cannot hold, and
     TypeError for a parameter that there is not.
     """
-    _check_names("continue_", parameters, ContinueParameters.__optional_keys__)
+    check_parameters("continue_", parameters, ContinueParameters.__optional_keys__)
     sampling, stopping = _sampling(parameters), _stopping(parameters)
     return message(
         session_pb.ContinueRequest,
@@ -212,7 +212,11 @@ def _stopping(parameters: ContinueParameters) -> pb.StoppingCriteria:
     )
 
 
-def _check_names(call: str, given: Iterable[str], known: Iterable[str]) -> None:
+def check_parameters(
+    call: str,
+    given: Iterable[str],
+    known: Iterable[str] = GenerateParameters.__optional_keys__,
+) -> None:
     """Raises TypeError for the first name that is not known, as Python does for its functions."""
     known = {*known}
     for name in given:

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import grpc
 
+from concertina.client.completions import Collector, Completion
 from concertina.client.connection import AsyncConnection, Connection
 from concertina.client.events import Event
 from concertina.client.resuming import CallBroken, Resumption
@@ -48,6 +49,21 @@ class Stream:
             self.cancel()
             raise StopIteration
         return event
+
+    def text(self) -> str:
+        """Reads the rest of the stream and returns its text, of one output after the other."""
+        return self._collected().text()
+
+    def complete(self) -> Completion:
+        """Reads the whole stream, of which nothing has been read, and puts it together."""
+        return self._collected().completion()
+
+    def _collected(self) -> Collector:
+        collector = Collector()
+        with self:
+            for event in self:
+                collector.take(event)
+        return collector
 
     def _next(self) -> Event | None:
         while True:
@@ -123,6 +139,21 @@ class AsyncStream:
             self.cancel()
             raise StopAsyncIteration
         return event
+
+    async def text(self) -> str:
+        """Reads the rest of the stream and returns its text, of one output after the other."""
+        return (await self._collected()).text()
+
+    async def complete(self) -> Completion:
+        """Reads the whole stream, of which nothing has been read, and puts it together."""
+        return (await self._collected()).completion()
+
+    async def _collected(self) -> Collector:
+        collector = Collector()
+        async with self:
+            async for event in self:
+                collector.take(event)
+        return collector
 
     async def _next(self) -> Event | None:
         while True:

@@ -50,6 +50,7 @@ def using(request: pytest.FixtureRequest, fake: Fake) -> Call:
 
 CALLS: dict[str, Callable[..., Any]] = {
     "generate": lambda client, **given: client.generate("x", **given),
+    "complete": lambda client, **given: client.complete("x", **given),
     "score": lambda client, **given: client.score("x", **given),
     "models": lambda client, **given: client.models(**given),
     "model": lambda client, **given: client.model(**given),
