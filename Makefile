@@ -44,9 +44,11 @@ test: $(VENV)/.dev $(HELM) ## run the tests; MARKERS=slow, PYTEST_ARGS='-k fold'
 mutants: $(VENV)/.dev ## plant known bugs into copies and require that the tests catch each
 	$(BIN)/python -m tests.mutants
 
-chaos: $(VENV)/.dev ## kill servers under running streams, which must not notice (minutes)
+chaos: $(VENV)/.dev ## kill servers, and let their store fail, under streams that must not notice (minutes)
 	$(BIN)/python -m loadtest.scenarios.chaos bundles/python-4k --json build/chaos.json
 	$(BIN)/python -m loadtest.scenarios.chaos bundles/python-4k --ray --json build/chaos-ray.json
+	$(BIN)/python -m loadtest.scenarios.chaos bundles/python-4k --store-fails \
+	  --json build/chaos-store.json
 
 soak: $(VENV)/.dev ## an hour of mixed callers; memory must not grow; SOAK_SECONDS=60 for less
 	SOAK_SECONDS=$(SOAK_SECONDS) $(BIN)/python -m loadtest.scenarios.soak bundles/python-4k \

@@ -65,14 +65,23 @@ def start(
     port: int,
     metrics_port: int,
     environment: Mapping[str, str] | None = None,
+    output: Path | None = None,
 ) -> psutil.Popen:
-    """Start `concertina serve`, and return before it answers. What it prints is discarded."""
+    """Start `concertina serve`, and return before it answers.
+
+    What it prints is appended to the file `output`, or discarded.
+    """
     command = [sys.executable, "-m", "concertina.cli.main", "serve", str(bundle), *options]
     command += ["--port", str(port), "--metrics-port", str(metrics_port)]
-    quiet = subprocess.DEVNULL
-    return psutil.Popen(
-        command, env={**os.environ, **(environment or {})}, stdout=quiet, stderr=quiet
-    )
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    with open(output or os.devnull, "ab") as printed:
+        return psutil.Popen(
+            command,
+            env={**os.environ, **(environment or {})},
+            stdout=printed,
+            stderr=subprocess.STDOUT,
+        )
 
 
 def new_snapshot_key() -> dict[str, str]:

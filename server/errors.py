@@ -36,17 +36,19 @@ class KeysError(ValueError):
 class RequestError(Exception):
     """A request that ends with an error.
 
-    `status` (the name of a gRPC status) and `message` are sent to the client unchanged. A
-    message is short, whatever was asked.
+    `status` (the name of a gRPC status), `message` and `retry_after_s` (seconds until the same
+    request may succeed, None where nobody knows) are sent to the client unchanged. A message is
+    short, whatever was asked.
     """
 
     status: ClassVar[str] = "INTERNAL"
     retryable: ClassVar[bool] = False
+    usual_wait_s: ClassVar[float | None] = None
 
     def __init__(self, message: str, retry_after_s: float | None = None) -> None:
         self.message = cut(message)
         super().__init__(self.message)
-        self.retry_after_s = retry_after_s
+        self.retry_after_s = self.usual_wait_s if retry_after_s is None else retry_after_s
 
 
 class Unauthenticated(RequestError):
@@ -92,6 +94,7 @@ class EngineStopped(RequestError):
 
     status = "UNAVAILABLE"
     retryable = True
+    usual_wait_s = 0.1  # another replica may take it at once
 
 
 class StepFailed(RequestError):
@@ -130,3 +133,4 @@ class StorageFailed(RequestError):
 
     status = "UNAVAILABLE"
     retryable = True
+    usual_wait_s = 1.0  # as long as the server waits, before it tries the store for the second time

@@ -102,6 +102,7 @@ def test_gpu_serving_asks_for_no_training_package() -> None:
         (["protos/concertina"], CLIENT, ["cli", "codecs"]),
         (["server", "loadtest"], SERVER, ["cpu"]),
         (["model", "export", "loadtest/bench"], SERVER, ["cpu", "train"]),
+        (["loadtest/scenarios"], SERVER, ["cpu", "dev"]),
         (["tests", "tools"], SERVER, ["cpu", "train", "dev"]),
     ],
 )
@@ -111,11 +112,13 @@ def test_every_import_is_of_a_declared_requirement(
     known = {canonicalize_name(each.name) for each in declared(project, *extras)}
     distributions = metadata.packages_distributions()
     found = [each for folder in folders for each in third_party(ROOT / folder)]
-    bench = ROOT / "loadtest" / "bench"
+    apart = [
+        ROOT / each for each in ("loadtest/bench", "loadtest/scenarios") if each not in folders
+    ]
     imported = {
         name: path
         for name, path in found
-        if name not in PEERS and (bench not in path.parents or "loadtest/bench" in folders)
+        if name not in PEERS and not any(each in path.parents for each in apart)
     }
     assert imported
     for name, path in imported.items():

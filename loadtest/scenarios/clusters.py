@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -16,14 +17,24 @@ _KILL_LIMIT_S = 10.0
 _STOP_LIMIT_S = 60.0
 
 
+@dataclass(frozen=True)
+class Store:
+    """Where the servers have their snapshots. fails: whether it may be away when they start."""
+
+    uri: str
+    environment: Mapping[str, str] = field(default_factory=dict)
+    fails: bool = False
+
+
 class Processes:
     """Two servers without Ray, each in a process and at a port of its own."""
 
-    def __init__(self, bundle: Path, store: Path) -> None:
+    def __init__(self, bundle: Path, store: Store, logs: Path | None = None) -> None:
         self._bundle = bundle
+        self._logs = logs
         self._options = [*_options(store), "--local"]
         self._ports = free_ports(4)
-        self._key = new_snapshot_key()
+        self._environment = {**store.environment, **new_snapshot_key()}
         self._servers: list[psutil.Popen] = []
 
     @property
@@ -62,16 +73,19 @@ class Processes:
             *self._options,
             port=port,
             metrics_port=metrics_port,
-            environment=self._key,
+            environment=self._environment,
+            output=_log(self._logs, str(index)),
         )
 
 
 class Ray:
     """Two replicas on Ray Serve, behind HAProxy; Ray starts others in their place."""
 
-    def __init__(self, bundle: Path, store: Path) -> None:
+    def __init__(self, bundle: Path, store: Store, logs: Path | None = None) -> None:
         self._bundle = bundle
+        self._logs = logs
         self._options = [*_options(store), "--replicas", "2"]
+        self._environment = {**store.environment, **new_snapshot_key()}
         self._port, self._metrics_port = free_ports(2)
         self._server: psutil.Popen | None = None
 
@@ -88,7 +102,8 @@ class Ray:
             *self._options,
             port=self._port,
             metrics_port=self._metrics_port,
-            environment=new_snapshot_key(),
+            environment=self._environment,
+            output=_log(self._logs, "ray"),
         )
         try:
             yield
@@ -124,6 +139,11 @@ class Ray:
 Cluster = Processes | Ray
 
 
-def _options(store: Path) -> list[str]:
-    snapshots = ["--snapshots", f"file://{store}", "--snapshot-interval", "128"]
-    return [*snapshots, "--threads", "1", "--slots", "64", "--drain-seconds", "1"]
+def _log(folder: Path | None, name: str) -> Path | None:
+    return folder and folder / f"server-{name}.log"
+
+
+def _options(store: Store) -> list[str]:
+    snapshots = ["--snapshots", store.uri, "--snapshot-interval", "128"]
+    optional = ["--snapshots-optional"] if store.fails else []
+    return [*snapshots, *optional, "--threads", "1", "--slots", "64", "--drain-seconds", "1"]

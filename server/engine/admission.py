@@ -167,6 +167,10 @@ class Ledger:
         """The refusal of any further stream, whatever its request; None if there is room."""
         return self._refusal(Weight(streams=1), now)
 
+    def ends_after_s(self, ends: float, now: float) -> float:
+        """Estimated seconds until `ends` more streams have ended, between 0.1 and 30."""
+        return self._pace.retry_after_s(ends, now)
+
     @property
     def is_empty(self) -> bool:
         """Whether no stream is admitted."""

@@ -34,6 +34,8 @@ _log = logging.getLogger(__name__)
 
 Action = Callable[[], None]
 
+NOT_OPENED = "the stream could not be opened; see the server's log"
+
 
 class Engine:
     """Runs the streams of one bundle, on a thread that `start` starts.
@@ -118,6 +120,12 @@ class Engine:
         with self._lock:
             self._require_open(admits=True)
             self._raise_if(self.ledger.full(time.monotonic()))
+
+    def room_after_s(self, ends: int, of: int) -> float:
+        """Estimated seconds until `ends` of some of its streams have ended, `of` how many."""
+        with self._lock:
+            held = self.ledger.held.streams
+            return self.ledger.ends_after_s(ends * held / of, time.monotonic())
 
     def reserve(self, streams: Sequence[Stream]) -> None:
         """Make room for streams, all or none: `admit` them, or `release` the room.
@@ -228,8 +236,7 @@ class Engine:
             action()
         except Exception:
             for stream in streams:
-                failed = StepFailed("the stream could not be opened; see the server's log")
-                self.streams.end(stream, failed)
+                self.streams.end(stream, StepFailed(NOT_OPENED))
             raise
 
     def _take_inbox(self, limit_s: float = inf) -> None:

@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 from server.bundles.bundle import Bundle
 from server.checkpoint import FinishReason
 from server.config import EngineConfig
+from server.engine.engine import NOT_OPENED
 from server.engine.interfaces import SnapshotStore
 from server.engine.lifecycle import StreamLifecycle
 from server.engine.stream import Stream
 from server.engine.updates import HandedOver, StreamUpdate
-from server.errors import Displaced, UnknownSession
+from server.errors import Displaced, StepFailed, UnknownSession
 from server.sessions.subscriber import Deliveries, Subscriber
 from server.sessions.table import Session, SessionTable
 
@@ -51,6 +52,7 @@ class SessionLifecycle:
         taken its name.
         """
         self._require_held(session)
+        missed = [_missed(stream) for stream in session.streams]  # if this raises, nothing changed
         if not (joins and session.readers):
             displaced = StreamUpdate(ending=Displaced("another reader has resumed the stream"))
             for reader in [each for group in session.readers for each in group]:
@@ -58,9 +60,10 @@ class SessionLifecycle:
             session.readers.clear()
             for audience in session.audiences:
                 audience.members.clear()
-        outputs = zip(session.streams, session.audiences, subscribers, strict=True)
-        for stream, audience, subscriber in outputs:
-            _catch_up(stream, subscriber)
+        outputs = zip(missed, session.audiences, subscribers, strict=True)
+        for updates, audience, subscriber in outputs:
+            for update in updates:
+                subscriber.put(update)
             audience.members.append(subscriber)
         session.subscribers = subscribers
         session.readers.append(subscribers)
@@ -170,24 +173,41 @@ class SessionLifecycle:
             self.forget(surplus)
 
     def _open(self, session: Session, opened: Sequence[Stream], before: Session | None) -> None:
-        if before is not None:  # the new session takes its place
-            for stream in [s for s in before.streams if not s.ended]:
-                self._streams.end(stream, Displaced("another request has restarted the stream"))
-            self.table.drop(before)
-        for stream, subscriber in zip(session.streams, session.subscribers, strict=True):
-            if not subscriber.cursor.ended:
-                _catch_up(stream, subscriber)
-        for stream in opened:
-            self._streams.enqueue(stream)
+        """Take the place of the session `before`, send what readers missed, and start streams.
+
+        If this raises, the readers of streams that have ended get an error; the engine ends the
+        others.
+        """
+        outputs = list(zip(session.streams, session.subscribers, strict=True))
+        ended = {reader for stream, reader in outputs if stream.ended}
+        try:
+            if before is not None:
+                for stream in [s for s in before.streams if not s.ended]:
+                    displaced = Displaced("another request has restarted the stream")
+                    self._streams.end(stream, displaced)
+                self.table.drop(before)
+            for stream, reader in outputs:
+                if not reader.cursor.ended:
+                    for update in _missed(stream):
+                        reader.put(update)
+                ended.discard(reader)
+            for stream in opened:
+                self._streams.enqueue(stream)
+        except Exception:
+            for reader in ended:
+                reader.put(StreamUpdate(ending=StepFailed(NOT_OPENED)))
+            raise
 
 
 def _deleted(session: Session) -> UnknownSession:
     return UnknownSession(f"stream {session.lease.stream_id!r} was deleted")
 
 
-def _catch_up(stream: Stream, subscriber: Subscriber) -> None:
-    """Send a new subscriber the output so far, and the ending if there is one."""
+def _missed(stream: Stream) -> list[StreamUpdate]:
+    """What a new subscriber gets: the output so far, and the ending if there is one."""
+    updates = []
     if (backlog := stream.backlog) is not None:
-        subscriber.put(StreamUpdate(backlog=backlog))
+        updates.append(StreamUpdate(backlog=backlog))
     if stream.ended and stream.ending is not None:
-        subscriber.put(StreamUpdate(ending=stream.ending))
+        updates.append(StreamUpdate(ending=stream.ending))
+    return updates

@@ -45,8 +45,8 @@ class SessionOpener:
     ) -> Attachment:
         """Start a stream, or attach to the one that an earlier request with the same key started.
 
-        draws_seed: the caller gave no seed, so a request with another seed counts as the same.
-        Raises RequestError.
+        draws_seed: the caller gave no seed, so a request with another seed counts as the same; with
+        a key, the seed follows from it. Raises RequestError.
         """
         owner = caller.name
         if not idempotency_key:
@@ -54,16 +54,26 @@ class SessionOpener:
             with self._registry.reserving(caller, len(requests)):
                 return await self.open(model, lease)
         stream_id = self._name(owner, idempotency_key)
+        if draws_seed:
+            requests = _with_seed(requests, self._seed(stream_id))
         lease = Lease(stream_id, requests, owner, keep_s, time.time())
         async with self._registry.alone(stream_id):
-            first = await self._first(stream_id, owner)
+            try:
+                first = await self._first(stream_id, owner)
+            except StorageFailed:
+                # If another server has the stream, this shows when it is stored here; until then
+                # both generate the same.
+                first = None
             if first is None:
                 with suppress(AlreadyClaimed), self._registry.reserving(caller, len(requests)):
                     return await self.open(model, lease)
                 # Another server has opened it meanwhile, for the same key.
                 first = await self._first(stream_id, owner)
         if first is None:
-            raise UnknownSession(f"stream {stream_id!r} was deleted while it was opened")
+            # A copy of the request that comes late must not bring back what a Delete has ended.
+            raise InvalidRequest(
+                "idempotency_key is of a stream that was deleted: use a new key for a new stream"
+            )
         _require_same(*first, model.bundle.name, lease, draws_seed)
         return await resume(self._registry, stream_id, caller, (), joins=True)
 
@@ -82,6 +92,8 @@ class SessionOpener:
             model.commit(session)
         except BaseException:
             model.release(session)
+            if self._registry.snapshots is not None:
+                self._registry.snapshots.begin_never(lease)
             raise
         return Attachment(model, session, session.subscribers)
 
@@ -136,15 +148,20 @@ class SessionOpener:
                     "the stream cannot be stored, so it stays as it was: try again later"
                 ) from error
             _log.error("a new stream is not stored yet: %s", error)
-            snapshots.begin_later(lease)
+            snapshots.begin_later(model.bundle, lease)
             return False
         return True
 
     async def _first(self, stream_id: str, owner: str) -> tuple[str, Lease] | None:
-        """Model and lease of the first request for this stream; None if there is no such stream."""
+        """Model and lease of the first request for this stream; None if there is no such stream.
+
+        Raises StorageFailed, and what `restored` raises.
+        """
         if (held := self._registry.held(stream_id, owner)) is not None:
             model, session = held
             return model.bundle.name, session.lease
+        if self._registry.snapshots is not None and not self._registry.snapshots.is_up:
+            raise StorageFailed("the snapshots cannot be read: try again later")
         try:
             snapshot = await load(self._registry, stream_id, owner)
         except UnknownSession:
@@ -157,6 +174,11 @@ class SessionOpener:
         text = f"{len(owner)}:{owner}{key}".encode()
         return hmac.new(self._secret, text, hashlib.sha256).hexdigest()[: 2 * NAME_BYTES]
 
+    def _seed(self, stream_id: str) -> int:
+        """A seed that is the same on all servers. It cannot be guessed without the secret."""
+        digest = hmac.new(self._secret, b"seed" + stream_id.encode(), hashlib.sha256).digest()
+        return int.from_bytes(digest[:8]) >> 1
+
 
 def _renamed(lease: Lease) -> Lease:
     """The lease of a stream that is made of another one now."""
@@ -165,9 +187,12 @@ def _renamed(lease: Lease) -> Lease:
 
 def _reseeded(lease: Lease) -> Lease:
     """The lease of a copy that is made now."""
-    seed = secrets.randbits(63)
-    requests = tuple(replace(r, sampling=replace(r.sampling, seed=seed)) for r in lease.requests)
+    requests = _with_seed(lease.requests, secrets.randbits(63))
     return _renamed(replace(lease, requests=requests))
+
+
+def _with_seed(requests: tuple[Request, ...], seed: int) -> tuple[Request, ...]:
+    return tuple(replace(r, sampling=replace(r.sampling, seed=seed)) for r in requests)
 
 
 def _anew(checkpoint: Checkpoint) -> Checkpoint:
@@ -181,8 +206,7 @@ def _require_same(
     """Raise InvalidRequest if a repeated request differs from the first with the same key."""
     requests = again.requests
     if draws_seed:
-        seed = first.requests[0].sampling.seed
-        requests = tuple(replace(r, sampling=replace(r.sampling, seed=seed)) for r in requests)
+        requests = _with_seed(requests, first.requests[0].sampling.seed)
     if (first_model, first.keep_s, first.requests) != (model, again.keep_s, requests):
         raise InvalidRequest(
             "idempotency_key was used for another request: use a new key for each request"

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 
 from server.auth.api_keys import Caller
 from server.auth.quota import require_room
@@ -22,6 +23,7 @@ from server.snapshots.writer import SnapshotWriter
 _log = logging.getLogger(__name__)
 NAME_BYTES = 16
 _FLUSH_S = 30.0
+_OPENING_S = 1.0  # streams that are still being opened may fail soon
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class SessionRegistry:
         self._draining = draining
         self._reserved: Counter[str] = Counter()  # streams of an owner that are being opened
         if snapshots is not None:
-            snapshots.on_begun, snapshots.on_lost = self._begun, self._lost
+            snapshots.on_stored, snapshots.on_lost = self._stored_now, self._lost
         self._locks: dict[str, tuple[asyncio.Lock, int]] = {}  # with the number of their users
 
     @property
@@ -69,7 +71,7 @@ class SessionRegistry:
 
         Raises QuotaExceeded, and InvalidRequest if they are more than the quota.
         """
-        require_room(caller, self.running, streams)
+        require_room(caller, self.running, streams, partial(self._room_after_s, caller.name))
         self._reserved[caller.name] += streams
         try:
             yield
@@ -92,6 +94,11 @@ class SessionRegistry:
     def running(self, owner: str) -> int:
         """Number of an owner's streams in this process that wait, run, or are being opened."""
         return self._reserved[owner] + sum(model.table.running(owner) for model in self.holders)
+
+    def _room_after_s(self, owner: str, ends: int) -> float:
+        """Estimated seconds until so many of an owner's streams have ended."""
+        estimates = [model.room_after_s(owner, ends) for model in self.holders]
+        return min((each for each in estimates if each is not None), default=_OPENING_S)
 
     def is_durable(self, session: Session) -> bool:
         """Whether a session is in a store that outlives this process."""
@@ -123,11 +130,11 @@ class SessionRegistry:
         await model.lose(session, claim.deleted)
         return False
 
-    def _begun(self, lease: Lease) -> None:
-        """The writer has stored a stream that began while the store was away."""
+    def _stored_now(self, lease: Lease, stored: bool) -> None:
+        """The writer has stored a stream that began while the store was away, or one expired."""
         held = self.held(lease.stream_id, lease.owner)
-        if held is not None:
-            held[1].stored = True
+        if held is not None and held[1].lease.epoch == lease.epoch:
+            held[1].stored = stored
 
     def _lost(self, lease: Lease, deleted: bool) -> None:
         """The writer found that another server owns a stream, or has deleted it."""
@@ -142,8 +149,8 @@ class SessionRegistry:
             return []
         try:
             return await asyncio.to_thread(self.snapshots.streams, owner)
-        except OSError:
-            _log.exception("the store cannot be listed")
+        except OSError as error:
+            _log.error("the store cannot be listed: %s", error)
             raise StorageFailed("the snapshots cannot be listed: try again later") from None
 
     async def delete(self, stream_id: str, owner: str) -> None:
@@ -160,8 +167,8 @@ class SessionRegistry:
                     await asyncio.to_thread(self.snapshots.forget, owner, stream_id)
                 except FileNotFoundError:
                     pass
-                except OSError:
-                    _log.exception("a stream could not be deleted")
+                except OSError as error:
+                    _log.error("a stream could not be deleted: %s", error)
                     message = "the snapshots cannot be deleted: try again later"
                     raise StorageFailed(message) from None
 

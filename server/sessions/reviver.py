@@ -88,8 +88,8 @@ async def load(registry: SessionRegistry, stream_id: str, owner: str) -> Snapsho
     if registry.snapshots is not None:
         try:
             snapshot = await asyncio.to_thread(registry.snapshots.load, owner, stream_id)
-        except OSError:
-            _log.exception("a snapshot could not be read")
+        except OSError as error:
+            _log.error("a snapshot could not be read: %s", error)
             raise StorageFailed("the snapshots cannot be read: try again later") from None
     if snapshot is None:
         raise UnknownSession(

@@ -53,6 +53,11 @@ class ServedModel:
         """Raises Overloaded if no further stream can be admitted now, and EngineStopped."""
         self.engine.require_room()
 
+    def room_after_s(self, owner: str, ends: int) -> float | None:
+        """Estimated seconds until so many of an owner's streams have ended; None if it has none."""
+        running = self.table.running(owner)
+        return self.engine.room_after_s(ends, running) if running else None
+
     # ---- streams
 
     def submit(self, request: Request, owner: str = "") -> Session:

@@ -41,7 +41,11 @@ class Availability:
             if self._thread is not None or self._closing:
                 return
             thread = threading.Thread(target=self._retry, name="store retry", daemon=True)
-            thread.start()  # it waits for the lock
+            try:
+                thread.start()  # it waits for the lock
+            except RuntimeError as none:  # the next failure tries again
+                _log.error("no thread can be started to try the snapshot store again: %s", none)
+                return
             self._thread = thread
             metrics.STORE_UP.set(0)
             if not self._told:

@@ -35,10 +35,6 @@ class Backend:
     def __init__(self, files: Any) -> None:
         self._files = files
 
-    def put(self, path: str, content: bytes) -> None:
-        """Store `content` in place of what lies at `path`."""
-        self._files.pipe_file(path, content)
-
     def create(self, path: str, content: bytes) -> None:
         """Store `content` where nothing lies. Raises FileExistsError."""
         raise NotImplementedError
@@ -56,11 +52,13 @@ class Backend:
             return []
         return [path.rpartition("/")[2] for path in paths if not path.endswith(_PART)]
 
-    def find(self, folder: str) -> dict[str, float]:
-        """Paths of all that is stored in a folder and in those below, and when it was written."""
-        return {
-            path: _written(info) for path, info in self._files.find(folder, detail=True).items()
-        }
+    def find(self, folder: str) -> Iterator[tuple[str, float]]:
+        """Paths of all that is stored in a folder and below, and when it was written.
+
+        What lies in one folder comes together.
+        """
+        for path, info in self._files.find(folder, detail=True).items():
+            yield path, _written(info)
 
     def remove(self, path: str) -> None:
         """Drop the object at `path`, if it is there."""
@@ -81,11 +79,6 @@ class Backend:
 class Files(Backend):
     """A file system that all servers share."""
 
-    def put(self, path: str, content: bytes) -> None:
-        with _part(path, content) as part:
-            os.replace(part, path)
-        _sync(os.path.dirname(path))
-
     def create(self, path: str, content: bytes) -> None:
         with _part(path, content) as part:
             os.link(part, path)
@@ -93,19 +86,18 @@ class Files(Backend):
         _sync(folder)
         _sync(os.path.dirname(folder))
 
+    def find(self, folder: str) -> Iterator[tuple[str, float]]:
+        return _files(folder)  # fsspec would hold all of them in memory at once
+
 
 class Memory(Backend):
     """The memory of this process, for tests, and for Pause and Fork without a store."""
-
-    def put(self, path: str, content: bytes) -> None:
-        with _memory:
-            super().put(path, content)
 
     def create(self, path: str, content: bytes) -> None:
         with _memory:
             if self._files.exists(path):
                 raise FileExistsError(path)
-            super().put(path, content)
+            self._files.pipe_file(path, content)
 
 
 class Objects(Backend):
@@ -179,6 +171,17 @@ def _write(path: str, content: bytes) -> None:
         with suppress(OSError):  # the disk is full, say
             os.unlink(path)
         raise
+
+
+def _files(folder: str) -> Iterator[tuple[str, float]]:
+    """Paths of the files in a folder and below, and when they were written."""
+    with suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from _files(entry.path)
+                continue
+            with suppress(FileNotFoundError):
+                yield entry.path, entry.stat(follow_symlinks=False).st_mtime
 
 
 def _sync(folder: str) -> None:

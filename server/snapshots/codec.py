@@ -40,8 +40,11 @@ class Snapshot:
         return name
 
 
-def header_of(bundle: Bundle, lease: Lease, ttl_s: float) -> pb.SnapshotHeader:
-    """The public header of a snapshot that is made now and expires in `ttl_s` seconds."""
+def header_of(bundle: Bundle, lease: Lease, ttl_s: float, name: str = "") -> pb.SnapshotHeader:
+    """The public header of what is made now and expires in `ttl_s` seconds.
+
+    name: that under which it is stored; an export has none.
+    """
     return pb.SnapshotHeader(
         version=VERSION,
         stream_id=lease.stream_id,
@@ -51,6 +54,7 @@ def header_of(bundle: Bundle, lease: Lease, ttl_s: float) -> pb.SnapshotHeader:
         accepted=_timestamp(lease.accepted_at),
         expires=_timestamp(time.time() + ttl_s),
         keep_seconds=lease.keep_s,
+        name=name,
     )
 
 
@@ -59,39 +63,58 @@ def content_of(lease: Lease, outputs: Sequence[pb.OutputSnapshot]) -> pb.Snapsho
     return pb.Snapshot(outputs=outputs, request=stored_request(lease.requests))
 
 
-def output_snapshot(output: int, checkpoint: Checkpoint) -> pb.OutputSnapshot:
-    """The stored form of an output's checkpoint."""
-    tokens = np.array(checkpoint.generated)
-    stored = pb.OutputSnapshot(
+def output_snapshot(output: int, checkpoint: Checkpoint, first: int = 0) -> pb.OutputSnapshot:
+    """The stored form of an output's checkpoint, without the tokens before `first`."""
+    stored = tokens_part(output, checkpoint, first)
+    stored.base_tokens = checkpoint.base_tokens
+    stored.base_characters = checkpoint.base_characters
+    if checkpoint.saved is not None:
+        stored.MergeFrom(state_part(output, checkpoint.saved))
+    if checkpoint.finish is not None:
+        stored.finish.CopyFrom(_stored_finish(checkpoint.finish))
+    return stored
+
+
+def tokens_part(output: int, checkpoint: Checkpoint, first: int) -> pb.OutputSnapshot:
+    """The generated tokens from `first` on, and what is known of the times."""
+    tokens = np.array(checkpoint.generated[first:])
+    return pb.OutputSnapshot(
         output=output,
+        first=first,
+        tokens=len(tokens),
         generated=tokens.astype(tokens.dtype.newbyteorder("<")).tobytes(),
         logprobs=[
             pb.StoredLogprobs(logprob=p.logprob, top_ids=p.top_ids, top_logprobs=p.top_logprobs)
-            for p in checkpoint.logprobs
+            for p in checkpoint.logprobs[first:]
         ],
-        base_tokens=checkpoint.base_tokens,
-        base_characters=checkpoint.base_characters,
         queue_seconds=checkpoint.queue_s,
         first_token_seconds=checkpoint.first_token_s,
     )
-    if checkpoint.saved is not None:
-        stored.pushed = checkpoint.saved.pushed
-        for name, values in checkpoint.saved.state.items():
-            little = values.astype(values.dtype.newbyteorder("<"), copy=False)
-            stored.state[name] = little.tobytes()
-    if (finish := checkpoint.finish) is not None:
-        stored.finish.CopyFrom(
-            pb.StoredFinish(
-                reason=finish.reason.value,
-                stop=finish.stop,
-                generated=finish.generated,
-                queue_seconds=finish.queue_s,
-                first_token_seconds=finish.first_token_s,
-                total_seconds=finish.total_s,
-                state_bytes=finish.state_bytes,
-            )
-        )
+
+
+def state_part(output: int, saved: SavedState) -> pb.OutputSnapshot:
+    """The state of an output."""
+    stored = pb.OutputSnapshot(output=output, pushed=saved.pushed)
+    for name, values in saved.state.items():
+        stored.state[name] = values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes()
     return stored
+
+
+def end_part(output: int, tokens: int, finish: Finish) -> pb.OutputSnapshot:
+    """How an output ended after so many generated tokens."""
+    return pb.OutputSnapshot(output=output, first=tokens, finish=_stored_finish(finish))
+
+
+def _stored_finish(finish: Finish) -> pb.StoredFinish:
+    return pb.StoredFinish(
+        reason=finish.reason.value,
+        stop=finish.stop,
+        generated=finish.generated,
+        queue_seconds=finish.queue_s,
+        first_token_seconds=finish.first_token_s,
+        total_seconds=finish.total_s,
+        state_bytes=finish.state_bytes,
+    )
 
 
 def restored(bundle: Bundle, snapshot: Snapshot) -> tuple[Lease, tuple[Checkpoint, ...]]:

@@ -23,10 +23,10 @@ from server.config import ConfigError
 from server.errors import SnapshotRefused
 
 KEY_VARIABLE = "CONCERTINA_SNAPSHOT_KEY"
-VERSION = 2
+VERSION = 3
 """The format that is written."""
-READ_VERSIONS = (2,)
-"""The formats that are read: ours, and the one before, once there is one that was released."""
+READ_VERSIONS = (2, 3)
+"""The formats that are read: ours, and the one before."""
 
 _MAGIC = b"CONCERTINA-SNAP\n"
 _NONCE_BYTES = 12

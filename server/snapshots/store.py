@@ -6,12 +6,12 @@ import errno
 import hashlib
 import re
 import secrets
-import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import ClassVar, TypeVar
 
 from fsspec.utils import get_protocol
@@ -21,18 +21,11 @@ from server.snapshots.limited_calls import LimitedCalls
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _CALLS = 8
+_READS = 4  # at once for one stream
 _SLOWEST_BYTES_S = 2_000_000  # a large object may take longer
 _SWEEPS, _PROBES = ".sweeps", ".probes"
 
 _T = TypeVar("_T")
-
-
-@dataclass
-class _Flight:
-    """Writes to one path that have not ended, and what the last call wants there; None: nothing."""
-
-    puts: int = 0
-    wanted: bytes | None = None
 
 
 class Store:
@@ -53,14 +46,7 @@ class Store:
         self.is_shared: bool = get_protocol(uri) != "memory"
         self._calls = LimitedCalls(_CALLS)
         self._sweeping = LimitedCalls(1)
-        self._flights: dict[str, _Flight] = {}
         self._creating: set[str] = set()
-        self._lock = threading.Lock()
-
-    def put(self, owner: str, stream_id: str, name: str, content: bytes) -> None:
-        """Store `content` under `name`, in place of any former content."""
-        path = f"{self._folder(owner, stream_id)}/{name}"
-        self._write(lambda: self._put(path, content), len(content))
 
     def create(self, owner: str, stream_id: str, name: str, content: bytes) -> None:
         """Store `content` under a name that is free; of several who try, one succeeds.
@@ -79,17 +65,25 @@ class Store:
 
     def get(self, owner: str, stream_id: str, names: Iterable[str]) -> dict[str, bytes]:
         """What is stored of a stream under these names, as far as it is there."""
-        found = {}
-        for name in names:
-            path = f"{self._folder(owner, stream_id)}/{name}"
+        folder = self._folder(owner, stream_id)
+
+        def get(name: str) -> bytes | None:
             with suppress(FileNotFoundError):  # it was deleted meanwhile
-                found[name] = self._read(partial(self.backend.read, path))
-        return found
+                return self._read(partial(self.backend.read, f"{folder}/{name}"))
+            return None
+
+        names = list(names)
+        if len(names) < 2:
+            found = [get(name) for name in names]
+        else:
+            with ThreadPoolExecutor(min(len(names), _READS)) as pool:
+                found = list(pool.map(get, names))
+        contents = zip(names, found, strict=True)
+        return {name: content for name, content in contents if content is not None}
 
     def remove(self, owner: str, stream_id: str, names: Iterable[str]) -> None:
         """Drop what is stored of a stream under these names."""
         paths = [f"{self._folder(owner, stream_id)}/{name}" for name in names]
-        self._want_nothing(paths)
 
         def remove() -> None:
             for path in paths:
@@ -101,18 +95,20 @@ class Store:
         """Drop all that is stored of a stream, but for the object with the name `keep`."""
         with suppress(FileNotFoundError):
             folder = self._folder(owner, stream_id)
-            others = [path for path in [*self._flights] if path != f"{folder}/{keep}"]
-            self._want_nothing(path for path in others if path.startswith(f"{folder}/"))
             self._read(lambda: self.backend.clear(folder, keep))
 
-    def streams(self, owner: str) -> dict[str, set[str]]:
-        """Of each stream of an owner the names of what is stored of it."""
+    def streams(self, owner: str, wanted: Callable[[set[str]], bool]) -> list[str]:
+        """Streams of an owner of which the names of what is stored are `wanted`."""
         folder = f"{self._root}/{_anonymous(owner)}"
-        found: dict[str, set[str]] = {}
-        for path in self._read(lambda: self.backend.find(folder)):
-            stream, _, name = path.rpartition("/")
-            found.setdefault(stream.rpartition("/")[2], set()).add(name)
-        return found
+
+        def streams() -> list[str]:
+            return [
+                stream.rpartition("/")[2]
+                for stream, found in groupby(self.backend.find(folder), _folder_of)
+                if wanted({path.rpartition("/")[2] for path, _ in found})
+            ]
+
+        return self._read(streams)
 
     def probe(self) -> None:
         """Create, read and drop a small object. Raises OSError where that does not work."""
@@ -140,49 +136,19 @@ class Store:
         return self._sweeping.call(self.sweep_limit_s, lambda: self._sweep(older_than_s))
 
     def _sweep(self, older_than_s: float) -> int:
-        written: dict[str, float] = {}
-        before = time.time() - older_than_s
-        for path, at in self.backend.find(self._root).items():
-            folder = path.rpartition("/")[0]
+        before, swept = time.time() - older_than_s, 0
+        for folder, found in groupby(self.backend.find(self._root), _folder_of):
             if folder.endswith((_SWEEPS, _PROBES)):
-                if at < before:
+                for path in [path for path, at in found if at < before]:
                     self.backend.remove(path)
-            else:
-                written[folder] = max(at, written.get(folder, 0.0))
-        old = [folder for folder, at in written.items() if at < before]
-        for folder in old:
-            self.backend.clear(folder)
-        return len(old)
+            elif max(at for _, at in found) < before and not self._is_new(folder, before):
+                self.backend.clear(folder)
+                swept += 1
+        return swept
 
-    def _put(self, path: str, content: bytes) -> None:
-        """Store `content`, unless a later call wants something else there when that is done.
-
-        A write that hung may come to its end after a later one, or after the object was dropped.
-        """
-        with self._lock:
-            flight = self._flights.setdefault(path, _Flight())
-            flight.puts += 1
-            flight.wanted = content
-        try:
-            self.backend.put(path, content)
-            while (wanted := flight.wanted) is not content:
-                if wanted is None:
-                    self.backend.remove(path)
-                    break
-                content = wanted
-                self.backend.put(path, content)
-        finally:
-            with self._lock:
-                flight.puts -= 1
-                if not flight.puts:
-                    del self._flights[path]
-
-    def _want_nothing(self, paths: Iterable[str]) -> None:
-        """That nothing lies at `paths` when the writes that are under way there have ended."""
-        with self._lock:
-            for path in paths:
-                if (flight := self._flights.get(path)) is not None:
-                    flight.wanted = None
+    def _is_new(self, folder: str, before: float) -> bool:
+        """Whether something was written in a folder after all, while others were looked at."""
+        return any(at >= before for _, at in self.backend.find(folder))
 
     def _create(self, path: str, content: bytes) -> None:
         """Create an object. One that is given up is taken back; until then, none begins there."""
@@ -229,6 +195,10 @@ class Store:
         if not _NAME.fullmatch(stream_id):
             raise FileNotFoundError(stream_id)
         return f"{self._root}/{_anonymous(owner)}/{stream_id}"
+
+
+def _folder_of(found: tuple[str, float]) -> str:
+    return found[0].rpartition("/")[0]
 
 
 def _anonymous(owner: str) -> str:

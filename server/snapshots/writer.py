@@ -1,42 +1,34 @@
 """Writes snapshots on its own thread, and reads them back.
 
-Of a stream the store holds the `origin` of its owner's epoch, which is written before the stream
-is accepted, with the request and what the stream goes on behind, if it does; and the latest
-snapshot of each output since. A newer snapshot replaces one that waits.
+The origin of a stream's epoch, with the request, is written before the stream is accepted. Of the
+snapshots that follow, a newer one replaces one that waits.
 """
 
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
-from concertina.v1 import snapshot_pb2 as pb
 from server.bundles.bundle import Bundle
 from server.checkpoint import Checkpoint
 from server.errors import SnapshotRefused
 from server.ops import metrics
 from server.request import Lease
 from server.snapshots.availability import Availability
-from server.snapshots.codec import Snapshot, content_of, header_of, output_snapshot
-from server.snapshots.names import (
-    TOMBSTONE,
-    Claim,
-    before_epoch,
-    claim_in,
-    of_epoch,
-    origin_name,
-    output_name,
-)
+from server.snapshots.codec import Snapshot, content_of, output_snapshot
+from server.snapshots.log_reader import LogReader
+from server.snapshots.log_writer import LogWriter, needless_before
+from server.snapshots.names import TOMBSTONE, Claim, claim_in, is_live, origin_name
 from server.snapshots.sealer import Sealer, refuse_expired
 from server.snapshots.store import Store
 from server.snapshots.sweeper import Sweeper
 from server.snapshots.waiting import Job, Waiting
 
 _log = logging.getLogger(__name__)
-_LOOKS = 5
 _WAITING_BYTES = 2**30
 
 
@@ -56,16 +48,19 @@ class SnapshotWriter:
         """Called on the writer's thread when a snapshot was written of a stream that another server
         claimed since, or that is deleted, with the lease that it was offered with. Whoever holds a
         lease of a later epoch has lost nothing."""
-        self.on_begun: Callable[[Lease], None] = lambda lease: None
-        """Called on the writer's thread when a stream of `begin_later` is in the store."""
+        self.on_stored: Callable[[Lease, bool], None] = lambda lease, stored: None
+        """Called on the writer's thread when a stream of `begin_later` is in the store, and when
+        one is not any more, since it expired."""
         self.store = store
         self._sealer = sealer
-        self._ttl_s = ttl_s
+        self._log = LogWriter(store, sealer, ttl_s)
+        self._reader = LogReader(store, sealer)
         self._waiting = Waiting(_WAITING_BYTES)
         self._changed = threading.Condition()
         self._writing: tuple[str, str] | None = None  # the stream whose snapshot is being written
         self._closing = False
-        self._late: set[tuple[str, str]] = set()  # streams that began while the store was away
+        # Streams that began while the store was away.
+        self._late: dict[tuple[str, str], tuple[Bundle, Lease]] = {}
         self._mistaken: set[tuple[str, str, str]] = set()  # claims that failed, but lie there
         self._taking_back = threading.Lock()
         self._availability = Availability(store.probe, self._back)
@@ -110,11 +105,15 @@ class SnapshotWriter:
         """
         if not self.is_up:
             raise OSError("the snapshot store is away")
-        outputs = [output_snapshot(output, each) for output, each in enumerate(checkpoints)]
-        content = self._sealed(bundle, lease, content_of(lease, outputs))
         owner, stream_id, name = lease.owner, lease.stream_id, origin_name(lease.epoch)
         with self._watched():
             self._take_back((owner, stream_id, name))
+            names = self.store.names(owner, stream_id) if lease.epoch > 1 else set()
+            claim = claim_in(names)
+            if claim is not None and claim.is_above(lease.epoch - 1):
+                raise AlreadyClaimed(claim)
+            origin = self._log.origin(lease, checkpoints, names)
+            content = self._log.sealed(bundle, lease, origin, name)
             try:
                 self.store.create(owner, stream_id, name, content)
             except FileExistsError:
@@ -130,27 +129,34 @@ class SnapshotWriter:
         if claim is not None and claim.is_above(lease.epoch):
             self._remove(lease, [name])
             raise AlreadyClaimed(claim)
-        self._late.discard((owner, stream_id))
+        self._late.pop((owner, stream_id), None)
         with self._changed:
             self._waiting.withdraw(owner, stream_id, below=lease.epoch)
-        if older := before_epoch(names, lease.epoch):
-            self._remove(lease, older)
+        self._remove(lease, needless_before(origin, lease.epoch, names))
         self._availability.worked()
 
-    def begin_later(self, lease: Lease) -> None:
-        """Claim a new stream, for which `begin` raised OSError, with the first snapshot of it."""
-        self._late.add((lease.owner, lease.stream_id))
+    def begin_later(self, bundle: Bundle, lease: Lease) -> None:
+        """Claim a new stream, for which `begin` raised OSError, when the store is back."""
+        with self._changed:
+            self._late[lease.owner, lease.stream_id] = bundle, lease
+            self._changed.notify_all()
+
+    def begin_never(self, lease: Lease) -> None:
+        """The stream was not opened, so that it is not claimed later either."""
+        self._late.pop((lease.owner, lease.stream_id), None)
 
     def forget(self, owner: str, stream_id: str) -> None:
         """Delete a stream for all servers, and what waits of it. Raises OSError."""
+        self._late.pop((owner, stream_id), None)
         self._withdraw(owner, stream_id)
-        self._late.discard((owner, stream_id))
+        self._log.forget(owner, stream_id)
         with self._watched():
             names = self.store.names(owner, stream_id)
             if not names:
                 return
             if TOMBSTONE not in names:
-                self.store.put(owner, stream_id, TOMBSTONE, b"deleted\n")
+                with suppress(FileExistsError):
+                    self.store.create(owner, stream_id, TOMBSTONE, secrets.token_bytes(16))
             self.store.delete(owner, stream_id, keep=TOMBSTONE)
 
     def newest_epoch(self, owner: str, stream_id: str) -> Claim | None:
@@ -161,37 +167,23 @@ class SnapshotWriter:
     def load(self, owner: str, stream_id: str) -> Snapshot | None:
         """The caller's stream of that name. Raises SnapshotRefused, OSError."""
         with self._watched():
-            claim, parts = self._parts(owner, stream_id)
-        opened = [self._sealer.open(part, owner) for part in parts]
-        if claim is None or not opened:
-            return None
-        if any(part.stream_id != stream_id for part, _ in opened):
-            raise SnapshotRefused(f"what is stored of stream {stream_id} is of another stream")
-        # Whatever the clocks of those who wrote them, snapshots come after the origin.
-        (_, origin), *_ = opened
-        header = max((each for each, _ in opened), key=lambda each: each.expires.ToNanoseconds())
-        refuse_expired(header)
-        latest = {output.output: output for _, part in opened for output in part.outputs}
-        content = pb.Snapshot(request=origin.request, outputs=latest.values())
-        return Snapshot(header, content, claim.epoch)
+            return self._reader.read(owner, stream_id)
 
     def streams(self, owner: str) -> list[str]:
-        """Names of the caller's streams of which something is stored, in order. Raises OSError."""
+        """Names of the caller's streams that are stored, in order. Raises OSError."""
         with self._watched():
-            stored = self.store.streams(owner)
-        claims = {stream_id: claim_in(names) for stream_id, names in stored.items()}
-        return sorted(
-            stream_id for stream_id, claim in claims.items() if claim and not claim.deleted
-        )
+            return sorted(self.store.streams(owner, is_live))
 
     def export(self, bundle: Bundle, lease: Lease, checkpoints: Sequence[Checkpoint]) -> bytes:
         """A sealed snapshot of a whole stream."""
         outputs = [output_snapshot(output, each) for output, each in enumerate(checkpoints)]
-        return self._sealed(bundle, lease, content_of(lease, outputs))
+        return self._log.sealed(bundle, lease, content_of(lease, outputs))
 
     def import_(self, sealed: bytes, owner: str) -> Snapshot:
         """The snapshot in an exported stream. Raises SnapshotRefused."""
         header, content = self._sealer.open(sealed, owner)
+        if header.name:
+            raise SnapshotRefused("this is a part of a stored stream, and no export")
         refuse_expired(header)
         return Snapshot(header, content)
 
@@ -217,18 +209,6 @@ class SnapshotWriter:
     @property
     def _left(self) -> int:
         return len(self._waiting) + (self._writing is not None)
-
-    def _parts(self, owner: str, stream_id: str) -> tuple[Claim | None, list[bytes]]:
-        """The newest claim of a stream, and all that is stored in its epoch, the origin first."""
-        for _ in range(_LOOKS):
-            names = self.store.names(owner, stream_id)
-            claim = claim_in(names)
-            if claim is None or claim.deleted:
-                return None, []
-            found = self.store.get(owner, stream_id, of_epoch(names, claim.epoch))
-            if origin_name(claim.epoch) in found:
-                return claim, list(found.values())
-        raise OSError("the stream changes its owner more quickly than it can be read")
 
     def _withdraw(self, owner: str, stream_id: str) -> None:
         """Write nothing more of a stream; what is being written ends first, else TimeoutError."""
@@ -261,7 +241,10 @@ class SnapshotWriter:
             self._changed.notify_all()
 
     def _run(self) -> None:
-        while (job := self._next()) is not None:
+        while self._has_work():
+            self._begin_late()
+            if (job := self._next()) is None:
+                continue
             again = False
             try:
                 self._write(job)
@@ -277,57 +260,76 @@ class SnapshotWriter:
                 self._writing = None
                 self._changed.notify_all()
 
-    def _next(self) -> Job | None:
-        """The snapshot to write next, once there is one and the store works; None at the end."""
+    def _has_work(self) -> bool:
+        """Waits until there is something to write, and the store works; False at the end."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closing or (len(self._waiting) and self.is_up))
-            if self._closing:
+            self._changed.wait_for(
+                lambda: self._closing or (self.is_up and (len(self._waiting) or self._late))
+            )
+            return not self._closing
+
+    def _next(self) -> Job | None:
+        """The snapshot to write next; None if there is none, or the store is away."""
+        with self._changed:
+            if not (len(self._waiting) and self.is_up):
                 return None
             job = self._waiting.pop()
             self._writing = job.stream
             return job
 
+    def _begin_late(self) -> None:
+        """Claim the streams that began while the store was away."""
+        for stream, (bundle, lease) in list(self._late.items()):
+            with self._changed:
+                if stream not in self._late:
+                    continue
+                self._writing = stream
+            try:
+                self._claim_late(bundle, lease)
+            except OSError:
+                return
+            except Exception:
+                self._late.pop(stream, None)
+                _log.exception("a stream could not be stored")
+            finally:
+                with self._changed:
+                    self._writing = None
+                    self._changed.notify_all()
+
+    def _claim_late(self, bundle: Bundle, lease: Lease) -> None:
+        try:
+            self.begin(bundle, lease)
+        except AlreadyClaimed as other:
+            self._late.pop((lease.owner, lease.stream_id), None)
+            self._lose(lease, other.claim)
+        else:
+            self.on_stored(lease, True)
+
     def _write(self, job: Job) -> None:
         began = time.perf_counter()
-        lease, name = job.lease, output_name(job.lease.epoch, job.output)
-        if job.stream in self._late and not self._begins(job):
-            return
-        # The request is in the origin.
-        content = pb.Snapshot(outputs=[output_snapshot(job.output, job.checkpoint)])
-        sealed = self._sealed(job.bundle, lease, content)
         with self._watched():
-            self.store.put(lease.owner, lease.stream_id, name, sealed)
-            claim = claim_in(self.store.names(lease.owner, lease.stream_id))
+            appended = self._log.append(job)
         metrics.SNAPSHOT_TIME.observe(time.perf_counter() - began)
-        metrics.SNAPSHOT_BYTES.inc(len(sealed))
+        metrics.SNAPSHOT_BYTES.inc(appended.nbytes)
         self._availability.worked()
-        if claim is not None and claim.is_above(lease.epoch):
-            self._lose(lease, claim, name)
+        self._remove(job.lease, appended.needless)
+        if appended.claim is None or appended.claim.is_above(job.lease.epoch):
+            self._lose(job.lease, appended.claim)
 
-    def _begins(self, job: Job) -> bool:
-        """Claim a stream late; False if another server has a stream of this name."""
-        try:
-            self.begin(job.bundle, job.lease)
-        except AlreadyClaimed as other:
-            self._late.discard(job.stream)
-            continued = not other.claim.deleted and other.claim.epoch > job.lease.epoch
-            with self._changed:
-                self._waiting.withdraw(*job.stream, other.claim.epoch if continued else None)
-            self.on_lost(job.lease, other.claim.deleted)
-            return False
-        self.on_begun(job.lease)
-        return True
-
-    def _lose(self, lease: Lease, claim: Claim, name: str) -> None:
-        """Drop what we wrote of a stream that is not ours any more, and what waits of it."""
-        below = None if claim.deleted else claim.epoch
+    def _lose(self, lease: Lease, claim: Claim | None) -> None:
+        """Drop what waits of a stream that is not ours any more."""
+        if claim is None:
+            self.on_stored(lease, False)
+            return
+        below = claim.epoch if not claim.deleted and claim.epoch > lease.epoch else None
         with self._changed:
             self._waiting.withdraw(lease.owner, lease.stream_id, below)
-        self._remove(lease, [name])
         self.on_lost(lease, claim.deleted)
 
     def _remove(self, lease: Lease, names: Sequence[str]) -> None:
         """Drop what nobody reads any more, if that works; else it goes with the next sweep."""
+        if not names:
+            return
         try:
             self.store.remove(lease.owner, lease.stream_id, names)
         except OSError as error:
@@ -343,6 +345,3 @@ class SnapshotWriter:
         except OSError as error:
             self._availability.failed(error)
             raise
-
-    def _sealed(self, bundle: Bundle, lease: Lease, content: pb.Snapshot) -> bytes:
-        return self._sealer.seal(header_of(bundle, lease, self._ttl_s), content)

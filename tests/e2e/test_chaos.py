@@ -1,4 +1,4 @@
-"""Servers are killed under their streams, and no stream shows it."""
+"""Servers are killed under their streams, or their store fails, and no stream shows it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from loadtest.scenarios.bucket import Trouble
 from loadtest.scenarios.chaos import run
 
 BUNDLE = Path(__file__).parents[2] / "bundles" / "python-4k"
@@ -21,9 +22,24 @@ STREAMS, TOKENS, KILLS = 32, 2_000, 4
     ],
 )
 def test_every_stream_is_what_it_would_have_been(ray: bool) -> None:
-    result = run(BUNDLE, KILLS, STREAMS, TOKENS, ray=ray, seed=1)
+    result, _ = run(BUNDLE, KILLS, STREAMS, TOKENS, ray=ray)
     assert result.wrong == []
     assert result.kills == KILLS
     assert result.killed_at_once == 1
     assert result.streams >= STREAMS
+    assert result.not_durable == 0
     assert result.resumed >= STREAMS  # at least those of the last kill, which takes both
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("kills", [0, 2])
+def test_a_store_that_fails_changes_no_stream(kills: int) -> None:
+    result, bucket = run(BUNDLE, kills, 8, 400, store_fails=True, seconds=25)
+    assert result.wrong == []
+    assert result.kills == kills
+    assert result.streams >= 8
+    assert result.not_durable > 0
+    assert kills or not result.lost
+    assert bucket is not None
+    assert sum(bucket.requests.values()) > bucket.requests[Trouble.NONE] > 0

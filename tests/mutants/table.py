@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
-from tests.mutants import export, model, patterns, server
+from tests.mutants import export, model, patterns, server, snapshots
 
-MUTANTS = (*patterns.MUTANTS, *model.MUTANTS, *export.MUTANTS, *server.MUTANTS)
+MUTANTS = (
+    *patterns.MUTANTS,
+    *model.MUTANTS,
+    *export.MUTANTS,
+    *server.MUTANTS,
+    *snapshots.MUTANTS,
+)

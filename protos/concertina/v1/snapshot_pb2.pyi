@@ -10,12 +10,16 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Snapshot(_message.Message):
-    __slots__ = ("outputs", "request")
+    __slots__ = ("outputs", "request", "prompt_epoch", "prompt_digest")
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     REQUEST_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_DIGEST_FIELD_NUMBER: _ClassVar[int]
     outputs: _containers.RepeatedCompositeFieldContainer[OutputSnapshot]
     request: StoredRequest
-    def __init__(self, outputs: _Optional[_Iterable[_Union[OutputSnapshot, _Mapping]]] = ..., request: _Optional[_Union[StoredRequest, _Mapping]] = ...) -> None: ...
+    prompt_epoch: int
+    prompt_digest: bytes
+    def __init__(self, outputs: _Optional[_Iterable[_Union[OutputSnapshot, _Mapping]]] = ..., request: _Optional[_Union[StoredRequest, _Mapping]] = ..., prompt_epoch: _Optional[int] = ..., prompt_digest: _Optional[bytes] = ...) -> None: ...
 
 class StoredRequest(_message.Message):
     __slots__ = ("outputs", "start_token", "prompt", "sampling", "max_tokens", "min_tokens", "stop", "stop_tokens", "include_stop", "end_token", "time_limit_seconds", "complete_at", "prompt_logprobs", "stream_interval", "priority")
@@ -104,8 +108,16 @@ class StoredWord(_message.Message):
     tokens: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, tokens: _Optional[_Iterable[int]] = ...) -> None: ...
 
+class AdoptedTokens(_message.Message):
+    __slots__ = ("epoch", "end")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    end: int
+    def __init__(self, epoch: _Optional[int] = ..., end: _Optional[int] = ...) -> None: ...
+
 class OutputSnapshot(_message.Message):
-    __slots__ = ("output", "generated", "pushed", "state", "base_tokens", "base_characters", "queue_seconds", "first_token_seconds", "finish", "logprobs")
+    __slots__ = ("output", "generated", "pushed", "state", "base_tokens", "base_characters", "queue_seconds", "first_token_seconds", "finish", "logprobs", "first", "adopted", "state_epoch", "tokens")
     class StateEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -123,6 +135,10 @@ class OutputSnapshot(_message.Message):
     FIRST_TOKEN_SECONDS_FIELD_NUMBER: _ClassVar[int]
     FINISH_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    ADOPTED_FIELD_NUMBER: _ClassVar[int]
+    STATE_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
     output: int
     generated: bytes
     pushed: int
@@ -133,7 +149,11 @@ class OutputSnapshot(_message.Message):
     first_token_seconds: float
     finish: StoredFinish
     logprobs: _containers.RepeatedCompositeFieldContainer[StoredLogprobs]
-    def __init__(self, output: _Optional[int] = ..., generated: _Optional[bytes] = ..., pushed: _Optional[int] = ..., state: _Optional[_Mapping[str, bytes]] = ..., base_tokens: _Optional[int] = ..., base_characters: _Optional[int] = ..., queue_seconds: _Optional[float] = ..., first_token_seconds: _Optional[float] = ..., finish: _Optional[_Union[StoredFinish, _Mapping]] = ..., logprobs: _Optional[_Iterable[_Union[StoredLogprobs, _Mapping]]] = ...) -> None: ...
+    first: int
+    adopted: _containers.RepeatedCompositeFieldContainer[AdoptedTokens]
+    state_epoch: int
+    tokens: int
+    def __init__(self, output: _Optional[int] = ..., generated: _Optional[bytes] = ..., pushed: _Optional[int] = ..., state: _Optional[_Mapping[str, bytes]] = ..., base_tokens: _Optional[int] = ..., base_characters: _Optional[int] = ..., queue_seconds: _Optional[float] = ..., first_token_seconds: _Optional[float] = ..., finish: _Optional[_Union[StoredFinish, _Mapping]] = ..., logprobs: _Optional[_Iterable[_Union[StoredLogprobs, _Mapping]]] = ..., first: _Optional[int] = ..., adopted: _Optional[_Iterable[_Union[AdoptedTokens, _Mapping]]] = ..., state_epoch: _Optional[int] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class StoredFinish(_message.Message):
     __slots__ = ("reason", "stop", "generated", "queue_seconds", "first_token_seconds", "total_seconds", "state_bytes")
@@ -164,7 +184,7 @@ class StoredLogprobs(_message.Message):
     def __init__(self, logprob: _Optional[float] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class SnapshotHeader(_message.Message):
-    __slots__ = ("version", "stream_id", "owner", "model", "fingerprint", "accepted", "expires", "keep_seconds")
+    __slots__ = ("version", "stream_id", "owner", "model", "fingerprint", "accepted", "expires", "keep_seconds", "name")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     STREAM_ID_FIELD_NUMBER: _ClassVar[int]
     OWNER_FIELD_NUMBER: _ClassVar[int]
@@ -173,6 +193,7 @@ class SnapshotHeader(_message.Message):
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     EXPIRES_FIELD_NUMBER: _ClassVar[int]
     KEEP_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
     version: int
     stream_id: str
     owner: str
@@ -181,4 +202,5 @@ class SnapshotHeader(_message.Message):
     accepted: _timestamp_pb2.Timestamp
     expires: _timestamp_pb2.Timestamp
     keep_seconds: float
-    def __init__(self, version: _Optional[int] = ..., stream_id: _Optional[str] = ..., owner: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., accepted: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expires: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., keep_seconds: _Optional[float] = ...) -> None: ...
+    name: str
+    def __init__(self, version: _Optional[int] = ..., stream_id: _Optional[str] = ..., owner: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., accepted: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expires: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., keep_seconds: _Optional[float] = ..., name: _Optional[str] = ...) -> None: ...

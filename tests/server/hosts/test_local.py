@@ -219,6 +219,7 @@ async def test_a_key_has_a_quota_of_streams(serve: Serve, connect: Any, keys: An
         first = await events.read()
         assert (first.error.code, first.error.retryable) == ("RESOURCE_EXHAUSTED", True)
         assert "3 streams run or wait" in first.error.message
+        assert first.error.HasField("retry_after")
         assert await events.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
         assert (await refusal(reader.score(IMAGE)))[0] == "RESOURCE_EXHAUSTED"
         assert await connect(served, other).generate(IMAGE, outputs=4) == IMAGE

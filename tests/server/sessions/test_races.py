@@ -13,6 +13,7 @@ import pytest
 
 from server.auth.api_keys import Caller
 from server.errors import (
+    InvalidRequest,
     QuotaExceeded,
     RequestError,
     UnknownSession,
@@ -173,6 +174,71 @@ async def test_a_new_stream_runs_while_the_store_is_away(
     await read(await other.resume(got.stream_id, "", got.cursors(1)), got, 9)
     assert got.content == (await whole(other, request())).content
     await other.delete(got.stream_id)
+
+
+async def test_a_new_stream_with_a_key_runs_while_the_store_is_away(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client sends a key by default. Nobody can tell whether another server has the stream."""
+    sessions, got = cluster(), Received()
+    wanted = request(idempotency_key="k")
+    with monkeypatch.context() as failing:
+        for name in ("load", "begin"):
+            Held(sessions, name, failing).let_go(OSError("no route to the store"))
+        attachment = await sessions.start(wanted)
+        again = await sessions.start(wanted)
+    assert not sessions.registry.is_durable(attachment.session)
+    assert again.session is attachment.session
+    again.leave()
+    await read(attachment, got, 9)
+    assert got.content == (await whole(cluster(), request())).content
+
+
+async def test_no_call_waits_for_a_store_that_is_away(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sessions = cluster()
+    store = Held(sessions, "load", monkeypatch)
+    monkeypatch.setattr(type(sessions.snapshots), "is_up", False)
+    attachment = await sessions.start(request(idempotency_key="k"))
+    assert store.calls == 0
+    await read(attachment, Received(), 9)
+
+
+async def test_a_key_that_another_server_has_gives_the_same_stream_in_an_outage(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was accepted there, its answer got lost, and the store is away when it is sent again."""
+    one, other, got, first = cluster(), cluster(), Received(), Received()
+    wanted = request(80, idempotency_key="k", sampling={})
+    await read(await one.start(wanted), first, 9, 1)
+    with monkeypatch.context() as failing:
+        for name in ("load", "begin"):
+            Held(other, name, failing).let_go(OSError("no route to the store"))
+        attachment = await other.start(wanted)
+    assert not other.registry.is_durable(attachment.session)
+    await read(attachment, got, 9)
+    assert got.stream_id == first.stream_id
+    while not got.endings:  # it was handed over, since another server has the stream
+        await read(await other.resume(got.stream_id, "", got.cursors(1)), got, 9)
+    await read(await one.resume(first.stream_id, "", first.cursors(1)), first, 9)
+    assert got.content == first.content
+    await one.delete(got.stream_id)
+
+
+async def test_the_key_of_a_deleted_stream_starts_no_other(cluster: Cluster) -> None:
+    """Nor does a copy of the request that arrives after Delete."""
+    one, other, got = cluster(), cluster(), Received()
+    wanted = request(idempotency_key="k")
+    await read(await one.start(wanted), got, 9, 3)
+    await one.delete(got.stream_id)
+    for replica in (one, other):
+        with pytest.raises(InvalidRequest, match=r"of a stream that was deleted: use a new key"):
+            await replica.start(wanted)
+    assert one.snapshots.streams("") == []
+    await until(lambda: is_empty(one.model) and is_empty(other.model))
+    for replica, key in ((one, "l"), (other, "m")):
+        await whole(replica, request(idempotency_key=key))
 
 
 async def test_a_delete_ends_the_stream_of_its_reader(cluster: Cluster) -> None:

@@ -18,6 +18,7 @@ from server.auth.api_keys import Caller
 from server.bundles.bundle import Bundle
 from server.config import EngineConfig
 from server.engine.restore import BEGINNING, ResumeCursor
+from server.engine.stream import Stream
 from server.errors import (
     EngineStopped,
     InvalidRequest,
@@ -421,3 +422,64 @@ async def test_an_ending_lost_with_its_replica_is_sent_to_the_next_reader(cluste
     again = Received(got.stream_id, 1)
     await read(await last.resume(got.stream_id, "", [BEGINNING]), again, 9)
     assert again.content == expected.content
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+async def test_a_reader_of_a_stream_that_cannot_be_opened_gets_an_error(
+    cluster: Cluster, outputs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has ended, so that the engine has nothing of it to end."""
+    first, got = cluster(), Received()
+    wanted = request(output={"n": outputs})
+    await read(await first.start(wanted), got, 9)
+    first.kill()
+    second, again = cluster(), Received(got.stream_id, 1)
+    _fail_backlogs(monkeypatch, after=outputs // 2)
+    attachment = await second.resume(got.stream_id)
+    async with asyncio.timeout(LIMIT_S):
+        events = [event async for event in send(attachment, 1, durable=False)]
+    endings = [e.WhichOneof("event") for e in events if e.WhichOneof("event") != "tokens"]
+    fine = outputs // 2
+    assert sorted(endings) == ["error"] * (outputs - fine) + ["finished"] * fine
+    errors = [event.error for event in events if event.HasField("error")]
+    assert {error.code for error in errors} == {"INTERNAL"}
+    monkeypatch.undo()
+    await read(await second.resume(got.stream_id), again, 9)
+    assert again.content == got.content
+
+
+async def test_a_reader_who_cannot_attach_takes_no_place(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sessions, got = cluster(), Received()
+    with Gate(sessions.model) as gate:
+        attachment = await sessions.start(request(output={"n": 2}))
+        gate.let(12)
+        await gate.held("step")
+        reading = asyncio.create_task(read(attachment, got, 9))
+        await until(lambda: got.sequence)
+        _fail_backlogs(monkeypatch, after=1)
+        attaching = asyncio.create_task(sessions.resume(got.stream_id))
+        await asyncio.sleep(0.05)
+        gate.let(float("inf"))
+        with pytest.raises(MemoryError):
+            await asyncio.wait_for(attaching, LIMIT_S)
+        monkeypatch.undo()
+        await asyncio.wait_for(reading, LIMIT_S)
+    assert [len(ids) for ids in got.ids.values()] == [40, 40]
+    await sessions.delete(got.stream_id)
+
+
+def _fail_backlogs(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """Have backlogs fail, after so many."""
+    made = 0
+    real = Stream.backlog.fget  # type: ignore[attr-defined]
+
+    def backlog(stream: Stream) -> Any:
+        nonlocal made
+        made += 1
+        if made > after:
+            raise MemoryError("planted")
+        return real(stream)
+
+    monkeypatch.setattr(Stream, "backlog", property(backlog))

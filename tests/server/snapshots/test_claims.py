@@ -20,11 +20,12 @@ from server.snapshots.codec import restored
 from server.snapshots.names import (
     TOMBSTONE,
     Claim,
-    before_epoch,
     claim_in,
-    of_epoch,
+    end_name,
+    epoch_of,
     origin_name,
-    output_name,
+    state_name,
+    tokens_name,
 )
 from server.snapshots.sealer import Sealer
 from server.snapshots.store import Store
@@ -104,15 +105,20 @@ def test_of_those_who_claim_at_once_one_wins(
 ) -> None:
     writers = [open_writer() for _ in range(4)]
     writers[0].begin(text, stream)
+    story = ""
     for claimed in range(2, 7):
         together = threading.Barrier(len(writers))
 
         def claim(
-            number: int, claimed: int = claimed, together: threading.Barrier = together
+            number: int,
+            claimed: int = claimed,
+            together: threading.Barrier = together,
+            story: str = story,
         ) -> bool:
             together.wait()
             try:
-                writers[number].begin(text, replace(stream, epoch=claimed), [at(f"{number}")])
+                mine = at(f"{story}{number}")
+                writers[number].begin(text, replace(stream, epoch=claimed), [mine])
             except AlreadyClaimed as error:
                 assert error.claim == Claim(claimed)
                 return False
@@ -121,7 +127,8 @@ def test_of_those_who_claim_at_once_one_wins(
         with ThreadPoolExecutor(len(writers)) as pool:
             won = list(pool.map(claim, range(len(writers))))
         assert won.count(True) == 1
-        assert {tuple(stored(writer, stream)) for writer in writers} == {(f"{won.index(True)}",)}
+        story += f"{won.index(True)}"
+        assert {tuple(stored(writer, stream)) for writer in writers} == {(story,)}
 
 
 def test_snapshots_come_after_the_origin_whatever_the_clock(
@@ -150,11 +157,15 @@ def test_a_late_write_of_an_older_owner_is_not_read(
     old.offer(text, stream, 0, at("abc"))
     assert old.flush(LIMIT_S) == 0
     assert lost == []
-    late = old.store.get(stream.owner, "s", [output_name(1, 0)])
     taken = replace(stream, epoch=2)
     new.begin(text, taken, [at("ab")])
-    for name, content in late.items():  # it lands now, and its writer dies
-        new.store.put(stream.owner, "s", name, content)
+    assert stored(new, stream) == ["ab"]
+    name, late = (
+        tokens_name(1, 0, 3, 8),
+        new.store.get(stream.owner, "s", [tokens_name(1, 0, 0, 3)]),
+    )
+    (content,) = late.values()
+    new.store.create(stream.owner, "s", name, content)  # it lands now, and its writer dies
     assert stored(new, stream) == ["ab"]
     old.offer(text, stream, 0, at("abcdefgh"))
     assert old.flush(LIMIT_S) == 0
@@ -170,27 +181,32 @@ def test_what_waits_of_an_earlier_epoch_is_not_written(
     text: Bundle, open_writer: Writers, stream: Lease, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writer, go_on, busy = open_writer(), threading.Event(), threading.Event()
-    put, written = writer.store.put, []
+    create, written = writer.store.create, []
+    lost = lost_by(writer)
 
     def slowly(owner: str, stream_id: str, name: str, content: bytes) -> None:
         written.append(name)
         busy.set()
         assert go_on.wait(LIMIT_S)
-        put(owner, stream_id, name, content)
+        create(owner, stream_id, name, content)
 
     writer.begin(text, stream)
-    monkeypatch.setattr(writer.store, "put", slowly)
     other = replace(stream, stream_id="other")
+    writer.begin(text, other)
+    monkeypatch.setattr(writer.store, "create", slowly)
     writer.offer(text, other, 0, at("x"))
     assert busy.wait(LIMIT_S)
     for output in (0, 1):
         writer.offer(text, stream, output, at("abc"))
-    writer.begin(text, replace(stream, epoch=2), [at("ab")])
+    with monkeypatch.context() as quick:
+        quick.setattr(writer.store, "create", create)
+        writer.begin(text, replace(stream, epoch=2), [at("ab")])
     writer.offer(text, replace(stream, epoch=2), 0, at("abcd"))
     writer.offer(text, stream, 0, at("abc"))  # the engine has not heard of it
     go_on.set()
     assert writer.flush(LIMIT_S) == 0
-    assert written == [output_name(1, 0), output_name(2, 0)]
+    assert written == [tokens_name(1, 0, 0, 1), tokens_name(2, 0, 2, 4)]
+    assert lost == []
     assert stored(writer, stream) == ["abcd"]
 
 
@@ -245,22 +261,25 @@ def test_what_was_never_stored_leaves_no_tombstone(open_writer: Writers, stream:
     assert epoch(writer, stream) is None
 
 
-def test_readers_follow_who_claims_meanwhile(
+def test_readers_follow_who_writes_meanwhile(
     text: Bundle, open_writer: Writers, stream: Lease, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a reader saw the name of is gone when it reads it."""
     reader, owner = open_writer(), open_writer()
     owner.begin(text, stream)
-    get, claimed = reader.store.get, iter(range(2, 4))
+    owner.offer(text, stream, 0, at("abc"))
+    assert owner.flush(LIMIT_S) == 0
+    get = reader.store.get
 
-    def late(*arguments: Any) -> dict[str, bytes]:
-        for number in claimed:
-            owner.begin(text, replace(stream, epoch=number), [at(f"{number}")])
-            break
-        return get(*arguments)
+    def late(owner_: str, stream_id: str, names: set[str]) -> dict[str, bytes]:
+        if tokens_name(1, 0, 0, 3) in names:
+            owner.offer(text, stream, 0, at("abcde"))
+            assert owner.flush(LIMIT_S) == 0
+            assert tokens_name(1, 0, 0, 3) not in owner.store.names(stream.owner, "s")
+        return get(owner_, stream_id, names)
 
     monkeypatch.setattr(reader.store, "get", late)
-    assert stored(reader, stream) == ["3"]
+    assert stored(reader, stream) == ["abcde"]
 
 
 def test_nobody_withdraws_what_waits_of_others(
@@ -268,16 +287,17 @@ def test_nobody_withdraws_what_waits_of_others(
 ) -> None:
     """A name that leaked is no use to other owners."""
     writer, go_on, busy = open_writer(), threading.Event(), threading.Event()
-    put = writer.store.put
+    create, other = writer.store.create, replace(stream, stream_id="other")
 
     def slowly(*arguments: Any) -> None:
         busy.set()
         assert go_on.wait(LIMIT_S)
-        put(*arguments)
+        create(*arguments)
 
     writer.begin(text, stream)
-    monkeypatch.setattr(writer.store, "put", slowly)
-    writer.offer(text, replace(stream, stream_id="other"), 0, at("x"))
+    writer.begin(text, other)
+    monkeypatch.setattr(writer.store, "create", slowly)
+    writer.offer(text, other, 0, at("x"))
     assert busy.wait(LIMIT_S)
     writer.offer(text, stream, 0, at("abc"))
     writer.forget("somebody else", "s")
@@ -286,9 +306,12 @@ def test_nobody_withdraws_what_waits_of_others(
     assert stored(writer, stream) == ["abc"]
 
 
+EPOCHS, OUTPUTS, NUMBERS = st.integers(1, 3), st.integers(0, 2), st.integers(0, 9)
 NAMES = st.one_of(
-    st.builds(origin_name, st.integers(1, 3)),
-    st.builds(output_name, st.integers(1, 3), st.integers(0, 2)),
+    st.builds(origin_name, EPOCHS),
+    st.builds(tokens_name, EPOCHS, OUTPUTS, NUMBERS, NUMBERS),
+    st.builds(state_name, EPOCHS, OUTPUTS, NUMBERS),
+    st.builds(end_name, EPOCHS, OUTPUTS),
     st.sampled_from([TOMBSTONE, "origin", "0", "-1-origin", "00000001-origin.part", "junk"]),
 )
 
@@ -301,13 +324,9 @@ def test_names_tell_who_owns_a_stream(names: set[str]) -> None:
     if claim is not None:
         assert claim == Claim(max(origins, default=0), TOMBSTONE in names)
         assert claim.is_above(2) == (claim.deleted or claim.epoch == 3)
-    for number in (1, 2, 3):
-        mine = of_epoch(names, number)
-        assert set(mine) == {name for name in names if name.startswith(f"0000000{number}-")} - {
-            "00000001-origin.part"
-        }
-        assert origin_name(number) not in mine[1:]
-    assert set(before_epoch(names, 3)) == {*of_epoch(names, 1), *of_epoch(names, 2)}
+    for name in names - {TOMBSTONE, "origin", "0", "-1-origin", "00000001-origin.part", "junk"}:
+        assert name.startswith(f"0000000{epoch_of(name)}-")
+    assert {epoch_of(name) for name in ("junk", TOMBSTONE, "00000001-origin.part")} == {-1}
 
 
 def test_epochs_have_no_end() -> None:

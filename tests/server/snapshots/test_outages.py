@@ -162,7 +162,7 @@ def test_nobody_waits_for_a_store_that_hangs(
 ) -> None:
     """B9."""
     writer.begin(text, STREAM)
-    hanging = Hanging(store, monkeypatch, "put", "create")
+    hanging = Hanging(store, monkeypatch, "create")
     began = time.monotonic()
     with pytest.raises(TimeoutError):
         writer.begin(text, replace(STREAM, stream_id="new"))
@@ -188,7 +188,7 @@ def test_a_snapshot_that_hangs_is_written_later(
     text: Bundle, store: Store, writer: SnapshotWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writer.begin(text, STREAM)
-    hanging, before = Hanging(store, monkeypatch, "put"), failures()
+    hanging, before = Hanging(store, monkeypatch, "create"), failures()
     writer.offer(text, STREAM, 0, at("abc"))
     until(lambda: failures() > before)
     writer.offer(text, STREAM, 0, at("abcd"))
@@ -210,7 +210,7 @@ def test_a_full_store_is_told_once_and_caught_up_with(
     streams = [replace(STREAM, stream_id=f"s{number}") for number in range(5)]
     for stream in streams:
         writer.begin(text, stream)
-    full, before = Failing(store, monkeypatch, "put"), failures()
+    full, before = Failing(store, monkeypatch, "create"), failures()
     for stream in streams:
         writer.offer(text, stream, 0, at("abc"))
     until(lambda: full.failed >= 8)
@@ -226,7 +226,7 @@ def test_a_full_store_is_told_once_and_caught_up_with(
 def test_a_store_that_fails_now_and_then_loses_nothing(
     text: Bundle, store: Store, writer: SnapshotWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    failing = Failing(store, monkeypatch, "put", "create", "read", "names", "remove")
+    failing = Failing(store, monkeypatch, "create", "read", "names", "remove")
     failing.share = 0.3
     streams, begun = [replace(STREAM, stream_id=f"s{number}") for number in range(8)], []
     for stream in streams:
@@ -266,17 +266,38 @@ def test_a_stream_that_began_in_an_outage_is_claimed_later(
     text: Bundle, store: Store, writer: SnapshotWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun: list[Lease] = []
-    writer.on_begun = begun.append
+    writer.on_stored = lambda lease, stored: begun.append(lease)
     failing = Failing(store, monkeypatch, "create")
     with pytest.raises(OSError, match="no space"):
         writer.begin(text, STREAM)
-    writer.begin_later(STREAM)
+    writer.begin_later(text, STREAM)
     writer.offer(text, STREAM, 0, at("abc"))
     time.sleep(0.1)
     assert (begun, writer.load("me", "s")) == ([], None)
     failing.share = 0.0
     assert writer.flush(LIMIT_S) == 0
     assert (begun, generated(writer)) == ([STREAM], "abc")
+
+
+def test_a_stream_that_began_in_an_outage_is_claimed_without_a_snapshot(
+    text: Bundle, store: Store, writer: SnapshotWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As soon as the store is back, and not if it was not opened, or is deleted meanwhile."""
+    told: list[tuple[str, bool]] = []
+    writer.on_stored = lambda lease, stored: told.append((lease.stream_id, stored))
+    failing = Failing(store, monkeypatch, "create")
+    with pytest.raises(OSError, match="no space"):
+        writer.begin(text, STREAM)
+    for stream_id in ("s", "unopened", "deleted"):
+        writer.begin_later(text, replace(STREAM, stream_id=stream_id))
+    writer.begin_never(replace(STREAM, stream_id="unopened"))
+    writer.forget("me", "deleted")
+    failing.share = 0.0
+    until(lambda: told)
+    time.sleep(0.05)
+    assert told == [("s", True)]
+    assert writer.streams("me") == ["s"]
+    assert generated(writer) == ""
 
 
 def test_a_stream_that_began_in_an_outage_yields_to_another_of_its_name(
@@ -287,7 +308,7 @@ def test_a_stream_that_began_in_an_outage_yields_to_another_of_its_name(
     failing = Failing(store, monkeypatch, "create")
     with pytest.raises(OSError, match="no space"):
         writer.begin(text, STREAM)
-    writer.begin_later(STREAM)
+    writer.begin_later(text, STREAM)
     failing.share = 0.0
     other = SnapshotWriter(store, Sealer([bytes(32)]), 60.0)
     other.begin(text, STREAM)
@@ -306,7 +327,7 @@ def test_a_stream_that_began_in_an_outage_is_continued_before_its_claim(
     failing = Failing(store, monkeypatch, "create")
     with pytest.raises(OSError, match="no space"):
         writer.begin(text, STREAM)
-    writer.begin_later(STREAM)
+    writer.begin_later(text, STREAM)
     failing.share = 0.0
     until(lambda: writer.is_up)
     continued = replace(STREAM, epoch=2)
@@ -327,7 +348,7 @@ def test_what_fails_while_its_stream_is_deleted_is_not_written_later(
         raise OSError(errno.ENOSPC, "no space left on device")
 
     monkeypatch.setattr(store.backend, "create", create)
-    writer.begin_later(STREAM)
+    writer.begin_later(text, STREAM)
     writer.offer(text, STREAM, 0, at("abc"))
     assert begun.wait(LIMIT_S)
     deleting = threading.Thread(target=writer.forget, args=("me", "s"))
@@ -383,6 +404,7 @@ def test_one_that_cannot_be_sealed_is_dropped(
     text: Bundle, writer: SnapshotWriter, caplog: pytest.LogCaptureFixture
 ) -> None:
     before = failures()
+    writer.begin(text, STREAM)
     writer.offer(text, STREAM, -1, at("abc"))
     assert writer.flush(LIMIT_S) == 0
     assert failures() == before + 1

@@ -14,6 +14,7 @@ import pytest
 from server.bundles.bundle import Bundle
 from server.checkpoint import Checkpoint
 from server.request import Lease, Request, prompt_of
+from server.snapshots.names import TOMBSTONE
 from server.snapshots.sealer import Sealer
 from server.snapshots.store import Store
 from server.snapshots.writer import SnapshotWriter
@@ -44,19 +45,20 @@ class Slow:
     def __init__(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
         self.written: list[str] = []
         self.is_writing, self.go_on = threading.Event(), threading.Event()
-        self._put = store.put
-        monkeypatch.setattr(store, "put", self._slowly)
+        self._create = store.create
+        monkeypatch.setattr(store, "create", self._slowly)
 
     def _slowly(self, owner: str, stream_id: str, *rest: Any) -> None:
         self.is_writing.set()
         assert self.go_on.wait(LIMIT_S)
-        self._put(owner, stream_id, *rest)
+        self._create(owner, stream_id, *rest)
         self.written.append(stream_id)
 
 
 def test_the_newest_waiting_snapshot_is_written(
     text: Bundle, store: Store, writer: SnapshotWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    writer.begin(text, lease("first"))
     writer.begin(text, lease("second"))
     slow = Slow(store, monkeypatch)
     writer.offer(text, lease("first"), 0, CHECKPOINT)
@@ -92,17 +94,17 @@ def test_forget_does_not_wait_for_other_streams(
     text: Bundle, store: Store, writer: SnapshotWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """There is always another snapshot to write."""
-    put, busy = store.put, threading.Event()
+    create, busy = store.create, threading.Event()
     busy.set()
 
     def endless(owner: str, stream_id: str, *rest: Any) -> None:
         time.sleep(0.005)
-        put(owner, stream_id, *rest)
+        create(owner, stream_id, *rest)
         if busy.is_set():
             writer.offer(text, lease("other" + stream_id[-1:]), 0, CHECKPOINT)
             writer.offer(text, lease("another"), 0, CHECKPOINT)
 
-    monkeypatch.setattr(store, "put", endless)
+    monkeypatch.setattr(store, "create", endless)
     writer.offer(text, lease("other"), 0, CHECKPOINT)
     forgetting = threading.Thread(target=writer.forget, args=("", "s"), daemon=True)
     forgetting.start()
@@ -115,16 +117,17 @@ def test_forget_does_not_wait_for_other_streams(
 def test_a_snapshot_that_cannot_be_stored_stops_nothing(
     text: Bundle, store: Store, writer: SnapshotWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put, failed = store.put, threading.Event()
-    writer.begin(text, lease("good"))
+    create, failed = store.create, threading.Event()
+    for stream_id in ("good", "bad"):
+        writer.begin(text, lease(stream_id))
 
-    def full(owner: str, stream_id: str, *rest: Any) -> None:
-        if stream_id == "bad":
+    def full(owner: str, stream_id: str, name: str, content: bytes) -> None:
+        if stream_id == "bad" and name != TOMBSTONE:
             failed.set()
             raise OSError("no space left on device")
-        put(owner, stream_id, *rest)
+        create(owner, stream_id, name, content)
 
-    monkeypatch.setattr(store, "put", full)
+    monkeypatch.setattr(store, "create", full)
     writer.offer(text, lease("bad"), 0, CHECKPOINT)
     assert failed.wait(LIMIT_S)
     writer.offer(text, lease("good"), 0, CHECKPOINT)

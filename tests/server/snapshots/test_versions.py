@@ -82,7 +82,7 @@ def test_what_was_stored_is_loaded(version: int, text: Bundle, tmp_path: Path) -
     store = Store(f"file://{tmp_path}")
     for name, content in fixture(version).items():
         if name != "exported":
-            store.put("", STREAM_ID, name, content)
+            store.create("", STREAM_ID, name, content)
     writer = SnapshotWriter(store, Sealer([KEY]), 60.0)
     snapshot = writer.load("", STREAM_ID)
     assert snapshot is not None

@@ -1,0 +1,181 @@
+"""Bugs in what stores streams and reads them back."""
+
+from __future__ import annotations
+
+from tests.mutants.mutant import Mutant, bugs
+
+_RESTORE = "tests/parity/test_restore.py"
+_LOG = "tests/server/snapshots/test_log.py"
+
+MUTANTS = (
+    *bugs(
+        "server/snapshots/codec.py",
+        _RESTORE,
+        (
+            "recurrent state lost in a snapshot",
+            "state[tensor.name] = values.reshape(shape)",
+            "state[tensor.name] = values.reshape(shape) * (tensor.kind.value != 2)",
+        ),
+        (
+            "a snapshot one token ahead of its state",
+            "OutputSnapshot(output=output, pushed=saved.pushed)",
+            "OutputSnapshot(output=output, pushed=saved.pushed + (saved.pushed == 3))",
+        ),
+    ),
+    Mutant(
+        "a snapshot opens for anybody",
+        "server/snapshots/sealer.py",
+        "        if header.owner != owner:",
+        "        if not header.owner and owner:",
+        "tests/server/snapshots/test_sealer.py",
+    ),
+    *bugs(
+        "server/snapshots/writer.py",
+        "tests/server/snapshots/test_claims.py",
+        (
+            "who claims does not look whether the stream is deleted",
+            "if claim is not None and claim.is_above(lease.epoch):\n            self._remove",
+            "if False:\n            self._remove",
+        ),
+        (
+            "a stream that was lost is written on",
+            "            self._lose(job.lease, appended.claim)",
+            "            pass",
+        ),
+        (
+            "a deleted stream leaves no tombstone",
+            "if TOMBSTONE not in names:",
+            "if TOMBSTONE in names:",
+        ),
+        (
+            "what waits of an older epoch is written after a claim",
+            "self._waiting.withdraw(owner, stream_id, below=lease.epoch)",
+            "pass",
+        ),
+    ),
+    *bugs(
+        "server/snapshots/writer.py",
+        "tests/server/snapshots/test_outages.py",
+        (
+            "a snapshot that could not be written is dropped",
+            "                again = True",
+            "                again = False",
+        ),
+        (
+            "a stream that began in an outage is claimed twice",
+            "self._late.pop((owner, stream_id), None)\n        with self._changed:",
+            "with self._changed:",
+        ),
+        (
+            "a snapshot of a deleted stream is written later",
+            "            self._waiting.withdraw(owner, stream_id)  # one",
+            "            # one",
+        ),
+        (
+            "a stream that began in an outage is never claimed",
+            "self._late[lease.owner, lease.stream_id] = bundle, lease",
+            "pass",
+        ),
+        (
+            "a claim that failed stays in the store",
+            "self._mistaken.add((owner, stream_id, name))",
+            "pass",
+        ),
+    ),
+    *bugs(
+        "server/snapshots/store.py",
+        "tests/server/snapshots/test_store.py",
+        (
+            "what was written during a sweep is swept",
+            " and not self._is_new(folder, before)",
+            "",
+        ),
+        (
+            "a claim that was given up is made after all",
+            "            self.backend.remove(path)\n            self._creating",
+            "            self._creating",
+        ),
+    ),
+    Mutant(
+        "two create the same file",
+        "server/snapshots/backends.py",
+        "            os.link(part, path)",
+        "            os.replace(part, path)",
+        "tests/server/snapshots/test_store.py",
+    ),
+    *bugs(
+        "server/snapshots/log_writer.py",
+        _LOG,
+        (
+            "all tokens are written again",
+            "first = stored.tail if is_short",
+            "first = 0 if is_short",
+        ),
+        (
+            "each part of the tokens stays small",
+            "is_short = stored.end - stored.tail < _TAIL",
+            "is_short = stored.end - stored.tail < 0 * _TAIL",
+        ),
+        (
+            "a claim takes more tokens than it goes on behind",
+            "first = min(end, generated)\n",
+            "first = end\n",
+        ),
+        (
+            "a former owner drops what a claim adopted",
+            "needless_before(origin, claim.epoch, added))",
+            "added)",
+        ),
+        (
+            "what is known of a deleted stream is used for the next one",
+            "self._stored.pop((owner, stream_id), None)",
+            "pass",
+        ),
+        (
+            "the prompt is written again with each claim",
+            'origin.request.ClearField("prompt")',
+            "pass",
+        ),
+        (
+            "a claim drops what it adopted",
+            "if part.first < adopted.end}",
+            "if part.end < adopted.end}",
+        ),
+    ),
+    *bugs(
+        "server/snapshots/log_reader.py",
+        _LOG,
+        (
+            "the late write of an older owner is read",
+            "begin = part.end if end is None else min(part.end, end)",
+            "begin = part.end",
+        ),
+        (
+            "parts can be exchanged",
+            "if header.version == VERSION and header.name != name:",
+            "if header.version == VERSION and not header.name:",
+        ),
+        (
+            "a damaged state makes a stream unreadable",
+            "except (SnapshotRefused, _Missing) as error:",
+            "except _Missing as error:",
+        ),
+        (
+            "times of an earlier call are those of this one",
+            "epoch_of(piece.name) == epoch and ",
+            "",
+        ),
+        (
+            "a stream has tokens after its end",
+            "stored.generated = stored.generated[: width * end.first]",
+            "pass",
+        ),
+    ),
+    Mutant(
+        "the oldest states are kept",
+        "server/snapshots/names.py",
+        "sorted(parts.states)[:-kept_states]",
+        "sorted(parts.states)[kept_states:]",
+        _LOG,
+    ),
+)
