@@ -39,13 +39,23 @@ class RequestError(Exception):
     `status` (the name of a gRPC status), `message` and `retry_after_s` (seconds until the same
     request may succeed, None where nobody knows) are sent to the client unchanged. A message is
     short, whatever was asked.
+
+    field, limit: of the request, what is wrong, and the bound that it breaks if it is a number.
     """
 
     status: ClassVar[str] = "INTERNAL"
     retryable: ClassVar[bool] = False
     usual_wait_s: ClassVar[float | None] = None
 
-    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        retry_after_s: float | None = None,
+        *,
+        field: str = "",
+        limit: float | None = None,
+    ) -> None:
+        self.field, self.limit = field, limit
         self.message = cut(message)
         super().__init__(self.message)
         self.retry_after_s = self.usual_wait_s if retry_after_s is None else retry_after_s

@@ -8,12 +8,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import grpc
 
 from concertina.shown import listed, shown
 from concertina.v1 import generation_service_pb2 as pb
+from server.api.details import refusal_metadata
 from server.auth.api_keys import Caller, Callers
 from server.errors import PermissionDenied, RequestError, StepFailed, UnknownModel
 from server.sessions.served_model import ServedModel
@@ -35,6 +36,9 @@ class Context(Protocol):
 
     def set_details(self, details: str) -> None:
         """Set the message of the status."""
+
+    def set_trailing_metadata(self, trailing_metadata: list[Any]) -> None:
+        """Set what is sent with the status."""
 
 
 def caller_of(callers: Callers, context: Context) -> Caller:
@@ -60,9 +64,11 @@ def find(
     names = listed(sorted(usable)) or "none"
     if name and not caller.may_use(name):  # must not show whether the model is served
         reason = f"key {caller.name!r} is not for model {shown(name)}"
-        raise PermissionDenied(f"{reason}; of those served, it is for: {names}")
+        raise PermissionDenied(f"{reason}; of those served, it is for: {names}", field="model")
     if name:
-        raise UnknownModel(f"model {shown(name)} is not served here; these are: {names}")
+        raise UnknownModel(
+            f"model {shown(name)} is not served here; these are: {names}", field="model"
+        )
     if not models:
         raise UnknownModel("no model is served here yet; try again later")
     if not usable:
@@ -71,7 +77,9 @@ def find(
     if len(fitting) == 1:
         return fitting[0]
     if len(usable) > 1:
-        raise UnknownModel(f"model is empty, and several are served: choose one of {names}")
+        raise UnknownModel(
+            f"model is empty, and several are served: choose one of {names}", field="model"
+        )
     return next(iter(usable.values()))
 
 
@@ -80,8 +88,9 @@ def _fits(model: ServedModel, prompt: pb.Prompt | None) -> bool:
     content = None if prompt is None else prompt.WhichOneof("content")
     if content in ("text", "image") and model.bundle.is_image != (content == "image"):
         return False
-    labelled = prompt is not None and prompt.HasField("label")
-    return not labelled or prompt.label in model.bundle.manifest.labels
+    if prompt is None or not prompt.HasField("label"):
+        return True
+    return prompt.label in model.bundle.manifest.labels
 
 
 def refuse(context: Context, error: Exception) -> None:
@@ -91,6 +100,7 @@ def refuse(context: Context, error: Exception) -> None:
         error = StepFailed(INTERNAL)
     context.set_code(grpc.StatusCode[error.status])
     context.set_details(error.message)
+    context.set_trailing_metadata(refusal_metadata(error))
 
 
 async def to_the_end(

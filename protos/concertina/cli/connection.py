@@ -41,6 +41,8 @@ def connected(address: str, access: Access, json_output: bool) -> Iterator[Clien
             "code": error.code,
             "retryable": error.retryable,
             "retry_after": error.retry_after,
+            "field": error.field,
+            "limit": error.limit,
         }
         print(json.dumps({"error": report}), file=sys.stderr)
         raise typer.Exit(1) from None

@@ -114,7 +114,8 @@ def _checked(call: Any, metadata: tuple[tuple[str, str], ...] | None) -> Callabl
         if isinstance(request, Message) and (size := request.ByteSize()) > _MAX_MESSAGE_BYTES:
             raise InvalidRequest(
                 f"the request has {size:,} bytes, the limit is {_MAX_MESSAGE_BYTES:,}: "
-                "send a shorter prompt or shorter lists"
+                "send a shorter prompt or shorter lists",
+                limit=_MAX_MESSAGE_BYTES,
             )
         return call(request, timeout=timeout_seconds(timeout), metadata=metadata)
 

@@ -12,7 +12,7 @@ import grpc
 from concertina.client.channel import Access
 from concertina.client.errors import ConcertinaError
 from concertina.client.resuming import Release, StreamRequest
-from concertina.client.statuses import status_error
+from concertina.client.statuses import status_error, told_by
 from concertina.v1 import generation_service_pb2 as pb
 from concertina.v1 import session_service_pb2 as session_pb
 from concertina.v1.generation_service_pb2_grpc import GenerationServiceStub
@@ -51,7 +51,8 @@ class Stubs:
 
     def error(self, error: grpc.RpcError) -> ConcertinaError:
         """The error of a call that ended with a status other than OK."""
-        return status_error(self.address, error.code(), error.details() or "")
+        told = told_by(error.trailing_metadata())
+        return status_error(self.address, error.code(), error.details() or "", told)
 
 
 class Connection(Stubs):

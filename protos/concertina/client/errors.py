@@ -27,6 +27,8 @@ class ConcertinaError(Exception):
     code: name of the gRPC status behind it, for example `NOT_FOUND`; empty if there is none.
     retryable: whether the same request may succeed later.
     retry_after: seconds to wait before that; None if not known.
+    field: the field of the request that is wrong, for example `sampling.top_p`; empty if none is.
+    limit: the bound that its value, its length or its number of items breaks; None if it is none.
     """
 
     def __init__(
@@ -36,11 +38,15 @@ class ConcertinaError(Exception):
         code: str = "",
         retryable: bool = False,
         retry_after: float | None = None,
+        field: str = "",
+        limit: float | None = None,
     ) -> None:
         super().__init__(cut(message))
         self.code = code
         self.retryable = retryable
         self.retry_after = retry_after
+        self.field = field
+        self.limit = limit
 
 
 class ServerUnavailable(ConcertinaError):

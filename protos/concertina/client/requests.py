@@ -240,7 +240,8 @@ def message(kind: type[_Message], **fields: object) -> _Message:
         except (TypeError, ValueError) as error:
             name, value = _culprit(kind, name, value)
             reason = cut(str(error), _MOST_REASON)
-            raise InvalidRequest(f"{name} is not valid: {shown(value)} ({reason})") from None
+            what = f"{name} is not valid: {shown(value)} ({reason})"
+            raise InvalidRequest(what, field=name) from None
     return made
 
 

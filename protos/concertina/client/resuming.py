@@ -13,7 +13,7 @@ from typing import Final, TypeAlias
 import grpc
 
 from concertina.client.errors import ConcertinaError, StreamCut
-from concertina.client.event_reader import EventReader, seconds
+from concertina.client.event_reader import EventReader
 from concertina.client.events import Event
 from concertina.client.requests import GenerateParameters, PromptLike, generate_request
 from concertina.client.statuses import (
@@ -146,12 +146,12 @@ class Resumption:
         self._failures = 0
         return event
 
-    def end(self, code: grpc.StatusCode, details: str) -> None:
+    def end(self, code: grpc.StatusCode, details: str, told: pb.Error | None = None) -> None:
         """Takes note that the call ended with this status; does nothing if the stream is over.
 
         Raises CallBroken where the stream may go on, or else the error that it ends with.
         """
-        error = self._reader.end(code, details)
+        error = self._reader.end(code, details, told)
         if error is None:
             return
         if self._may_go_on(code, details):
@@ -165,7 +165,7 @@ class Resumption:
         if code is grpc.StatusCode.ABORTED:
             self._state = _State.TAKEN
         if self._reader.accepted is None and isinstance(self._request, session_pb.ContinueRequest):
-            raise session_error(self._address, code, details)
+            raise session_error(self._address, code, details, told)
         raise error
 
     def wait_s(self, broken: CallBroken) -> float:
@@ -240,10 +240,7 @@ class Resumption:
         if self._state is _State.READING and not stops:
             return
         if self._may_go_on(grpc.StatusCode[error.code], ""):
-            after = seconds(error.retry_after) if error.HasField("retry_after") else None
-            raise CallBroken(
-                refusal(error.code, error.message, retryable=error.retryable, retry_after=after)
-            )
+            raise CallBroken(refusal(error.code, error.message, error))
 
     def _given_up(self, error: ConcertinaError) -> ConcertinaError:
         """The error of a stream that did not go on after this one."""

@@ -20,7 +20,7 @@ from concertina.client.requests import (
     message,
 )
 from concertina.client.resuming import DEFAULT_KEEP_S, Resumption
-from concertina.client.statuses import session_error
+from concertina.client.statuses import session_error, told_by
 from concertina.client.streams import AsyncStream, Stream
 from concertina.v1 import session_service_pb2 as pb
 
@@ -241,7 +241,8 @@ def _resumption(
 
 
 def _error(stubs: Stubs, error: grpc.RpcError) -> Exception:
-    return session_error(stubs.address, error.code(), error.details() or "")
+    told = told_by(error.trailing_metadata())
+    return session_error(stubs.address, error.code(), error.details() or "", told)
 
 
 _PHASES = {

@@ -22,7 +22,9 @@ def timeout_seconds(timeout: float | None) -> float | None:
     seconds = _number("timeout", timeout)
     if not seconds > 0:
         raise InvalidRequest(
-            f"timeout is {seconds:g} s: it must be above 0; None or infinity is no timeout"
+            f"timeout is {seconds:g} s: it must be above 0; None or infinity is no timeout",
+            field="timeout",
+            limit=0,
         )
     return None if seconds > _LONGEST_TIMEOUT_S else seconds
 
@@ -31,7 +33,7 @@ def patience_seconds(name: str, patience: float) -> float:
     """A time to go on trying, which may be infinite. Raises InvalidRequest."""
     seconds = _number(name, patience)
     if not seconds >= 0:
-        raise InvalidRequest(f"{name} is {seconds:g} s: it must be 0 or more")
+        raise InvalidRequest(f"{name} is {seconds:g} s: it must be 0 or more", field=name, limit=0)
     return seconds
 
 
@@ -40,7 +42,9 @@ def finite_seconds(name: str, time: float) -> float:
     seconds = _number(name, time)
     if not abs(seconds) <= _LONGEST_DURATION_S:
         raise InvalidRequest(
-            f"{name} is {seconds:g} s: it must be a finite time, at most {_LONGEST_DURATION_S:.0f}"
+            f"{name} is {seconds:g} s: it must be a finite time, at most {_LONGEST_DURATION_S:.0f}",
+            field=name,
+            limit=_LONGEST_DURATION_S,
         )
     return seconds
 
@@ -51,4 +55,5 @@ def _number(name: str, value: float) -> float:
             raise TypeError
         return float(value)
     except (TypeError, ValueError, OverflowError):
-        raise InvalidRequest(f"{name} is not a number of seconds: {shown(value)}") from None
+        what = f"{name} is not a number of seconds: {shown(value)}"
+        raise InvalidRequest(what, field=name) from None
