@@ -53,7 +53,8 @@ class Client:
 
         It resumes by itself when its connection or its server is lost: see docs/api.md.
 
-        prompt: what the stream continues: text, token ids, a PNG or RGB bytes, a Pillow image.
+        prompt: what the stream continues: text, token ids, PNG or RGB bytes, a Pillow image or a
+            NumPy array.
         timeout: seconds after which the stream is given up with DeadlineExceeded.
         keep: seconds that the server keeps the stream while nobody reads it, and after its end,
             for `sessions`. By default it is kept for 60 seconds while it runs, and forgotten when

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import secrets
+import struct
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
-from typing import IO, Final, Protocol, TypeAlias, TypedDict, TypeVar
+from typing import IO, Any, Final, Protocol, TypeAlias, TypedDict, TypeVar
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
@@ -24,12 +26,29 @@ class PillowImage(Protocol):
     def save(self, fp: IO[bytes], format: str | None = ...) -> None: ...
 
 
-PromptLike: TypeAlias = str | bytes | Sequence[int] | PillowImage
-"""Text; a PNG, or three bytes per pixel in raster order; token ids; or a Pillow image."""
+class PixelArray(Protocol):
+    """The part of a NumPy array that a prompt needs: the client works without NumPy."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> Any: ...
+
+    def tobytes(self) -> bytes: ...
+
+
+PromptLike: TypeAlias = str | bytes | Sequence[int] | PillowImage | PixelArray
+"""Text; a PNG, or three bytes per pixel in raster order; token ids; a Pillow image; a NumPy array.
+
+An array of one axis is token ids; one of uint8, `[height, width]` or `[height, width, channels]`,
+is a picture.
+"""
 
 _Message = TypeVar("_Message", bound=Message)
 _KEY_BYTES = 16
 _PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_COLOURS: Final = {1: 0, 2: 4, 3: 2, 4: 6}  # by the number of channels
 _MOST_REASON: Final = 200
 # Keyword arguments of the calls that are no parameters of the request.
 _OF_THE_CALL: Final = ("prompt", "timeout", "keep", "resume_for")
@@ -168,6 +187,9 @@ def prompt_message(prompt: PromptLike | None, label: str | None) -> pb.Prompt | 
     if isinstance(prompt, bytes):
         rows = pb.ImageRows(png=prompt) if prompt.startswith(_PNG) else pb.ImageRows(rgb=prompt)
         return message(pb.Prompt, image=rows, label=label)
+    if len(getattr(prompt, "shape", ())) > 1:
+        rows = pb.ImageRows(png=_png(prompt))  # type: ignore[arg-type]  # an array, by its shape
+        return message(pb.Prompt, image=rows, label=label)
     if isinstance(prompt, Iterable):
         return message(pb.Prompt, tokens=message(pb.TokenIds, ids=prompt), label=label)
     if hasattr(prompt, "save"):
@@ -175,8 +197,32 @@ def prompt_message(prompt: PromptLike | None, label: str | None) -> pb.Prompt | 
         prompt.save(png, format="PNG")
         return message(pb.Prompt, image=pb.ImageRows(png=png.getvalue()), label=label)
     raise InvalidRequest(
-        f"a prompt is text, token ids, PNG or RGB bytes, or a Pillow image; "
-        f"got {type(prompt).__name__}"
+        f"a prompt is text, token ids, PNG or RGB bytes, a Pillow image or a NumPy array; "
+        f"got {type(prompt).__name__}",
+        field="prompt",
+    )
+
+
+def _png(array: PixelArray) -> bytes:
+    """A picture as PNG, which says how wide it is: bytes alone do not. Raises InvalidRequest."""
+    height, width, *channels = array.shape
+    items = str(array.dtype)
+    if items != "uint8" or len(channels) > 1 or (channels or [1])[0] not in _PNG_COLOURS:
+        raise InvalidRequest(
+            f"prompt is an array of {items} with the shape {shown(tuple(array.shape))}: a picture is "
+            "of uint8, [height, width] or [height, width, channels], with 1 to 4 channels",
+            field="prompt",
+        )
+    if not height or not width:
+        raise InvalidRequest(f"prompt is a picture of {width}x{height} pixels", field="prompt")
+    depth = (channels or [1])[0]
+    data, row = array.tobytes(), width * depth
+    lines = b"".join(b"\0" + data[at : at + row] for at in range(0, len(data), row))
+    header = struct.pack(">IIBBBBB", width, height, 8, _PNG_COLOURS[depth], 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b""))
+    return _PNG + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in chunks
     )
 
 
