@@ -18,6 +18,7 @@ from rich.progress import (
 )
 
 from concertina.cli.output import plain_console
+from concertina.machine import cores_if_fewer
 from export.compare import Entry
 from export.compare import compare as compare_runs
 from export.comparison import table, write_report
@@ -76,7 +77,7 @@ def compare(
     concertina compare data/python runs/long fixed full --context 4096 --span 64 --rows 2
     """
     console = plain_console(stderr=True)
-    if threads:
+    if threads := threads or cores_if_fewer():
         torch.set_num_threads(threads)
     loaded = load_dataset(dataset)
     info = loaded.info

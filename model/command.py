@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from concertina.machine import cores_if_fewer
 from model import images, text
 from model.config import Attention, ModelConfig, Pooling, Positions
 from model.data import Dataset, load_dataset, save_dataset
@@ -132,7 +133,7 @@ def train(
     concertina train data/python runs/twin --context 4096 --span 64 --rows 2 --attention full
     concertina train data/emoji runs/rows --context 1024 --span 32 --attention axial-rowmajor
     """
-    if threads:
+    if threads := threads or cores_if_fewer():
         torch.set_num_threads(threads)
     loaded = load_dataset(dataset)
     model_config = ModelConfig(

@@ -16,6 +16,8 @@ import psutil
 import typer
 
 from concertina.cli.output import plain_console, print_whole
+from concertina.machine import cores as usable_cores
+from concertina.machine import memory_bytes
 from loadtest.bench.plan import CONTESTANTS, CONTEXTS, STREAMS, Plan, all_cells, quick_cells
 from loadtest.bench.plots import plot
 from loadtest.bench.report import as_json, render
@@ -81,12 +83,12 @@ def bench(
     concertina bench --peer-python ~/peers/bin/python --json bench.json --plots .
     concertina bench --contexts 1024,65536 --streams 8 --only fixed,full,genai
     """
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     given = {name.strip() for name in only.split(",") if name.strip()}
     unknown = given - {c.name for c in CONTESTANTS}
     if unknown:
         raise typer.BadParameter(f"--only: there is no {', '.join(sorted(unknown))}; see --help")
-    free = psutil.virtual_memory().available * _MEMORY_SHARE
+    free = min(psutil.virtual_memory().available, memory_bytes()) * _MEMORY_SHARE
     plan = Plan(
         cells=quick_cells()
         if quick
@@ -112,7 +114,7 @@ def describe_machine() -> dict[str, object]:
     """The machine that the figures depend on."""
     return {
         "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cores(),
         "memory_bytes": psutil.virtual_memory().total,
         "load": os.getloadavg(),
         "python": platform.python_version(),

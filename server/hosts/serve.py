@@ -13,6 +13,7 @@ import psutil
 import typer
 
 from concertina.cli.output import plain_console
+from concertina.machine import cores, cores_if_fewer, memory_bytes
 from server.auth.api_keys import read_keys
 from server.auth.tls import require_usable
 from server.bundles.bundle import load_bundle
@@ -74,8 +75,9 @@ def serve(
         int,
         _number(
             "state_limit_bytes",
-            "Largest state that the streams of one bundle may reach; 0 divides half of the "
-            "machine's memory among bundles and replicas (with --watch: as if for four bundles).",
+            "Largest state that the streams of one bundle may reach; 0 divides half of the memory "
+            "(of the container, if it has less) among bundles and replicas (with --watch: as if "
+            "for four bundles).",
         ),
     ] = EngineConfig.state_limit_bytes,
     prefix_cache_bytes: Annotated[
@@ -176,12 +178,12 @@ def serve(
         raise NotADirectoryError(f"watch is {watch}, which is not a directory: create it first")
     chosen = bundles or ([] if watch else find_bundles(BUNDLES))
     folders = tuple(folder.resolve() for folder in chosen)
-    if threads == 0 and replicas > 1:
-        threads = max(1, (os.cpu_count() or 1) // replicas)
+    if threads == 0:
+        threads = max(1, cores() // replicas) if replicas > 1 else cores_if_fewer()
     tls = _tls(tls_cert, tls_key, tls_client_ca)
     if state_limit_bytes == 0:
         shares = replicas * (len(folders) or _WATCHED_SHARES)
-        state_limit_bytes = psutil.virtual_memory().total // (2 * shares)
+        state_limit_bytes = memory_bytes() // (2 * shares)
     config = ServeConfig(
         bundles=folders,
         watch=watch and watch.resolve(),

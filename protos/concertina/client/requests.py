@@ -209,8 +209,8 @@ def _png(array: PixelArray) -> bytes:
     items = str(array.dtype)
     if items != "uint8" or len(channels) > 1 or (channels or [1])[0] not in _PNG_COLOURS:
         raise InvalidRequest(
-            f"prompt is an array of {items} with the shape {shown(tuple(array.shape))}: a picture is "
-            "of uint8, [height, width] or [height, width, channels], with 1 to 4 channels",
+            f"prompt is an array of {items} with the shape {shown(tuple(array.shape))}: a picture "
+            "is of uint8, [height, width] or [height, width, channels], with 1 to 4 channels",
             field="prompt",
         )
     if not height or not width:
