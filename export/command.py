@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
+from rich.text import Text
 
+from concertina.cli.output import plain_console
 from concertina.v1 import bundle_pb2 as pb
 from export.bundle import LossError, Precision, export_bundle
 from export.parity import ParityError
@@ -63,7 +64,7 @@ def export(
         )
     if weights == "float16" and (data, max_loss) != (None, None):
         raise typer.BadParameter("--data and --max-loss need --weights int8 or int4")
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     try:
         with console.status("reading the checkpoint") as status:
             precision = None
@@ -81,14 +82,13 @@ def export(
                 on_stage=status.update,
             )
     except (FileExistsError, FileNotFoundError, LossError, ParityError, ValueError) as error:
-        console.print(f"[red]error:[/red] {error}", highlight=False)
+        console.print(Text.assemble(("error: ", "bold red"), str(error)))
         raise typer.Exit(1) from None
     size = sum(file.bytes for file in manifest.files)
     parity = manifest.parity
     console.print(
         f"{bundle}: {size / 1e6:.1f} MB, {manifest.parameters / 1e6:.2f}M parameters; "
         f"largest difference {parity.max_error:.1e} over {parity.positions:,} positions",
-        highlight=False,
     )
     if manifest.HasField("quantisation"):
         measured = manifest.quantisation
@@ -96,5 +96,4 @@ def export(
             f"{weights}: {measured.heldout:.4f} bits per held-out token, "
             f"{measured.heldout - measured.heldout_float16:+.4f} against float16, "
             f"over {measured.tokens:,} tokens",
-            highlight=False,
         )

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import (
     BarColumn,
@@ -18,6 +17,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from concertina.cli.output import plain_console
+from concertina.machine import cores_if_fewer
 from export.compare import Entry
 from export.compare import compare as compare_runs
 from export.comparison import table, write_report
@@ -43,22 +44,27 @@ def compare(
             help="`NAME`, `NAME:POOLING` or `NAME@SEEDS`; default: all (fixed, full: 3 seeds)."
         ),
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Training tokens of each run.")] = 1_000_000,
+    tokens: Annotated[int, typer.Option(min=1, help="Training tokens of each run.")] = 1_000_000,
     context: Annotated[
-        int, typer.Option(help="Tokens per window (for images: their pixels).")
+        int, typer.Option(min=1, help="Tokens per window (for images: their pixels).")
     ] = 1024,
-    span: Annotated[int, typer.Option(help="Tokens per block (for images: their width).")] = 32,
-    width: Annotated[int, typer.Option(help="Width of the residual stream.")] = 128,
-    layers: Annotated[int, typer.Option(help="Number of layers.")] = 4,
-    heads: Annotated[int, typer.Option(help="Number of heads.")] = 4,
+    span: Annotated[
+        int, typer.Option(min=1, help="Tokens per block (for images: their width).")
+    ] = 32,
+    width: Annotated[int, typer.Option(min=1, help="Width of the residual stream.")] = 128,
+    layers: Annotated[int, typer.Option(min=1, help="Number of layers.")] = 4,
+    heads: Annotated[int, typer.Option(min=1, help="Number of heads.")] = 4,
     mlp: Annotated[
-        int, typer.Option(help="Width of the MLP; smaller for a pattern with weights of its own.")
+        int,
+        typer.Option(
+            min=1, help="Width of the MLP; smaller for a pattern with weights of its own."
+        ),
     ] = 512,
     positions: Annotated[Positions, typer.Option(help="Position embedding.")] = "factored",
-    rows: Annotated[int, typer.Option(help="Windows per step.")] = 8,
-    rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 0.01,
+    rows: Annotated[int, typer.Option(min=1, help="Windows per step.")] = 8,
+    rate: Annotated[float, typer.Option(min=0, help="Peak learning rate.")] = 0.01,
     evaluations: Annotated[int, typer.Option(min=1, help="Points on the curve of a run.")] = 6,
-    threads: Annotated[int, typer.Option(help="CPU threads; 0 uses all cores.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 uses all cores.")] = 0,
 ) -> None:
     """Train patterns on the same data, tokens, seeds and number of weights, and compare them.
 
@@ -70,8 +76,8 @@ def compare(
     concertina compare data/emoji runs/pools fixed@3 fixed:mean@3 fixed:deepset-max@3
     concertina compare data/python runs/long fixed full --context 4096 --span 64 --rows 2
     """
-    console = Console(stderr=True)
-    if threads:
+    console = plain_console(stderr=True)
+    if threads := threads or cores_if_fewer():
         torch.set_num_threads(threads)
     loaded = load_dataset(dataset)
     info = loaded.info
@@ -91,7 +97,7 @@ def compare(
     budget = TrainConfig(tokens=tokens, rows=rows, rate=rate, evaluate_every=every)
     entries = [Entry.parse(pattern) for pattern in patterns or _DEFAULT]
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
@@ -107,5 +113,5 @@ def compare(
 
         results = compare_runs(loaded, base, budget, entries, out, show)
     write_report(out, results, info.unit)
-    Console().print(Markdown(table(results, info.unit)))
-    console.print(f"{out}: results.json, table.md, quality.svg, cost.svg", highlight=False)
+    plain_console().print(Markdown(table(results, info.unit)), soft_wrap=False)
+    console.print(f"{out}: results.json, table.md, quality.svg, cost.svg")

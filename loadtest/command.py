@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from concertina.cli.options import Address, Ca, Cert, CertKey, KeyFile, ModelName, UseTls, access
+from concertina.cli.output import print_whole
 from concertina.client import DEFAULT_ADDRESS, Model
 from loadtest.client import CANCELLED
 from loadtest.measure import Plan, measure
@@ -149,7 +149,7 @@ def _publish(plan: Plan, served: Model, report: Report, json_file: str) -> None:
             f"{served.name} at {plan.address}: {load}, {prompt}, "
             f"output {plan.output_tokens}, seed {plan.seed}"
         )
-        Console().print(render(report, title))
+        print_whole(render(report, title))
     if json_file:
         described = asdict(plan) | {
             "model": served.name,

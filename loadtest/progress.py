@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from time import perf_counter
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from concertina.cli.output import plain_console
 from loadtest.client import Tally
 
 _REFRESH_S = 0.25
@@ -20,13 +20,13 @@ async def show_progress(
 
     The bar fills with the requests that ended, or with time if their number is not known.
     """
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     if not console.is_terminal:
         return
     columns = (
         TextColumn(phase),
         BarColumn(),
-        TextColumn("{task.fields[status]}"),
+        TextColumn("{task.fields[status]}", markup=False),
         TimeElapsedColumn(),
     )
     # Drawn from this task: a thread of its own would hold the event loop back at any moment.

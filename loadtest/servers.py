@@ -18,6 +18,8 @@ import grpc
 import psutil
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from concertina.client.channel import channel_options
+
 START_LIMIT_S = 120.0
 _STOP_LIMIT_S = 60.0
 _ANSWER_LIMIT_S = 1.0
@@ -89,7 +91,7 @@ def new_snapshot_key() -> dict[str, str]:
 
 def is_serving(address: str) -> bool:
     """Whether a healthy server answers at `address` within a second."""
-    with grpc.insecure_channel(address) as channel:
+    with grpc.insecure_channel(address, options=channel_options(address)) as channel:
         try:
             check = health_pb2_grpc.HealthStub(channel).Check  # type: ignore[attr-defined]
             response = check(

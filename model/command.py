@@ -10,46 +10,49 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from concertina.machine import cores_if_fewer
 from model.config import Attention, ModelConfig, Pooling, Positions
 from model.data import load_dataset
 from model.train import Progress as TrainProgress
 from model.train import TrainConfig
 from model.train import train as train_into
 
-_console = Console(stderr=True)
+_console = Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def train(
     dataset: Annotated[Path, typer.Argument(help="Dataset made by `concertina data`.")],
     out: Annotated[Path, typer.Argument(help="Folder of the run; an existing run is resumed.")],
     context: Annotated[
-        int, typer.Option(help="Tokens per window (for images: their pixels).")
+        int, typer.Option(min=1, help="Tokens per window (for images: their pixels).")
     ] = 1024,
-    span: Annotated[int, typer.Option(help="Tokens per block.")] = 32,
-    width: Annotated[int, typer.Option(help="Width of the residual stream.")] = 256,
-    layers: Annotated[int, typer.Option(help="Number of layers.")] = 4,
+    span: Annotated[int, typer.Option(min=1, help="Tokens per block.")] = 32,
+    width: Annotated[int, typer.Option(min=1, help="Width of the residual stream.")] = 256,
+    layers: Annotated[int, typer.Option(min=1, help="Number of layers.")] = 4,
     heads: Annotated[
-        int, typer.Option(help="Number of heads; each summarises a block differently.")
+        int, typer.Option(min=1, help="Number of heads; each summarises a block differently.")
     ] = 8,
-    mlp: Annotated[int, typer.Option(help="Width of the MLP.")] = 1024,
+    mlp: Annotated[int, typer.Option(min=1, help="Width of the MLP.")] = 1024,
     attention: Annotated[
         Attention, typer.Option(help="Attention pattern; docs/quality.md compares them.")
     ] = "fixed",
     pooling: Annotated[Pooling, typer.Option(help="How fixed attention pools a block.")] = "max",
     positions: Annotated[Positions, typer.Option(help="Position embedding.")] = "factored",
-    tokens: Annotated[int, typer.Option(help="Tokens to train on.")] = 10_000_000,
-    rows: Annotated[int, typer.Option(help="Windows per step.")] = 8,
-    rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 0.01,
-    warmup: Annotated[int, typer.Option(help="Steps until the peak learning rate.")] = 100,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to train on.")] = 10_000_000,
+    rows: Annotated[int, typer.Option(min=1, help="Windows per step.")] = 8,
+    rate: Annotated[float, typer.Option(min=0, help="Peak learning rate.")] = 0.01,
+    warmup: Annotated[int, typer.Option(min=0, help="Steps until the peak learning rate.")] = 100,
     weight_decay: Annotated[
-        float, typer.Option(help="Weight decay of the layers' matrices.")
+        float, typer.Option(min=0, max=100, help="Weight decay of the layers' matrices.")
     ] = 0.3,
-    dropout: Annotated[float, typer.Option(help="Dropout on every residual branch.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of weights, batches and dropout.")] = 0,
+    dropout: Annotated[
+        float, typer.Option(min=0, max=0.99, help="Dropout on every residual branch.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of weights, batches and dropout.")] = 0,
     float32: Annotated[
         bool, typer.Option("--float32", help="Multiply matrices in float32, not bfloat16.")
     ] = False,
-    threads: Annotated[int, typer.Option(help="CPU threads; 0 uses all cores.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 uses all cores.")] = 0,
 ) -> None:
     """Train a decoder with any attention pattern, and report bits on held-out data.
 
@@ -62,7 +65,7 @@ def train(
     concertina train data/python runs/twin --context 4096 --span 64 --rows 2 --attention full
     concertina train data/emoji runs/rows --context 1024 --span 32 --attention axial-rowmajor
     """
-    if threads:
+    if threads := threads or cores_if_fewer():
         torch.set_num_threads(threads)
     loaded = load_dataset(dataset)
     model_config = ModelConfig(
@@ -89,7 +92,7 @@ def train(
         bfloat16=not float32,
     )
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),

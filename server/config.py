@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Final, Literal, NamedTuple, get_args
+
+from concertina.addresses import join, reachable
 
 Provider = Literal["cpu", "cuda"]
 """Device that computes: the CPU, or an NVIDIA GPU."""
@@ -16,9 +18,43 @@ class ConfigError(ValueError):
     """A setting is out of its range. The message names the setting, the value and the range."""
 
 
-def _check(setting: str, value: float, lowest: float, highest: float) -> None:
-    if not lowest <= value <= highest:
-        raise ConfigError(f"{setting} is {value}: it must be from {lowest} to {highest}")
+class Range(NamedTuple):
+    """The smallest and the largest value of a number."""
+
+    lowest: float
+    highest: float
+
+
+RANGES: Final = {
+    "slots": Range(1, 4096),
+    "queue_limit": Range(0, 1_000_000),
+    "queue_tokens": Range(1, 2**40),
+    "state_limit_bytes": Range(0, 2**50),
+    "stream_buffer": Range(1, 1_000_000),
+    "prefill_share": Range(0.01, 0.95),
+    "prefix_cache_bytes": Range(0, 1024 * 1024 * MEBIBYTE),
+    "prefill_chunk": Range(1, 1_000_000),
+    "threads": Range(0, 1024),
+    "draft_tokens": Range(0, 256),
+    "session_bytes": Range(0, 1024 * 1024 * MEBIBYTE),
+    "snapshot_interval": Range(1, 1_000_000_000),
+    "port": Range(1, 65535),
+    "metrics_port": Range(0, 65535),
+    "replicas": Range(1, 256),
+    "max_message_bytes": Range(MEBIBYTE, 1024 * MEBIBYTE),
+    "drain_seconds": Range(0, 24 * 3600),
+    "snapshot_ttl": Range(1, 30 * 24 * 3600),
+}
+"""The range of every number of EngineConfig and ServeConfig."""
+
+
+def _check_numbers(config: EngineConfig | ServeConfig) -> None:
+    for setting in fields(config):
+        if setting.name not in RANGES:
+            continue
+        value, (lowest, highest) = getattr(config, setting.name), RANGES[setting.name]
+        if not lowest <= value <= highest:
+            raise ConfigError(f"{setting.name} is {value}: it must be from {lowest} to {highest}")
 
 
 @dataclass(frozen=True)
@@ -65,18 +101,7 @@ class EngineConfig:
     """Device that computes and holds the state in its memory."""
 
     def __post_init__(self) -> None:
-        _check("slots", self.slots, 1, 4096)
-        _check("queue_limit", self.queue_limit, 0, 1_000_000)
-        _check("queue_tokens", self.queue_tokens, 1, 2**40)
-        _check("state_limit_bytes", self.state_limit_bytes, 0, 2**50)
-        _check("stream_buffer", self.stream_buffer, 1, 1_000_000)
-        _check("prefill_share", self.prefill_share, 0.01, 0.95)
-        _check("prefix_cache_bytes", self.prefix_cache_bytes, 0, 1024 * 1024 * MEBIBYTE)
-        _check("prefill_chunk", self.prefill_chunk, 1, 1_000_000)
-        _check("threads", self.threads, 0, 1024)
-        _check("draft_tokens", self.draft_tokens, 0, 256)
-        _check("session_bytes", self.session_bytes, 0, 1024 * 1024 * MEBIBYTE)
-        _check("snapshot_interval", self.snapshot_interval, 1, 1_000_000_000)
+        _check_numbers(self)
         if self.provider not in get_args(Provider):
             raise ConfigError(
                 f"provider is {self.provider}: it must be {' or '.join(get_args(Provider))}"
@@ -113,7 +138,7 @@ class ServeConfig:
     """Directory to watch: its bundles are served as they change. None serves `bundles`."""
 
     host: str = "127.0.0.1"
-    """Address that callers connect to; `0.0.0.0` opens the port to the network."""
+    """Address that callers connect to; `0.0.0.0` or `::` opens the port to the network."""
 
     port: int = 9000
     """Port of the gRPC services."""
@@ -157,16 +182,11 @@ class ServeConfig:
             )
         if not self.host:
             raise ConfigError("host is empty: give an address such as 127.0.0.1")
-        _check("port", self.port, 1, 65535)
-        _check("metrics_port", self.metrics_port, 0, 65535)
+        _check_numbers(self)
         if self.metrics_port == self.port:
             raise ConfigError(f"metrics_port is {self.port}: it must differ from port")
-        _check("replicas", self.replicas, 1, 256)
-        _check("max_message_bytes", self.max_message_bytes, MEBIBYTE, 1024 * MEBIBYTE)
-        _check("drain_seconds", self.drain_seconds, 0, 24 * 3600)
-        _check("snapshot_ttl", self.snapshot_ttl, 1, 30 * 24 * 3600)
 
     @property
     def address(self) -> str:
         """Address of the gRPC port, as seen from this machine."""
-        return f"{'127.0.0.1' if self.host == '0.0.0.0' else self.host}:{self.port}"
+        return join(reachable(self.host), self.port)

@@ -22,6 +22,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from concertina.shown import cut
+
 
 class BundleError(Exception):
     """A bundle that cannot be served. The message names the file, the reason and the remedy."""
@@ -35,16 +37,27 @@ class RequestError(Exception):
     """A request that ends with an error.
 
     `status` (the name of a gRPC status), `message` and `retry_after_s` (seconds until the same
-    request may succeed, None where nobody knows) are sent to the client unchanged.
+    request may succeed, None where nobody knows) are sent to the client unchanged. A message is
+    short, whatever was asked.
+
+    field, limit: of the request, what is wrong, and the bound that it breaks if it is a number.
     """
 
     status: ClassVar[str] = "INTERNAL"
     retryable: ClassVar[bool] = False
     usual_wait_s: ClassVar[float | None] = None
 
-    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
-        super().__init__(message)
-        self.message = message
+    def __init__(
+        self,
+        message: str,
+        retry_after_s: float | None = None,
+        *,
+        field: str = "",
+        limit: float | None = None,
+    ) -> None:
+        self.field, self.limit = field, limit
+        self.message = cut(message)
+        super().__init__(self.message)
         self.retry_after_s = self.usual_wait_s if retry_after_s is None else retry_after_s
 
 

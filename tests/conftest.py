@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 settings.register_profile("steady", derandomize=True, deadline=None, database=None)
 settings.load_profile("steady")
 
+# Before onnxruntime is imported, by whomever.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 # Started in the background, a shell's children ignore Ctrl-C, and so would what tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

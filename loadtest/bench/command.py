@@ -14,8 +14,10 @@ from typing import Annotated
 
 import psutil
 import typer
-from rich.console import Console
 
+from concertina.cli.output import plain_console, print_whole
+from concertina.machine import cores as usable_cores
+from concertina.machine import memory_bytes
 from loadtest.bench.plan import CONTESTANTS, CONTEXTS, STREAMS, Plan, all_cells, quick_cells
 from loadtest.bench.plots import plot
 from loadtest.bench.report import as_json, render
@@ -81,12 +83,12 @@ def bench(
     concertina bench --peer-python ~/peers/bin/python --json bench.json --plots .
     concertina bench --contexts 1024,65536 --streams 8 --only fixed,full,genai
     """
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     given = {name.strip() for name in only.split(",") if name.strip()}
     unknown = given - {c.name for c in CONTESTANTS}
     if unknown:
         raise typer.BadParameter(f"--only: there is no {', '.join(sorted(unknown))}; see --help")
-    free = psutil.virtual_memory().available * _MEMORY_SHARE
+    free = min(psutil.virtual_memory().available, memory_bytes()) * _MEMORY_SHARE
     plan = Plan(
         cells=quick_cells()
         if quick
@@ -99,7 +101,7 @@ def bench(
         limit_s=_QUICK_LIMIT_S if quick else Plan.limit_s,
     )
     report = _measure(plan, peer_python or sys.executable, models)
-    Console().print(render(report))
+    print_whole(render(report))
     if json_file is not None:
         text = json.dumps(as_json(report, describe_machine()), indent=1)
         json_file.write_text(text + "\n", encoding="utf-8")
@@ -112,7 +114,7 @@ def describe_machine() -> dict[str, object]:
     """The machine that the figures depend on."""
     return {
         "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cores(),
         "memory_bytes": psutil.virtual_memory().total,
         "load": os.getloadavg(),
         "python": platform.python_version(),
@@ -121,13 +123,13 @@ def describe_machine() -> dict[str, object]:
 
 
 def _measure(plan: Plan, peer_python: str, models: Path | None) -> Report:
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     kept = nullcontext(models) if models else tempfile.TemporaryDirectory(prefix="concertina-")
     with kept as folder, console.status("") as status:
         Path(folder).mkdir(parents=True, exist_ok=True)
 
         def on_job(what: str) -> None:
-            status.update(what) if console.is_terminal else console.print(what, highlight=False)
+            status.update(what) if console.is_terminal else console.print(what)
 
         return run(plan, in_process(peer_python, plan.limit_s), Path(folder).resolve(), on_job)
 

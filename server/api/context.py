@@ -8,10 +8,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import grpc
 
+from concertina.shown import listed, shown
+from concertina.v1 import generation_service_pb2 as pb
+from server.api.details import refusal_metadata
 from server.auth.api_keys import Caller, Callers
 from server.errors import PermissionDenied, RequestError, StepFailed, UnknownModel
 from server.sessions.served_model import ServedModel
@@ -34,6 +37,9 @@ class Context(Protocol):
     def set_details(self, details: str) -> None:
         """Set the message of the status."""
 
+    def set_trailing_metadata(self, trailing_metadata: list[Any]) -> None:
+        """Set what is sent with the status."""
+
 
 def caller_of(callers: Callers, context: Context) -> Caller:
     """The caller, from the metadata of the call. Raises Unauthenticated."""
@@ -45,27 +51,46 @@ def visible(models: Mapping[str, ServedModel], caller: Caller) -> dict[str, Serv
     return {name: model for name, model in models.items() if caller.may_use(name)}
 
 
-def find(models: Mapping[str, ServedModel], caller: Caller, name: str) -> ServedModel:
-    """The model of this name; the only model if `name` is empty.
+def find(
+    models: Mapping[str, ServedModel], caller: Caller, name: str, prompt: pb.Prompt | None = None
+) -> ServedModel:
+    """The model of this name; if `name` is empty, the only model, or the only one for this prompt.
 
     Raises UnknownModel, PermissionDenied.
     """
     usable = visible(models, caller)
     if name in usable:
         return usable[name]
-    names = ", ".join(sorted(usable)) or "none"
+    names = listed(sorted(usable)) or "none"
     if name and not caller.may_use(name):  # must not show whether the model is served
-        reason = f"key {caller.name!r} is not for model {name[:100]!r}"
-        raise PermissionDenied(f"{reason}; of those served, it is for: {names}")
+        reason = f"key {caller.name!r} is not for model {shown(name)}"
+        raise PermissionDenied(f"{reason}; of those served, it is for: {names}", field="model")
     if name:
-        raise UnknownModel(f"model {name[:100]!r} is not served here; these are: {names}")
+        raise UnknownModel(
+            f"model {shown(name)} is not served here; these are: {names}", field="model"
+        )
     if not models:
         raise UnknownModel("no model is served here yet; try again later")
     if not usable:
         raise PermissionDenied(f"key {caller.name!r} is for none of the models served here")
+    fitting = [model for model in usable.values() if _fits(model, prompt)]
+    if len(fitting) == 1:
+        return fitting[0]
     if len(usable) > 1:
-        raise UnknownModel(f"model is empty, and several are served: choose one of {names}")
+        raise UnknownModel(
+            f"model is empty, and several are served: choose one of {names}", field="model"
+        )
     return next(iter(usable.values()))
+
+
+def _fits(model: ServedModel, prompt: pb.Prompt | None) -> bool:
+    """Whether a prompt is of the kind that the model takes, by its content and its label."""
+    content = None if prompt is None else prompt.WhichOneof("content")
+    if content in ("text", "image") and model.bundle.is_image != (content == "image"):
+        return False
+    if prompt is None or not prompt.HasField("label"):
+        return True
+    return prompt.label in model.bundle.manifest.labels
 
 
 def refuse(context: Context, error: Exception) -> None:
@@ -75,6 +100,7 @@ def refuse(context: Context, error: Exception) -> None:
         error = StepFailed(INTERNAL)
     context.set_code(grpc.StatusCode[error.status])
     context.set_details(error.message)
+    context.set_trailing_metadata(refusal_metadata(error))
 
 
 async def to_the_end(

@@ -144,7 +144,13 @@ def _logprobs_messages(logprobs: Iterable[TokenLogprobs]) -> list[pb.TokenLogpro
 
 def error_message(error: RequestError) -> pb.Error:
     """The `Error` message of an error."""
-    message = pb.Error(code=error.status, message=error.message, retryable=error.retryable)
+    message = pb.Error(
+        code=error.status,
+        message=error.message,
+        retryable=error.retryable,
+        field=error.field,
+        limit=error.limit,
+    )
     if error.retry_after_s is not None:
         message.retry_after.CopyFrom(duration(error.retry_after_s))
     return message

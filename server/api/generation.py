@@ -60,7 +60,7 @@ class GenerationServicer(generation_grpc.GenerationServiceServicer):
 
     async def _open(self, request: pb.GenerateRequest, context: Context) -> Attachment:
         caller = caller_of(self._callers, context)
-        model = find(self._registry.models, caller, request.model)
+        model = find(self._registry.models, caller, request.model, request.prompt)
         if not request.idempotency_key:  # a key may name a stream that exists already
             model.require_room()  # the cheapest check first: under overload, most requests end here
         requests = generate_request(model.bundle, request, model.config)
@@ -80,7 +80,7 @@ class GenerationServicer(generation_grpc.GenerationServiceServicer):
 
     async def _score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
         caller = caller_of(self._callers, context)
-        model = find(self._registry.models, caller, request.model)
+        model = find(self._registry.models, caller, request.model, request.prompt)
         model.require_room()
         with self._registry.reserving(caller, 1):
             session = model.submit(score_request(model.bundle, request), caller.name)

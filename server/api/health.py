@@ -10,6 +10,7 @@ from typing import Final
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from concertina.client.channel import channel_options
 from concertina.v1 import generation_service_pb2, model_service_pb2, session_service_pb2
 from server.api.context import Context
 from server.sessions.served_model import ServedModel
@@ -65,7 +66,7 @@ def all_alive(models: Mapping[str, ServedModel]) -> bool:
 
 def is_serving(address: str) -> bool:
     """Whether a healthy server answers at `address` within a second."""
-    with grpc.insecure_channel(address) as channel:
+    with grpc.insecure_channel(address, options=channel_options(address)) as channel:
         try:
             check = health_pb2_grpc.HealthStub(channel).Check  # type: ignore[attr-defined]
             response = check(health_pb2.HealthCheckRequest(), timeout=1.0, wait_for_ready=True)

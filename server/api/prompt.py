@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from concertina.codecs.image_files import ImageError, ImageTooLarge, open_image
 from concertina.codecs.pixels import Colours, nearest, on_white, shown_rows
+from concertina.shown import listed, shown
 from concertina.v1 import generation_service_pb2 as pb
 from server.arrays import Ints
 from server.bundles.bundle import Bundle
@@ -35,14 +36,17 @@ def prompt_tokens(bundle: Bundle, prompt: pb.Prompt, *, room: int) -> Prompt:
     else:
         raise InvalidRequest(
             "prompt is empty: give a label, text, tokens or an image, or leave prompt out "
-            "to start from nothing"
+            "to start from nothing",
+            field="prompt",
         )
     limit = bundle.context - room
     if len(ids) > limit:
         kept = f" and {room} of them must be left to generate" if room else ""
         raise InvalidRequest(
             f"prompt has {len(ids)} tokens, the limit is {limit}: "
-            f"{bundle.name} has a context of {bundle.context} tokens{kept}"
+            f"{bundle.name} has a context of {bundle.context} tokens{kept}",
+            field="prompt",
+            limit=limit,
         )
     return prompt_of(_start_token(bundle, prompt), ids, bundle.typecode)
 
@@ -53,21 +57,25 @@ def _start_token(bundle: Bundle, prompt: pb.Prompt) -> int:
         return start
     labels = list(bundle.manifest.labels)
     if prompt.label not in labels:
-        names = ", ".join(repr(label) for label in labels) or "none"
-        shown = prompt.label[:100]
-        raise InvalidRequest(f"prompt.label is {shown!r}; {bundle.name} has these labels: {names}")
+        names = listed(map(repr, labels)) or "none"
+        raise InvalidRequest(
+            f"prompt.label is {shown(prompt.label)}; {bundle.name} has these labels: {names}",
+            field="prompt.label",
+        )
     return start + 1 + labels.index(prompt.label)
 
 
 def _from_text(bundle: Bundle, text: str) -> Ints:
     if bundle.is_image:
         raise InvalidRequest(
-            f"prompt.text was given, but {bundle.name} makes images: give an image"
+            f"prompt.text was given, but {bundle.name} makes images: give an image",
+            field="prompt.text",
         )
     if not text:
         raise InvalidRequest(
             "prompt.text is empty: it must hold at least 1 character; "
-            "leave prompt out to start from nothing"
+            "leave prompt out to start from nothing",
+            field="prompt.text",
         )
     return np.frombuffer(text.encode(), np.uint8).astype(np.int64)
 
@@ -77,24 +85,29 @@ def _from_ids(bundle: Bundle, ids: object) -> Ints:
     if not len(tokens):
         raise InvalidRequest(
             "prompt.tokens.ids is empty: it must hold at least 1 id; "
-            "leave prompt out to start from nothing"
+            "leave prompt out to start from nothing",
+            field="prompt.tokens.ids",
         )
     vocabulary = bundle.vocabulary
     wrong = np.flatnonzero(tokens >= vocabulary)
     if len(wrong):
         raise InvalidRequest(
             f"prompt.tokens.ids[{wrong[0]}] is {tokens[wrong[0]]}; "
-            f"ids of {bundle.name} must be below {vocabulary}"
+            f"ids of {bundle.name} must be below {vocabulary}",
+            field=f"prompt.tokens.ids[{wrong[0]}]",
+            limit=vocabulary - 1,
         )
     return tokens
 
 
 def _from_image(bundle: Bundle, image: pb.ImageRows) -> Ints:
     if not bundle.is_image:
-        raise InvalidRequest(f"prompt.image was given, but {bundle.name} makes text: give text")
+        raise InvalidRequest(
+            f"prompt.image was given, but {bundle.name} makes text: give text", field="prompt.image"
+        )
     form = image.WhichOneof("rows")
     if form is None:
-        raise InvalidRequest("prompt.image is empty: give png or rgb")
+        raise InvalidRequest("prompt.image is empty: give png or rgb", field="prompt.image")
     pixels = _from_png(bundle, image.png) if form == "png" else _from_rgb(bundle, image.rgb)
     return nearest(pixels, bundle.manifest.image.palette)
 

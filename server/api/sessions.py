@@ -75,7 +75,11 @@ class SessionServicer(session_grpc.SessionServiceServicer):
         async def fork() -> pb.ForkResponse:
             caller = self._caller(context)
             if not 1 <= request.n <= _MOST_COPIES:
-                raise InvalidRequest(f"n is {request.n}; it must be between 1 and {_MOST_COPIES}")
+                raise InvalidRequest(
+                    f"n is {request.n}; it must be between 1 and {_MOST_COPIES}",
+                    field="n",
+                    limit=_MOST_COPIES if request.n else 1,
+                )
             model, session = await self._find(request.stream_id, caller)
             _require_ended(session)
             copies = await self._opener.copy(model, session, caller, request.n)
@@ -135,7 +139,11 @@ class SessionServicer(session_grpc.SessionServiceServicer):
             caller = self._caller(context)
             size = request.page_size or _PAGE
             if size > _LARGEST_PAGE:
-                raise InvalidRequest(f"page_size is {size}; it must be at most {_LARGEST_PAGE}")
+                raise InvalidRequest(
+                    f"page_size is {size}; it must be at most {_LARGEST_PAGE}",
+                    field="page_size",
+                    limit=_LARGEST_PAGE,
+                )
             found = {
                 session.lease.stream_id: session_message(model, session)
                 for model in self._registry.holders

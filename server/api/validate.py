@@ -56,12 +56,16 @@ def generate_request(
     if not 1 <= max_tokens <= left:
         raise InvalidRequest(
             f"stopping.max_tokens is {max_tokens}; it must be between 1 and {left}: {bundle.name} "
-            f"has a context of {bundle.context} tokens and the prompt takes {len(prompt)}"
+            f"has a context of {bundle.context} tokens and the prompt takes {len(prompt)}",
+            field="stopping.max_tokens",
+            limit=left if max_tokens > left else 1,
         )
     if stopping.min_tokens > max_tokens:
         raise InvalidRequest(
             f"stopping.min_tokens is {stopping.min_tokens}; it must be at most {max_tokens}, "
-            "which is max_tokens"
+            "which is max_tokens",
+            field="stopping.min_tokens",
+            limit=max_tokens,
         )
     ends = manifest.HasField("end_token") and not stopping.ignore_eos
     first = Request(
@@ -98,12 +102,16 @@ def resume_request(request: pb.ResumeRequest) -> tuple[ResumeCursor, ...]:
         if given.output >= _MAX_OUTPUTS or given.output in cursors:
             raise InvalidRequest(
                 f"cursors names output {given.output}; each may be named once, up to "
-                f"{_MAX_OUTPUTS - 1}"
+                f"{_MAX_OUTPUTS - 1}",
+                field="cursors",
+                limit=_MAX_OUTPUTS - 1,
             )
         if len(given.last_ids) > min(_MAX_LAST_IDS, given.tokens):
             raise InvalidRequest(
                 f"cursors.last_ids has {len(given.last_ids)} ids; it may have "
-                f"{min(_MAX_LAST_IDS, given.tokens)}"
+                f"{min(_MAX_LAST_IDS, given.tokens)}",
+                field="cursors.last_ids",
+                limit=min(_MAX_LAST_IDS, given.tokens),
             )
         cursors[given.output] = ResumeCursor(
             given.tokens,
@@ -115,16 +123,30 @@ def resume_request(request: pb.ResumeRequest) -> tuple[ResumeCursor, ...]:
     return tuple(cursors.get(output, BEGINNING) for output in range(max(cursors, default=-1) + 1))
 
 
+def _out_of_range(field: str, value: float, lowest: float, highest: float) -> InvalidRequest:
+    return InvalidRequest(
+        f"{field} is {value}; it must be between {lowest} and {highest}",
+        field=field,
+        limit=highest if value > highest else lowest,
+    )
+
+
 def _check_counts(prefix: str, message: Message, names: Sequence[str]) -> None:
     for name in names:
         if (value := getattr(message, name)) > _MAX_COUNT:
-            raise InvalidRequest(f"{prefix}{name} is {value}; it must be at most {_MAX_COUNT}")
+            raise InvalidRequest(
+                f"{prefix}{name} is {value}; it must be at most {_MAX_COUNT}",
+                field=f"{prefix}{name}",
+                limit=_MAX_COUNT,
+            )
 
 
 def score_request(bundle: Bundle, request: pb.ScoreRequest) -> Request:
     """The request of a `ScoreRequest`. Raises InvalidRequest with field, value and limit."""
     if request.prompt.WhichOneof("content") is None:
-        raise InvalidRequest("prompt is empty: give the text, tokens or image to score")
+        raise InvalidRequest(
+            "prompt is empty: give the text, tokens or image to score", field="prompt"
+        )
     return Request(prompt=prompt_tokens(bundle, request.prompt, room=0), score=True)
 
 
@@ -139,12 +161,20 @@ def _sampling(bundle: Bundle, request: pb.GenerateRequest) -> SamplingParameters
     temperature, top_p, min_p = given("temperature"), given("top_p"), given("min_p")
     typical_p = given("typical_p")
     if not (math.isfinite(temperature) and temperature >= 0):
-        raise InvalidRequest(f"sampling.temperature is {temperature}; it must be finite and >= 0")
+        raise InvalidRequest(
+            f"sampling.temperature is {temperature}; it must be finite and >= 0",
+            field="sampling.temperature",
+            limit=0,
+        )
     for name, value in (("top_p", top_p), ("typical_p", typical_p)):
         if not 0 < value <= 1:
-            raise InvalidRequest(f"sampling.{name} is {value}; it must be above 0 and at most 1")
+            raise InvalidRequest(
+                f"sampling.{name} is {value}; it must be above 0 and at most 1",
+                field=f"sampling.{name}",
+                limit=1 if value > 1 else 0,
+            )
     if not 0 <= min_p <= 1:
-        raise InvalidRequest(f"sampling.min_p is {min_p}; it must be between 0 and 1")
+        raise _out_of_range("sampling.min_p", min_p, 0, 1)
     processors = _processors(bundle, request)
     return SamplingParameters(
         temperature=temperature,
@@ -163,14 +193,14 @@ def _processors(bundle: Bundle, request: pb.GenerateRequest) -> LogitsProcessors
     repetition = sampling.repetition_penalty if sampling.HasField("repetition_penalty") else 1.0
     if not (math.isfinite(repetition) and repetition > 0):
         raise InvalidRequest(
-            f"sampling.repetition_penalty is {repetition}; it must be finite and above 0"
+            f"sampling.repetition_penalty is {repetition}; it must be finite and above 0",
+            field="sampling.repetition_penalty",
+            limit=0,
         )
     frequency, presence = sampling.frequency_penalty, sampling.presence_penalty
     for name, value in (("frequency_penalty", frequency), ("presence_penalty", presence)):
         if not -_MAX_PENALTY <= value <= _MAX_PENALTY:
-            raise InvalidRequest(
-                f"sampling.{name} is {value}; it must be between -{_MAX_PENALTY} and {_MAX_PENALTY}"
-            )
+            raise _out_of_range(f"sampling.{name}", value, -_MAX_PENALTY, _MAX_PENALTY)
     ending = {*stopping.stop_token_ids}
     if bundle.manifest.HasField("end_token") and not stopping.ignore_eos:
         ending.add(bundle.manifest.end_token)
@@ -189,7 +219,8 @@ def _processors(bundle: Bundle, request: pb.GenerateRequest) -> LogitsProcessors
         raise InvalidRequest(
             f"sampling.allowed_token_ids has {len(processors.allowed)} ids, and "
             "sampling.bad_words or stopping.min_tokens forbid them all: at least 1 token must be "
-            "left to draw"
+            "left to draw",
+            field="sampling.allowed_token_ids",
         )
     return processors
 
@@ -199,13 +230,12 @@ def _bias(bundle: Bundle, sampling: pb.SamplingParameters) -> tuple[tuple[int, f
         if token >= bundle.vocabulary:
             raise InvalidRequest(
                 f"sampling.logit_bias has id {token}; "
-                f"ids of {bundle.name} must be below {bundle.vocabulary}"
+                f"ids of {bundle.name} must be below {bundle.vocabulary}",
+                field="sampling.logit_bias",
+                limit=bundle.vocabulary - 1,
             )
         if not -_MAX_BIAS <= bias <= _MAX_BIAS:
-            raise InvalidRequest(
-                f"sampling.logit_bias[{token}] is {bias}; it must be between -{_MAX_BIAS} and "
-                f"{_MAX_BIAS}"
-            )
+            raise _out_of_range(f"sampling.logit_bias[{token}]", bias, -_MAX_BIAS, _MAX_BIAS)
     return tuple(sorted(sampling.logit_bias.items()))
 
 
@@ -213,7 +243,8 @@ def _bad_words(bundle: Bundle, sampling: pb.SamplingParameters) -> tuple[tuple[i
     if sampling.bad_words and bundle.is_image:
         raise InvalidRequest(
             f"sampling.bad_words was given, but {bundle.name} makes images: "
-            "give allowed_token_ids or logit_bias"
+            "give allowed_token_ids or logit_bias",
+            field="sampling.bad_words",
         )
     _check_strings("sampling.bad_words", sampling.bad_words, _MAX_WORDS, LONGEST_BAD_WORD)
     return tuple(tuple(word.encode()) for word in sampling.bad_words)
@@ -221,18 +252,26 @@ def _bad_words(bundle: Bundle, sampling: pb.SamplingParameters) -> tuple[tuple[i
 
 def _stop_strings(bundle: Bundle, stopping: pb.StoppingCriteria) -> tuple[str, ...]:
     if stopping.stop and bundle.is_image:
-        raise InvalidRequest(f"stopping.stop was given, but {bundle.name} makes images")
+        raise InvalidRequest(
+            f"stopping.stop was given, but {bundle.name} makes images", field="stopping.stop"
+        )
     _check_strings("stopping.stop", stopping.stop, _MAX_STOPS, _MAX_STOP_BYTES)
     return tuple(stopping.stop)
 
 
 def _check_strings(field: str, strings: Sequence[str], most: int, longest: int) -> None:
     if len(strings) > most:
-        raise InvalidRequest(f"{field} has {len(strings)} strings, the limit is {most}")
+        raise InvalidRequest(
+            f"{field} has {len(strings)} strings, the limit is {most}", field=field, limit=most
+        )
     for index, string in enumerate(strings):
         size = len(string.encode())
         if not 1 <= size <= longest:
-            raise InvalidRequest(f"{field}[{index}] has {size} bytes; it must have 1 to {longest}")
+            raise InvalidRequest(
+                f"{field}[{index}] has {size} bytes; it must have 1 to {longest}",
+                field=f"{field}[{index}]",
+                limit=longest if size else 1,
+            )
 
 
 def _ids(bundle: Bundle, field: str, ids: Sequence[int]) -> tuple[int, ...]:
@@ -241,7 +280,9 @@ def _ids(bundle: Bundle, field: str, ids: Sequence[int]) -> tuple[int, ...]:
         if token >= bundle.vocabulary:
             raise InvalidRequest(
                 f"{field}[{index}] is {token}; "
-                f"ids of {bundle.name} must be below {bundle.vocabulary}"
+                f"ids of {bundle.name} must be below {bundle.vocabulary}",
+                field=f"{field}[{index}]",
+                limit=bundle.vocabulary - 1,
             )
     return tuple(sorted(set(ids)))
 
@@ -250,7 +291,7 @@ def _count(options: pb.OutputOptions, name: str, most: int) -> int:
     """An output option of at least 1, which is also the default."""
     value: int = getattr(options, name) if options.HasField(name) else 1
     if not 1 <= value <= most:
-        raise InvalidRequest(f"output.{name} is {value}; it must be between 1 and {most}")
+        raise _out_of_range(f"output.{name}", value, 1, most)
     return value
 
 
@@ -259,16 +300,17 @@ def _top_logprobs(options: pb.OutputOptions, name: str) -> int | None:
         return None
     value: int = getattr(options, name)
     if value > _MAX_TOP_LOGPROBS:
-        raise InvalidRequest(f"output.{name} is {value}; it must be at most {_MAX_TOP_LOGPROBS}")
+        raise InvalidRequest(
+            f"output.{name} is {value}; it must be at most {_MAX_TOP_LOGPROBS}",
+            field=f"output.{name}",
+            limit=_MAX_TOP_LOGPROBS,
+        )
     return value
 
 
 def _priority(request: pb.GenerateRequest) -> int:
     if not -_MAX_PRIORITY <= request.priority <= _MAX_PRIORITY:
-        raise InvalidRequest(
-            f"priority is {request.priority}; it must be between -{_MAX_PRIORITY} and "
-            f"{_MAX_PRIORITY}"
-        )
+        raise _out_of_range("priority", request.priority, -_MAX_PRIORITY, _MAX_PRIORITY)
     return request.priority
 
 
@@ -278,7 +320,9 @@ def _time_limit(stopping: pb.StoppingCriteria) -> float | None:
     seconds = stopping.time_limit.seconds + stopping.time_limit.nanos / 1e9
     if not 0 < seconds <= _MAX_SECONDS:
         raise InvalidRequest(
-            f"stopping.time_limit is {seconds} s; it must be above 0 and at most {_MAX_SECONDS}"
+            f"stopping.time_limit is {seconds} s; it must be above 0 and at most {_MAX_SECONDS}",
+            field="stopping.time_limit",
+            limit=_MAX_SECONDS if seconds > 0 else 0,
         )
     return seconds
 
@@ -291,9 +335,15 @@ def keep_s(request: pb.GenerateRequest) -> float:
 def _check_keep(request: pb.GenerateRequest) -> None:
     keep = keep_s(request)
     if not 0 <= keep <= _MAX_KEEP_S:
-        raise InvalidRequest(f"keep is {keep} s; it must be between 0 and {_MAX_KEEP_S}")
+        raise _out_of_range("keep", keep, 0, _MAX_KEEP_S)
     size = len(request.idempotency_key.encode())
     if size > _MAX_KEY_BYTES:
-        raise InvalidRequest(f"idempotency_key has {size} bytes; the limit is {_MAX_KEY_BYTES}")
+        raise InvalidRequest(
+            f"idempotency_key has {size} bytes; the limit is {_MAX_KEY_BYTES}",
+            field="idempotency_key",
+            limit=_MAX_KEY_BYTES,
+        )
     if size and not keep:
-        raise InvalidRequest("idempotency_key needs keep: without it there is nothing to attach to")
+        raise InvalidRequest(
+            "idempotency_key needs keep: without it there is nothing to attach to", field="keep"
+        )

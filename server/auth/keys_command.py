@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, TypeAlias
@@ -38,19 +39,46 @@ def add(
         int | None,
         typer.Option(min=1, help="Most streams at the same time in each replica."),
     ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", dir_okay=False, help="File for the secret, which only you can read."
+        ),
+    ] = None,
     file: KeysFile = _FILE,
 ) -> None:
-    """Create a key and print its secret. The secret is not stored and cannot be shown again."""
+    """Create a key and print its secret. The secret is not stored and cannot be shown again.
+
+    Examples:
+    concertina keys add alice --model python-4k --streams 8 --out alice.key
+    concertina generate "def " --key-file alice.key
+    """
     held = read_keys(file) if file.exists() else ()
     if name in {key.caller.name for key in held}:
         raise KeysError(f"{file} already has a key named {name}: remove it or choose another name")
     key, secret = new_key(Caller(name, tuple(model) if model else None, streams))
-    write_keys(file, [*held, key])
-    print(
-        f"added {name} to {file}. The secret, which is not shown again:",
-        file=sys.stderr,
-    )
-    print(secret)
+    if out is None:
+        write_keys(file, [*held, key])
+        print(f"added {name} to {file}. The secret, which is not shown again:", file=sys.stderr)
+        print(secret)
+        return
+    _write_secret(out, secret)
+    try:
+        write_keys(file, [*held, key])
+    except OSError:
+        out.unlink()  # of no use
+        raise
+    print(f"added {name} to {file}; its secret is in {out}", file=sys.stderr)
+
+
+def _write_secret(path: Path, secret: str) -> None:
+    """Raises KeysError for a file that is there: it may hold a secret that is still in use."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        raise KeysError(f"{path} is there already: remove it, or name another file") from None
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secret + "\n")
 
 
 @keys.command("list")

@@ -14,8 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from math import inf
 
-import psutil
-
+from concertina.machine import memory_bytes
 from server.bundles.bundle import Bundle
 from server.config import EngineConfig
 from server.engine.admission import Ledger, Refusal, limits
@@ -56,7 +55,7 @@ class Engine:
         self.placement = Placement(self.cache, config.stream_buffer)
         self.metrics = EngineMetrics(bundle.name)
         self.metrics.buffer_bytes(self.runtime.nbytes)
-        self.ledger = Ledger(bundle, limits(config, psutil.virtual_memory().total))
+        self.ledger = Ledger(bundle, limits(config, memory_bytes()))
         self.decoding = Decoding(config, bundle, self.cache, self.placement, self.metrics)
         self._lock = threading.Lock()
         self.streams = StreamLifecycle(

@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 
 from concertina.cli.generate import generate
+from concertina.cli.output import plain_console
 from concertina.cli.paint import paint
 from concertina.client import Client
 from server.hosts.serve import BUNDLES, find_bundles
@@ -49,7 +50,7 @@ def demo(
     concertina demo --out picture.png
     """
     bundles = find_bundles(BUNDLES)
-    console = Console(highlight=False, soft_wrap=True)
+    console = plain_console()
     with _server(bundles, console) as address, Client(address) as client:
         models = client.models(timeout=_CALL_SECONDS)
         for model in sorted(models, key=lambda model: model.modality != "text"):

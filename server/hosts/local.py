@@ -12,6 +12,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from concertina.addresses import join
 from concertina.v1 import (
     generation_service_pb2_grpc,
     model_service_pb2_grpc,
@@ -72,7 +73,7 @@ def make_server(config: ServeConfig, servicers: Servicers) -> grpc.aio.Server:
     if config.keys is None:
         health = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
         reflection.enable_server_reflection((*SERVICES, health, reflection.SERVICE_NAME), server)
-    address = f"{config.host}:{config.port}"
+    address = join(config.host, config.port)
     if config.tls is None:
         server.add_insecure_port(address)
     else:

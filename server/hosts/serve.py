@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import psutil
 import typer
-from rich.console import Console
 
+from concertina.cli.output import plain_console
+from concertina.machine import cores, cores_if_fewer, memory_bytes
 from server.auth.api_keys import read_keys
 from server.auth.tls import require_usable
 from server.bundles.bundle import load_bundle
-from server.config import ConfigError, EngineConfig, Provider, ServeConfig, TlsConfig
+from server.config import RANGES, ConfigError, EngineConfig, Provider, ServeConfig, TlsConfig
+from server.hosts.greeting import greeting
 from server.hosts.ray_environment import HAPROXY_PROGRAM, ray_environment
+from server.hosts.scratch import scratch_folder
 from server.ops.ports import require_free
 from server.ops.process import interrupt_on_stop_signals
 from server.snapshots.opening import open_store
 
 BUNDLES: Final = Path("bundles")
 _WATCHED_SHARES: Final = 4  # with --watch: number of bundles that memory is divided for
+
+
+def _number(setting: str, help: str) -> Any:
+    """An option for a number, with the range that the configuration gives it."""
+    lowest, highest = RANGES[setting]
+    return typer.Option(min=lowest, max=highest, help=help)
 
 
 def serve(
@@ -44,45 +52,55 @@ def serve(
         ),
     ] = None,
     host: Annotated[
-        str, typer.Option(help="Address to listen on; 0.0.0.0 opens the port to the network.")
+        str, typer.Option(help="Address to listen on; 0.0.0.0 or :: opens the port to the network.")
     ] = ServeConfig.host,
-    port: Annotated[int, typer.Option(help="Port of the gRPC services.")] = ServeConfig.port,
+    port: Annotated[int, _number("port", "Port of the gRPC services.")] = ServeConfig.port,
     metrics_port: Annotated[
-        int, typer.Option(help="Port for Prometheus metrics and health; 0 turns it off.")
+        int, _number("metrics_port", "Port for Prometheus metrics and health; 0 turns it off.")
     ] = ServeConfig.metrics_port,
     slots: Annotated[
-        int, typer.Option(help="Streams of one bundle that decode at the same time.")
+        int, _number("slots", "Streams of one bundle that decode at the same time.")
     ] = EngineConfig.slots,
     queue_limit: Annotated[
-        int, typer.Option(help="Streams of one bundle that may wait; further ones are refused.")
+        int,
+        _number("queue_limit", "Streams of one bundle that may wait; further ones are refused."),
     ] = EngineConfig.queue_limit,
     queue_tokens: Annotated[
         int,
-        typer.Option(help="Prompt tokens of one bundle that may wait; further ones are refused."),
+        _number(
+            "queue_tokens", "Prompt tokens of one bundle that may wait; further ones are refused."
+        ),
     ] = EngineConfig.queue_tokens,
     state_limit_bytes: Annotated[
         int,
-        typer.Option(
-            help="Largest state that the streams of one bundle may reach; 0 divides half of the "
-            "machine's memory among bundles and replicas (with --watch: as if for four bundles)."
+        _number(
+            "state_limit_bytes",
+            "Largest state that the streams of one bundle may reach; 0 divides half of the memory "
+            "(of the container, if it has less) among bundles and replicas (with --watch: as if "
+            "for four bundles).",
         ),
     ] = EngineConfig.state_limit_bytes,
     prefix_cache_bytes: Annotated[
-        int, typer.Option(help="Memory for the folded blocks that prompts share; 0 keeps none.")
+        int,
+        _number(
+            "prefix_cache_bytes", "Memory for the folded blocks that prompts share; 0 keeps none."
+        ),
     ] = EngineConfig.prefix_cache_bytes,
     prefill_chunk: Annotated[
         int,
-        typer.Option(help="Most prompt tokens in one pass; running streams decode in between."),
+        _number(
+            "prefill_chunk", "Most prompt tokens in one pass; running streams decode in between."
+        ),
     ] = EngineConfig.prefill_chunk,
     prefill_share: Annotated[
         float,
-        typer.Option(help="Share of the time that prompts may take while streams decode."),
+        _number("prefill_share", "Share of the time that prompts may take while streams decode."),
     ] = EngineConfig.prefill_share,
     replicas: Annotated[
-        int, typer.Option(help="Number of server processes; each serves every bundle.")
+        int, _number("replicas", "Number of server processes; each serves every bundle.")
     ] = ServeConfig.replicas,
     threads: Annotated[
-        int, typer.Option(help="Threads for each model; 0 uses all cores.")
+        int, _number("threads", "Threads for each model; 0 uses all cores.")
     ] = EngineConfig.threads,
     provider: Annotated[
         Provider,
@@ -90,15 +108,17 @@ def serve(
     ] = EngineConfig.provider,
     drain_seconds: Annotated[
         int,
-        typer.Option(
-            help="Time for streams to end after Ctrl-C, or after their bundle is removed."
+        _number(
+            "drain_seconds",
+            "Time for streams to end after Ctrl-C, or after their bundle is removed.",
         ),
     ] = ServeConfig.drain_seconds,
     draft_tokens: Annotated[
         int,
-        typer.Option(
-            help="Draft tokens to guess from repeated text while a single stream runs; "
-            "they change only its speed. 0 turns it off."
+        _number(
+            "draft_tokens",
+            "Draft tokens to guess from repeated text while a single stream runs; "
+            "they change only its speed. 0 turns it off.",
         ),
     ] = EngineConfig.draft_tokens,
     snapshots: Annotated[
@@ -117,13 +137,13 @@ def serve(
         ),
     ] = ServeConfig.snapshots_optional,
     snapshot_interval: Annotated[
-        int, typer.Option(help="Tokens between two snapshots of a stream.")
+        int, _number("snapshot_interval", "Tokens between two snapshots of a stream.")
     ] = EngineConfig.snapshot_interval,
     snapshot_ttl: Annotated[
-        int, typer.Option(help="Seconds after which a snapshot expires.")
+        int, _number("snapshot_ttl", "Seconds after which a snapshot expires.")
     ] = ServeConfig.snapshot_ttl,
     session_bytes: Annotated[
-        int, typer.Option(help="Memory for the state of kept streams that have ended.")
+        int, _number("session_bytes", "Memory for the state of kept streams that have ended.")
     ] = EngineConfig.session_bytes,
     keys: Annotated[
         Path | None,
@@ -158,12 +178,12 @@ def serve(
         raise NotADirectoryError(f"watch is {watch}, which is not a directory: create it first")
     chosen = bundles or ([] if watch else find_bundles(BUNDLES))
     folders = tuple(folder.resolve() for folder in chosen)
-    if threads == 0 and replicas > 1:
-        threads = max(1, (os.cpu_count() or 1) // replicas)
+    if threads == 0:
+        threads = max(1, cores() // replicas) if replicas > 1 else cores_if_fewer()
     tls = _tls(tls_cert, tls_key, tls_client_ca)
     if state_limit_bytes == 0:
         shares = replicas * (len(folders) or _WATCHED_SHARES)
-        state_limit_bytes = psutil.virtual_memory().total // (2 * shares)
+        state_limit_bytes = memory_bytes() // (2 * shares)
     config = ServeConfig(
         bundles=folders,
         watch=watch and watch.resolve(),
@@ -203,21 +223,15 @@ def serve(
     if metrics_port:
         require_free(host, metrics_port, "choose another with --metrics-port, or 0 for none")
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = plain_console()
     names = ", ".join(bundle.name for bundle in opened)
     console.print(f"starting {names or f'the bundles in {watch}'}")
 
     def announce(data_path: str) -> None:
         ready_s = time.time() - psutil.Process().create_time()
         console.print(f"ready after {ready_s:.1f} s: {data_path}")
-        console.print(f"  gRPC     {config.address} {_openness(config)}")
-        if metrics_port:
-            console.print(f"  metrics  http://{host}:{metrics_port}/metrics")
-        if opened:
-            verb = "paint" if opened[0].is_image else 'generate "import "'
-            console.print(f"try: concertina {verb} -m {opened[0].name} --address {config.address}")
-        else:
-            console.print(f"see: concertina models --address {config.address}")
+        for line in greeting(config, opened):
+            console.print(line)
 
     interrupt_on_stop_signals()
     with suppress(KeyboardInterrupt):
@@ -233,29 +247,21 @@ def _tls(cert: Path | None, key: Path | None, client_ca: Path | None) -> TlsConf
     return TlsConfig(cert.resolve(), key.resolve(), client_ca and client_ca.resolve())
 
 
-def _openness(config: ServeConfig) -> str:
-    """Who may call, and whether the connection is encrypted."""
-    callers = "anyone who can reach it" if config.keys is None else "callers with a key"
-    if config.tls is None:
-        return f"(plaintext, for {callers})"
-    return f"({'TLS' if config.tls.client_ca is None else 'mTLS'}, for {callers})"
-
-
 def _serve(config: ServeConfig, local: bool, announce: Callable[[str], None]) -> None:
     if local:
         from server.hosts.local import serve as serve_locally
 
         serve_locally(config, announce)
         return
-    with tempfile.TemporaryDirectory(prefix="concertina-") as directory:
-        values = ray_environment(config, Path(directory))
-        if config.tls is not None:  # the script runs the program that the variable named before
+    with scratch_folder() as directory:
+        values = ray_environment(config, directory)
+        if HAPROXY_PROGRAM in values:  # the script runs the program that the variable named before
             os.environ[HAPROXY_PROGRAM] = values[HAPROXY_PROGRAM]
         for name, value in values.items():
             os.environ.setdefault(name, value)
         from server.hosts.ray_app import serve as serve_on_ray
 
-        serve_on_ray(config, Path(directory), announce)
+        serve_on_ray(config, directory, announce)
 
 
 def find_bundles(folder: Path) -> list[Path]:

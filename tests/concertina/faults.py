@@ -65,6 +65,10 @@ class Faulty(generation_grpc.GenerationServiceServicer):
         async for event in self._broken(request, events, context):
             yield event
 
+    async def Score(self, request: pb.ScoreRequest, context: Any) -> Any:
+        """As the contract says."""
+        return await self._real.Score(request, context)
+
     async def _broken(
         self, request: Any, events: AsyncIterator[pb.GenerateResponse], context: Any
     ) -> AsyncIterator[pb.GenerateResponse]:

@@ -154,6 +154,9 @@ class Caller:
         """Records the status."""
         self.code = code
 
+    def set_trailing_metadata(self, trailing_metadata: object) -> None:
+        pass
+
     def set_details(self, details: str) -> None:
         """Records the message of the status."""
         self.details = details

@@ -10,11 +10,11 @@ import numpy as np
 from PIL import Image
 from rich.color import Color
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.markup import escape
 from rich.measure import Measurement
 from rich.panel import Panel
 from rich.segment import Segment
 from rich.style import Style
+from rich.text import Text
 
 _SHADES = " .:-=+*#%@"
 _LARGEST_ZOOM = 16  # however large a terminal says that it is
@@ -97,7 +97,7 @@ class Easel:
         rate = (canvas.painted - self._before) / (perf_counter() - self._started)
         return Panel(
             canvas,
-            title=escape(self._title),
+            title=Text(self._title),
             subtitle=f"{canvas.painted}/{canvas.pixels} pixels · {rate:.0f}/s",
             border_style="dim",
             expand=False,

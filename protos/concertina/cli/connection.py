@@ -18,6 +18,7 @@ from concertina.client import (
     Model,
     ModelNotFound,
 )
+from concertina.shown import listed
 
 if TYPE_CHECKING:
     from concertina.client.channel import Access
@@ -40,6 +41,8 @@ def connected(address: str, access: Access, json_output: bool) -> Iterator[Clien
             "code": error.code,
             "retryable": error.retryable,
             "retry_after": error.retry_after,
+            "field": error.field,
+            "limit": error.limit,
         }
         print(json.dumps({"error": report}), file=sys.stderr)
         raise typer.Exit(1) from None
@@ -57,9 +60,9 @@ def choose_model(client: Client, name: str, modality: str) -> Model:
     if len(able) == 1:
         return able[0]
     if not able:
-        names = ", ".join(f"{model.name} ({model.modality})" for model in served) or "nothing"
+        names = listed(f"{model.name} ({model.modality})" for model in served) or "nothing"
         raise ModelNotFound(f"no {modality} model is served at {client.address}, only {names}")
-    names = ", ".join(model.name for model in able)
+    names = listed(model.name for model in able)
     raise InvalidRequest(f"several {modality} models are served: choose with --model: {names}")
 
 

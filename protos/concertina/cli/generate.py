@@ -114,6 +114,7 @@ def generate(
     """
     if prompt is not None and prompt_file is not None:
         raise typer.BadParameter("give the prompt as an argument or as --prompt-file, not both")
+    biases = logit_biases(logit_bias)
     text = read_text(prompt_file or Path("-")) if prompt_file or prompt == "-" else prompt
     with connected(address, access(key_file, tls, ca, cert, cert_key), json_output) as client:
         chosen = choose_model(client, model, "text")
@@ -130,7 +131,7 @@ def generate(
             repetition_penalty=repetition_penalty,
             presence_penalty=presence_penalty,
             frequency_penalty=frequency_penalty,
-            logit_bias=logit_biases(logit_bias),
+            logit_bias=biases,
             allowed_token_ids=allowed_token_id,
             bad_words=bad_word,
             seed=seed,
@@ -148,7 +149,7 @@ def generate(
             timeout=timeout,
             keep=keep,
         )
-        printer = EventPrinter(json_output)
+        printer = EventPrinter(json_output, names_stream=bool(keep))
         with stream, nullcontext() if json_output else own_line():
             tokens = printer.tokens(stream)
             if json_output:

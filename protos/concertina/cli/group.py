@@ -5,16 +5,19 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, NamedTuple
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
+from typer._click import ClickException
 from typer.core import TyperCommand, TyperGroup
 
 from concertina import __version__
+from concertina.cli.output import plain_console
+from concertina.shown import cut
 
 _OURS = ("concertina", "server", "model", "export", "loadtest")
 _EXTRAS = {
@@ -64,7 +67,7 @@ class CommandUnavailable(Exception):
 def command_line(commands: dict[str, Command]) -> TyperGroup:
     """The group of `commands`. Its help page lists their summaries and imports none of them."""
     app = typer.Typer(
-        cls=TyperGroup,
+        cls=_Group,
         name="concertina",
         no_args_is_help=True,
         context_settings=_HELP_NAMES,
@@ -80,8 +83,8 @@ def command_line(commands: dict[str, Command]) -> TyperGroup:
 
 def print_error(message: str) -> None:
     """Prints one line on standard error."""
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
-    console.print(Text.assemble(("error: ", "bold red"), message))
+    console = plain_console(stderr=True)
+    console.print(Text.assemble(("error: ", "bold red"), cut(message)))
 
 
 def explain(error: Exception) -> str:
@@ -105,6 +108,27 @@ def _concertina(
     """Models that write long sequences, streamed over gRPC."""
 
 
+class _Group(TyperGroup):
+    # What is wrong with the arguments is raised in one of these two.
+    def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> Any:
+        with _short_errors():
+            return super().make_context(info_name, args, *rest, **extra)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _short_errors():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _short_errors() -> Iterator[None]:
+    """Cuts messages about arguments, which repeat them."""
+    try:
+        yield
+    except ClickException as error:
+        error.message = cut(error.message)
+        raise
+
+
 class _LazyCommand(TyperCommand):
     def __init__(self, name: str, command: Command) -> None:
         super().__init__(name=name, help=command.summary)
@@ -113,10 +137,10 @@ class _LazyCommand(TyperCommand):
     # Running a command and showing its --help both start here; listing it does not.
     def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> Any:
         assert self.name is not None
-        return _load(self.name, self._command).make_context(info_name, args, *rest, **extra)
+        return load(self.name, self._command).make_context(info_name, args, *rest, **extra)
 
 
-def _load(name: str, command: Command) -> Any:
+def load(name: str, command: Command) -> Any:
     try:
         target = command.load()
     except ModuleNotFoundError as error:

@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 from concertina.cli.group import Command, command_line, explain, print_error
+from concertina.cli.output import flush_output, open_standard_streams
 
 
 def _demo() -> Any:
@@ -117,10 +118,16 @@ COMMANDS = {
 
 def main() -> None:
     """Runs the command line and exits: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    open_standard_streams()
     # gRPC's warnings would stand between a command's own lines.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     try:
-        command_line(COMMANDS).main(prog_name="concertina")
+        try:
+            command_line(COMMANDS).main(prog_name="concertina")
+        finally:
+            flush_output()
+    except BrokenPipeError:  # whoever read has read enough
+        sys.exit(1)
     except Exception as error:
         if os.environ.get("CONCERTINA_TRACEBACK"):
             raise

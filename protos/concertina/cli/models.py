@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 from rich import box
-from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
@@ -21,6 +20,7 @@ from concertina.cli.options import (
     UseTls,
     access,
 )
+from concertina.cli.output import print_whole
 from concertina.cli.printing import event_json
 from concertina.client import DEFAULT_ADDRESS, Model
 
@@ -62,7 +62,7 @@ def models(
             decimal(model.max_state_bytes),
             "\n".join(_heldout(model)),
         )
-    Console().print(table)
+    print_whole(table)
 
 
 def _heldout(model: Model) -> Iterator[str]:

@@ -8,6 +8,7 @@ from typing import Annotated, TypeAlias
 import typer
 
 from concertina.client.channel import Access, Tls
+from concertina.shown import shown
 
 
 def png_file(path: Path | None) -> Path | None:
@@ -54,7 +55,7 @@ def logit_biases(pairs: list[str] | None) -> dict[int, float] | None:
             biases[int(token)] = float(bias)
         except ValueError:
             raise typer.BadParameter(
-                f"{pair!r} is not ID=BIAS, for example 10=-5", param_hint="--logit-bias"
+                f"{shown(pair)} is not ID=BIAS, for example 10=-5", param_hint="--logit-bias"
             ) from None
     return biases
 

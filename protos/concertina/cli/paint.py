@@ -34,6 +34,7 @@ from concertina.cli.options import (
     access,
     png_file,
 )
+from concertina.cli.output import plain_console
 from concertina.cli.printing import EventPrinter
 from concertina.client import DEFAULT_ADDRESS, ImageFormat
 from concertina.codecs.image_files import MOST_PIXELS, most_scale
@@ -107,7 +108,7 @@ def paint(
             priority=priority,
             timeout=timeout,
         )
-        console = Console()
+        console = plain_console()
         live = console.is_terminal and not json_output
         easel = Easel(canvas, " · ".join(filter(None, (chosen.name, label))))
         easel.fit(console)
@@ -120,7 +121,7 @@ def paint(
         canvas.image(scale).save(out, format="PNG")
     elif not live and not json_output:
         canvas.zoom = 1
-        Console(force_terminal=True, color_system="truecolor").print(canvas, end="")
+        _picture_console().print(canvas, end="")
     printer.summarise()
 
 
@@ -133,3 +134,7 @@ def _check_scale(scale: int, size: ImageFormat) -> None:
             f"use at most {most}",
             param_hint="--scale",
         )
+
+
+def _picture_console() -> Console:
+    return Console(force_terminal=True, color_system="truecolor", markup=False, emoji=False)

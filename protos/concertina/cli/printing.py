@@ -9,8 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 
-from rich.console import Console
-
+from concertina.cli.output import plain_console
 from concertina.client import Accepted, Event, Finished, Tokens
 
 _HEADING = "--- output {} ---\n"
@@ -21,10 +20,14 @@ _CONTROL_PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) no
 
 
 class EventPrinter:
-    """Passes the tokens of a stream on, prints its events as JSON, or sums them up in one line."""
+    """Passes the tokens of a stream on, prints its events as JSON, or sums them up in one line.
 
-    def __init__(self, json_output: bool) -> None:
+    names_stream: whether to say on standard error, once, what the stream is called.
+    """
+
+    def __init__(self, json_output: bool, names_stream: bool = False) -> None:
         self._json_output = json_output
+        self._names_stream = names_stream and not json_output
         self._accepted: Accepted | None = None
         self._finished: list[Finished] = []
 
@@ -37,6 +40,8 @@ class EventPrinter:
             match event:
                 case Accepted():
                     self._accepted = event
+                    if self._names_stream:
+                        _name(event)
                 case Tokens():
                     yield event
                 case Finished():
@@ -53,12 +58,19 @@ class EventPrinter:
         rate = generated / max(total_time, 1e-9)
         first = min(usage.time_to_first_token for usage in usages)
         reasons = ", ".join(dict.fromkeys(event.reason for event in self._finished))
-        Console(stderr=True, highlight=False, soft_wrap=True).print(
+        plain_console(stderr=True).print(
             f"{generated:,} tokens in {total_time:.2f} s ({rate:.0f} tokens/s, "
             f"first after {1000 * first:.0f} ms), "
             f"ended by {reasons}, seed {self._accepted.seed}",
             style="dim",
         )
+
+
+def _name(accepted: Accepted) -> None:
+    stream = accepted.stream_id
+    apart = "-- " if stream.startswith("-") else ""  # it would be an option
+    message = f"stream {stream} is kept for {accepted.keep:g} s: concertina sessions continue "
+    plain_console(stderr=True).print(f"{message}{apart}{stream}", style="dim")
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from typing import Annotated, TypeAlias
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
@@ -38,6 +37,7 @@ from concertina.cli.options import (
     access,
     readable_file,
 )
+from concertina.cli.output import print_whole
 from concertina.cli.printing import EventPrinter, own_line, write_outputs
 from concertina.client import DEFAULT_ADDRESS, Session
 
@@ -91,7 +91,7 @@ def list_sessions(
             decimal(session.state_bytes),
             _left(session),
         )
-    Console().print(table)
+    print_whole(table)
 
 
 @sessions.command()

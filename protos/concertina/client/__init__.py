@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from concertina.client.channel import Tls
 from concertina.client.client import DEFAULT_ADDRESS, AsyncClient, Client
+from concertina.client.completions import Completion
 from concertina.client.errors import (
     AccessDenied,
     ConcertinaError,
@@ -53,6 +54,7 @@ __all__ = [
     "AsyncSessions",
     "AsyncStream",
     "Client",
+    "Completion",
     "ConcertinaError",
     "ContinueParameters",
     "ContractViolation",

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import grpc
+from google.protobuf.message import Message
 
+from concertina.addresses import host_of, is_loopback
 from concertina.client.errors import InvalidRequest
+from concertina.client.times import timeout_seconds
+from concertina.shown import shown
 
 KEY_VARIABLE: Final = "CONCERTINA_KEY"
+_MAX_KEY_CHARACTERS: Final = 4096  # gRPC refuses headers of 8 KiB and more
 _MAX_MESSAGE_BYTES: Final = 16 * 1024 * 1024
 _OPTIONS: Final = (
     ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
@@ -56,29 +61,62 @@ class Access:
     key: str | None = field(default=None, repr=False)
     tls: Tls | None = None
 
-    def keyed(self, stub: Stub) -> Stub:
-        """The same stub; from now on it sends the key with every call.
+    def calls(self, stub: Stub) -> Stub:
+        """The same stub; from now on its calls are checked, and the key goes with each.
 
-        If there is no key, `CONCERTINA_KEY` is used, if set. Raises InvalidRequest for a key with
-        characters that a header cannot hold.
+        A call raises InvalidRequest for a timeout that is none, and for a request that is too
+        large to be sent. If there is no key, `CONCERTINA_KEY` is used, if set. Raises
+        InvalidRequest for a key that a header cannot hold.
         """
         key = (os.environ.get(KEY_VARIABLE, "") if self.key is None else self.key).strip()
         if not (key.isascii() and key.isprintable()):
             raise InvalidRequest("the API key has characters that no key has: use printable ASCII")
-        if key:
-            metadata = (("authorization", f"Bearer {key}"),)
-            for method, call in list(vars(stub).items()):
-                setattr(stub, method, partial(call, metadata=metadata))
+        if len(key) > _MAX_KEY_CHARACTERS:
+            raise InvalidRequest(
+                f"the API key has {len(key):,} characters, the limit is {_MAX_KEY_CHARACTERS:,}: "
+                "give the secret that `concertina keys add` shows"
+            )
+        metadata = (("authorization", f"Bearer {key}"),) if key else None
+        for method, call in list(vars(stub).items()):
+            setattr(stub, method, _checked(call, metadata))
         return stub
 
     def channel(self, address: str) -> grpc.Channel:
         """A connection for blocking code."""
+        options = channel_options(address)
         if self.tls is None:
-            return grpc.insecure_channel(address, options=_OPTIONS)
-        return grpc.secure_channel(address, self.tls.credentials(), options=_OPTIONS)
+            return grpc.insecure_channel(address, options=options)
+        return grpc.secure_channel(address, self.tls.credentials(), options=options)
 
     def async_channel(self, address: str) -> grpc.aio.Channel:
         """A connection for asyncio code."""
+        options = channel_options(address)
         if self.tls is None:
-            return grpc.aio.insecure_channel(address, options=_OPTIONS)
-        return grpc.aio.secure_channel(address, self.tls.credentials(), options=_OPTIONS)
+            return grpc.aio.insecure_channel(address, options=options)
+        return grpc.aio.secure_channel(address, self.tls.credentials(), options=options)
+
+
+def channel_options(address: str) -> tuple[tuple[str, int], ...]:
+    """The options of a channel to an address; to this machine it uses no proxy.
+
+    Raises InvalidRequest for what is no address.
+    """
+    if not (address and address.isascii() and address.isprintable()):
+        raise InvalidRequest(
+            f"address is {shown(address)}: give HOST:PORT, for example 127.0.0.1:9000 or [::1]:9000"
+        )
+    direct = is_loopback(host_of(address))
+    return (*_OPTIONS, ("grpc.enable_http_proxy", 0)) if direct else _OPTIONS
+
+
+def _checked(call: Any, metadata: tuple[tuple[str, str], ...] | None) -> Callable[..., Any]:
+    def make(request: Any, timeout: float | None = None) -> Any:
+        if isinstance(request, Message) and (size := request.ByteSize()) > _MAX_MESSAGE_BYTES:
+            raise InvalidRequest(
+                f"the request has {size:,} bytes, the limit is {_MAX_MESSAGE_BYTES:,}: "
+                "send a shorter prompt or shorter lists",
+                limit=_MAX_MESSAGE_BYTES,
+            )
+        return call(request, timeout=timeout_seconds(timeout), metadata=metadata)
+
+    return make

@@ -7,9 +7,16 @@ from typing import Self, Unpack
 import grpc
 
 from concertina.client.channel import Access, Tls
+from concertina.client.completions import Completion
 from concertina.client.connection import AsyncConnection, Connection
 from concertina.client.models import Model, Score, model_from, score_from
-from concertina.client.requests import GenerateParameters, PromptLike, score_request
+from concertina.client.requests import (
+    GenerateParameters,
+    PromptLike,
+    check_parameters,
+    message,
+    score_request,
+)
 from concertina.client.resuming import begin
 from concertina.client.sessions import AsyncSessions, Sessions
 from concertina.client.streams import AsyncStream, Stream
@@ -46,7 +53,8 @@ class Client:
 
         It resumes by itself when its connection or its server is lost: see docs/api.md.
 
-        prompt: what the stream continues: text, token ids, a PNG or RGB bytes, a Pillow image.
+        prompt: what the stream continues: text, token ids, PNG or RGB bytes, a Pillow image or a
+            NumPy array.
         timeout: seconds after which the stream is given up with DeadlineExceeded.
         keep: seconds that the server keeps the stream while nobody reads it, and after its end,
             for `sessions`. By default it is kept for 60 seconds while it runs, and forgotten when
@@ -59,6 +67,22 @@ class Client:
             self._connection,
             begin(self.address, prompt, parameters, timeout, keep, resume_for),
         )
+
+    def complete(
+        self,
+        prompt: PromptLike | None = None,
+        *,
+        timeout: float | None = None,
+        keep: float | None = None,
+        resume_for: float | None = None,
+        **parameters: Unpack[GenerateParameters],
+    ) -> Completion:
+        """A whole stream, once it has ended: the text is `complete(…).text`."""
+        check_parameters("complete", parameters)
+        stream = self.generate(
+            prompt, timeout=timeout, keep=keep, resume_for=resume_for, **parameters
+        )
+        return stream.complete()
 
     def score(
         self,
@@ -86,7 +110,7 @@ class Client:
 
     def model(self, name: str = "", *, timeout: float | None = None) -> Model:
         """One model; without a name, the only one that is served."""
-        request = model_service_pb2.GetModelRequest(model=name)
+        request = message(model_service_pb2.GetModelRequest, model=name)
         try:
             return model_from(self._connection.models.GetModel(request, timeout=timeout).model)
         except grpc.RpcError as error:
@@ -128,6 +152,22 @@ class AsyncClient:
             begin(self.address, prompt, parameters, timeout, keep, resume_for),
         )
 
+    async def complete(
+        self,
+        prompt: PromptLike | None = None,
+        *,
+        timeout: float | None = None,
+        keep: float | None = None,
+        resume_for: float | None = None,
+        **parameters: Unpack[GenerateParameters],
+    ) -> Completion:
+        """A whole stream, once it has ended, as Client.complete gives it."""
+        check_parameters("complete", parameters)
+        stream = self.generate(
+            prompt, timeout=timeout, keep=keep, resume_for=resume_for, **parameters
+        )
+        return await stream.complete()
+
     async def score(
         self,
         prompt: PromptLike,
@@ -154,7 +194,7 @@ class AsyncClient:
 
     async def model(self, name: str = "", *, timeout: float | None = None) -> Model:
         """One model; without a name, the only one that is served."""
-        request = model_service_pb2.GetModelRequest(model=name)
+        request = message(model_service_pb2.GetModelRequest, model=name)
         try:
             return model_from(
                 (await self._connection.models.GetModel(request, timeout=timeout)).model

@@ -10,8 +10,9 @@ from typing import Any, Final, TypeAlias
 import grpc
 
 from concertina.client.channel import Access
-from concertina.client.errors import ConcertinaError, status_error
+from concertina.client.errors import ConcertinaError
 from concertina.client.resuming import Release, StreamRequest
+from concertina.client.statuses import status_error, told_by
 from concertina.v1 import generation_service_pb2 as pb
 from concertina.v1 import session_service_pb2 as session_pb
 from concertina.v1.generation_service_pb2_grpc import GenerationServiceStub
@@ -29,9 +30,9 @@ class Stubs:
 
     def __init__(self, address: str, access: Access, channel: Channel) -> None:
         self.address = address
-        self.generation = access.keyed(GenerationServiceStub(channel))
-        self.models = access.keyed(ModelServiceStub(channel))
-        self.sessions = access.keyed(SessionServiceStub(channel))
+        self.generation = access.calls(GenerationServiceStub(channel))
+        self.models = access.calls(ModelServiceStub(channel))
+        self.sessions = access.calls(SessionServiceStub(channel))
 
     def stream(self, request: StreamRequest, timeout: float | None) -> Any:
         """Makes the call that this request is for; its responses are the events of a stream."""
@@ -50,7 +51,8 @@ class Stubs:
 
     def error(self, error: grpc.RpcError) -> ConcertinaError:
         """The error of a call that ended with a status other than OK."""
-        return status_error(self.address, error.code(), error.details() or "")
+        told = told_by(error.trailing_metadata())
+        return status_error(self.address, error.code(), error.details() or "", told)
 
 
 class Connection(Stubs):

@@ -18,18 +18,17 @@ ConcertinaError
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import grpc
+from concertina.shown import cut
 
 
 class ConcertinaError(Exception):
-    """Base of all errors of this package.
+    """Base of all errors of this package. Its message is short, whatever was asked.
 
     code: name of the gRPC status behind it, for example `NOT_FOUND`; empty if there is none.
     retryable: whether the same request may succeed later.
     retry_after: seconds to wait before that; None if not known.
+    field: the field of the request that is wrong, for example `sampling.top_p`; empty if none is.
+    limit: the bound that its value, its length or its number of items breaks; None if it is none.
     """
 
     def __init__(
@@ -39,11 +38,15 @@ class ConcertinaError(Exception):
         code: str = "",
         retryable: bool = False,
         retry_after: float | None = None,
+        field: str = "",
+        limit: float | None = None,
     ) -> None:
-        super().__init__(message)
+        super().__init__(cut(message))
         self.code = code
         self.retryable = retryable
         self.retry_after = retry_after
+        self.field = field
+        self.limit = limit
 
 
 class ServerUnavailable(ConcertinaError):
@@ -113,65 +116,3 @@ class ContractViolation(ConcertinaError):
 
 class ServerError(ConcertinaError):
     """The server fails in a way that no other class describes."""
-
-
-_BY_CODE: dict[str, type[ConcertinaError]] = {
-    "UNAVAILABLE": ServerUnavailable,
-    "UNAUTHENTICATED": AccessDenied,
-    "PERMISSION_DENIED": AccessDenied,
-    "NOT_FOUND": ModelNotFound,
-    "INVALID_ARGUMENT": InvalidRequest,
-    "OUT_OF_RANGE": InvalidRequest,
-    "FAILED_PRECONDITION": SessionUnsuitable,
-    "DATA_LOSS": SnapshotRefused,
-    "RESOURCE_EXHAUSTED": Overloaded,
-    "DEADLINE_EXCEEDED": DeadlineExceeded,
-}
-_RETRYABLE = {"UNAVAILABLE", "RESOURCE_EXHAUSTED"}
-_NO_TLS = ("handshake failed", "tsi_", "socket closed", "connection reset")
-_NO_CONNECTION = ("failed to connect", "dns resolution failed", "connection refused")
-
-
-def refusal(
-    code: str, message: str, *, retryable: bool | None = None, retry_after: float | None = None
-) -> ConcertinaError:
-    """The error for a request that is refused with `code`, the name of a gRPC status."""
-    kind = _BY_CODE.get(code, ServerError)
-    return kind(
-        message if kind is not ServerError else f"the server failed with {code}: {message}",
-        code=code,
-        retryable=code in _RETRYABLE if retryable is None else retryable,
-        retry_after=retry_after,
-    )
-
-
-def is_unreachable(code: grpc.StatusCode, details: str) -> bool:
-    """Whether a call ended because no connection could be made, so nothing was sent."""
-    message = details.lower()
-    return code.name == "UNAVAILABLE" and any(phrase in message for phrase in _NO_CONNECTION)
-
-
-def status_error(address: str, code: grpc.StatusCode, details: str) -> ConcertinaError:
-    """The error for a call to `address` that ended with a status other than OK."""
-    if code.name == "UNAVAILABLE":
-        message = details.lower()
-        if "failed to connect" in message and any(phrase in message for phrase in _NO_TLS):
-            details = f"{address} and --tls, --ca, --cert here do not fit together ({details})"
-        elif any(phrase in message for phrase in _NO_CONNECTION):
-            details = (
-                f"no Concertina server answers at {address}; start one with `concertina serve`"
-            )
-        else:
-            details = f"the server at {address} is unavailable: {details}"
-    elif code.name == "DEADLINE_EXCEEDED":
-        details = f"the server at {address} did not finish within the timeout of the call"
-    elif code.name == "UNIMPLEMENTED":
-        details = f"the server at {address} does not speak concertina.v1 ({details})"
-    return refusal(code.name, details)
-
-
-def session_error(address: str, code: grpc.StatusCode, details: str) -> ConcertinaError:
-    """The error for a call about a session that ended with a status other than OK."""
-    if code.name == "NOT_FOUND":
-        return SessionNotFound(details, code=code.name)
-    return status_error(address, code, details)

@@ -7,15 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import grpc
-from google.protobuf.duration_pb2 import Duration
 
 from concertina.client.errors import (
     ConcertinaError,
     ContractViolation,
     GenerationFailed,
     StreamCut,
-    refusal,
-    status_error,
 )
 from concertina.client.events import (
     Accepted,
@@ -30,6 +27,7 @@ from concertina.client.events import (
     Tokens,
     Usage,
 )
+from concertina.client.statuses import described, refusal, seconds, status_error
 from concertina.v1 import generation_service_pb2 as pb
 
 _REASONS = {
@@ -42,11 +40,6 @@ _REASONS = {
 
 
 _LAST_IDS = 1024  # sent per output to resume a stream; the contract allows 4096
-
-
-def seconds(duration: Duration) -> float:
-    """A protobuf duration in seconds."""
-    return duration.seconds + duration.nanos / 1e9
 
 
 @dataclass(slots=True)
@@ -152,7 +145,9 @@ class EventReader:
             f"event {message.sequence} is of a kind that this client does not know"
         )
 
-    def end(self, code: grpc.StatusCode, details: str) -> ConcertinaError | None:
+    def end(
+        self, code: grpc.StatusCode, details: str, told: pb.Error | None = None
+    ) -> ConcertinaError | None:
         """The error of a call that ends with this status; None if the stream is over.
 
         A status after the terminal event means nothing. StreamCut if the terminal event is missing,
@@ -163,7 +158,7 @@ class EventReader:
             return None
         refused = self.sequence == 0 and code is not grpc.StatusCode.OK
         if refused or code is grpc.StatusCode.DEADLINE_EXCEEDED:
-            return status_error(self._address, code, details)
+            return status_error(self._address, code, details, told)
         return StreamCut(self.stream_id, self.sequence, code.name, details)
 
     def _accepted(self, accepted: pb.Accepted) -> Accepted:
@@ -250,14 +245,9 @@ class EventReader:
             )
 
     def _failure(self, error: pb.Error) -> Exception:
-        retry_after = seconds(error.retry_after) if error.HasField("retry_after") else None
         if not self.stream_id:
-            return refusal(
-                error.code, error.message, retryable=error.retryable, retry_after=retry_after
-            )
-        return GenerationFailed(
-            error.message, code=error.code, retryable=error.retryable, retry_after=retry_after
-        )
+            return refusal(error.code, error.message, error)
+        return described(GenerationFailed(error.message, code=error.code), error)
 
     def _violation(self, what: str) -> ContractViolation:
         stream = f"stream {self.stream_id or '(not accepted)'}"

@@ -5,18 +5,22 @@ from __future__ import annotations
 import io
 import secrets
 import struct
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import timedelta
-from typing import IO, Protocol, TypeAlias, TypedDict, TypeVar
+from difflib import get_close_matches
+from typing import IO, Any, Final, Protocol, TypeAlias, TypedDict, TypeVar, runtime_checkable
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
 from concertina.client.errors import InvalidRequest
+from concertina.client.times import finite_seconds
+from concertina.shown import cut, shown
 from concertina.v1 import generation_service_pb2 as pb
 from concertina.v1 import session_service_pb2 as session_pb
 
 
+@runtime_checkable
 class PillowImage(Protocol):
     """The part of `PIL.Image.Image` that a prompt needs: the client works without Pillow."""
 
@@ -25,13 +29,33 @@ class PillowImage(Protocol):
     def getexif(self) -> Mapping[int, object]: ...
 
 
-PromptLike: TypeAlias = str | bytes | Sequence[int] | PillowImage
-"""Text; a PNG, or three bytes per pixel in raster order; token ids; or a Pillow image."""
+class PixelArray(Protocol):
+    """The part of a NumPy array that a prompt needs: the client works without NumPy."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> Any: ...
+
+    def tobytes(self) -> bytes: ...
+
+
+PromptLike: TypeAlias = str | bytes | Sequence[int] | PillowImage | PixelArray
+"""Text; a PNG, or three bytes per pixel in raster order; token ids; a Pillow image; a NumPy array.
+
+An array of one axis is token ids; one of uint8, `[height, width]` or `[height, width, channels]`,
+is a picture.
+"""
 
 _Message = TypeVar("_Message", bound=Message)
 _KEY_BYTES = 16
 _PNG = b"\x89PNG\r\n\x1a\n"
-_ORIENTATION = 0x0112
+_ORIENTATION: Final = 0x0112
+_PNG_COLOURS: Final = {1: 0, 2: 4, 3: 2, 4: 6}  # by the number of channels
+_MOST_REASON: Final = 200
+# Keyword arguments of the calls that are no parameters of the request.
+_OF_THE_CALL: Final = ("prompt", "timeout", "keep", "resume_for")
 
 
 class ContinueParameters(TypedDict, total=False):
@@ -106,15 +130,17 @@ def generate_request(
 ) -> pb.GenerateRequest:
     """A request to generate. With `keep` (seconds) it has a key, so that it is safe to send twice.
 
-    Raises InvalidRequest, naming the parameter, for a value that the message cannot hold.
+    Raises InvalidRequest, naming the parameter, for a value that the message cannot hold, and
+    TypeError for a parameter that there is not.
     """
-    return _message(
+    check_parameters("generate", parameters)
+    return message(
         pb.GenerateRequest,
         model=parameters.get("model"),
         prompt=prompt_message(prompt, parameters.get("label")),
         sampling=_sampling(parameters),
         stopping=_stopping(parameters),
-        output=_message(
+        output=message(
             pb.OutputOptions,
             n=parameters.get("n"),
             logprobs=parameters.get("logprobs"),
@@ -132,10 +158,12 @@ def continue_request(
 ) -> session_pb.ContinueRequest:
     """A request to continue a stream.
 
-    Raises InvalidRequest, naming the parameter, for a value that the message cannot hold.
+    Raises InvalidRequest, naming the parameter, for a value that the message cannot hold, and
+    TypeError for a parameter that there is not.
     """
+    check_parameters("continue_", parameters, ContinueParameters.__optional_keys__)
     sampling, stopping = _sampling(parameters), _stopping(parameters)
-    return _message(
+    return message(
         session_pb.ContinueRequest,
         stream_id=stream_id,
         prompt=prompt_message(prompt, None),
@@ -146,34 +174,61 @@ def continue_request(
 
 def fork_request(stream_id: str, n: int) -> session_pb.ForkRequest:
     """A request for copies. Raises InvalidRequest for a number that the message cannot hold."""
-    return _message(session_pb.ForkRequest, stream_id=stream_id, n=n)
+    return message(session_pb.ForkRequest, stream_id=stream_id, n=n)
 
 
 def score_request(prompt: PromptLike, model: str, label: str | None) -> pb.ScoreRequest:
     """A request for a score. Raises InvalidRequest for a prompt that the message cannot hold."""
-    return _message(pb.ScoreRequest, model=model, prompt=prompt_message(prompt, label))
+    return message(pb.ScoreRequest, model=model, prompt=prompt_message(prompt, label))
 
 
 def prompt_message(prompt: PromptLike | None, label: str | None) -> pb.Prompt | None:
     """The message for a prompt; None for no prompt and no label: an unconditional start."""
     if prompt is None:
-        return None if label is None else _message(pb.Prompt, label=label)
+        return None if label is None else message(pb.Prompt, label=label)
     if isinstance(prompt, str):
-        return _message(pb.Prompt, text=prompt, label=label)
+        return message(pb.Prompt, text=prompt, label=label)
     if isinstance(prompt, bytes):
         rows = pb.ImageRows(png=prompt) if prompt.startswith(_PNG) else pb.ImageRows(rgb=prompt)
-        return _message(pb.Prompt, image=rows, label=label)
+        return message(pb.Prompt, image=rows, label=label)
+    if len(getattr(prompt, "shape", ())) > 1:
+        rows = pb.ImageRows(png=_png_of_array(prompt))  # type: ignore[arg-type]  # an array, by its shape
+        return message(pb.Prompt, image=rows, label=label)
     if isinstance(prompt, Iterable):
-        return _message(pb.Prompt, tokens=_message(pb.TokenIds, ids=prompt), label=label)
-    if hasattr(prompt, "save") and hasattr(prompt, "getexif"):
-        return _message(pb.Prompt, image=pb.ImageRows(png=_png(prompt)), label=label)
+        return message(pb.Prompt, tokens=message(pb.TokenIds, ids=prompt), label=label)
+    if isinstance(prompt, PillowImage):
+        return message(pb.Prompt, image=pb.ImageRows(png=_png_of_image(prompt)), label=label)
     raise InvalidRequest(
-        f"a prompt is text, token ids, PNG or RGB bytes, or a Pillow image; "
-        f"got {type(prompt).__name__}"
+        f"a prompt is text, token ids, PNG or RGB bytes, a Pillow image or a NumPy array; "
+        f"got {type(prompt).__name__}",
+        field="prompt",
     )
 
 
-def _png(image: PillowImage) -> bytes:
+def _png_of_array(array: PixelArray) -> bytes:
+    """A picture as PNG, which says how wide it is: bytes alone do not. Raises InvalidRequest."""
+    height, width, *channels = array.shape
+    items = str(array.dtype)
+    if items != "uint8" or len(channels) > 1 or (channels or [1])[0] not in _PNG_COLOURS:
+        raise InvalidRequest(
+            f"prompt is an array of {items} with the shape {shown(tuple(array.shape))}: a picture "
+            "is of uint8, [height, width] or [height, width, channels], with 1 to 4 channels",
+            field="prompt",
+        )
+    if not height or not width:
+        raise InvalidRequest(f"prompt is a picture of {width}x{height} pixels", field="prompt")
+    depth = (channels or [1])[0]
+    data, row = array.tobytes(), width * depth
+    lines = b"".join(b"\0" + data[at : at + row] for at in range(0, len(data), row))
+    header = struct.pack(">IIBBBBB", width, height, 8, _PNG_COLOURS[depth], 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b""))
+    return _PNG + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in chunks
+    )
+
+
+def _png_of_image(image: PillowImage) -> bytes:
     """An image as PNG. Its orientation goes with it, since the server turns images upright."""
     orientation = image.getexif().get(_ORIENTATION)
     exif = b""
@@ -193,7 +248,7 @@ def _png(image: PillowImage) -> bytes:
 
 
 def _sampling(parameters: ContinueParameters) -> pb.SamplingParameters:
-    return _message(
+    return message(
         pb.SamplingParameters,
         temperature=parameters.get("temperature"),
         top_k=parameters.get("top_k"),
@@ -212,7 +267,7 @@ def _sampling(parameters: ContinueParameters) -> pb.SamplingParameters:
 
 def _stopping(parameters: ContinueParameters) -> pb.StoppingCriteria:
     stop = parameters.get("stop")
-    return _message(
+    return message(
         pb.StoppingCriteria,
         max_tokens=parameters.get("max_tokens"),
         min_tokens=parameters.get("min_tokens"),
@@ -224,25 +279,53 @@ def _stopping(parameters: ContinueParameters) -> pb.StoppingCriteria:
     )
 
 
-def _message(kind: type[_Message], **fields: object) -> _Message:
-    """A message with the fields that are not None, set one by one so that an error names one."""
-    message = kind()
+def check_parameters(
+    call: str,
+    given: Iterable[str],
+    known: Iterable[str] = GenerateParameters.__optional_keys__,
+) -> None:
+    """Raises TypeError for the first name that is not known, as Python does for its functions."""
+    known = {*known}
+    for name in given:
+        if name not in known:
+            like = get_close_matches(name, {*known, *_OF_THE_CALL}, 1)
+            hint = f"; did you mean {like[0]!r}?" if like else ""
+            raise TypeError(f"{call}() got an unexpected keyword argument {shown(name)}{hint}")
+
+
+def message(kind: type[_Message], **fields: object) -> _Message:
+    """A message with the fields that are not None, set one by one so that an error names one.
+
+    Raises InvalidRequest.
+    """
+    made = kind()
     for name, value in fields.items():
         if value is None:
             continue
         try:
-            message.MergeFrom(kind(**{name: value}))
+            made.MergeFrom(kind(**{name: value}))
         except (TypeError, ValueError) as error:
-            raise InvalidRequest(f"{name} is not valid: {value!r} ({error})") from None
-    return message
+            name, value = _culprit(kind, name, value)
+            reason = cut(str(error), _MOST_REASON)
+            what = f"{name} is not valid: {shown(value)} ({reason})"
+            raise InvalidRequest(what, field=name) from None
+    return made
+
+
+def _culprit(kind: type[Message], name: str, value: object) -> tuple[str, object]:
+    """The item of a list that the field cannot hold, by its name; the whole if there is none."""
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        for index, item in enumerate(value):
+            try:
+                kind(**{name: [item]})
+            except (TypeError, ValueError):
+                return f"{name}[{index}]", item
+    return name, value
 
 
 def _duration(name: str, time: float | None) -> Duration | None:
     if time is None:
         return None
     duration = Duration()
-    try:
-        duration.FromTimedelta(timedelta(seconds=time))
-    except (OverflowError, ValueError, TypeError):
-        raise InvalidRequest(f"{name} is not a number of seconds: {time!r}") from None
+    duration.FromNanoseconds(round(1e9 * finite_seconds(name, time)))
     return duration

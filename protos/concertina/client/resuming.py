@@ -12,17 +12,19 @@ from typing import Final, TypeAlias
 
 import grpc
 
-from concertina.client.errors import (
-    ConcertinaError,
-    StreamCut,
+from concertina.client.errors import ConcertinaError, StreamCut
+from concertina.client.event_reader import EventReader
+from concertina.client.events import Event
+from concertina.client.requests import GenerateParameters, PromptLike, generate_request
+from concertina.client.statuses import (
+    is_too_large,
     is_unreachable,
+    is_without_replica,
     refusal,
     session_error,
     status_error,
 )
-from concertina.client.event_reader import EventReader, seconds
-from concertina.client.events import Event
-from concertina.client.requests import GenerateParameters, PromptLike, generate_request
+from concertina.client.times import patience_seconds, timeout_seconds
 from concertina.v1 import generation_service_pb2 as pb
 from concertina.v1 import session_service_pb2 as session_pb
 
@@ -44,8 +46,6 @@ _BROKEN = frozenset(
         grpc.StatusCode.UNAVAILABLE,
     }
 )
-# In a NOT_FOUND of Ray's own proxy, which answers while no replica of ours does.
-_RAY_WITHOUT_US = "RayServeAPIService"
 _NOT_DURABLE = (
     "the replica that held it is gone, and the stream was not durable: serve with --snapshots, "
     "and streams survive that"
@@ -75,8 +75,8 @@ def begin(
     keep: float | None,
     resume_for: float | None,
 ) -> Resumption:
-    """A stream to generate, as `Client.generate` describes it. Raises InvalidRequest."""
-    keep_s = DEFAULT_KEEP_S if keep is None else keep
+    """A stream to generate, as `Client.generate` describes it. Raises InvalidRequest, TypeError."""
+    keep_s = DEFAULT_KEEP_S if keep is None else patience_seconds("keep", keep)
     return Resumption(
         address,
         generate_request(prompt, parameters, keep_s),
@@ -107,8 +107,9 @@ class Resumption:
         self.resumed = 0
         self._address = address
         self._request = request
-        self._deadline = None if timeout is None else monotonic() + timeout
-        self._resume_for = resume_for
+        timeout_s = timeout_seconds(timeout)
+        self._deadline = None if timeout_s is None else monotonic() + timeout_s
+        self._resume_for = patience_seconds("resume_for", resume_for)
         self._forget = forget
         self._reader = EventReader(address, isinstance(request, session_pb.ContinueRequest))
         self._state = _State.STARTING
@@ -145,12 +146,12 @@ class Resumption:
         self._failures = 0
         return event
 
-    def end(self, code: grpc.StatusCode, details: str) -> None:
+    def end(self, code: grpc.StatusCode, details: str, told: pb.Error | None = None) -> None:
         """Takes note that the call ended with this status; does nothing if the stream is over.
 
         Raises CallBroken where the stream may go on, or else the error that it ends with.
         """
-        error = self._reader.end(code, details)
+        error = self._reader.end(code, details, told)
         if error is None:
             return
         if self._may_go_on(code, details):
@@ -164,7 +165,7 @@ class Resumption:
         if code is grpc.StatusCode.ABORTED:
             self._state = _State.TAKEN
         if self._reader.accepted is None and isinstance(self._request, session_pb.ContinueRequest):
-            raise session_error(self._address, code, details)
+            raise session_error(self._address, code, details, told)
         raise error
 
     def wait_s(self, broken: CallBroken) -> float:
@@ -222,8 +223,8 @@ class Resumption:
             return True
         if self._state is not _State.RESUMING:
             return False
-        no_replica = code is grpc.StatusCode.NOT_FOUND and _RAY_WITHOUT_US in details
-        return no_replica or code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        full = code is grpc.StatusCode.RESOURCE_EXHAUSTED and not is_too_large(code, details)
+        return full or is_without_replica(code, details)
 
     def _check_error(self, error: pb.Error) -> None:
         """Raises CallBroken for an error event that ends the call, but not the stream.
@@ -239,10 +240,7 @@ class Resumption:
         if self._state is _State.READING and not stops:
             return
         if self._may_go_on(grpc.StatusCode[error.code], ""):
-            after = seconds(error.retry_after) if error.HasField("retry_after") else None
-            raise CallBroken(
-                refusal(error.code, error.message, retryable=error.retryable, retry_after=after)
-            )
+            raise CallBroken(refusal(error.code, error.message, error))
 
     def _given_up(self, error: ConcertinaError) -> ConcertinaError:
         """The error of a stream that did not go on after this one."""

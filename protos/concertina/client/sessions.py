@@ -12,9 +12,15 @@ from typing import Any, Unpack
 import grpc
 
 from concertina.client.connection import AsyncConnection, Connection, Stubs
-from concertina.client.errors import ContractViolation, session_error
-from concertina.client.requests import ContinueParameters, continue_request, fork_request
+from concertina.client.errors import ContractViolation
+from concertina.client.requests import (
+    ContinueParameters,
+    continue_request,
+    fork_request,
+    message,
+)
 from concertina.client.resuming import DEFAULT_KEEP_S, Resumption
+from concertina.client.statuses import session_error, told_by
 from concertina.client.streams import AsyncStream, Stream
 from concertina.v1 import session_service_pb2 as pb
 
@@ -63,7 +69,7 @@ class Sessions:
 
     def pause(self, stream_id: str, *, timeout: float | None = None) -> Session:
         """Stops a stream and keeps its state; its reader gets Finished with PAUSED."""
-        request = pb.PauseRequest(stream_id=stream_id)
+        request = message(pb.PauseRequest, stream_id=stream_id)
         return _session(self._answer(self._stub.Pause, request, timeout).session)
 
     def continue_(
@@ -94,7 +100,9 @@ class Sessions:
         """The snapshot of a session, sealed: only a server with the same key can open it."""
         snapshot = _Snapshot(self._connection.address)
         try:
-            for part in self._stub.Export(pb.ExportRequest(stream_id=stream_id), timeout=timeout):
+            for part in self._stub.Export(
+                message(pb.ExportRequest, stream_id=stream_id), timeout=timeout
+            ):
                 snapshot.add(part)
         except grpc.RpcError as error:
             raise _error(self._connection, error) from None
@@ -106,7 +114,7 @@ class Sessions:
 
     def delete(self, stream_id: str, *, timeout: float | None = None) -> None:
         """Ends a stream if it runs, and forgets it. An unknown name is no error."""
-        self._answer(self._stub.Delete, pb.DeleteRequest(stream_id=stream_id), timeout)
+        self._answer(self._stub.Delete, message(pb.DeleteRequest, stream_id=stream_id), timeout)
 
     def list(self, *, timeout: float | None = None) -> tuple[Session, ...]:
         """The caller's sessions in the replica that answers and in the store, by name."""
@@ -134,7 +142,7 @@ class AsyncSessions:
 
     async def pause(self, stream_id: str, *, timeout: float | None = None) -> Session:
         """Stops a stream and keeps its state; its reader gets Finished with PAUSED."""
-        request = pb.PauseRequest(stream_id=stream_id)
+        request = message(pb.PauseRequest, stream_id=stream_id)
         return _session((await self._answer(self._stub.Pause, request, timeout)).session)
 
     def continue_(
@@ -159,7 +167,7 @@ class AsyncSessions:
     async def export(self, stream_id: str, *, timeout: float | None = None) -> bytes:
         """The snapshot of a session, sealed: only a server with the same key can open it."""
         snapshot = _Snapshot(self._connection.address)
-        request = pb.ExportRequest(stream_id=stream_id)
+        request = message(pb.ExportRequest, stream_id=stream_id)
         try:
             async for part in self._stub.Export(request, timeout=timeout):
                 snapshot.add(part)
@@ -174,7 +182,9 @@ class AsyncSessions:
 
     async def delete(self, stream_id: str, *, timeout: float | None = None) -> None:
         """Ends a stream if it runs, and forgets it. An unknown name is no error."""
-        await self._answer(self._stub.Delete, pb.DeleteRequest(stream_id=stream_id), timeout)
+        await self._answer(
+            self._stub.Delete, message(pb.DeleteRequest, stream_id=stream_id), timeout
+        )
 
     async def list(self, *, timeout: float | None = None) -> tuple[Session, ...]:
         """The caller's sessions in the replica that answers and in the store, by name."""
@@ -231,7 +241,8 @@ def _resumption(
 
 
 def _error(stubs: Stubs, error: grpc.RpcError) -> Exception:
-    return session_error(stubs.address, error.code(), error.details() or "")
+    told = told_by(error.trailing_metadata())
+    return session_error(stubs.address, error.code(), error.details() or "", told)
 
 
 _PHASES = {

@@ -10,9 +10,11 @@ from typing import Any, Self
 
 import grpc
 
+from concertina.client.completions import Collector, Completion
 from concertina.client.connection import AsyncConnection, Connection
 from concertina.client.events import Event
 from concertina.client.resuming import CallBroken, Resumption
+from concertina.client.statuses import told_by
 from concertina.v1 import generation_service_pb2 as pb
 
 
@@ -49,6 +51,21 @@ class Stream:
             raise StopIteration
         return event
 
+    def text(self) -> str:
+        """Reads the rest of the stream and returns its text, of one output after the other."""
+        return self._collected().text()
+
+    def complete(self) -> Completion:
+        """Reads the whole stream, of which nothing has been read, and puts it together."""
+        return self._collected().completion()
+
+    def _collected(self) -> Collector:
+        collector = Collector()
+        with self:
+            for event in self:
+                collector.take(event)
+        return collector
+
     def _next(self) -> Event | None:
         while True:
             try:
@@ -60,15 +77,16 @@ class Stream:
 
     def _read(self) -> Event | None:
         """The next event of the call; None if the stream is over or cancelled."""
-        message, code, details = None, grpc.StatusCode.OK, ""
+        message, code, details, told = None, grpc.StatusCode.OK, "", None
         try:
             message = None if self._cancelled.is_set() else next(self._call, None)
         except grpc.RpcError:
             code, details = self._call.code(), self._call.details() or ""
+            told = told_by(self._call.trailing_metadata())
         if self._cancelled.is_set():
             return None
         if message is None:
-            self._resumption.end(code, details)
+            self._resumption.end(code, details, told)
             return None
         return self._resumption.read(message)
 
@@ -124,6 +142,21 @@ class AsyncStream:
             raise StopAsyncIteration
         return event
 
+    async def text(self) -> str:
+        """Reads the rest of the stream and returns its text, of one output after the other."""
+        return (await self._collected()).text()
+
+    async def complete(self) -> Completion:
+        """Reads the whole stream, of which nothing has been read, and puts it together."""
+        return (await self._collected()).completion()
+
+    async def _collected(self) -> Collector:
+        collector = Collector()
+        async with self:
+            async for event in self:
+                collector.take(event)
+        return collector
+
     async def _next(self) -> Event | None:
         while True:
             try:
@@ -137,11 +170,12 @@ class AsyncStream:
 
     async def _read(self) -> Event | None:
         """The next event of the call; None if the stream is over or cancelled."""
-        message, code, details = None, grpc.StatusCode.OK, ""
+        message, code, details, told = None, grpc.StatusCode.OK, "", None
         try:
             message = None if self._cancelled.is_set() else await self._call.read()
         except grpc.aio.AioRpcError as error:
             code, details = error.code(), error.details() or ""
+            told = told_by(error.trailing_metadata())
         except asyncio.CancelledError:
             # grpc.aio reports our own cancel like a cancellation of this task, and it cancels the
             # call with the task; but the task may read again later.
@@ -152,7 +186,7 @@ class AsyncStream:
         if self._cancelled.is_set():
             return None
         if not isinstance(message, pb.GenerateResponse):
-            self._resumption.end(code, details)
+            self._resumption.end(code, details, told)
             return None
         return self._resumption.read(message)
 

@@ -297,6 +297,8 @@ def test_json_errors_are_json(fake: Fake, run: Run) -> None:
             "code": "INTERNAL",
             "retryable": True,
             "retry_after": 2.5,
+            "field": "",
+            "limit": None,
         }
     }
 

@@ -7,17 +7,17 @@ import inspect
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import pytest
 import typer
 
 import concertina
 from concertina.cli import main as cli
-from concertina.cli.group import Command
+from concertina.cli.group import Command, load
 from concertina.cli.main import COMMANDS, main
 
 WAIT = 60.0
@@ -248,3 +248,63 @@ def test_wrong_usage_is_2(run: Run) -> None:
         code, out, err = run(*arguments)
         assert (code, out) == (2, "")
         assert "Usage: concertina" in err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("LONG",),
+        ("generate", "--LONG"),
+        ("generate", "--logit-bias", "LONG"),
+        ("generate", "--key-file", "LONG"),
+        ("paint", "--out", "LONG"),
+        ("score", "LONG"),
+        ("models", "--address", "LONG"),
+        ("serve", "LONG"),
+        ("keys", "remove", "LONG", "--keys", "/nowhere"),
+    ],
+    ids=" ".join,
+)
+def test_a_message_is_short_whatever_was_given(run: Run, arguments: tuple[str, ...]) -> None:
+    code, out, err = run(*(argument.replace("LONG", "x" * 50_000) for argument in arguments))
+    assert code and not out
+    assert "x" in err
+    assert len(err) < 3000  # with the frame around it
+
+
+def _numbers(name: str, command: Any) -> Iterator[tuple[str, Any]]:
+    for parameter in command.params:
+        annotation = parameter.type_descriptor.annotation
+        if {annotation, *get_args(annotation)} & {int, float}:
+            yield f"{name} {parameter.opts[0]}", parameter
+    for subcommand, group in getattr(command, "commands", {}).items():
+        yield from _numbers(f"{name} {subcommand}", group)
+
+
+def test_every_number_has_a_range() -> None:
+    numbers = [number for name in COMMANDS for number in _numbers(name, load(name, COMMANDS[name]))]
+    assert len(numbers) > 80
+    assert [name for name, parameter in numbers if parameter.min is None] == []
+    served = dict(_numbers("serve", load("serve", COMMANDS["serve"])))
+    assert all(parameter.max is not None for parameter in served.values())
+    assert len(served) == 16
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("serve", "--replicas", "0"),
+        ("serve", "--prefill-share", "nan"),
+        ("serve", "--port", "65536"),
+        ("generate", "--temperature", "nan"),
+        ("loadtest", "--streams", "0"),
+        ("train", "data", "run", "--heads", "0"),
+        ("compare", "data", "out", "--span", "0"),
+        ("sessions", "fork", "s", "--n", "0"),
+    ],
+    ids=" ".join,
+)
+def test_a_number_out_of_its_range_is_wrong_usage(run: Run, arguments: tuple[str, ...]) -> None:
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert f"Invalid value for '{arguments[-2]}'" in err

@@ -13,7 +13,13 @@ import pytest
 import typer
 
 from concertina.cli.options import access
-from concertina.client import AsyncClient, Client, ConcertinaError, InvalidRequest
+from concertina.client import (
+    AsyncClient,
+    Client,
+    ConcertinaError,
+    InvalidRequest,
+    ServerUnavailable,
+)
 from concertina.client.channel import Access, Tls
 
 SOON = 10.0
@@ -117,3 +123,28 @@ def test_the_options_say_how_to_get_in(tmp_path: Path) -> None:
     assert access(None, False, None, file, file) == Access(tls=Tls(None, file, file))
     with pytest.raises(typer.BadParameter, match="--cert-key"):
         access(None, True, None, file, None)
+
+
+@pytest.fixture
+def proxied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy that nobody answers at, as the environment names it."""
+    for name in ("grpc_proxy", "http_proxy", "https_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, "http://user:secret@127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+
+
+def test_what_is_on_this_machine_is_called_directly(
+    calls: Any, recorder: Recorder, proxied: None
+) -> None:
+    calls(recorder.address)
+    calls(recorder.address.replace("127.0.0.1", "localhost"))
+    assert [method for method, _ in recorder.calls] == METHODS * 2
+
+
+def test_an_error_behind_a_proxy_names_it(proxied: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Client("models.test:9000") as client, pytest.raises(ServerUnavailable) as raised:
+        client.models(timeout=SOON)
+    message = str(raised.value)
+    assert "models.test:9000, reached by the proxy 127.0.0.1:9 (grpc_proxy)" in message
+    assert "no_proxy=models.test" in message
+    assert "secret" not in message

@@ -375,6 +375,9 @@ class _Context:
     def set_code(self, code: grpc.StatusCode) -> None:
         raise AssertionError(code)
 
+    def set_trailing_metadata(self, trailing_metadata: object) -> None:
+        pass
+
     def set_details(self, details: str) -> None:
         raise AssertionError(details)
 

@@ -46,6 +46,9 @@ class Context:
     def set_code(self, code: grpc.StatusCode) -> None:
         self.code = code
 
+    def set_trailing_metadata(self, trailing_metadata: object) -> None:
+        pass
+
     def set_details(self, details: str) -> None:
         self.details = details
 

@@ -76,3 +76,20 @@ def test_a_name_is_not_given_twice(keys: Any, path: Path) -> None:
     with pytest.raises(KeysError, match="is not a valid key name"):
         keys("add", "two words")
     assert path.read_bytes() == before
+
+
+def test_a_secret_goes_into_a_file_that_only_its_owner_can_read(
+    keys: Any, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "writer.key"
+    assert keys("add", "writer", "--out", str(file)) == ""
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert Callers(path).of(call(file.read_text().strip())) == Caller("writer")
+    with pytest.raises(KeysError, match="is there already"):
+        keys("add", "reader", "--out", str(file))
+    with pytest.raises(FileNotFoundError):
+        keys("add", "reader", "--out", str(tmp_path / "nowhere" / "reader.key"))
+    assert [key.caller.name for key in read_keys(path)] == ["writer"]
+    with pytest.raises(KeysError, match="not a valid key name"):
+        keys("add", "re/ader", "--out", str(tmp_path / "reader.key"))
+    assert not (tmp_path / "reader.key").exists()

@@ -11,10 +11,16 @@ from pathlib import Path
 import grpc
 import pytest
 
+from concertina.addresses import host_of, join, reachable
 from concertina.client.channel import Access, Tls
-from concertina.client.errors import status_error
+from concertina.client.statuses import status_error
 from server.config import TlsConfig
-from server.hosts.haproxy import haproxy_program, wait_for_replicas, write_tls_script
+from server.hosts.haproxy import (
+    bind_address,
+    haproxy_program,
+    wait_for_replicas,
+    write_script,
+)
 from server.ops.ports import free_ports
 from tests.certificates import Certificates
 
@@ -89,7 +95,7 @@ async def tls_listener(tls: TlsConfig, folder: Path) -> AsyncIterator[str]:
     plaintext = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
     address = f"127.0.0.1:{free_ports(1)[0]}"
-    script = write_tls_script(tls, address, plaintext, IDLE_S, PROGRAM, folder)
+    script = write_script(PROGRAM, folder, address, plaintext, tls, IDLE_S)
     (folder / "rays.cfg").write_text(RAYS)
     rays = ["-db", "-f", str(folder / "rays.cfg"), "-dR"]
     with subprocess.Popen([script, *rays], stderr=subprocess.PIPE) as haproxy:
@@ -106,9 +112,9 @@ async def tls_listener(tls: TlsConfig, folder: Path) -> AsyncIterator[str]:
 
 
 async def listens(address: str) -> bool:
-    host, port = address.split(":")
+    port = int(address.rpartition(":")[2])
     try:
-        _, writer = await asyncio.open_connection(host, int(port))
+        _, writer = await asyncio.open_connection(host_of(address), port)
     except OSError:
         return False
     writer.close()
@@ -145,3 +151,83 @@ async def test_mtls(certificates: Certificates, tmp_path: Path) -> None:
         for other in (None, *others):
             status, message = await answer(address, other)
             assert (status, "--cert" in message) == ("UNAVAILABLE", True), message
+
+
+RAYS_PORTS = """\
+global
+    stats socket {folder}/admin.sock mode 666 level admin expose-fd listeners
+defaults
+    mode http
+    timeout client 1s
+    timeout connect 1s
+    timeout server 1s
+frontend prometheus
+    bind :{metrics}
+frontend grpc_frontend
+    bind 127.0.0.1:{port} proto h2
+listen stats
+  bind *:{stats}
+"""
+
+
+def test_addresses_as_haproxy_takes_them() -> None:
+    hosts = ("127.0.0.1", "0.0.0.0", "::", "::1")
+    assert [bind_address(host, 9) for host in hosts] == [
+        "127.0.0.1:9",
+        "0.0.0.0:9",
+        "[::]:9",
+        "[::1]:9 v6only",
+    ]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "0.0.0.0"])
+def test_what_ray_opens_to_everyone_is_on_loopback(host: str, tmp_path: Path) -> None:
+    config = tmp_path / "rays.cfg"
+    text = RAYS_PORTS.format(folder=tmp_path, port=9000, metrics=1, stats=2)
+    bind = bind_address(host, 9000)
+    script = write_script("/bin/echo", tmp_path, bind, "127.0.0.1:9000", None, IDLE_S)
+    for _ in range(2):  # Ray writes it again whenever the replicas change
+        config.write_text(text)
+        ran = subprocess.run([script, "-db", "-f", str(config)], capture_output=True, text=True)
+        assert (ran.stdout, ran.stderr) == (f"-db -f {config}\n", "")
+        lines = [line.strip() for line in config.read_text().splitlines() if " bind " in line]
+        assert lines == ["bind 127.0.0.1:1", f"bind {bind} proto h2", "bind 127.0.0.1:2"]
+
+
+@needs_haproxy
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "::"])
+async def test_a_reload_keeps_every_listener(host: str, tmp_path: Path) -> None:
+    assert PROGRAM is not None
+    port, metrics, stats = free_ports(3)
+    script = write_script(
+        PROGRAM, tmp_path, bind_address(host, port), f"127.0.0.1:{port}", None, IDLE_S
+    )
+    (tmp_path / "rays.cfg").write_text(
+        RAYS_PORTS.format(folder=tmp_path, port=port, metrics=metrics, stats=stats)
+    )
+    command = [str(script), "-db", "-f", str(tmp_path / "rays.cfg")]
+    wanted = [(reachable(host), port), ("127.0.0.1", metrics), ("127.0.0.1", stats)]
+    processes: list[subprocess.Popen[bytes]] = []
+    reload: list[str] = []
+    try:
+        for turn in range(3):
+            if turn:
+                reload = ["-sf", str(processes[-1].pid), "-x", str(tmp_path / "admin.sock")]
+            processes.append(subprocess.Popen([*command, *reload], stderr=subprocess.DEVNULL))
+            async with asyncio.timeout(SOON):
+                if turn:
+                    await asyncio.to_thread(processes[-2].wait)
+                while not all([await listens(join(*address)) for address in wanted]):
+                    await asyncio.sleep(0.05)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait(SOON)
+
+
+@needs_haproxy
+def test_a_proxy_is_not_asked_for_what_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    with stats(page(REPLICA.format(1, "UP"))) as port:
+        wait_for_replicas(port, "grpc-concertina", 1, SOON)

@@ -54,8 +54,11 @@ async def test_ray_gets_a_response_even_for_a_refused_call() -> None:
 def add_address(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The patched method that opens the port of a gRPC server in Ray's processes."""
     from ray.serve._private import default_impl
+    from ray.serve._private import replica as replica_module
 
     monkeypatch.setattr(default_impl, "add_grpc_address", default_impl.add_grpc_address)
+    opens = replica_module.add_port_to_grpc_server
+    monkeypatch.setattr(replica_module, "add_port_to_grpc_server", opens)
     monkeypatch.setenv(GRPC_HOST, "127.0.0.1")
     assert app.bind_grpc_to_host() == []
     return default_impl.add_grpc_address
@@ -66,6 +69,20 @@ def test_ray_opens_its_port_on_our_address(add_address: Any) -> None:
     opened: list[str] = []
     add_address(SimpleNamespace(add_insecure_port=opened.append), f"[::]:{port}")
     assert opened == [f"127.0.0.1:{port}"]
+
+
+def test_the_second_port_of_a_replica_is_on_loopback(add_address: Any) -> None:
+    from ray.serve._private import replica as replica_module
+
+    opened: list[str] = []
+
+    def add(address: str) -> int:
+        opened.append(address)
+        return 9
+
+    server = SimpleNamespace(add_insecure_port=add)
+    assert replica_module.add_port_to_grpc_server(server, "[::]:0") == 9
+    assert opened == ["127.0.0.1:0"]
 
 
 def test_a_port_of_another_server_is_not_shared(add_address: Any) -> None:

@@ -47,13 +47,15 @@ def test_a_replica_listens_where_it_has_to(installed: bool, tmp_path: Path) -> N
 
 def test_servers_on_one_machine_are_independent(tmp_path: Path) -> None:
     here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
     one, other = (
         environment.ray_environment(CONFIG, here),
         environment.ray_environment(CONFIG, there),
     )
     assert len({one[port] for port in PORTS}) == len(PORTS)
     paths = [name for name, value in one.items() if value.startswith(str(here))]
-    assert len(paths) == 5
+    assert len(paths) == 6
     for name in (*paths, "RAY_AUTH_TOKEN"):
         assert one[name] != other[name]
 
@@ -65,16 +67,25 @@ def test_tls_is_at_the_public_port_and_plaintext_on_loopback(
     values = environment.ray_environment(config, tmp_path)
     plain = environment.plain_port(config, values)
     assert plain != config.port == environment.plain_port(CONFIG, {})
-    config_file = (tmp_path / "tls.cfg").read_text()
+    config_file = (tmp_path / "tls.conf").read_text()
     assert (
         "bind 0.0.0.0:9012 ssl " in config_file
         and f"server plaintext 127.0.0.1:{plain}" in config_file
     )
     assert "verify required" not in config_file
     environment.ray_environment(replace(config, tls=certificates.server(mutual=True)), tmp_path)
-    assert "verify required" in (tmp_path / "tls.cfg").read_text()
+    assert "verify required" in (tmp_path / "tls.conf").read_text()
     for file in ("certificate.pem", "haproxy"):
         assert (tmp_path / file).stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize(
+    ("host", "bind"),
+    [("127.0.0.1", "127.0.0.1:9012"), ("0.0.0.0", "0.0.0.0:9012"), ("::1", "[::1]:9012 v6only")],
+)
+def test_plaintext_is_at_the_public_port(host: str, bind: str, tmp_path: Path) -> None:
+    environment.ray_environment(replace(CONFIG, host=host), tmp_path)
+    assert f"{bind} proto h2" in (tmp_path / "haproxy").read_text()
 
 
 def test_tls_needs_haproxy(

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from server.config import ConfigError
+from server.config import ConfigError, ServeConfig
 from server.errors import BundleError
+from server.hosts import serve as serve_module
 from server.hosts.serve import serve
 from server.ops.ports import PortTaken, free_ports
+
+GIB = 1024**3
 
 
 def test_a_tampered_bundle_names_the_file(image_bundle: Path, tmp_path: Path) -> None:
@@ -41,3 +44,33 @@ def test_no_bundle_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_setting_out_of_range(image_bundle: Path) -> None:
     with pytest.raises(ConfigError, match="slots is 0"):
         serve([image_bundle], slots=0, local=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "state_limit_bytes", "threads"),
+    [
+        ({}, 3 * GIB, 2),
+        ({"replicas": 2}, 3 * GIB // 2, 1),
+        ({"replicas": 8}, 3 * GIB // 8, 1),
+        ({"state_limit_bytes": GIB, "threads": 5}, GIB, 5),
+    ],
+    ids=str,
+)
+def test_defaults_are_those_of_the_container(
+    options: dict[str, int],
+    state_limit_bytes: int,
+    threads: int,
+    image_bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    served: list[ServeConfig] = []
+    monkeypatch.setattr(serve_module, "memory_bytes", lambda: 6 * GIB)
+    monkeypatch.setattr(serve_module, "cores", lambda: 2)
+    monkeypatch.setattr(serve_module, "cores_if_fewer", lambda: 2)
+    monkeypatch.setattr(serve_module, "_serve", lambda config, *_: served.append(config))
+    monkeypatch.setattr(serve_module, "interrupt_on_stop_signals", lambda: None)
+    port, metrics_port = free_ports(2)
+    serve([image_bundle], port=port, metrics_port=metrics_port, **options)
+    (config,) = served
+    assert config.engine.state_limit_bytes == state_limit_bytes
+    assert config.engine.threads == threads

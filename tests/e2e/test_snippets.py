@@ -1,0 +1,159 @@
+"""What the documents tell readers to type: it runs, or it can at least be parsed.
+
+Python snippets, and the lines of `RUN`, run against a real server. The others have the reason here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from concertina.cli.main import COMMANDS, command_line
+from tests.e2e.servers import ROOT, Server, serving
+
+NAMES = ("README.md", "CONTRIBUTING.md", "protos/README.md")
+DOCUMENTS = sorted([*(ROOT / name for name in NAMES), *ROOT.glob("docs/*.md")])
+WAIT = 120.0
+BUNDLES = [str(ROOT / "bundles" / name) for name in ("python-4k", "emoji-32")]
+
+# Lines of a document that run here begin with one of these.
+RUN = (
+    "concertina generate",
+    "concertina paint",
+    "concertina score",
+    "concertina keys",
+)
+# The others, by their beginnings, and why they do not.
+NOT_RUN = {
+    'concertina generate "def " -m python-4k --address HOST': "needs a host and a certificate",
+    "concertina serve": "does not end; tests/e2e and tests/server/hosts start servers",
+    "concertina loadtest": "takes a minute; tests/loadtest",
+    "concertina data": "needs data, or takes minutes; tests/model",
+    "concertina train": "takes hours; tests/model",
+    "concertina export": "needs a trained model; tests/export",
+    "concertina compare": "takes hours; tests/export",
+    "concertina bench": "takes minutes to hours; tests/loadtest/bench",
+    "python -m": "takes minutes; the modules have tests of their own",
+    "make": "CI runs it",
+    "bash .ci/run": "is what runs this",
+    "source .venv": "there is none where the tools lie elsewhere",
+    "pip install": "installs; CI does so by make",
+    "apt-get": "installs; CI does so where it may",
+    "cp -r": "changes a folder that is watched; tests/server/hosts/test_watcher.py",
+    "mv bundles": "the same",
+    "rm -r": "the same",
+    "export CONCERTINA_SNAPSHOT_KEY": "the fixture sets it",
+    "grpcurl": "is not ours",
+    "helm install": "needs a cluster; tests/helm",
+}
+PARSED = ("serve", "loadtest", "train", "export", "compare", "bench", "data", "generate")
+
+
+def _lines(document: Path) -> Iterator[str]:
+    """The lines that are indented as code, without their remarks; a long one is put together."""
+    text = re.sub(r"```.*?```", "", document.read_text(), flags=re.DOTALL)
+    text = re.sub(r" \\\n +", " ", text)
+    for line in re.findall(r"^ {4}([a-z.][^→\n]*)$", text, re.MULTILINE):  # arrows are pictures
+        yield re.split(r" {2,}|\t| # ", line)[0].strip()
+
+
+def _python(document: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL)
+
+
+SNIPPETS = [
+    pytest.param(code, id=f"{document.name}-{index}")
+    for document in DOCUMENTS
+    for index, code in enumerate(_python(document))
+]
+LINES = [(document.name, line) for document in DOCUMENTS for line in _lines(document)]
+
+
+def _reason(line: str) -> str:
+    """Why a line does not run; empty if it does."""
+    fitting = [start for start in NOT_RUN if line.startswith(start)]
+    return NOT_RUN[max(fitting, key=len)] if fitting else ""
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Server]:
+    """A server of the demo bundles, with a store."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CONCERTINA_SNAPSHOT_KEY", "A" * 43 + "=")
+        options = ["--snapshots", "memory://snippets", "--threads", "1"]
+        with serving(*BUNDLES, "--local", *options) as server:
+            yield server
+
+
+@pytest.fixture
+def home(tmp_path: Path, served: Server, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder like the root of a checkout, where `concertina` is a command."""
+    for path in ROOT.iterdir():
+        if not path.name.startswith("."):
+            (tmp_path / path.name).symlink_to(path)
+    program = tmp_path / ".bin" / "concertina"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m concertina.cli.main "$@"\n')
+    program.chmod(0o700)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'protos'}")
+    monkeypatch.setenv("CONCERTINA_ADDRESS", served.address)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_there_are_snippets() -> None:
+    assert len(SNIPPETS) >= 6
+    assert len(LINES) > 50
+
+
+def test_every_line_runs_or_has_a_reason() -> None:
+    unknown = [
+        (document, line)
+        for document, line in LINES
+        if not _reason(line) and not line.startswith(RUN)
+    ]
+    assert not unknown
+    assert [start for start in NOT_RUN if not any(x.startswith(start) for _, x in LINES)] == []
+
+
+@pytest.mark.parametrize("code", SNIPPETS)
+def test_python_runs_as_it_is_printed(
+    code: str, home: Path, served: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "127.0.0.1:9000" in code
+    exec(compile(code.replace("127.0.0.1:9000", served.address), "snippet", "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_shell_runs_as_it_is_printed(document: Path, home: Path) -> None:
+    for line in _lines(document):
+        if _reason(line):
+            continue
+        ran = subprocess.run(line, shell=True, capture_output=True, text=True, timeout=WAIT)
+        assert ran.returncode == 0, (line, ran.stderr)
+
+
+@pytest.mark.parametrize("line", sorted({line for _, line in LINES if _reason(line)}))
+def test_a_line_that_does_not_run_can_be_parsed(line: str, home: Path) -> None:
+    words = shlex.split(line.removesuffix("&").partition(" && ")[2] or line.removesuffix("&"))
+    if words[:2] == ["python", "-m"]:
+        assert find_spec(words[2]) is not None
+    if words[0] == "make" and "=" not in words[1]:
+        targets = (ROOT / "Makefile").read_text()
+        assert re.search(rf"^{words[1]}:", targets, re.MULTILINE)
+    if words[0] == "concertina" and words[1] in PARSED:
+        for name in ("alice.key", "ca.pem"):
+            (home / name).write_text("x")
+        group = command_line(COMMANDS)
+        command = group.commands[words[1]]
+        command.make_context(words[1], words[2:]).close()
