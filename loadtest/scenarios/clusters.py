@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -108,10 +109,17 @@ class Ray:
         try:
             yield
         finally:
-            family = [self._server, *self._server.children(recursive=True)]
+            family = self._server.children(recursive=True)
             self._server.terminate()
-            _, alive = psutil.wait_procs(family, timeout=_STOP_LIMIT_S)
-            for process in alive:
+            until = time.monotonic() + _STOP_LIMIT_S
+            try:
+                self._server.wait(_STOP_LIMIT_S)
+            except psutil.TimeoutExpired:
+                self._server.kill()
+            # psutil.wait_procs may raise for one that is not our child and ends just then.
+            while any(map(_runs, family)) and time.monotonic() < until:
+                time.sleep(0.1)
+            for process in filter(_runs, family):
                 process.kill()
 
     def is_healthy(self) -> bool:
@@ -137,6 +145,13 @@ class Ray:
 
 
 Cluster = Processes | Ray
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
 
 
 def _log(folder: Path | None, name: str) -> Path | None:
