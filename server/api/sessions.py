@@ -28,7 +28,8 @@ from server.sessions.registry import Attachment, SessionRegistry
 from server.sessions.reviver import find_or_revive
 from server.sessions.served_model import ServedModel
 from server.sessions.table import Session
-from server.snapshots.writer import AlreadyClaimed, SnapshotWriter
+from server.snapshots.claims import AlreadyClaimed
+from server.snapshots.writer import SnapshotWriter
 
 _MOST_COPIES = 128
 _TRIES = 3  # another server may take the stream over meanwhile

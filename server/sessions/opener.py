@@ -20,8 +20,8 @@ from server.sessions.registry import NAME_BYTES, Attachment, SessionRegistry, ne
 from server.sessions.reviver import buffered, load, model_of, resume
 from server.sessions.served_model import ServedModel
 from server.sessions.table import Session
+from server.snapshots.claims import AlreadyClaimed
 from server.snapshots.codec import Snapshot, restored
-from server.snapshots.writer import AlreadyClaimed
 
 _log = logging.getLogger(__name__)
 

@@ -22,9 +22,9 @@ from server.request import Lease
 from server.sessions.registry import Attachment, SessionRegistry
 from server.sessions.served_model import ServedModel
 from server.sessions.table import Session
+from server.snapshots.claims import AlreadyClaimed
 from server.snapshots.codec import Snapshot, restored
 from server.snapshots.names import Claim
-from server.snapshots.writer import AlreadyClaimed
 
 _log = logging.getLogger(__name__)
 _TRIES = 3  # another call may change the session between its look-up and the attachment

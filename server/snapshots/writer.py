@@ -19,6 +19,7 @@ from server.errors import SnapshotRefused
 from server.ops import metrics
 from server.request import Lease
 from server.snapshots.availability import Availability
+from server.snapshots.claims import AlreadyClaimed, Claims
 from server.snapshots.codec import Snapshot, content_of, output_snapshot
 from server.snapshots.log_reader import LogReader
 from server.snapshots.log_writer import LogWriter, needless_before
@@ -30,14 +31,6 @@ from server.snapshots.waiting import Job, Waiting
 
 _log = logging.getLogger(__name__)
 _WAITING_BYTES = 2**30
-
-
-class AlreadyClaimed(Exception):
-    """Another server owns the stream, or it is deleted; `claim` tells."""
-
-    def __init__(self, claim: Claim) -> None:
-        super().__init__("the stream is deleted" if claim.deleted else "another server owns it")
-        self.claim = claim
 
 
 class SnapshotWriter:
@@ -55,14 +48,13 @@ class SnapshotWriter:
         self._sealer = sealer
         self._log = LogWriter(store, sealer, ttl_s)
         self._reader = LogReader(store, sealer)
+        self._claims = Claims(store)
         self._waiting = Waiting(_WAITING_BYTES)
         self._changed = threading.Condition()
         self._writing: tuple[str, str] | None = None  # the stream whose snapshot is being written
         self._closing = False
         # Streams that began while the store was away.
         self._late: dict[tuple[str, str], tuple[Bundle, Lease]] = {}
-        self._mistaken: set[tuple[str, str, str]] = set()  # claims that failed, but lie there
-        self._taking_back = threading.Lock()
         self._availability = Availability(store.probe, self._back)
         self._sweeper = Sweeper(store, ttl_s)
         self._thread = threading.Thread(target=self._run, name="snapshots", daemon=True)
@@ -105,30 +97,18 @@ class SnapshotWriter:
         """
         if not self.is_up:
             raise OSError("the snapshot store is away")
-        owner, stream_id, name = lease.owner, lease.stream_id, origin_name(lease.epoch)
+        owner, stream_id = lease.owner, lease.stream_id
         with self._watched():
-            self._take_back((owner, stream_id, name))
             names = self.store.names(owner, stream_id) if lease.epoch > 1 else set()
             claim = claim_in(names)
             if claim is not None and claim.is_above(lease.epoch - 1):
                 raise AlreadyClaimed(claim)
             try:
                 origin = self._log.origin(lease, checkpoints, names)
-                content = self._log.sealed(bundle, lease, origin, name)
-                self.store.create(owner, stream_id, name, content)
-            except (FileNotFoundError, FileExistsError):
-                claim = claim_in(self.store.names(owner, stream_id))
-                raise AlreadyClaimed(claim or Claim(lease.epoch)) from None
-            try:
-                names = self.store.names(owner, stream_id)
-            except OSError:
-                self._mistaken.add((owner, stream_id, name))
-                self._take_all_back()
-                raise
-        claim = claim_in(names)
-        if claim is not None and claim.is_above(lease.epoch):
-            self._remove(lease, [name])
-            raise AlreadyClaimed(claim)
+            except FileNotFoundError:
+                raise AlreadyClaimed(self._claims.now(lease)) from None
+            content = self._log.sealed(bundle, lease, origin, origin_name(lease.epoch))
+            names = self._claims.make(lease, content)
         self._late.pop((owner, stream_id), None)
         with self._changed:
             self._waiting.withdraw(owner, stream_id, below=lease.epoch)
@@ -219,24 +199,12 @@ class SnapshotWriter:
                 raise TimeoutError("a snapshot of the stream is still being written")
             self._waiting.withdraw(owner, stream_id)  # one that could not be written waits again
 
-    def _take_back(self, claimed: tuple[str, str, str]) -> None:
-        """Drop a claim of ours, if it lies there although we said that it failed."""
-        with self._taking_back:
-            if claimed in self._mistaken:
-                owner, stream_id, name = claimed
-                self.store.remove(owner, stream_id, [name])
-                self._mistaken.discard(claimed)
-
-    def _take_all_back(self) -> None:
-        try:
-            for claimed in list(self._mistaken):
-                self._take_back(claimed)
-        except OSError as error:
-            self._availability.failed(error)
-
     def _back(self) -> None:
         """The store works again."""
-        self._take_all_back()
+        try:
+            self._claims.take_all_back()
+        except OSError as error:
+            self._availability.failed(error)
         with self._changed:
             self._changed.notify_all()
 
@@ -337,9 +305,11 @@ class SnapshotWriter:
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        """Notices that the store is away."""
+        """Notices that the store is away, or works although it was."""
         try:
             yield
+            if not self.is_up:
+                self._availability.hurry()
         except (FileExistsError, FileNotFoundError):
             raise
         except OSError as error:

@@ -33,11 +33,6 @@ MUTANTS = (
         "server/snapshots/writer.py",
         "tests/server/snapshots/test_claims.py",
         (
-            "who claims does not look whether the stream is deleted",
-            "if claim is not None and claim.is_above(lease.epoch):\n            self._remove",
-            "if False:\n            self._remove",
-        ),
-        (
             "a stream that was lost is written on",
             "            self._lose(job.lease, appended.claim)",
             "            pass",
@@ -76,11 +71,27 @@ MUTANTS = (
             "self._late[lease.owner, lease.stream_id] = bundle, lease",
             "pass",
         ),
+    ),
+    *bugs(
+        "server/snapshots/claims.py",
+        "tests/server/snapshots/test_claims.py",
         (
-            "a claim that failed stays in the store",
-            "self._mistaken.add((owner, stream_id, name))",
-            "pass",
+            "who claims does not look whether the stream is deleted",
+            "if claim is not None and claim.is_above(lease.epoch):",
+            "if False:",
         ),
+        (
+            "a claim that another server made is taken back",
+            "if name in found and _digest(found[name]) == self._doubtful[claimed]:",
+            "if name in found:",
+        ),
+    ),
+    Mutant(
+        "a claim that failed stays in the store",
+        "server/snapshots/claims.py",
+        "self._doubtful[claimed] = _digest(origin)",
+        "pass",
+        "tests/server/snapshots/test_outages.py",
     ),
     *bugs(
         "server/snapshots/store.py",

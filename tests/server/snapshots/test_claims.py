@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from array import array
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from server.bundles.bundle import Bundle
 from server.checkpoint import Checkpoint
 from server.request import Lease, Request, prompt_of
+from server.snapshots.claims import AlreadyClaimed
 from server.snapshots.codec import restored
 from server.snapshots.names import (
     TOMBSTONE,
@@ -29,7 +31,7 @@ from server.snapshots.names import (
 )
 from server.snapshots.sealer import Sealer
 from server.snapshots.store import Store
-from server.snapshots.writer import AlreadyClaimed, SnapshotWriter
+from server.snapshots.writer import SnapshotWriter
 
 LIMIT_S = 30.0
 STREAM = Lease("s", (Request(prompt_of(256, [], "B"), max_tokens=50),), "me", keep_s=60.0)
@@ -280,6 +282,49 @@ def test_readers_follow_who_writes_meanwhile(
 
     monkeypatch.setattr(reader.store, "get", late)
     assert stored(reader, stream) == ["abcde"]
+
+
+@pytest.mark.parametrize("landed", [True, False])
+def test_a_claim_whose_answer_got_lost_is_taken_back(
+    landed: bool,
+    text: Bundle,
+    open_writer: Writers,
+    stream: Lease,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whether it is there or not: what its caller was told is that nothing has changed."""
+    writer, other = open_writer(), open_writer()
+    writer.begin(text, stream)
+    taken, create = replace(stream, epoch=2), writer.store.create
+
+    def lost(owner: str, stream_id: str, *rest: Any) -> None:
+        if landed:
+            create(owner, stream_id, *rest)
+        patch.setattr(writer.store, "get", _failing)
+        raise OSError("the answer is lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.store, "create", lost)
+        with pytest.raises(OSError, match="is lost"):
+            writer.begin(text, taken, [at("ab")])
+    if not landed:
+        other.begin(text, taken, [at("abc")])
+    limit = time.monotonic() + LIMIT_S
+    while epoch(writer, stream) != Claim(1 if landed else 2) or not writer.is_up:
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert epoch(other, stream) == Claim(1 if landed else 2)
+    if landed:
+        writer.begin(text, taken, [at("ab")])
+    else:
+        with pytest.raises(AlreadyClaimed):
+            writer.begin(text, taken, [at("ab")])
+        assert stored(other, stream) == ["abc"]
+
+
+def _failing(*arguments: Any) -> dict[str, bytes]:
+    raise OSError("planted")
 
 
 def test_nobody_withdraws_what_waits_of_others(

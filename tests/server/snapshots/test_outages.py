@@ -199,6 +199,32 @@ def test_a_snapshot_that_hangs_is_written_later(
     until(lambda: generated(writer) == "abcd")  # whichever write ended last
 
 
+def test_a_store_that_works_again_is_tried_at_once(
+    text: Bundle, store: Store, writer: SnapshotWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its next trial may be half a minute away; somebody reads meanwhile, and it works."""
+    monkeypatch.setattr(Availability, "shortest_pause_s", LIMIT_S)
+    monkeypatch.setattr(Availability, "longest_pause_s", LIMIT_S)
+    create, tried = store.backend.create, []
+
+    def full(path: str, content: bytes) -> None:
+        tried.append(path)
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.backend, "create", full)
+        with pytest.raises(OSError, match="no space"):
+            writer.begin(text, STREAM)
+        until(lambda: any(".probes" in path for path in tried))
+        time.sleep(0.05)
+    assert store.backend.create == create
+    time.sleep(0.05)
+    assert not writer.is_up
+    assert writer.load("me", "s") is None
+    until(lambda: writer.is_up)
+    writer.begin(text, STREAM)
+
+
 def test_a_full_store_is_told_once_and_caught_up_with(
     text: Bundle,
     store: Store,
