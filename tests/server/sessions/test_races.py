@@ -271,6 +271,24 @@ async def test_copies_count_against_the_quota(cluster: Cluster) -> None:
         await sessions.delete(held.lease.stream_id, ONE.name)
 
 
+async def test_a_stream_that_is_not_kept_has_one_reader(cluster: Cluster) -> None:
+    """What it has sent is not there any more: a second reader got the rest as the beginning."""
+    sessions = cluster()
+    with Gate(sessions.model) as gate:
+        attachment = await sessions.start(request(keep=None))
+        gate.let(5)
+        await gate.held("step")
+        resuming = asyncio.create_task(sessions.resume(attachment.session.lease.stream_id))
+        await asyncio.wait([resuming], timeout=0.1)
+        gate.let(float("inf"))
+        with pytest.raises(UnknownSession, match="its request did not set keep"):
+            await resuming
+        got = Received()
+        await read(attachment, got, 9)
+    assert len(got.ids[0]) == 40
+    await until(lambda: is_empty(sessions.model))
+
+
 # ---- what a call measures begins with the call
 
 
