@@ -76,7 +76,7 @@ async def find_or_revive(
     held = registry.held(stream_id, caller.name)
     if held is not None and await registry.owned(*held):
         return held
-    attachment = await resume(registry, stream_id, caller, ())
+    attachment = await resume(registry, stream_id, caller, (), joins=True)
     attachment.leave()
     return attachment.model, attachment.session
 

@@ -289,6 +289,32 @@ async def test_a_stream_that_is_not_kept_has_one_reader(cluster: Cluster) -> Non
     await until(lambda: is_empty(sessions.model))
 
 
+async def test_who_only_looks_for_a_stream_sends_no_reader_away(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Pause and a Resume took the stream over at once, and the reader lost it to the Pause."""
+    first, second = cluster(), Client(cluster())
+    got, rest = Received(), Received()
+    await read(await first.start(request(80)), got, 9, 3)
+    first.kill()
+    store = Held(second.sessions, "begin", monkeypatch)
+    with Gate(second.sessions.model) as gate:
+        resuming = asyncio.create_task(second.sessions.resume(got.stream_id))
+        pausing = asyncio.create_task(second.call("Pause", stream_id=got.stream_id))
+        await until(lambda: store.calls)
+        store.let_go()
+        reading = asyncio.create_task(read(await resuming, rest, 9))
+        gate.let(3)
+        await gate.held("step")
+        await until(lambda: second.sessions.model.engine.num_actions)
+        gate.let(float("inf"))
+        await settled(reading, pausing)
+    assert pausing.exception() is None
+    assert reading.exception() is None
+    assert rest.endings[0].usage.generated_tokens == len(rest.ids[0])
+    await second.call("Delete", stream_id=got.stream_id)
+
+
 # ---- what a call measures begins with the call
 
 
