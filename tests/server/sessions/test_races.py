@@ -315,6 +315,26 @@ async def test_who_only_looks_for_a_stream_sends_no_reader_away(
     await second.call("Delete", stream_id=got.stream_id)
 
 
+async def test_a_pause_follows_a_stream_that_moves(cluster: Cluster) -> None:
+    """It was answered that there is no such stream."""
+    client = Client(cluster())
+    model = client.sessions.model
+    with Gate(model) as gate:
+        attachment = await client.sessions.start(request(80))
+        stream_id = attachment.session.lease.stream_id
+        gate.let(5)
+        await gate.held("step")
+        losing = asyncio.create_task(model.lose(attachment.session, deleted=False))
+        await until(lambda: model.engine.num_actions)
+        pausing = asyncio.create_task(client.call("Pause", stream_id=stream_id))
+        await until(lambda: model.engine.num_actions > 1)
+        gate.let(float("inf"))
+        await settled(losing, pausing)
+    assert pausing.result().session.stream_id == stream_id
+    await client.call("Delete", stream_id=stream_id)
+    await until(lambda: is_empty(model))
+
+
 # ---- what a call measures begins with the call
 
 
