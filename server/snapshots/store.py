@@ -55,6 +55,7 @@ class Store:
         self._sweeping = LimitedCalls(1)
         self._flights: dict[str, _Flight] = {}
         self._creating: set[str] = set()
+        self._left: set[str] = set()  # created by calls that were given up; not taken back yet
         self._lock = threading.Lock()
 
     def put(self, owner: str, stream_id: str, name: str, content: bytes) -> None:
@@ -188,6 +189,9 @@ class Store:
         """Create an object. One that is given up is taken back; until then, none begins there."""
         if path in self._creating:
             raise OSError(errno.EBUSY, "an earlier call that creates the object has not ended")
+        if path in self._left:
+            self._read(lambda: self.backend.remove(path))
+            self._left.discard(path)
 
         def create() -> None:
             self._creating.add(path)
@@ -198,8 +202,12 @@ class Store:
                 raise
 
         def take_back() -> None:
-            self.backend.remove(path)
-            self._creating.discard(path)
+            self._left.add(path)
+            try:
+                self.backend.remove(path)
+                self._left.discard(path)
+            finally:
+                self._creating.discard(path)
 
         self._write(create, len(content), take_back)
         self._creating.discard(path)

@@ -235,6 +235,36 @@ def test_what_was_given_up_is_not_created_after_all(
     assert store.get(owner, "s", ["1"]) == {"1": b"z"}
 
 
+def test_what_could_not_be_taken_back_is_before_the_next_create(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every later try said that the earlier one had not ended."""
+    store, owner, failed = Store(uri), uuid4().hex, threading.Event()
+    remove = store.backend.remove
+
+    def fail(path: str) -> None:
+        failed.set()
+        raise OSError(errno.EIO, "the store is away")
+
+    monkeypatch.setattr(store.backend, "remove", fail)
+    hanging = Hanging(store, monkeypatch, "create")
+    with pytest.raises(TimeoutError):
+        store.create(owner, "s", "1", b"y")
+    hanging.go_on.set()
+    assert failed.wait(10)
+    monkeypatch.setattr(Store, "time_limit_s", 10.0)
+    monkeypatch.setattr(store.backend, "remove", remove)
+    until = time.monotonic() + 10
+    while True:
+        try:
+            store.create(owner, "s", "1", b"z")
+            break
+        except OSError:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+    assert store.get(owner, "s", ["1"]) == {"1": b"z"}
+
+
 @pytest.mark.parametrize("after", ["put", "remove", "delete"])
 def test_a_write_that_hung_replaces_nothing_newer(
     after: str, uri: str, monkeypatch: pytest.MonkeyPatch
