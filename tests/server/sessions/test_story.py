@@ -49,6 +49,10 @@ _REQUESTS = {
 SIDE = st.integers(0, 1)
 INDEX = st.integers(0, 9)
 OWNER = st.sampled_from(list(CALLERS))
+BEGINNING = st.sampled_from(["", "runs", "left", "paused", "ended"])
+METHOD = st.sampled_from(
+    ["Resume", "Resume", "Pause", "Continue", "Fork", "Export", "Delete", "Delete"]
+)
 OUTCOME = st.sampled_from(["done", "done", "done", "lands", "fails"])
 
 
@@ -93,7 +97,7 @@ class Story(RuleBasedStateMachine):
             self.replacing.__exit__(None, None, None)
             self.patches.undo()
 
-    @initialize(side=SIDE, owner=OWNER, beginning=st.sampled_from(["", "runs", "paused", "ended"]))
+    @initialize(side=SIDE, owner=OWNER, beginning=BEGINNING)
     def begin(self, side: int, owner: str, beginning: str) -> None:
         """Many tests begin with a stream that is somewhere."""
         if not beginning:
@@ -101,9 +105,11 @@ class Story(RuleBasedStateMachine):
         self.generate(side, owner, 1, True, "")
         self.store(side, 4)
         self.think(side, 4)
+        self.all_is_as_promised()
+        if beginning == "left":
+            self.give_up(0)
         if beginning == "paused":
-            self.all_is_as_promised()
-            self.change(side, 0, "Pause")
+            self.ask_about(0, "Pause", False, False)
         if beginning != "runs":
             self.rest()
 
@@ -122,26 +128,18 @@ class Story(RuleBasedStateMachine):
         self.call(side, owner, "Generate", wanted(PROMPT, seed, SIZE, kept, key))
 
     @precondition(lambda self: self.promises)
-    @rule(side=SIDE, index=INDEX, behind=st.booleans())
-    def resume(self, side: int, index: int, behind: bool) -> None:
-        promise = self.some_promise(index)
-        readers = [each for each in promise.calls if each.accepted and each.method in READING]
-        former = readers[-1] if behind and readers else None
-        if former is not None and self.is_stale(former, promise):
-            former = None
-        self.ask(side, promise, "Resume", former)
+    @rule(index=INDEX, method=METHOD, away=st.booleans(), behind=st.booleans())
+    def ask_about(self, index: int, method: str, away: bool, behind: bool) -> None:
+        """A call about a stream, where it was last or at the other replica."""
+        self.ask_for(self.some_promise(index), method, away, behind)
 
     @precondition(lambda self: self.promises)
-    @rule(
-        side=SIDE,
-        index=INDEX,
-        method=st.sampled_from(["Pause", "Continue", "Fork", "Export", "Delete"]),
-    )
-    def change(self, side: int, index: int, method: str) -> None:
+    @rule(index=INDEX, methods=st.tuples(METHOD, METHOD), away=st.booleans(), apart=st.booleans())
+    def meet(self, index: int, methods: tuple[str, str], away: bool, apart: bool) -> None:
+        """Two calls about a stream at once, at one replica or at both."""
         promise = self.some_promise(index)
-        if method == "Continue" and promise.start + SIZE * (promise.most + 1) > _LONGEST:
-            return
-        self.ask(side, promise, method)
+        self.ask_for(promise, methods[0], away, False)
+        self.ask_for(promise, methods[1], away ^ apart, False)
 
     @precondition(lambda self: self.exported)
     @rule(side=SIDE, index=INDEX)
@@ -222,6 +220,17 @@ class Story(RuleBasedStateMachine):
     def some_promise(self, index: int) -> Promise:
         """The newest have the lowest numbers."""
         return list(self.promises.values())[-1 - index % len(self.promises)]
+
+    def ask_for(self, promise: Promise, method: str, away: bool, behind: bool) -> None:
+        if method == "Continue" and promise.start + SIZE * (promise.most + 1) > _LONGEST:
+            return
+        readers = [each for each in promise.calls if each.accepted and each.method in READING]
+        last = readers[-1].call.replica if readers else promise.home
+        side = self.replicas.index(last) if last in self.replicas else 0
+        former = readers[-1] if method == "Resume" and behind and readers else None
+        if former is not None and self.is_stale(former, promise):
+            former = None
+        self.ask(side ^ away, promise, method, former)
 
     def gates_of(self, side: int, *kinds: str) -> list[Gate]:
         process = self.replicas[side].process
@@ -610,10 +619,10 @@ class LongStory(Story):
 
 TestStory = Story.TestCase
 TestStory.settings = settings(
-    max_examples=250,
+    max_examples=300,
     stateful_step_count=40,
     report_multiple_bugs=False,
     suppress_health_check=list(HealthCheck),
 )
 TestLongStory = pytest.mark.slow(LongStory.TestCase)
-TestLongStory.settings = settings(TestStory.settings, max_examples=4000)
+TestLongStory.settings = settings(TestStory.settings, max_examples=3000)
