@@ -21,7 +21,13 @@ from server.api.validate import generate_request
 from server.auth.api_keys import Caller, Callers
 from server.checkpoint import Checkpoint, Finish, FinishReason
 from server.engine.stream import Stream
-from server.errors import Displaced, InvalidRequest, PermissionDenied, Unsuitable
+from server.errors import (
+    Displaced,
+    InvalidRequest,
+    PermissionDenied,
+    UnknownSession,
+    Unsuitable,
+)
 from server.request import Lease
 from server.sessions.opener import SessionOpener
 from server.sessions.registry import Attachment, SessionRegistry
@@ -53,11 +59,15 @@ class SessionServicer(session_grpc.SessionServiceServicer):
         """Stop a stream and keep its state."""
 
         async def pause() -> pb.PauseResponse:
-            model, session = await self._find(request.stream_id, self._caller(context))
-            if not session.lease.keep_s:
-                raise Unsuitable("the stream is not kept: set keep in its request")
-            await model.pause(session)
-            return pb.PauseResponse(session=session_message(model, session))
+            caller = self._caller(context)
+            for _ in range(_TRIES):
+                model, session = await self._find(request.stream_id, caller)
+                if not session.lease.keep_s:
+                    raise Unsuitable("the stream is not kept: set keep in its request")
+                with suppress(UnknownSession):  # deleted, moved or continued since it was found
+                    await model.pause(session)
+                    return pb.PauseResponse(session=session_message(model, session))
+            raise _unsteady()
 
         return await answer(context, to_the_end(pause()))
 
@@ -187,7 +197,7 @@ class SessionServicer(session_grpc.SessionServiceServicer):
                 lease, checkpoint = _continued(model, session, request)
                 with suppress(AlreadyClaimed), self._registry.reserving(caller, 1):
                     return await self._opener.open(model, lease, [checkpoint])
-        raise Displaced("other calls change the stream all the time; try again later")
+        raise _unsteady()
 
     async def _received(self, requests: AsyncIterator[pb.ImportRequest]) -> bytes:
         models = self._registry.models.values()
@@ -237,6 +247,10 @@ def _phase(session: Session) -> pb.SessionPhase:
 def _is_paused(stream: Stream) -> bool:
     ending = stream.ending
     return isinstance(ending, Finish) and ending.reason is FinishReason.PAUSED
+
+
+def _unsteady() -> Displaced:
+    return Displaced("other calls change the stream all the time; try again later")
 
 
 def _require_ended(session: Session) -> None:

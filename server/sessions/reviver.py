@@ -46,6 +46,8 @@ async def resume(
     """
     for _ in range(_TRIES):
         held = registry.held(stream_id, caller.name)
+        if held is not None and not held[1].lease.keep_s:
+            raise _unknown(stream_id)  # what it has sent is not there any more
         try:
             if held is None:
                 return await _take_over(registry, stream_id, caller, cursors)
@@ -74,7 +76,7 @@ async def find_or_revive(
     held = registry.held(stream_id, caller.name)
     if held is not None and await registry.owned(*held):
         return held
-    attachment = await resume(registry, stream_id, caller, ())
+    attachment = await resume(registry, stream_id, caller, (), joins=True)
     attachment.leave()
     return attachment.model, attachment.session
 
@@ -92,10 +94,7 @@ async def load(registry: SessionRegistry, stream_id: str, owner: str) -> Snapsho
             _log.error("a snapshot could not be read: %s", error)
             raise StorageFailed("the snapshots cannot be read: try again later") from None
     if snapshot is None:
-        raise UnknownSession(
-            f"stream {stream_id[:64]!r} is not known: its request did not set keep, or it is no "
-            "longer kept"
-        )
+        raise _unknown(stream_id)
     return snapshot
 
 
@@ -139,6 +138,13 @@ async def _claim(
         await asyncio.to_thread(registry.snapshots.begin, model.bundle, lease, checkpoints)
     except OSError as error:
         raise StorageFailed("the stream cannot be taken over: try again later") from error
+
+
+def _unknown(stream_id: str) -> UnknownSession:
+    return UnknownSession(
+        f"stream {stream_id[:64]!r} is not known: its request did not set keep, or it is no longer "
+        "kept"
+    )
 
 
 def model_of(registry: SessionRegistry, snapshot: Snapshot) -> ServedModel:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic, TypeVar
 
 _T = TypeVar("_T")
@@ -34,7 +34,17 @@ class LimitedCalls:
         A call that hangs goes on; if it succeeds after all, `late` is called. While `most` calls
         hang, another raises TimeoutError at once.
         """
-        until = time.monotonic() + limit_s
+        began = time.monotonic()
+        return self._wait([self._begin(limit_s, function, late)], limit_s, began)[0]
+
+    def call_all(self, limit_s: float, functions: Iterable[Callable[[], _T]]) -> list[_T]:
+        """What each of some functions returns, which run at once. See `call`."""
+        began = time.monotonic()
+        return self._wait([self._begin(limit_s, each) for each in functions], limit_s, began)
+
+    def _begin(
+        self, limit_s: float, function: Callable[[], _T], late: Callable[[], None] | None = None
+    ) -> _Call[_T]:
         call = _Call(function)
         with self._changed:
             self._changed.wait_for(self._may_begin, limit_s)
@@ -45,12 +55,18 @@ class LimitedCalls:
             self._waiting.append((call, late))
             self._running += 1
             self._changed.notify_all()
-            if not self._changed.wait_for(lambda: call.done, until - time.monotonic()):
-                call.given_up = True
-                self._hung += 1
+        return call
+
+    def _wait(self, calls: Sequence[_Call[_T]], limit_s: float, began: float) -> list[_T]:
+        with self._changed:
+            rest_s = began + limit_s - time.monotonic()
+            if not self._changed.wait_for(lambda: all(call.done for call in calls), rest_s):
+                for call in calls:
+                    call.given_up = not call.done
+                    self._hung += call.given_up
                 self._changed.notify_all()
                 raise TimeoutError(f"no answer within {limit_s:g} s")
-        return call.result()
+        return [call.result() for call in calls]
 
     def _may_begin(self) -> bool:
         return self._running < self._most or self._hung >= self._most

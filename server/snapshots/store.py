@@ -8,7 +8,6 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from itertools import groupby
@@ -47,7 +46,7 @@ class Store:
         self._calls = LimitedCalls(_CALLS)
         self._sweeping = LimitedCalls(1)
         self._creating: set[str] = set()
-        self._left: set[str] = set()  # created by calls that were given up, and not taken back yet
+        self._left: set[str] = set()  # created by calls that were given up; not taken back yet
 
     def create(
         self,
@@ -78,19 +77,16 @@ class Store:
         """What is stored of a stream under these names, as far as it is there."""
         folder = self._folder(owner, stream_id)
 
-        def get(name: str) -> bytes | None:
+        def get(name: str) -> tuple[str, bytes] | None:
             with suppress(FileNotFoundError):  # it was deleted meanwhile
-                return self._read(partial(self.backend.read, f"{folder}/{name}"))
+                return name, self.backend.read(f"{folder}/{name}")
             return None
 
-        names = list(names)
-        if len(names) < 2:
-            found = [get(name) for name in names]
-        else:
-            with ThreadPoolExecutor(min(len(names), _READS)) as pool:
-                found = list(pool.map(get, names))
-        contents = zip(names, found, strict=True)
-        return {name: content for name, content in contents if content is not None}
+        found, rest = [], [partial(get, name) for name in names]
+        while rest:
+            found += self._checked(lambda: self._calls.call_all(self.time_limit_s, rest[:_READS]))
+            del rest[:_READS]
+        return dict(each for each in found if each is not None)
 
     def remove(self, owner: str, stream_id: str, names: Iterable[str]) -> None:
         """Drop what is stored of a stream under these names."""
@@ -203,8 +199,11 @@ class Store:
     def _call(
         self, limit_s: float, function: Callable[[], _T], late: Callable[[], None] | None = None
     ) -> _T:
+        return self._checked(lambda: self._calls.call(limit_s, function, late))
+
+    def _checked(self, call: Callable[[], _T]) -> _T:
         try:
-            return self._calls.call(limit_s, function, late)
+            return call()
         except OSError:
             raise
         except Exception as error:  # botocore's, say, where there are no credentials

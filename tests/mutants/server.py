@@ -7,6 +7,7 @@ from tests.mutants.mutant import Mutant, bugs
 _STREAMS = "tests/parity/test_streams.py"
 _BATCHES = "tests/parity/test_batches.py"
 _RESTORE = "tests/parity/test_restore.py"
+_STORY = "tests/server/sessions/test_story.py"
 
 MUTANTS = (
     *bugs(
@@ -278,5 +279,70 @@ MUTANTS = (
         '            except Exception:\n                _log.exception("an action in',
         '            except ZeroDivisionError:\n                _log.exception("an action in',
         "tests/server/engine/test_engine_faults.py",
+    ),
+    *bugs(
+        "server/sessions/lifecycle.py",
+        _STORY,
+        (
+            "a story: a reader attaches to a session that is gone",
+            '''        taken its name.
+        """
+        self._require_held(session)
+''',
+            '''        taken its name.
+        """
+''',
+        ),
+    ),
+    *bugs(
+        "server/sessions/registry.py",
+        _STORY,
+        (
+            "a story: a quota is not held while a stream is opened",
+            "        self._reserved[caller.name] += streams",
+            "        self._reserved[caller.name] += 0",
+        ),
+    ),
+    *bugs(
+        "server/sessions/opener.py",
+        _STORY,
+        (
+            "a story: a second reader with the same key sends the first away",
+            "caller, (), joins=True)",
+            "caller, (), joins=False)",
+        ),
+        (
+            "a story: a continuation that the store refuses has begun",
+            "            model.release(session)\n            if",
+            "            model.commit(session)\n            if",
+        ),
+    ),
+    *bugs(
+        "server/sessions/reviver.py",
+        _STORY,
+        (
+            "a story: who takes a stream over keeps the epoch of its owner",
+            "epoch=snapshot.epoch + 1)",
+            "epoch=snapshot.epoch)",
+        ),
+        (
+            "a story: a stream that is not kept has a second reader",
+            "if held is not None and not held[1].lease.keep_s:",
+            "if False:",
+        ),
+        (
+            "a story: who looks for a stream sends its reader away",
+            "    attachment = await resume(registry, stream_id, caller, (), joins=True)",
+            "    attachment = await resume(registry, stream_id, caller, ())",
+        ),
+    ),
+    *bugs(
+        "server/api/sessions.py",
+        _STORY,
+        (
+            "a story: a pause does not follow a stream that moves",
+            "with suppress(UnknownSession):  # deleted",
+            "with suppress(KeyError):  # deleted",
+        ),
     ),
 )

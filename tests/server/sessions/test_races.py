@@ -337,6 +337,72 @@ async def test_copies_count_against_the_quota(cluster: Cluster) -> None:
         await sessions.delete(held.lease.stream_id, ONE.name)
 
 
+async def test_a_stream_that_is_not_kept_has_one_reader(cluster: Cluster) -> None:
+    """What it has sent is not there any more: a second reader got the rest as the beginning."""
+    sessions = cluster()
+    with Gate(sessions.model) as gate:
+        attachment = await sessions.start(request(keep=None))
+        gate.let(5)
+        await gate.held("step")
+        resuming = asyncio.create_task(sessions.resume(attachment.session.lease.stream_id))
+        await asyncio.wait([resuming], timeout=0.1)
+        gate.let(float("inf"))
+        with pytest.raises(UnknownSession, match="its request did not set keep"):
+            await resuming
+        got = Received()
+        await read(attachment, got, 9)
+    assert len(got.ids[0]) == 40
+    await until(lambda: is_empty(sessions.model))
+
+
+async def test_who_only_looks_for_a_stream_sends_no_reader_away(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Pause and a Resume took the stream over at once, and the reader lost it to the Pause."""
+    first, second = cluster(), Client(cluster())
+    rest = Received()
+    with Gate(first.model) as gate:
+        stream_id = (await first.start(request(80))).session.lease.stream_id
+        gate.let(5)
+        await gate.held("step")
+        first.die()
+    first.kill()
+    store = Held(second.sessions, "begin", monkeypatch)
+    with Gate(second.sessions.model) as gate:
+        resuming = asyncio.create_task(second.sessions.resume(stream_id))
+        pausing = asyncio.create_task(second.call("Pause", stream_id=stream_id))
+        await until(lambda: store.calls)
+        store.let_go()
+        reading = asyncio.create_task(read(await resuming, rest, 9))
+        await until(lambda: second.sessions.model.engine.num_actions)
+        gate.let(float("inf"))
+        await settled(reading, pausing)
+    assert pausing.exception() is None
+    assert reading.exception() is None
+    assert rest.endings[0].usage.generated_tokens == len(rest.ids.get(0, []))
+    await second.call("Delete", stream_id=stream_id)
+
+
+async def test_a_pause_follows_a_stream_that_moves(cluster: Cluster) -> None:
+    """It was answered that there is no such stream."""
+    client = Client(cluster())
+    model = client.sessions.model
+    with Gate(model) as gate:
+        attachment = await client.sessions.start(request(80))
+        stream_id = attachment.session.lease.stream_id
+        gate.let(5)
+        await gate.held("step")
+        losing = asyncio.create_task(model.lose(attachment.session, deleted=False))
+        await until(lambda: model.engine.num_actions)
+        pausing = asyncio.create_task(client.call("Pause", stream_id=stream_id))
+        await until(lambda: model.engine.num_actions > 1)
+        gate.let(float("inf"))
+        await settled(losing, pausing)
+    assert pausing.result().session.stream_id == stream_id
+    await client.call("Delete", stream_id=stream_id)
+    await until(lambda: is_empty(model))
+
+
 # ---- what a call measures begins with the call
 
 

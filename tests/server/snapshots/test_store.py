@@ -265,6 +265,36 @@ def test_what_was_given_up_is_not_created_after_all(
     assert store.get(owner, "s", ["1"]) == {"1": b"z"}
 
 
+def test_what_could_not_be_taken_back_is_before_the_next_create(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every later try said that the earlier one had not ended."""
+    store, owner, failed = Store(uri), uuid4().hex, threading.Event()
+    remove = store.backend.remove
+
+    def fail(path: str) -> None:
+        failed.set()
+        raise OSError(errno.EIO, "the store is away")
+
+    monkeypatch.setattr(store.backend, "remove", fail)
+    hanging = Hanging(store, monkeypatch, "create")
+    with pytest.raises(TimeoutError):
+        store.create(owner, "s", "1", b"y")
+    hanging.go_on.set()
+    assert failed.wait(10)
+    monkeypatch.setattr(Store, "time_limit_s", 10.0)
+    monkeypatch.setattr(store.backend, "remove", remove)
+    until = time.monotonic() + 10
+    while True:
+        try:
+            store.create(owner, "s", "1", b"z")
+            break
+        except OSError:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+    assert store.get(owner, "s", ["1"]) == {"1": b"z"}
+
+
 @pytest.mark.parametrize("after", ["remove", "delete"])
 def test_what_hung_while_it_was_dropped_does_not_come_back(
     after: str, uri: str, monkeypatch: pytest.MonkeyPatch
@@ -308,37 +338,6 @@ def test_what_lands_late_stays_where_it_is_wanted(
         assert time.monotonic() < until
         time.sleep(0.01)
     assert asked == [{"origin", "0"}]
-
-
-def test_what_cannot_be_taken_back_is_in_nobodys_way(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It landed late, and the store failed again when it was to be removed."""
-    store = Store(f"file://{tmp_path}")
-    hanging, removed, remove = Hanging(store, monkeypatch, "create"), [], store.backend.remove
-
-    def failing(path: str) -> None:
-        removed.append(path)
-        raise OSError("planted")
-
-    monkeypatch.setattr(store.backend, "remove", failing)
-    with pytest.raises(TimeoutError):
-        store.create("me", "s", "0", b"late")
-    monkeypatch.setattr(Store, "time_limit_s", 10.0)
-    hanging.go_on.set()
-    until = time.monotonic() + 10
-    while not removed:
-        assert time.monotonic() < until
-        time.sleep(0.01)
-    monkeypatch.setattr(store.backend, "remove", remove)
-    while True:
-        try:
-            store.create("me", "s", "0", b"mine")
-            break
-        except OSError:
-            assert time.monotonic() < until
-            time.sleep(0.01)
-    assert everything(store, "me", "s") == {"0": b"mine"}
 
 
 def test_those_who_come_many_wait_for_their_turn() -> None:
