@@ -259,8 +259,8 @@ MUTANTS = (
         ),
         (
             "a claim that was given up is made after all",
-            "            self.backend.remove(path)\n            self._creating",
-            "            self._creating",
+            "                self.backend.remove(path)\n                self._left",
+            "                self._left",
         ),
     ),
     Mutant(
@@ -387,15 +387,6 @@ MUTANTS = (
             "caller, (), joins=True)",
             "caller, (), joins=False)",
         ),
-        (
-            "a story: a continuation that the store refuses has begun",
-            """            model.release(session)
-            raise
-        return Attachment(model""",
-            """            model.commit(session)
-            raise
-        return Attachment(model""",
-        ),
     ),
     *bugs(
         "server/sessions/reviver.py",
@@ -417,12 +408,12 @@ MUTANTS = (
         ),
     ),
     *bugs(
-        "server/api/sessions.py",
+        "server/snapshots/limited_calls.py",
         _STORY,
         (
-            "a story: a pause does not follow a stream that moves",
-            "with suppress(UnknownSession):  # deleted",
-            "with suppress(KeyError):  # deleted",
+            "a story: a call waits for a store that hangs",
+            "lambda: call.done, until - time.monotonic())",
+            "lambda: call.done, None)",
         ),
     ),
 )
