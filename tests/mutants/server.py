@@ -401,11 +401,6 @@ MUTANTS = (
             "if held is not None and not held[1].lease.keep_s:",
             "if False:",
         ),
-        (
-            "a story: who looks for a stream sends its reader away",
-            "    attachment = await resume(registry, stream_id, caller, (), joins=True)",
-            "    attachment = await resume(registry, stream_id, caller, ())",
-        ),
     ),
     *bugs(
         "server/snapshots/limited_calls.py",
@@ -415,5 +410,26 @@ MUTANTS = (
             "lambda: call.done, until - time.monotonic())",
             "lambda: call.done, None)",
         ),
+    ),
+    Mutant(
+        "who looks for a stream sends its reader away",
+        "server/sessions/reviver.py",
+        "    attachment = await resume(registry, stream_id, caller, (), joins=True)",
+        "    attachment = await resume(registry, stream_id, caller, ())",
+        "tests/server/sessions/test_races.py",
+    ),
+    Mutant(
+        "a pause does not follow a stream that moves",
+        "server/api/sessions.py",
+        "with suppress(UnknownSession):  # deleted",
+        "with suppress(KeyError):  # deleted",
+        "tests/server/sessions/test_races.py",
+    ),
+    Mutant(
+        "what could not be taken back blocks every later create",
+        "server/snapshots/store.py",
+        "            finally:\n                self._creating.discard(path)\n\n        self._write",
+        "            finally:\n                pass\n\n        self._write",
+        _STORY,
     ),
 )

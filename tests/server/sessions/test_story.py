@@ -98,9 +98,15 @@ class Story(RuleBasedStateMachine):
             self.replacing.__exit__(None, None, None)
             self.patches.undo()
 
-    @initialize(side=SIDE, owner=OWNER, beginning=BEGINNING)
-    def begin(self, side: int, owner: str, beginning: str) -> None:
-        """Many tests begin with a stream that is somewhere."""
+    @initialize(
+        side=SIDE,
+        owner=OWNER,
+        beginning=BEGINNING,
+        methods=st.lists(METHOD, max_size=2),
+        away=st.booleans(),
+    )
+    def begin(self, side: int, owner: str, beginning: str, methods: list[str], away: bool) -> None:
+        """Most tests begin with a stream that is somewhere, and with calls about it."""
         if not beginning:
             return
         self.generate(side, owner, 1, beginning != "is not kept", "")
@@ -113,6 +119,8 @@ class Story(RuleBasedStateMachine):
             self.ask_about(0, "Pause", False, False)
         if beginning in ("paused", "ended"):
             self.rest()
+            self.all_is_as_promised()
+        self.meet(0, methods, away, False)
 
     # ---- calls
 
