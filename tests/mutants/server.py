@@ -311,11 +311,6 @@ MUTANTS = (
             "caller, (), joins=True)",
             "caller, (), joins=False)",
         ),
-        (
-            "a story: a continuation that the store refuses has begun",
-            "            model.release(session)\n            if",
-            "            model.commit(session)\n            if",
-        ),
     ),
     *bugs(
         "server/sessions/reviver.py",
@@ -330,19 +325,35 @@ MUTANTS = (
             "if held is not None and not held[1].lease.keep_s:",
             "if False:",
         ),
-        (
-            "a story: who looks for a stream sends its reader away",
-            "    attachment = await resume(registry, stream_id, caller, (), joins=True)",
-            "    attachment = await resume(registry, stream_id, caller, ())",
-        ),
     ),
     *bugs(
-        "server/api/sessions.py",
+        "server/snapshots/limited_calls.py",
         _STORY,
         (
-            "a story: a pause does not follow a stream that moves",
-            "with suppress(UnknownSession):  # deleted",
-            "with suppress(KeyError):  # deleted",
+            "a story: a call waits for a store that hangs",
+            "lambda: all(call.done for call in calls), rest_s)",
+            "lambda: all(call.done for call in calls), None)",
         ),
+    ),
+    Mutant(
+        "who looks for a stream sends its reader away",
+        "server/sessions/reviver.py",
+        "    attachment = await resume(registry, stream_id, caller, (), joins=True)",
+        "    attachment = await resume(registry, stream_id, caller, ())",
+        "tests/server/sessions/test_races.py",
+    ),
+    Mutant(
+        "a pause does not follow a stream that moves",
+        "server/api/sessions.py",
+        "with suppress(UnknownSession):  # deleted",
+        "with suppress(KeyError):  # deleted",
+        "tests/server/sessions/test_races.py",
+    ),
+    Mutant(
+        "what could not be taken back blocks every later create",
+        "server/snapshots/store.py",
+        "            finally:\n                self._creating.discard(path)\n\n        self._write",
+        "            finally:\n                pass\n\n        self._write",
+        _STORY,
     ),
 )

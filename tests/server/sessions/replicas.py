@@ -38,7 +38,7 @@ from tests.server.sessions.gates import Process, Stage
 
 ANN = Caller("ann", max_streams=2)
 CALLERS = {"ann": ANN, "bob": Caller("bob")}
-VOCABULARY, CONTEXT = 128, 64
+VOCABULARY, CONTEXT = 128, 96
 KEEP_S, TTL_S = 1000.0, 1e6
 CONFIG = EngineConfig(slots=2, queue_limit=60, stream_buffer=6, snapshot_interval=3, threads=1)
 _LETTERS = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz", np.uint8)

@@ -34,7 +34,7 @@ from tests.server.sessions.replicas import (
     wanted,
 )
 
-SIZE, PROMPT = 8, b"ab"
+SIZE, PROMPT = 12, b"ab"
 _LONGEST = CONTEXT - 2 * SIZE
 _MOST_GATES = 4000
 _REQUESTS = {
@@ -49,7 +49,8 @@ _REQUESTS = {
 SIDE = st.integers(0, 1)
 INDEX = st.integers(0, 9)
 OWNER = st.sampled_from(list(CALLERS))
-BEGINNING = st.sampled_from(["", "runs", "left", "paused", "ended"])
+WHAT = st.sampled_from(["fails", "hangs", "stays away", "expire", "kill", "drain"])
+BEGINNING = st.sampled_from(["", "runs", "is not kept", "left", "left", "paused", "ended"])
 METHOD = st.sampled_from(
     ["Resume", "Resume", "Pause", "Continue", "Fork", "Export", "Delete", "Delete"]
 )
@@ -97,12 +98,18 @@ class Story(RuleBasedStateMachine):
             self.replacing.__exit__(None, None, None)
             self.patches.undo()
 
-    @initialize(side=SIDE, owner=OWNER, beginning=BEGINNING)
-    def begin(self, side: int, owner: str, beginning: str) -> None:
-        """Many tests begin with a stream that is somewhere."""
+    @initialize(
+        side=SIDE,
+        owner=OWNER,
+        beginning=BEGINNING,
+        methods=st.lists(METHOD, max_size=2),
+        away=st.booleans(),
+    )
+    def begin(self, side: int, owner: str, beginning: str, methods: list[str], away: bool) -> None:
+        """Most tests begin with a stream that is somewhere, and with calls about it."""
         if not beginning:
             return
-        self.generate(side, owner, 1, True, "")
+        self.generate(side, owner, 1, beginning != "is not kept", "")
         self.store(side, 4)
         self.think(side, 4)
         self.all_is_as_promised()
@@ -110,8 +117,10 @@ class Story(RuleBasedStateMachine):
             self.give_up(0)
         if beginning == "paused":
             self.ask_about(0, "Pause", False, False)
-        if beginning != "runs":
+        if beginning in ("paused", "ended"):
             self.rest()
+            self.all_is_as_promised()
+        self.meet(0, methods, away, False)
 
     # ---- calls
 
@@ -134,12 +143,17 @@ class Story(RuleBasedStateMachine):
         self.ask_for(self.some_promise(index), method, away, behind)
 
     @precondition(lambda self: self.promises)
-    @rule(index=INDEX, methods=st.tuples(METHOD, METHOD), away=st.booleans(), apart=st.booleans())
-    def meet(self, index: int, methods: tuple[str, str], away: bool, apart: bool) -> None:
-        """Two calls about a stream at once, at one replica or at both."""
+    @rule(
+        index=INDEX,
+        methods=st.lists(METHOD, min_size=2, max_size=4),
+        away=st.booleans(),
+        apart=st.sampled_from([False, False, True]),
+    )
+    def meet(self, index: int, methods: list[str], away: bool, apart: bool) -> None:
+        """Calls about a stream at once, at one replica or at both."""
         promise = self.some_promise(index)
-        self.ask_for(promise, methods[0], away, False)
-        self.ask_for(promise, methods[1], away ^ apart, False)
+        for number, method in enumerate(methods):
+            self.ask_for(promise, method, away ^ (apart and number % 2 == 1), False)
 
     @precondition(lambda self: self.exported)
     @rule(side=SIDE, index=INDEX)
@@ -190,7 +204,7 @@ class Story(RuleBasedStateMachine):
         self.step += 1
         self.open_all()
 
-    @rule(side=SIDE, what=st.sampled_from(["fails", "hangs", "expire", "kill", "drain"]))
+    @rule(side=SIDE, what=WHAT)
     def disturb(self, side: int, what: str) -> None:
         self.step += 1
         match what:
@@ -199,6 +213,8 @@ class Story(RuleBasedStateMachine):
                     self.open(gate, "fails")
             case "hangs":  # as long as nobody waits for it; what hangs may be done later
                 self.pass_time(Store.time_limit_s + 1)
+            case "stays away":
+                self.outlast()
             case "expire":
                 for promise in self.promises.values():
                     if not any(each.accepted and not each.call.over for each in promise.calls):
@@ -210,6 +226,17 @@ class Story(RuleBasedStateMachine):
                 for promise in self.promises.values():
                     promise.may_be_lost |= not promise.durable
                 self.replicas[side].drain()
+
+    def outlast(self) -> None:
+        """The store hangs until nobody waits for it any more: each wait has an end."""
+        for _ in range(12):
+            for side in range(2):
+                for gate in self.gates_of(side, "engine", "inbox"):
+                    self.open(gate)
+            self.pass_time(Store.time_limit_s + 1)
+        self.all_is_as_promised()
+        waiting = [told for told in self.open_calls if not told.accepted]
+        assert not waiting, f"these wait for the store without end: {waiting}"
 
     # ---- the parts of rules
 
