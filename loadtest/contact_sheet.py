@@ -10,7 +10,8 @@ import numpy as np
 import typer
 from PIL import Image
 
-from concertina.client import DEFAULT_ADDRESS, AsyncClient, Tokens
+from concertina.client import DEFAULT_ADDRESS, AsyncClient, ImageFormat, Tokens
+from concertina.codecs.image_files import MOST_PIXELS, most_scale
 
 
 def contact_sheet(
@@ -28,7 +29,7 @@ def contact_sheet(
     python -m loadtest.contact_sheet docs/images/emoji-32.png
     python -m loadtest.contact_sheet sheet.png --count 16 --columns 4 --model emoji-32
     """
-    images = asyncio.run(_paint(address, model, count, temperature))
+    images = asyncio.run(_paint(address, model, count, columns, scale, temperature))
     height, width, _ = images[0].shape
     rows = -(-count // columns)
     sheet = np.full((rows, height + 2, columns, width + 2, 3), 255, np.uint8)
@@ -38,11 +39,25 @@ def contact_sheet(
     whole.resize((whole.width * scale, whole.height * scale), Image.Resampling.NEAREST).save(out)
 
 
-async def _paint(address: str, name: str, count: int, temperature: float) -> list[np.ndarray]:
+def check_size(image: ImageFormat, count: int, columns: int, scale: int) -> None:
+    """Raises BadParameter if a sheet of `count` images would be too large."""
+    rows = -(-count // columns)
+    most = most_scale(columns * (image.width + 2), rows * (image.height + 2))
+    if scale > most:
+        raise typer.BadParameter(
+            f"{count} samples in {columns} columns, {scale} times as large, are more than "
+            f"{MOST_PIXELS:,} pixels: use at most --scale {most}, or fewer samples and columns"
+        )
+
+
+async def _paint(
+    address: str, name: str, count: int, columns: int, scale: int, temperature: float
+) -> list[np.ndarray]:
     async with AsyncClient(address) as client:
         model = await client.model(name)
         assert model.image is not None, f"{model.name} does not make images"
         shape = (model.image.height, model.image.width, 3)
+        check_size(model.image, count, columns, scale)
 
         async def one(seed: int) -> np.ndarray:
             label = model.labels[seed % len(model.labels)] if model.labels else None

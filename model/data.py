@@ -18,12 +18,17 @@ import numpy.typing as npt
 
 Tokens = npt.NDArray[np.int64]
 
+_INFO = "dataset.json"
 END_OF_TEXT = 0
 """The byte after each document: valid in UTF-8, but not used in text files."""
 MASKED = 0.15
 """Share of the tokens that a masked model has to predict."""
 IGNORED = -100
 """Target of positions without a target; `torch.nn.functional.cross_entropy` skips it."""
+
+
+class DataError(ValueError):
+    """Data that cannot be used as it is. The message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -62,18 +67,35 @@ class Dataset:
 def save_dataset(folder: Path, dataset: Dataset) -> None:
     """Write `dataset` to `folder`, which is created if it does not exist."""
     folder.mkdir(parents=True, exist_ok=True)
+    # dataset.json makes a dataset of a folder: it is there only while the rest is whole.
+    (folder / _INFO).unlink(missing_ok=True)
     np.save(folder / "train.npy", dataset.train)
     np.save(folder / "heldout.npy", dataset.heldout)
-    (folder / "dataset.json").write_text(json.dumps(asdict(dataset.info)) + "\n")
+    (folder / _INFO).write_text(json.dumps(asdict(dataset.info)) + "\n")
+
+
+def check_free(folder: Path, modality: str, source: str) -> None:
+    """Raises DataError if a dataset of `source` would replace anything but an older one of it."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    way_out = "name a new folder, or delete it first"
+    if not (folder / _INFO).is_file():
+        raise DataError(f"{folder} exists and is not a dataset: {way_out}")
+    held = load_dataset(folder).info
+    if (held.modality, held.source) != (modality, source):
+        raise DataError(
+            f"{folder} holds a dataset of {held.modality} from {held.source}, which one of "
+            f"{modality} from {source} would replace: {way_out}"
+        )
 
 
 def load_dataset(folder: Path) -> Dataset:
     """Read a dataset from `folder`. Raises FileNotFoundError if there is none."""
-    if not (folder / "dataset.json").exists():
+    if not (folder / _INFO).exists():
         raise FileNotFoundError(
-            f"{folder} is not a dataset: dataset.json is missing; make one with `concertina data`"
+            f"{folder} is not a dataset: {_INFO} is missing; make one with `concertina data`"
         )
-    raw = json.loads((folder / "dataset.json").read_text())
+    raw = json.loads((folder / _INFO).read_text())
     raw["palette"] = tuple(tuple(colour) for colour in raw["palette"])
     raw["labels"] = tuple(raw["labels"])
     return Dataset(

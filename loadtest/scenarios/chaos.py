@@ -34,21 +34,22 @@ from loadtest.scenarios.clusters import Cluster, Processes, Ray, Store
 from loadtest.scenarios.result import Kill, Result
 from loadtest.servers import START_LIMIT_S
 
-_STREAM_LIMIT_S = 600.0
-_SILENCE_LIMIT_S = START_LIMIT_S + 60.0  # an event, or an error, has to come within this
+_STREAM_LIMIT_S = 900.0
+_RESUME_FOR_S = 300.0  # servers that start, while the store hangs, again and again
+_SILENCE_LIMIT_S = _RESUME_FOR_S + 60.0  # an event, or an error, has to come within this
 _LONG_PROMPTS = (16, 200, 1_200, 1_900)
 _PROBES = 3  # after each kill, so many prompts of all known tokens are sent, to compare with
 _ACCEPTANCE_LIMIT_S = 45.0  # two or three operations of the store, of at most ten seconds each
-_FINE_S = (1.0, 6.0)
-_TROUBLES = (  # and how long they last
-    (Trouble.REFUSES, (0.5, 6.0)),
-    (Trouble.CUTS, (0.5, 6.0)),
-    (Trouble.LOSES, (0.5, 6.0)),
-    (Trouble.SLOWS, (1.0, 8.0)),
-    (Trouble.HANGS, (0.5, 8.0)),
-    (Trouble.HANGS, (12.0, 18.0)),
-    (Trouble.HANGS, (50.0, 60.0)),
-)
+_FINE_S = (2.0, 10.0)
+_TROUBLES = {  # how long each lasts, and how often it comes
+    (Trouble.REFUSES, (0.5, 6.0)): 3,
+    (Trouble.CUTS, (0.5, 6.0)): 3,
+    (Trouble.LOSES, (0.5, 6.0)): 3,
+    (Trouble.SLOWS, (1.0, 8.0)): 2,
+    (Trouble.HANGS, (0.5, 8.0)): 2,
+    (Trouble.HANGS, (12.0, 18.0)): 2,
+    (Trouble.HANGS, (50.0, 60.0)): 1,
+}
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,8 @@ async def _spoil(bucket: Bucket | None, over: asyncio.Event, rng: random.Random)
     works = True
     while bucket is not None and not over.is_set():
         works = not works
-        trouble, lasts_s = (Trouble.NONE, _FINE_S) if works else rng.choice(_TROUBLES)
+        (troubled,) = rng.choices([*_TROUBLES], [*_TROUBLES.values()])
+        trouble, lasts_s = (Trouble.NONE, _FINE_S) if works else troubled
         bucket.fail(trouble, share=rng.choice((0.3, 1.0)))
         with suppress(TimeoutError):
             async with asyncio.timeout(rng.uniform(*lasts_s)):
@@ -263,7 +265,7 @@ async def _read_once(client: AsyncClient, wanted: Wanted, result: Result) -> tup
     accepted: Accepted | None = None
     asked_at = time.monotonic()
     try:
-        stream = client.generate(wanted.prompt, resume_for=START_LIMIT_S, **wanted.parameters)
+        stream = client.generate(wanted.prompt, resume_for=_RESUME_FOR_S, **wanted.parameters)
         async for event in _spoken(stream):
             if isinstance(event, Accepted):
                 accepted = event

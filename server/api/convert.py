@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import numpy as np
-import numpy.typing as npt
 from google.protobuf.duration_pb2 import Duration
 
+from concertina.codecs.pixels import colours_at
 from concertina.v1 import generation_service_pb2 as pb
 from server.bundles.bundle import Bundle
 from server.checkpoint import Finish, FinishReason, TokenLogprobs
@@ -113,7 +112,7 @@ def response_message(
     response = pb.GenerateResponse(sequence=sequence, output=request.sampling.output)
     match event:
         case Delta(first_position=position, tokens=tokens, text=text):
-            rgb = _colours(bundle, tokens) if bundle.is_image else b""
+            rgb = colours_at(tokens, bundle.manifest.image.palette) if bundle.is_image else b""
             logprobs = _logprobs_messages(event.logprobs)
             response.tokens.CopyFrom(
                 pb.Tokens(
@@ -155,11 +154,6 @@ def error_message(error: RequestError) -> pb.Error:
     if error.retry_after_s is not None:
         message.retry_after.CopyFrom(duration(error.retry_after_s))
     return message
-
-
-def _colours(bundle: Bundle, tokens: Iterable[int]) -> bytes:
-    palette: npt.NDArray[np.uint8] = np.frombuffer(bundle.manifest.image.palette, np.uint8)
-    return palette.reshape(-1, 3)[list(tokens)].tobytes()
 
 
 def duration(seconds: float) -> Duration:

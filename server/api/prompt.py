@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from concertina.codecs.pixels import nearest, on_white, open_png, shown_rows
+from concertina.codecs.image_files import ImageError, ImageTooLarge, open_image
+from concertina.codecs.pixels import Colours, nearest, on_white, shown_rows
 from concertina.shown import listed, shown
 from concertina.v1 import generation_service_pb2 as pb
 from server.arrays import Ints
@@ -111,18 +112,18 @@ def _from_image(bundle: Bundle, image: pb.ImageRows) -> Ints:
     return nearest(pixels, bundle.manifest.image.palette)
 
 
-def _from_png(bundle: Bundle, png: bytes) -> npt.NDArray[np.uint8]:
+def _from_png(bundle: Bundle, png: bytes) -> Colours:
     """Pixels `[n, 3]` on white, without the fully transparent rows at the bottom."""
     field, form = "prompt.image.png", bundle.manifest.image
     if len(png) > _MAX_PNG_BYTES:
         raise InvalidRequest(f"{field} has {len(png)} bytes, the limit is {_MAX_PNG_BYTES}")
     try:
-        opened = open_png(png)
-        size = opened.size
-        if size[0] == form.width and size[1] <= form.height:
-            rgba = opened.convert("RGBA")
-    except Exception:  # Pillow's decoders raise errors of many types
-        raise InvalidRequest(f"{field} is not a readable PNG ({len(png)} bytes)") from None
+        rgba = open_image(png, ("PNG",), most_pixels=form.width * form.height)
+        size = rgba.size
+    except ImageTooLarge as error:
+        size = error.size
+    except ImageError as error:
+        raise InvalidRequest(f"{field} has {len(png)} bytes and {error}") from None
     if size[0] != form.width or size[1] > form.height:
         raise InvalidRequest(
             f"{field} is {size[0]}x{size[1]} pixels; {bundle.name} takes images {form.width} wide "
@@ -134,7 +135,7 @@ def _from_png(bundle: Bundle, png: bytes) -> npt.NDArray[np.uint8]:
     return on_white(rows)
 
 
-def _from_rgb(bundle: Bundle, rgb: bytes) -> npt.NDArray[np.uint8]:
+def _from_rgb(bundle: Bundle, rgb: bytes) -> Colours:
     form = bundle.manifest.image
     row = 3 * form.width
     if not rgb or len(rgb) % row or len(rgb) > row * form.height:

@@ -21,7 +21,7 @@ from fsspec.utils import get_protocol
 from server.config import ConfigError
 
 _PART = ".part"
-_CONFLICTS = 5  # so often S3 may ask us to try again, because another create is under way
+_CONFLICTS = 5  # so often others may be in the way of a create
 _TIMES = ("mtime", "LastModified", "created")
 _memory = threading.Lock()  # fsspec's memory is one for the whole process
 
@@ -80,8 +80,14 @@ class Files(Backend):
     """A file system that all servers share."""
 
     def create(self, path: str, content: bytes) -> None:
-        with _part(path, content) as part:
-            os.link(part, path)
+        for tries in range(_CONFLICTS):
+            try:
+                with _part(path, content) as part:
+                    os.link(part, path)
+                break
+            except FileNotFoundError:  # a delete took the part, or the folder
+                if tries == _CONFLICTS - 1:
+                    raise
         folder = os.path.dirname(path)
         _sync(folder)
         _sync(os.path.dirname(folder))

@@ -33,6 +33,7 @@ from server.snapshots.names import (
     claim_in,
     end_name,
     epoch_of,
+    is_live,
     origin_name,
     parts_of,
     replaced,
@@ -104,7 +105,7 @@ class LogWriter:
     ) -> pb.Snapshot:
         """The origin of an epoch that begins with `checkpoints`; `names` are in the store.
 
-        Raises OSError and SnapshotRefused.
+        Raises OSError, FileNotFoundError if that has changed meanwhile, and SnapshotRefused.
         """
         claim, before = claim_in(names), pb.Snapshot()
         if claim is not None:
@@ -143,7 +144,8 @@ class LogWriter:
         for name, part in _new_parts(job, stored):
             sealed = self.sealed(job.bundle, lease, pb.Snapshot(outputs=[part]), name)
             with suppress(FileExistsError):  # an earlier try, which seemed to fail
-                self._store.create(owner, stream_id, name, sealed)
+                # What lands late stays: another server may have adopted it by then.
+                self._store.create(owner, stream_id, name, sealed, is_live)
             added.append(name)
             nbytes += len(sealed)
         names = self._store.names(owner, stream_id)
@@ -175,7 +177,7 @@ class LogWriter:
         name = origin_name(epoch)
         found = self._store.get(lease.owner, lease.stream_id, [name])
         if name not in found:
-            raise OSError("the stream has changed its owner just now")
+            raise FileNotFoundError(f"{name} is gone: the stream has another owner, or is deleted")
         header, origin = self._sealer.open(found[name], lease.owner)
         return origin if header.name == name else pb.Snapshot()
 

@@ -22,6 +22,7 @@ _MOST_OUTPUTS = 128
 _MOST_LOGPROBS = 20
 _MOST_STOPS = 16
 _LONGEST_STOP = 256
+_LONGEST_S = 315_576_000_000  # what google.protobuf.Duration allows
 
 
 def stored_request(requests: tuple[Request, ...]) -> pb.StoredRequest:
@@ -148,7 +149,6 @@ def _misfit(bundle: Bundle, request: Request) -> str:
         *(bias for _, bias in processors.bias),
         processors.frequency_penalty,
         processors.presence_penalty,
-        1.0 if request.time_limit_s is None else request.time_limit_s,
     )
     checks = {
         "start token": 0 <= prompt.start - bundle.vocabulary <= len(bundle.manifest.labels),
@@ -165,6 +165,7 @@ def _misfit(bundle: Bundle, request: Request) -> str:
         "top_p or typical_p": all(0 < p <= 1 for p in (sampling.top_p, sampling.typical_p)),
         "min_p": 0 <= sampling.min_p <= 1,
         "repetition_penalty": 0 < processors.repetition_penalty < math.inf,
-        "a bias, a penalty or time_limit": all(map(math.isfinite, numbers)),
+        "time_limit": request.time_limit_s is None or 0 < request.time_limit_s <= _LONGEST_S,
+        "a bias or a penalty": all(map(math.isfinite, numbers)),
     }
     return ", ".join(name for name, fits in checks.items() if not fits)

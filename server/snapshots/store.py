@@ -47,13 +47,24 @@ class Store:
         self._calls = LimitedCalls(_CALLS)
         self._sweeping = LimitedCalls(1)
         self._creating: set[str] = set()
+        self._left: set[str] = set()  # created by calls that were given up, and not taken back yet
 
-    def create(self, owner: str, stream_id: str, name: str, content: bytes) -> None:
+    def create(
+        self,
+        owner: str,
+        stream_id: str,
+        name: str,
+        content: bytes,
+        stays: Callable[[set[str]], bool] = lambda names: False,
+    ) -> None:
         """Store `content` under a name that is free; of several who try, one succeeds.
 
-        No two may have the same content. Raises FileExistsError.
+        No two may have the same content. What is created after all, when we have given it up, is
+        taken back, unless it `stays` with the names of what is stored of the stream by then. Raises
+        FileExistsError.
         """
-        self._create(f"{self._folder(owner, stream_id)}/{name}", content)
+        folder = self._folder(owner, stream_id)
+        self._create(f"{folder}/{name}", content, lambda: stays(set(self.backend.names(folder))))
 
     def names(self, owner: str, stream_id: str) -> set[str]:
         """Names of all that is stored of a stream."""
@@ -150,10 +161,13 @@ class Store:
         """Whether something was written in a folder after all, while others were looked at."""
         return any(at >= before for _, at in self.backend.find(folder))
 
-    def _create(self, path: str, content: bytes) -> None:
-        """Create an object. One that is given up is taken back; until then, none begins there."""
+    def _create(self, path: str, content: bytes, stays: Callable[[], bool] = lambda: False) -> None:
+        """Create an object. Until a call that is given up has ended, none begins there."""
         if path in self._creating:
             raise OSError(errno.EBUSY, "an earlier call that creates the object has not ended")
+        if path in self._left:
+            self._read(lambda: self.backend.remove(path))
+            self._left.discard(path)
 
         def create() -> None:
             self._creating.add(path)
@@ -163,11 +177,16 @@ class Store:
                 self._creating.discard(path)
                 raise
 
-        def take_back() -> None:
-            self.backend.remove(path)
-            self._creating.discard(path)
+        def late() -> None:
+            self._left.add(path)
+            try:
+                if not stays():
+                    self.backend.remove(path)
+                self._left.discard(path)
+            finally:
+                self._creating.discard(path)
 
-        self._write(create, len(content), take_back)
+        self._write(create, len(content), late)
         self._creating.discard(path)
 
     def _write(

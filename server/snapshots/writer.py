@@ -112,11 +112,11 @@ class SnapshotWriter:
             claim = claim_in(names)
             if claim is not None and claim.is_above(lease.epoch - 1):
                 raise AlreadyClaimed(claim)
-            origin = self._log.origin(lease, checkpoints, names)
-            content = self._log.sealed(bundle, lease, origin, name)
             try:
+                origin = self._log.origin(lease, checkpoints, names)
+                content = self._log.sealed(bundle, lease, origin, name)
                 self.store.create(owner, stream_id, name, content)
-            except FileExistsError:
+            except (FileNotFoundError, FileExistsError):
                 claim = claim_in(self.store.names(owner, stream_id))
                 raise AlreadyClaimed(claim or Claim(lease.epoch)) from None
             try:

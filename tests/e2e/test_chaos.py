@@ -35,11 +35,12 @@ def test_every_stream_is_what_it_would_have_been(ray: bool) -> None:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("kills", [0, 2])
 def test_a_store_that_fails_changes_no_stream(kills: int) -> None:
-    result, bucket = run(BUNDLE, kills, 8, 400, store_fails=True, seconds=25)
+    # It refuses, loses answers twice, and refuses again, each for a few seconds.
+    result, bucket = run(BUNDLE, kills, 8, 400, store_fails=True, seconds=30, seed=10)
     assert result.wrong == []
     assert result.kills == kills
     assert result.streams >= 8
     assert result.not_durable > 0
     assert kills or not result.lost
     assert bucket is not None
-    assert sum(bucket.requests.values()) > bucket.requests[Trouble.NONE] > 0
+    assert {Trouble.REFUSES, Trouble.LOSES} < bucket.requests.keys()

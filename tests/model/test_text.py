@@ -1,14 +1,17 @@
-"""Text: documents end with byte 0, and no file lies on both sides of the split."""
+"""Text: documents end with byte 0, and one file at most lies on both sides of the split."""
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from model.data import END_OF_TEXT, Dataset
+from model.data import END_OF_TEXT, DataError, Dataset
 from model.text import python_dataset, text_dataset
 
 
@@ -21,6 +24,11 @@ def write_files(folder: Path, count: int) -> list[Path]:
 
 
 def split(files: list[Path], heldout: float = 0.25, seed: int = 0) -> Dataset:
+    dataset, _ = split_one(files, heldout, seed)
+    return dataset
+
+
+def split_one(files: list[Path], heldout: float, seed: int = 0) -> tuple[Dataset, Path | None]:
     return text_dataset(files, source="test", license="CC0-1.0", heldout=heldout, seed=seed)
 
 
@@ -46,13 +54,53 @@ def test_the_seed_alone_decides_the_split(tmp_path: Path) -> None:
     assert one == same != other
 
 
-def test_at_least_one_file_is_held_out(tmp_path: Path) -> None:
-    assert len(documents(split(write_files(tmp_path, 3), heldout=0.01).heldout)) == 1
+@given(
+    st.lists(st.text("aé€😀\n", max_size=60), min_size=1, max_size=8),
+    st.floats(0.01, 0.99),
+    st.integers(0, 5),
+)
+def test_the_share_is_of_bytes(texts: list[str], heldout: float, seed: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / f"{number}" for number in range(len(texts))]
+        for file, text in zip(files, texts, strict=True):
+            file.write_bytes(text.encode())
+        whole = sum(len(text.encode()) for text in texts)
+        try:
+            dataset, cut = split_one(files, heldout, seed)
+        except DataError as error:
+            assert "too few bytes" in str(error) or "all files are empty" in str(error)
+            return
+        train, held = documents(dataset.train), documents(dataset.heldout)
+        together = sorted(train + held)
+        if cut is None:
+            assert together == sorted(text.encode() for text in texts)
+        else:
+            both = train[0] + held[-1]
+            assert both == cut.read_bytes()
+            assert train[0] and held[-1]
+            assert train[0].decode() + held[-1].decode() == both.decode()  # no character is torn
+            together.remove(train[0])
+            together.remove(held[-1])
+            assert sorted([*together, both]) == sorted(text.encode() for text in texts)
+        share = sum(map(len, held))
+        assert whole * heldout / 2 - 1 <= share <= whole * heldout * 1.5 + 4
 
 
-def test_too_few_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="cannot hold 1 of 1 files out"):
-        split(write_files(tmp_path, 1))
+def test_one_file_is_split_by_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("0123456789" * 100)
+    dataset, cut = split_one([tmp_path / "a.txt"], 0.05)
+    assert cut == tmp_path / "a.txt"
+    assert documents(dataset.train) == [b"0123456789" * 95]
+    assert documents(dataset.heldout) == [b"0123456789" * 5]
+
+
+def test_too_little_to_split_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(DataError, match=r"a.txt has too few bytes to hold 25% out"):
+        split([tmp_path / "a.txt"])
+    (tmp_path / "a.txt").write_text("")
+    with pytest.raises(DataError, match="all files are empty"):
+        split([tmp_path / "a.txt"])
 
 
 def test_a_file_with_byte_0_is_named(tmp_path: Path) -> None:
@@ -74,13 +122,13 @@ def test_the_standard_library_without_its_tests_and_tables(
     (tmp_path / "empty.py").touch()
     (tmp_path / "binary.py").write_bytes(b"\0")
     monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
-    dataset = python_dataset()
+    dataset, _ = python_dataset()
     found = documents(dataset.train) + documents(dataset.heldout)
     assert sorted(found) == sorted(f"# {name}".encode() for name in kept)
 
 
 def test_this_standard_library_is_enough_to_learn_from() -> None:
-    dataset = python_dataset()
+    dataset, _ = python_dataset()
     assert len(dataset.train) > 20 * 4096
     assert 0 < len(dataset.heldout) < len(dataset.train) / 5
     assert b"class OrderedDict" in dataset.train.tobytes() + dataset.heldout.tobytes()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from tests.mutants import export, model, patterns, server, snapshots
+from tests.mutants import export, model, patterns, pixels, server, snapshots
 
 MUTANTS = (
     *patterns.MUTANTS,
     *model.MUTANTS,
+    *pixels.MUTANTS,
     *export.MUTANTS,
     *server.MUTANTS,
     *snapshots.MUTANTS,

@@ -1,4 +1,4 @@
-"""An image while it is painted: pixels in raster order, shown as half-blocks, saved as PNG."""
+"""An image while it is painted: pixels in raster order, shown in a terminal, saved as PNG."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import itertools
 from functools import cache
 from time import perf_counter
 
+import numpy as np
 from PIL import Image
 from rich.color import Color
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -15,12 +16,15 @@ from rich.segment import Segment
 from rich.style import Style
 from rich.text import Text
 
+_SHADES = " .:-=+*#%@"
+_LARGEST_ZOOM = 16  # however large a terminal says that it is
 _FRAME = 6  # lines and columns that the border and the shell's prompt use
 
 
 class Canvas:
     """A picture of `width` x `height` pixels that fills up. Rich shows two rows of it per line.
 
+    Where there are no colours (NO_COLOR, TERM=dumb), characters are shades: white is blank.
     zoom: columns of the terminal per pixel.
     """
 
@@ -62,6 +66,10 @@ class Canvas:
         data, stride = image.tobytes(), 4 * image.width
         rows = [data[start : start + stride] for start in range(0, len(data), stride)]
         for upper, lower in itertools.zip_longest(rows[::2], rows[1::2], fillvalue=bytes(stride)):
+            if not shows_colours(console):
+                yield Segment(_shades(upper, lower))
+                yield Segment.line()
+                continue
             cells = ((upper[x : x + 4], lower[x : x + 4]) for x in range(0, stride, 4))
             for (top, bottom), run in itertools.groupby(cells):
                 block, style = _cell(top, bottom)
@@ -79,10 +87,10 @@ class Easel:
         self._started = perf_counter()
 
     def fit(self, console: Console) -> None:
-        """Sets the largest zoom at which the frame fits into the terminal."""
+        """Sets the largest zoom, up to a limit, at which the frame fits into the terminal."""
         columns = (console.width - _FRAME) // self._canvas.width
         lines = 2 * (console.height - _FRAME) // self._canvas.height
-        self._canvas.zoom = max(1, min(columns, lines))
+        self._canvas.zoom = max(1, min(columns, lines, _LARGEST_ZOOM))
 
     def __rich__(self) -> Panel:
         canvas = self._canvas
@@ -94,6 +102,19 @@ class Easel:
             border_style="dim",
             expand=False,
         )
+
+
+def shows_colours(console: Console) -> bool:
+    """Whether a console has colours, and its user wants them."""
+    return not (console.no_color or console.is_dumb_terminal or console.color_system is None)
+
+
+def _shades(upper: bytes, lower: bytes) -> str:
+    """One character for each two pixels above each other, the denser the darker they are."""
+    pixels = np.frombuffer(upper + lower, np.uint8).reshape(2, -1, 4).astype(np.int64)
+    ink = (255_000 - pixels[:, :, :3] @ np.array([299, 587, 114])) * (pixels[:, :, 3] > 0)
+    steps = ink.sum(axis=0) * len(_SHADES) // (2 * 255_000 + 1)
+    return "".join(_SHADES[step] for step in steps)
 
 
 @cache

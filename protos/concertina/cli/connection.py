@@ -66,6 +66,13 @@ def choose_model(client: Client, name: str, modality: str) -> Model:
     raise InvalidRequest(f"several {modality} models are served: choose with --model: {names}")
 
 
+def modalities(client: Client, name: str) -> set[str]:
+    """What the model with this name writes; without a name, what the models that are served do."""
+    if name:
+        return {client.model(name, timeout=LOOKUP_TIMEOUT_S).modality}
+    return {model.modality for model in client.models(timeout=LOOKUP_TIMEOUT_S)}
+
+
 def image_format(model: Model) -> ImageFormat:
     if model.image is None:
         raise InvalidRequest(f"{model.name} does not say what size its images have")

@@ -75,7 +75,7 @@ def _bench() -> Any:
 
 
 def _data() -> Any:
-    from model.command import data
+    from model.data_command import data
 
     return data
 

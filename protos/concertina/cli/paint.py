@@ -12,7 +12,7 @@ from rich.live import Live
 
 from concertina.cli.canvas import Canvas, Easel
 from concertina.cli.connection import choose_model, connected, image_format
-from concertina.cli.inputs import read_rows
+from concertina.cli.inputs import image_of, read_input, rows_of
 from concertina.cli.options import (
     Address,
     Ca,
@@ -36,7 +36,8 @@ from concertina.cli.options import (
 )
 from concertina.cli.output import plain_console
 from concertina.cli.printing import EventPrinter
-from concertina.client import DEFAULT_ADDRESS
+from concertina.client import DEFAULT_ADDRESS, ImageFormat
+from concertina.codecs.image_files import MOST_PIXELS, most_scale
 from concertina.codecs.pixels import in_palette, on_white
 
 _FRAMES_PER_SECOND = 12
@@ -77,6 +78,7 @@ def paint(
     """Paint an image in the terminal as it is generated.
 
     If standard output is not a terminal, the finished picture is printed, unless --out saves it.
+    With NO_COLOR or TERM=dumb it is shown in shades of characters.
 
     Examples:
     concertina paint --label "Food & Drink" --seed 7
@@ -86,9 +88,12 @@ def paint(
     with connected(address, access(key_file, tls, ca, cert, cert_key), json_output) as client:
         chosen = choose_model(client, model, "image")
         size = image_format(chosen)
+        if out is not None:
+            _check_scale(scale, size)
         canvas = Canvas(size.width, size.height)
-        rows = read_rows(complete, size.width, size.height) if complete else None
-        if rows is not None:
+        rows = None
+        if complete is not None:
+            rows = rows_of(image_of(read_input(complete), complete), complete, size)
             canvas.paint(0, in_palette(on_white(rows), size.palette))  # as the server sees them
         stream = client.generate(
             rows,
@@ -118,6 +123,17 @@ def paint(
         canvas.zoom = 1
         _picture_console().print(canvas, end="")
     printer.summarise()
+
+
+def _check_scale(scale: int, size: ImageFormat) -> None:
+    """Raises BadParameter for a PNG that would be too large."""
+    most = most_scale(size.width, size.height)
+    if scale > most:
+        raise typer.BadParameter(
+            f"{scale} times {size.width}x{size.height} pixels are more than {MOST_PIXELS:,}: "
+            f"use at most {most}",
+            param_hint="--scale",
+        )
 
 
 def _picture_console() -> Console:

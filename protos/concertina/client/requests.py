@@ -8,7 +8,7 @@ import struct
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
-from typing import IO, Any, Final, Protocol, TypeAlias, TypedDict, TypeVar
+from typing import IO, Any, Final, Protocol, TypeAlias, TypedDict, TypeVar, runtime_checkable
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
@@ -20,10 +20,13 @@ from concertina.v1 import generation_service_pb2 as pb
 from concertina.v1 import session_service_pb2 as session_pb
 
 
+@runtime_checkable
 class PillowImage(Protocol):
     """The part of `PIL.Image.Image` that a prompt needs: the client works without Pillow."""
 
-    def save(self, fp: IO[bytes], format: str | None = ...) -> None: ...
+    def save(self, fp: IO[bytes], format: str | None = ..., *, exif: bytes = ...) -> None: ...
+
+    def getexif(self) -> Mapping[int, object]: ...
 
 
 class PixelArray(Protocol):
@@ -48,6 +51,7 @@ is a picture.
 _Message = TypeVar("_Message", bound=Message)
 _KEY_BYTES = 16
 _PNG = b"\x89PNG\r\n\x1a\n"
+_ORIENTATION: Final = 0x0112
 _PNG_COLOURS: Final = {1: 0, 2: 4, 3: 2, 4: 6}  # by the number of channels
 _MOST_REASON: Final = 200
 # Keyword arguments of the calls that are no parameters of the request.
@@ -188,14 +192,12 @@ def prompt_message(prompt: PromptLike | None, label: str | None) -> pb.Prompt | 
         rows = pb.ImageRows(png=prompt) if prompt.startswith(_PNG) else pb.ImageRows(rgb=prompt)
         return message(pb.Prompt, image=rows, label=label)
     if len(getattr(prompt, "shape", ())) > 1:
-        rows = pb.ImageRows(png=_png(prompt))  # type: ignore[arg-type]  # an array, by its shape
+        rows = pb.ImageRows(png=_png_of_array(prompt))  # type: ignore[arg-type]  # an array, by its shape
         return message(pb.Prompt, image=rows, label=label)
     if isinstance(prompt, Iterable):
         return message(pb.Prompt, tokens=message(pb.TokenIds, ids=prompt), label=label)
-    if hasattr(prompt, "save"):
-        png = io.BytesIO()
-        prompt.save(png, format="PNG")
-        return message(pb.Prompt, image=pb.ImageRows(png=png.getvalue()), label=label)
+    if isinstance(prompt, PillowImage):
+        return message(pb.Prompt, image=pb.ImageRows(png=_png_of_image(prompt)), label=label)
     raise InvalidRequest(
         f"a prompt is text, token ids, PNG or RGB bytes, a Pillow image or a NumPy array; "
         f"got {type(prompt).__name__}",
@@ -203,7 +205,7 @@ def prompt_message(prompt: PromptLike | None, label: str | None) -> pb.Prompt | 
     )
 
 
-def _png(array: PixelArray) -> bytes:
+def _png_of_array(array: PixelArray) -> bytes:
     """A picture as PNG, which says how wide it is: bytes alone do not. Raises InvalidRequest."""
     height, width, *channels = array.shape
     items = str(array.dtype)
@@ -224,6 +226,25 @@ def _png(array: PixelArray) -> bytes:
         struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
         for kind, body in chunks
     )
+
+
+def _png_of_image(image: PillowImage) -> bytes:
+    """An image as PNG. Its orientation goes with it, since the server turns images upright."""
+    orientation = image.getexif().get(_ORIENTATION)
+    exif = b""
+    if isinstance(orientation, int) and 1 < orientation <= 8:
+        # One big-endian table of EXIF with one entry: the orientation, a 16-bit integer.
+        entry = struct.pack(">HHIHH", _ORIENTATION, 3, 1, orientation, 0)
+        exif = b"Exif\0\0" + struct.pack(">2sHIH", b"MM", 42, 8, 1) + entry + bytes(4)
+    png = io.BytesIO()
+    try:
+        image.save(png, format="PNG", exif=exif)
+    except (OSError, ValueError) as error:
+        raise InvalidRequest(
+            f"the image cannot be sent as PNG ({error}): convert it first, for example with "
+            'image.convert("RGB")'
+        ) from None
+    return png.getvalue()
 
 
 def _sampling(parameters: ContinueParameters) -> pb.SamplingParameters:

@@ -1,38 +1,17 @@
-"""Images as whole rows of pixels, and pixels as the colours of a palette."""
+"""Pixels of an image, and the indices of a palette that stand for them."""
 
 from __future__ import annotations
 
-import io
-import warnings
-from pathlib import Path
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+Colours = npt.NDArray[np.uint8]
+"""Colours `[n, 3]`: red, green, blue."""
 
-def open_png(data: bytes) -> Image.Image:
-    """The PNG in `data`. Only its header is read, so its size can be checked before it is decoded.
-
-    Raises an exception of any class if it is not a PNG, or claims to be huge.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        return Image.open(io.BytesIO(data), formats=["PNG"])
-
-
-def open_rgba(path: Path) -> Image.Image:
-    """The image in a file of any format, as RGBA. Raises OSError if it cannot be read."""
-    return Image.open(path).convert("RGBA")
-
-
-def is_image(path: Path) -> bool:
-    """Whether a file is an image, by its header."""
-    try:
-        with Image.open(path):
-            return True
-    except (FileNotFoundError, UnidentifiedImageError):
-        return False
+_AT_ONCE = 1 << 13
 
 
 def shown_rows(rgba: Image.Image) -> Image.Image | None:
@@ -41,24 +20,45 @@ def shown_rows(rgba: Image.Image) -> Image.Image | None:
     return None if box is None else rgba.crop((0, 0, rgba.width, box[3]))
 
 
-def on_white(rgba: Image.Image) -> npt.NDArray[np.uint8]:
-    """Colours `[height * width, 3]` of an RGBA image that lies on white."""
-    white = Image.new("RGBA", rgba.size, "white")
-    white.alpha_composite(rgba)
-    return np.asarray(white)[:, :, :3].reshape(-1, 3)
+def on_white(rgba: Image.Image) -> Colours:
+    """Colours `[height * width, 3]` of an RGBA image that lies on white, rounded to the nearest."""
+    pixels = np.asarray(rgba).reshape(-1, 4)
+    if (pixels[:, 3] == 255).all():  # most are: a photograph needs no room for more than itself
+        return np.ascontiguousarray(pixels[:, :3])
+    missing = (255 - pixels[:, :3]).astype(np.uint16) * pixels[:, 3:]
+    return np.asarray(255 - (missing + 127) // 255, np.uint8)
 
 
-def nearest(colours: npt.NDArray[np.uint8], palette: bytes) -> npt.NDArray[np.int64]:
-    """The index in `palette`, three bytes per entry, of the colour nearest to each `[n, 3]`.
+def palette_colours(palette: bytes) -> Colours:
+    """The colours of a palette, which has three bytes for each."""
+    return np.frombuffer(palette, np.uint8).reshape(-1, 3)
 
-    Nearest by the sum of squared differences; of several, the first.
+
+def nearest(colours: Colours, palette: bytes) -> npt.NDArray[np.int64]:
+    """The index in `palette` of the colour nearest to each of `colours`.
+
+    Nearest is the smallest sum of squared differences of red, green and blue; of several colours
+    that are as near, the first.
     """
-    entries = np.frombuffer(palette, np.uint8).reshape(-1, 3).astype(np.int64)
-    distances = ((colours[:, None].astype(np.int64) - entries) ** 2).sum(axis=2)
-    indices: npt.NDArray[np.int64] = distances.argmin(axis=1)
-    return indices
+    packed, back = np.unique(
+        colours.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32), return_inverse=True
+    )
+    distinct = np.stack((packed >> 16, packed >> 8 & 255, packed & 255), axis=1)
+    # |c - p|² without |c|², which all entries share: integers below 2**24, so float32 is exact.
+    entries = palette_colours(palette).astype(np.float32)
+    lengths = (entries**2).sum(axis=1)
+    indices = [
+        (lengths - distinct[at : at + _AT_ONCE].astype(np.float32) @ (2 * entries.T)).argmin(axis=1)
+        for at in range(0, len(distinct), _AT_ONCE)
+    ]
+    return np.concatenate(indices or [np.zeros(0, np.int64)])[back]
 
 
-def in_palette(colours: npt.NDArray[np.uint8], palette: bytes) -> bytes:
-    """Colours `[n, 3]`, each replaced by the nearest of `palette`: three bytes each."""
-    return np.frombuffer(palette, np.uint8).reshape(-1, 3)[nearest(colours, palette)].tobytes()
+def colours_at(indices: Iterable[int], palette: bytes) -> bytes:
+    """The colours of `palette` at these indices, three bytes each."""
+    return palette_colours(palette)[list(indices)].tobytes()
+
+
+def in_palette(colours: Colours, palette: bytes) -> bytes:
+    """Each of `colours` replaced by the nearest of `palette`, three bytes each."""
+    return palette_colours(palette)[nearest(colours, palette)].tobytes()

@@ -17,9 +17,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
+import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
+from concertina.cli.canvas import Canvas, Easel
 from concertina.cli.main import main
 from concertina.v1 import bundle_pb2
 from concertina.v1 import generation_service_pb2 as pb
@@ -400,6 +403,36 @@ def test_paint_without_a_terminal_prints_the_picture(fake: Fake, run: Run) -> No
     )
 
 
+@pytest.mark.parametrize("variable", ["NO_COLOR", "TERM"])
+def test_paint_without_colours_prints_shades(
+    fake: Fake, run: Run, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, "dumb")
+    fake.script = painted(fake, [0, 0, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3])
+    assert run("paint") == (0, "@=#%\n= -=\n", "")
+
+
+def test_paint_in_a_terminal_without_colours(
+    fake: Fake, start: Start, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    fake.script = painted(fake, [0, 0, 1, 1] * 3)
+    process = start("paint", stdout=terminal.side, stderr=terminal.side)
+    terminal.wait_for("seed 7")
+    assert process.wait(WAIT) == 0
+    assert "12/12 pixels" in terminal.shown
+    assert "@@" in terminal.shown
+    assert "▀" not in terminal.shown
+
+
+def test_a_terminal_that_says_it_is_huge_is_not_filled() -> None:
+    canvas = Canvas(32, 32)
+    sizes = {(80, 24): 1, (208, 80): 4, (1_000_000, 1_000_000): 16}
+    for (width, height), zoom in sizes.items():
+        Easel(canvas, "").fit(Console(width=width, height=height))
+        assert canvas.zoom == zoom
+
+
 def test_paint_completes_an_image(fake: Fake, run: Run, tmp_path: Path) -> None:
     half = Image.new("RGBA", (4, 3), CLEAR)
     half.paste((250, 10, 10, 255), (0, 0, 4, 1))  # nearly red
@@ -433,6 +466,10 @@ def test_paint_completes_what_it_wrote(fake: Fake, run: Run, tmp_path: Path) -> 
     [
         ((5, 2), RED, "is 5x2 pixels; the model takes images 4 wide and at most 3 high"),
         ((4, 4), RED, "is 4x4 pixels"),
+        ((2, 1), RED, "is 2x1 pixels"),
+        ((12, 8), RED, "12x8 pixels, 3 times as wide as the model's 4"),
+        ((12, 8), RED, "its height is no multiple of 3: crop it to 6 pixels high"),
+        ((12, 2), RED, "its height is no multiple of 3: make it 3 pixels high"),
         ((4, 3), CLEAR, "is wholly transparent"),
     ],
 )
@@ -455,7 +492,51 @@ def test_what_is_no_image_is_refused(run: Run, tmp_path: Path) -> None:
     (tmp_path / "x.png").write_text("no image")
     code, _, err = run("paint", "--complete", str(tmp_path / "x.png"))
     assert code == 1
-    assert "cannot be read as an image" in err
+    assert "x.png is not a readable image (PNG, JPEG" in err
+
+
+def test_a_picture_that_was_enlarged_and_cut_between_cells_is_completed(
+    fake: Fake, run: Run, tmp_path: Path
+) -> None:
+    Image.new("RGB", (12, 6), "red").save(tmp_path / "x.png")
+    fake.script = painted(fake, [3] * 4, prompt=8)
+    arguments = ["--complete", str(tmp_path / "x.png"), "--out", str(tmp_path / "y.png")]
+    assert run("paint", *arguments, "--scale", "1") == (0, "", "")
+    assert pixels(tmp_path / "y.png")[1] == 8 * [RED] + 4 * [BLUE]
+
+
+def test_a_photograph_is_completed_as_it_is_seen(fake: Fake, run: Run, tmp_path: Path) -> None:
+    image = Image.new("RGB", (3, 4), "red")  # upright, it is 4 wide and 3 high
+    image.paste((0, 0, 255), (0, 0, 1, 4))
+    exif = image.getexif()
+    exif[0x0112] = 8
+    image.save(tmp_path / "x.png", exif=exif)
+    fake.script = painted(fake, [], prompt=12)
+    arguments = ["--complete", str(tmp_path / "x.png"), "--out", str(tmp_path / "y.png")]
+    assert run("paint", *arguments, "--scale", "1") == (0, "", "")
+    assert pixels(tmp_path / "y.png")[1] == 8 * [RED] + 4 * [BLUE]
+    sent = Image.open(io.BytesIO(fake.requests[0].prompt.image.png))
+    assert sent.size == (4, 3)
+    assert not sent.getexif()
+
+
+def test_grey_of_16_bits_is_sent_as_it_is_seen(fake: Fake, run: Run, tmp_path: Path) -> None:
+    values = np.full((3, 4), 128 * 257, np.uint16)
+    Image.fromarray(values).save(tmp_path / "x.png")
+    assert run("score", str(tmp_path / "x.png"))[0] == 0
+    sent = Image.open(io.BytesIO(fake.requests[0].prompt.image.png))
+    assert set(sent.convert("RGBA").get_flattened_data()) == {(128, 128, 128, 255)}
+
+
+def test_the_largest_scale_depends_on_the_model(fake: Fake, run: Run, tmp_path: Path) -> None:
+    out = str(tmp_path / "x.png")
+    code, _, err = run("paint", "--out", out, "--scale", "100000")
+    assert code == 2
+    shown = " ".join(err.replace("│", " ").split())
+    assert "--scale: 100000 times 4x3 pixels are more than 67,108,864: use at most 2364" in shown
+    assert not fake.requests
+    fake.script = painted(fake, [1] * 12)
+    assert run("paint", "--scale", "100000")[0] == 0  # nothing is saved
 
 
 @pytest.mark.parametrize("out", ["x.jpg", "nowhere/x.png"])
@@ -526,6 +607,50 @@ def test_score_of_an_image(fake: Fake, run: Run, tmp_path: Path) -> None:
     prompt = fake.requests[0].prompt
     assert prompt.label == "Food & Drink"
     assert Image.open(io.BytesIO(prompt.image.png)).size == (4, 3)
+
+
+LOOK_LIKE_IMAGES = ["BM25 is a ranking function", "P1 is the first", "P1 1 1 0", "GIF89a is old"]
+
+
+@pytest.mark.parametrize("text", LOOK_LIKE_IMAGES)
+def test_a_text_model_is_given_text(fake: Fake, run: Run, tmp_path: Path, text: str) -> None:
+    file = tmp_path / "x.png"
+    file.write_text(text)
+    code, out, _ = run("score", str(file), "-m", "prose")
+    assert (code, out) == (0, "1.5000 bits/byte over 2 tokens (prose)\n")
+    fake.models = [text_model()]
+    assert run("score", str(file))[0] == 0
+    assert [request.prompt.text for request in fake.requests] == [text, text]
+
+
+@pytest.mark.parametrize("arguments", [("-m", "pictures"), ()])
+@pytest.mark.parametrize("text", LOOK_LIKE_IMAGES[:2])
+def test_an_image_model_is_given_an_image(
+    fake: Fake, run: Run, tmp_path: Path, text: str, arguments: tuple[str, ...]
+) -> None:
+    file = tmp_path / "notes.txt"
+    file.write_text(text)
+    fake.models = [text_model(), image_model()] if arguments else [image_model()]
+    code, _, err = run("score", str(file), *arguments)
+    assert code == 1
+    assert f"{file} is not a readable image (PNG, JPEG" in err
+    assert not fake.requests
+
+
+def test_without_a_model_what_can_be_opened_is_an_image(
+    fake: Fake, run: Run, tmp_path: Path
+) -> None:
+    file = tmp_path / "notes.txt"
+    file.write_text("BM25 is a ranking function")
+    assert run("score", str(file))[1].endswith("(prose)\n")
+    Image.new("RGB", (4, 3), "red").save(file, "PNG")
+    assert run("score", str(file))[1].endswith("(pictures)\n")
+    assert run("score", "-", stdin=file.read_bytes())[1].endswith("(pictures)\n")
+    file.write_bytes(file.read_bytes()[:45])
+    code, _, err = run("score", str(file))
+    assert code == 1
+    assert f"{file} is not a readable PNG: image file is truncated" in err
+    assert f"; and {file} is not UTF-8 text: see byte 0" in err
 
 
 def test_a_refused_score_is_one_line(fake: Fake, run: Run, tmp_path: Path) -> None:

@@ -284,6 +284,26 @@ def test_a_pillow_image_is_sent_as_png(fake: Fake) -> None:
     assert (sent.size, sent.mode, sent.tobytes()) == ((4, 2), "RGBA", image.tobytes())
 
 
+@pytest.mark.parametrize("orientation", [None, 0, 1, 3, 6, 9])
+def test_the_orientation_of_an_image_goes_with_it(fake: Fake, orientation: int | None) -> None:
+    image = Image.new("RGB", (4, 2), "red")
+    if orientation is not None:
+        image.getexif()[0x0112] = orientation
+    image.getexif()[0x010F] = "a maker, who is nobody's business"
+    with Client(fake.address) as client:
+        client.score(image)
+    sent = Image.open(io.BytesIO(fake.requests[0].prompt.image.png))
+    assert dict(sent.getexif()) == ({0x0112: orientation} if orientation in {3, 6} else {})
+
+
+def test_an_image_that_png_cannot_hold_is_refused(fake: Fake) -> None:
+    with Client(fake.address) as client, pytest.raises(InvalidRequest) as caught:
+        client.score(Image.new("F", (4, 2)))
+    assert "cannot be sent as PNG (cannot write mode F as PNG)" in str(caught.value)
+    assert 'image.convert("RGB")' in str(caught.value)
+    assert not fake.requests
+
+
 @pytest.mark.parametrize(
     ("parameters", "named"),
     [

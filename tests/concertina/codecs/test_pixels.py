@@ -1,61 +1,93 @@
-"""Images as rows of pixels, pixels as colours of a palette: each against its plain definition."""
+"""Pixels as colours of a palette and back: each against its plain definition."""
 
 from __future__ import annotations
 
-import io
-from pathlib import Path
-
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-from concertina.codecs.pixels import (
-    in_palette,
-    is_image,
-    nearest,
-    on_white,
-    open_png,
-    open_rgba,
-    shown_rows,
-)
+from concertina.codecs.pixels import colours_at, in_palette, nearest, on_white, shown_rows
 
-RNG = np.random.default_rng(5)
+Colour = tuple[int, ...]
+
+channel = st.integers(0, 255)
+colour = st.tuples(channel, channel, channel)
+# Few values, so that distances are often the same.
+coarse = st.tuples(*3 * [st.sampled_from([0, 1, 2, 127, 128, 254, 255])])
 
 
-def rgba(rows: list[list[tuple[int, int, int, int]]]) -> Image.Image:
+def array(colours: list[Colour]) -> np.ndarray:
+    return np.array(colours, np.uint8).reshape(-1, 3)
+
+
+def closest(one: Colour, palette: list[Colour]) -> int:
+    def distance(index: int) -> int:
+        return sum((a - b) ** 2 for a, b in zip(one, palette[index], strict=True))
+
+    return min(range(len(palette)), key=distance)  # min takes the first of equals
+
+
+def rgba(rows: list[list[Colour]]) -> Image.Image:
     return Image.fromarray(np.array(rows, np.uint8), "RGBA")
 
 
-def test_nearest_is_the_first_of_the_closest() -> None:
-    colours = RNG.integers(0, 256, (300, 3)).astype(np.uint8)
-    palette = RNG.integers(0, 256, (16, 3)).astype(np.uint8)
-    palette[9] = palette[3]
+@given(st.lists(colour | coarse, max_size=40), st.lists(colour | coarse, min_size=1, max_size=40))
+def test_nearest_is_the_first_of_the_closest(colours: list[Colour], palette: list[Colour]) -> None:
+    expected = [closest(one, palette) for one in colours]
+    packed = array(palette).tobytes()
+    assert nearest(array(colours), packed).tolist() == expected
+    assert in_palette(array(colours), packed) == bytes(v for i in expected for v in palette[i])
 
-    def closest(colour: list[int]) -> int:
-        entries = palette.tolist()
-        return min(
-            range(len(entries)),
-            key=lambda i: sum((a - b) ** 2 for a, b in zip(entries[i], colour, strict=True)),
-        )
 
-    expected = [closest(colour) for colour in colours.tolist()]
-    assert nearest(colours, palette.tobytes()).tolist() == expected
-    assert in_palette(colours, palette.tobytes()) == palette[expected].tobytes()
-    assert nearest(np.array([[1, 0, 0]], np.uint8), bytes([2, 0, 0, 0, 0, 0])).tolist() == [0]
+@given(st.lists(colour, min_size=1, max_size=256, unique=True), st.data())
+def test_a_palette_is_exact_in_both_directions(palette: list[Colour], data: st.DataObject) -> None:
+    packed = array(palette).tobytes()
+    indices = data.draw(st.lists(st.integers(0, len(palette) - 1)))
+    colours = colours_at(indices, packed)
+    assert colours == bytes(v for index in indices for v in palette[index])
+    assert nearest(np.frombuffer(colours, np.uint8).reshape(-1, 3), packed).tolist() == indices
+
+
+def test_many_colours_at_once_are_as_exact_as_one() -> None:
+    rng = np.random.default_rng(5)
+    colours = rng.integers(0, 256, (40_000, 3)).astype(np.uint8)
+    palette = rng.integers(0, 256, (256, 3)).astype(np.uint8)
+    wide, entries = colours[:, None].astype(np.int64), palette.astype(np.int64)
+    expected = np.concatenate(
+        [((part - entries) ** 2).sum(axis=2).argmin(axis=1) for part in np.split(wide, 40)]
+    )
+    assert np.array_equal(nearest(colours, palette.tobytes()), expected)
+
+
+def test_of_colours_that_are_as_near_the_first_is_taken() -> None:
+    assert nearest(array([(1, 0, 0)]), bytes([2, 0, 0, 0, 0, 0])).tolist() == [0]
+    assert nearest(array([(9, 9, 9)]), bytes([8, 8, 8, 9, 9, 9, 9, 9, 9])).tolist() == [1]
 
 
 def test_opposite_colours_do_not_overflow() -> None:
     palette = bytes([255, 255, 255, 0, 0, 0])
-    assert nearest(np.array([[0, 0, 0], [255] * 3], np.uint8), palette).tolist() == [1, 0]
+    assert nearest(array([(0, 0, 0), (255, 255, 255)]), palette).tolist() == [1, 0]
 
 
-def test_transparency_lies_on_white() -> None:
-    image = rgba([[(10, 20, 30, 255), (10, 20, 30, 0)], [(0, 0, 0, 128), (255, 0, 0, 64)]])
-    opaque, clear, half, quarter = on_white(image).tolist()
-    assert opaque == [10, 20, 30]
-    assert clear == [255, 255, 255]
-    assert half == [127, 127, 127]
-    assert quarter == [255, 191, 191]
+def test_transparency_lies_on_white_rounded_to_the_nearest() -> None:
+    every = np.stack(np.meshgrid(np.arange(256), np.arange(256), indexing="ij"), axis=-1)
+    pixels = every[:, :, [0, 0, 0, 1]].astype(np.uint8)
+    values, alphas = every.reshape(-1, 2).T
+    expected = np.rint((values * alphas + 255 * (255 - alphas)) / 255)
+    lies = on_white(Image.fromarray(pixels, "RGBA"))
+    assert lies.dtype == np.uint8
+    assert np.array_equal(lies, np.repeat(expected[:, None], 3, axis=1))
+
+
+@given(st.lists(st.tuples(channel, channel, channel, channel), min_size=1, max_size=9))
+def test_each_channel_lies_on_white_by_itself(pixels: list[Colour]) -> None:
+    expected = [
+        [int((c * alpha + 255 * (255 - alpha)) / 255 + 0.5) for c in colour]
+        for *colour, alpha in pixels
+    ]
+    assert on_white(rgba([pixels])).tolist() == expected
 
 
 @pytest.mark.parametrize(
@@ -66,36 +98,3 @@ def test_rows_end_with_the_last_that_shows(alphas: list[int], rows: int | None) 
     image = rgba([[(9, 9, 9, 0), (9, 9, 9, alpha)] for alpha in alphas])
     shown = shown_rows(image)
     assert (shown and shown.size) == (rows and (2, rows))
-
-
-def test_a_png_is_not_decoded_before_it_is_used() -> None:
-    file = io.BytesIO()
-    Image.new("RGB", (40, 30), "red").save(file, "PNG")
-    cut = file.getvalue()[:60]
-    opened = open_png(cut)
-    assert opened.size == (40, 30)
-    with pytest.raises((OSError, SyntaxError)):
-        opened.convert("RGBA")
-
-
-def test_a_png_that_claims_to_be_huge_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    file = io.BytesIO()
-    Image.new("RGB", (40, 30)).save(file, "PNG")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(Image.DecompressionBombWarning):
-        open_png(file.getvalue())
-
-
-def test_other_formats_are_no_png(tmp_path: Path) -> None:
-    path = tmp_path / "image.bmp"
-    Image.new("RGB", (2, 1), "red").save(path)
-    with pytest.raises(OSError):
-        open_png(path.read_bytes())
-    assert open_rgba(path).tobytes() == bytes([255, 0, 0, 255] * 2)
-    assert is_image(path)
-    text = tmp_path / "text"
-    text.write_text("text")
-    assert not is_image(text)
-    assert not is_image(tmp_path / "missing")
-    with pytest.raises(OSError):
-        open_rgba(text)

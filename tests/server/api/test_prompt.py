@@ -152,6 +152,30 @@ def test_every_form_of_png_is_read(image: Bundle, mode: str) -> None:
     assert _tokens(image, _image(file.getvalue())) == expected
 
 
+@given(st.lists(st.integers(0, 0xFFFF), min_size=SIZE, max_size=SIZE))
+def test_grey_of_16_bits_is_as_bright_as_in_8(values: list[int]) -> None:
+    file = io.BytesIO()
+    Image.fromarray(np.array([values], np.uint16)).save(file, "PNG")
+    rgb = bytes(value >> 8 for value in values for _ in range(3))
+    image = _palette_only()
+    expected = _tokens(image, pb.Prompt(image=pb.ImageRows(rgb=rgb)))
+    assert _tokens(image, _image(file.getvalue())) == expected
+
+
+def test_a_png_is_turned_upright(image: Bundle, palette: np.ndarray) -> None:
+    indices = np.arange(2 * SIZE).reshape(2, SIZE)
+    rows = palette[indices]
+    exif = Image.Exif()
+    for orientation, stored in (
+        (3, rows[::-1, ::-1]),
+        (6, np.rot90(rows)),
+        (8, np.rot90(rows, -1)),
+    ):
+        exif[0x0112] = orientation
+        png = _png(np.ascontiguousarray(stored), exif=exif)
+        assert _tokens(image, _image(png))[1:] == indices.ravel().tolist()
+
+
 def test_transparent_rows_at_the_bottom_are_to_be_generated(
     image: Bundle, palette: np.ndarray
 ) -> None:

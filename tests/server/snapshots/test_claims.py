@@ -184,11 +184,11 @@ def test_what_waits_of_an_earlier_epoch_is_not_written(
     create, written = writer.store.create, []
     lost = lost_by(writer)
 
-    def slowly(owner: str, stream_id: str, name: str, content: bytes) -> None:
+    def slowly(owner: str, stream_id: str, name: str, *rest: Any) -> None:
         written.append(name)
         busy.set()
         assert go_on.wait(LIMIT_S)
-        create(owner, stream_id, name, content)
+        create(owner, stream_id, name, *rest)
 
     writer.begin(text, stream)
     other = replace(stream, stream_id="other")

@@ -84,8 +84,8 @@ class Counting:
     def watch(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
         create = store.create
 
-        def counting(owner: str, stream_id: str, name: str, content: bytes) -> None:
-            create(owner, stream_id, name, content)
+        def counting(owner: str, stream_id: str, name: str, content: bytes, *rest: Any) -> None:
+            create(owner, stream_id, name, content, *rest)
             kind = name.split("-")[2] if name.count("-") > 1 else name.split("-")[-1]
             self.created[kind] = self.created.get(kind, 0) + len(content)
             self.count += 1
@@ -222,8 +222,8 @@ def test_what_a_claim_adopted_stays(
     old.begin(text, stream)
     create = store.create
 
-    def claimed(owner: str, stream_id: str, name: str, content: bytes) -> None:
-        create(owner, stream_id, name, content)
+    def claimed(owner: str, stream_id: str, name: str, *rest: Any) -> None:
+        create(owner, stream_id, name, *rest)
         if name == state_name(1, 0, 14):
             monkeypatch.setattr(store, "create", create)
             new.begin(text, replace(stream, epoch=2), [at(b"abc", 10)])

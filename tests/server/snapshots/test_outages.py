@@ -334,7 +334,8 @@ def test_a_stream_that_began_in_an_outage_is_continued_before_its_claim(
     writer.begin(text, continued, [at("ab")])
     writer.offer(text, continued, 0, at("abcd"))
     assert writer.flush(LIMIT_S) == 0
-    assert (lost, generated(writer)) == ([], "abcd")
+    assert generated(writer) == "abcd"
+    assert lost in ([], [(STREAM, False)])  # whoever holds the later lease has lost nothing
 
 
 def test_what_fails_while_its_stream_is_deleted_is_not_written_later(

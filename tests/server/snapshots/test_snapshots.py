@@ -121,11 +121,11 @@ def test_a_snapshot_that_cannot_be_stored_stops_nothing(
     for stream_id in ("good", "bad"):
         writer.begin(text, lease(stream_id))
 
-    def full(owner: str, stream_id: str, name: str, content: bytes) -> None:
+    def full(owner: str, stream_id: str, name: str, *rest: Any) -> None:
         if stream_id == "bad" and name != TOMBSTONE:
             failed.set()
             raise OSError("no space left on device")
-        create(owner, stream_id, name, content)
+        create(owner, stream_id, name, *rest)
 
     monkeypatch.setattr(store, "create", full)
     writer.offer(text, lease("bad"), 0, CHECKPOINT)

@@ -285,6 +285,62 @@ def test_what_hung_while_it_was_dropped_does_not_come_back(
         time.sleep(0.01)
 
 
+@pytest.mark.parametrize("stays", [True, False])
+def test_what_lands_late_stays_where_it_is_wanted(
+    stays: bool, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, owner, asked = Store(uri), uuid4().hex, []
+    store.create(owner, "s", "origin", b"x")
+    hanging = Hanging(store, monkeypatch, "create")
+
+    def wanted(names: set[str]) -> bool:
+        asked.append(names)
+        return stays
+
+    with pytest.raises(TimeoutError):
+        store.create(owner, "s", "0", b"late", wanted)
+    assert asked == []
+    monkeypatch.setattr(Store, "time_limit_s", 10.0)
+    hanging.go_on.set()
+    until = time.monotonic() + 10
+    left = {"origin", "0"} if stays else {"origin"}
+    while not asked or store.names(owner, "s") != left:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    assert asked == [{"origin", "0"}]
+
+
+def test_what_cannot_be_taken_back_is_in_nobodys_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It landed late, and the store failed again when it was to be removed."""
+    store = Store(f"file://{tmp_path}")
+    hanging, removed, remove = Hanging(store, monkeypatch, "create"), [], store.backend.remove
+
+    def failing(path: str) -> None:
+        removed.append(path)
+        raise OSError("planted")
+
+    monkeypatch.setattr(store.backend, "remove", failing)
+    with pytest.raises(TimeoutError):
+        store.create("me", "s", "0", b"late")
+    monkeypatch.setattr(Store, "time_limit_s", 10.0)
+    hanging.go_on.set()
+    until = time.monotonic() + 10
+    while not removed:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    monkeypatch.setattr(store.backend, "remove", remove)
+    while True:
+        try:
+            store.create("me", "s", "0", b"mine")
+            break
+        except OSError:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+    assert everything(store, "me", "s") == {"0": b"mine"}
+
+
 def test_those_who_come_many_wait_for_their_turn() -> None:
     calls = LimitedCalls(2)
     with ThreadPoolExecutor(16) as pool:
