@@ -14,7 +14,7 @@ from model import images, text
 from model.data import Dataset, check_free, save_dataset
 
 _LONGEST_SIDE = 4096
-_console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+_console = Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 class Kind(enum.StrEnum):
