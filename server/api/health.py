@@ -22,6 +22,9 @@ SERVICES: Final = (
 )
 _WATCH_SECONDS: Final = 1.0
 _RETRY_SECONDS: Final = 0.1
+# Who watches needs no key, so there is a bound on how many do, and for how long.
+_MOST_WATCHES: Final = 64
+watch_limit_seconds = 10 * 60.0
 
 _Response = health_pb2.HealthCheckResponse
 
@@ -31,6 +34,7 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
 
     def __init__(self, models: Mapping[str, ServedModel]) -> None:
         self._models = models
+        self._watches = 0
 
     async def Check(
         self, request: health_pb2.HealthCheckRequest, context: Context
@@ -45,13 +49,21 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
     async def Watch(
         self, request: health_pb2.HealthCheckRequest, context: Context
     ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
-        """The status now, then each change of it."""
-        last = None
-        while True:
-            if (status := self._status(request.service)) != last:
-                yield _Response(status=status)
-            last = status
-            await asyncio.sleep(_WATCH_SECONDS)
+        """The status now, then each change of it, for ten minutes; then the caller asks again."""
+        if self._watches >= _MOST_WATCHES:
+            context.set_code(grpc.StatusCode.RESOURCE_EXHAUSTED)
+            context.set_details(f"{_MOST_WATCHES} callers watch already: use Check, or try later")
+            return
+        self._watches += 1
+        try:
+            last, until = None, time.monotonic() + watch_limit_seconds
+            while time.monotonic() < until:
+                if (status := self._status(request.service)) != last:
+                    yield _Response(status=status)
+                last = status
+                await asyncio.sleep(_WATCH_SECONDS)
+        finally:
+            self._watches -= 1
 
     def _status(self, service: str) -> int:
         if service and service not in SERVICES:

@@ -23,14 +23,17 @@ from server.config import TlsConfig
 
 _ANSWER_SECONDS = 5.0
 _POLL_SECONDS = 0.1
+handshake_seconds = 10.0
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # it is on this machine
 
 _CONFIG: Final = """\
 defaults
     mode tcp
     timeout connect 5s
-    timeout client {idle_s}s
+    # Until a caller has said something over TLS; from then on the next but one counts.
+    timeout client {handshake_s:g}s
     timeout server {idle_s}s
+    timeout tunnel {idle_s}s
 listen concertina_tls
     bind {bind} ssl crt {certificate} alpn h2 ssl-min-ver TLSv1.2{verify}
     server plaintext {plaintext}
@@ -100,6 +103,7 @@ def _write_tls(directory: Path, bind: str, inside: str, tls: TlsConfig, idle_s: 
             certificate=shlex.quote(str(certificate)),
             verify=verify,
             plaintext=inside,
+            handshake_s=handshake_seconds,
             idle_s=idle_s,
         )
     )

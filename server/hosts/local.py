@@ -36,6 +36,8 @@ except ImportError:
     from asyncio import new_event_loop  # type: ignore[assignment]
 
 _CLOSE_SECONDS: Final = 2.0
+_PING_SECONDS: Final = 5 * 60
+handshake_seconds = 10.0
 
 _log = logging.getLogger(__name__)
 
@@ -62,6 +64,10 @@ def make_server(config: ServeConfig, servicers: Servicers) -> grpc.aio.Server:
             ("grpc.max_receive_message_length", config.max_message_bytes),
             ("grpc.max_send_message_length", config.max_message_bytes),
             ("grpc.so_reuseport", 0),
+            # A caller that connects and says nothing, and one that has gone without a word.
+            ("grpc.server_handshake_timeout_ms", round(1000 * handshake_seconds)),
+            ("grpc.keepalive_time_ms", _PING_SECONDS * 1000),
+            ("grpc.keepalive_timeout_ms", 20_000),
         ]
     )
     generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(

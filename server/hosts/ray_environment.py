@@ -26,6 +26,7 @@ from server.ops.process import MALLOC_ARENAS
 
 LOOPBACK: Final = "127.0.0.1"
 LONGEST_STREAM_SECONDS: Final = 24 * 3600
+LONGEST_SILENCE_SECONDS: Final = 3600
 STREAMS_PER_CONNECTION: Final = 10_000
 
 SERVICER_FUNCTIONS: Final = (
@@ -82,7 +83,8 @@ def ray_environment(config: ServeConfig, directory: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_H2_BE_MAX_CONCURRENT_STREAMS": "1",
         # When the replicas change, the old HAProxy cuts off streams that run longer than this.
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(LONGEST_STREAM_SECONDS),
-        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(LONGEST_STREAM_SECONDS),
+        # A caller who connects and says nothing, and a reader who takes nothing.
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(LONGEST_SILENCE_SECONDS),
         # The shortest time of a stop; a load balancer needs a moment to notice it.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(directory / "haproxy.cfg"),

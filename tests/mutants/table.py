@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from tests.mutants import export, model, patterns, pixels, server, snapshots
+from tests.mutants import client, export, model, patterns, pixels, server, snapshots
 
 MUTANTS = (
     *patterns.MUTANTS,
     *model.MUTANTS,
     *pixels.MUTANTS,
     *export.MUTANTS,
+    *client.MUTANTS,
     *server.MUTANTS,
     *snapshots.MUTANTS,
 )

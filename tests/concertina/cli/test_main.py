@@ -284,7 +284,8 @@ def _numbers(name: str, command: Any) -> Iterator[tuple[str, Any]]:
 def test_every_number_has_a_range() -> None:
     numbers = [number for name in COMMANDS for number in _numbers(name, load(name, COMMANDS[name]))]
     assert len(numbers) > 80
-    assert [name for name, parameter in numbers if parameter.min is None] == []
+    unbounded = [name for name, parameter in numbers if parameter.min is None]
+    assert unbounded == ["data --heldout"]  # a callback bounds it, since its ends do not belong
     served = dict(_numbers("serve", load("serve", COMMANDS["serve"])))
     assert all(parameter.max is not None for parameter in served.values())
     assert len(served) == 16
@@ -300,6 +301,7 @@ def test_every_number_has_a_range() -> None:
         ("loadtest", "--streams", "0"),
         ("train", "data", "run", "--heads", "0"),
         ("compare", "data", "out", "--span", "0"),
+        ("data", "text", "out", "--heldout", "nan"),
         ("sessions", "fork", "s", "--n", "0"),
     ],
     ids=" ".join,

@@ -4,6 +4,7 @@ import asyncio
 import socket
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +69,42 @@ async def test_watch_reports_changes(server: HealthServer) -> None:
         assert (await watch.read()).status == Response.SERVING
         server.engines["a"].alive = False
         assert (await watch.read()).status == Response.NOT_SERVING
+
+
+async def test_a_watch_ends(server: HealthServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.api.health.watch_limit_seconds", 0.5)
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        watch = stub.Watch(health_pb2.HealthCheckRequest(), timeout=30)
+        assert [answer.status async for answer in watch] == [Response.SERVING]
+        assert await watch.code() == grpc.StatusCode.OK
+
+
+async def test_only_so_many_watch(server: HealthServer) -> None:
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+
+        def watch() -> Any:
+            return stub.Watch(health_pb2.HealthCheckRequest(), timeout=30)
+
+        watches = [watch() for _ in range(64)]
+        for each in watches:
+            assert (await each.read()).status == Response.SERVING
+        with pytest.raises(grpc.aio.AioRpcError, match="64 callers watch already") as raised:
+            await watch().read()
+        assert raised.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert await check(server) == Response.SERVING  # which is for everyone, always
+        for each in watches[:8]:
+            each.cancel()
+        async with asyncio.timeout(10):
+            while True:
+                with suppress(grpc.aio.AioRpcError):
+                    watches.append(watch())
+                    assert (await watches[-1].read()).status == Response.SERVING
+                    break
+                await asyncio.sleep(0.05)
+        for each in watches:
+            each.cancel()
 
 
 async def test_waiting_ends_when_a_server_answers(server: HealthServer) -> None:

@@ -5,7 +5,7 @@ import http.server
 import subprocess
 import threading
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import grpc
@@ -15,6 +15,7 @@ from concertina.addresses import host_of, join, reachable
 from concertina.client.channel import Access, Tls
 from concertina.client.statuses import status_error
 from server.config import TlsConfig
+from server.hosts import haproxy
 from server.hosts.haproxy import (
     bind_address,
     haproxy_program,
@@ -231,3 +232,33 @@ def test_a_proxy_is_not_asked_for_what_is_here(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     with stats(page(REPLICA.format(1, "UP"))) as port:
         wait_for_replicas(port, "grpc-concertina", 1, SOON)
+
+
+async def closed_after(address: str) -> float:
+    """Seconds until the other side closes a connection over which nothing is said."""
+    host, _, port = address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    began = asyncio.get_running_loop().time()
+    async with asyncio.timeout(SOON):
+        with suppress(ConnectionResetError):
+            await reader.read()
+    writer.close()
+    return asyncio.get_running_loop().time() - began
+
+
+@needs_haproxy
+async def test_a_handshake_has_an_end(
+    certificates: Certificates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(haproxy, "handshake_seconds", 1)
+    async with tls_listener(certificates.server(), tmp_path / "folder") as address:
+        assert 0.5 < await closed_after(address) < 5
+        tls = Tls(certificates.trusted.file)
+        async with Access(tls=tls).async_channel(address) as channel:
+            call = channel.unary_unary("/some.Service/Method")
+            for pause in (2.5, 0):  # beyond the limit: a connection that is in use is not closed
+                with pytest.raises(grpc.aio.AioRpcError) as raised:
+                    await call(b"", timeout=SOON)
+                assert raised.value.code().name == SERVED
+                assert channel.get_state().name == "READY"
+                await asyncio.sleep(pause)

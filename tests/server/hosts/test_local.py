@@ -6,6 +6,7 @@ import asyncio
 import logging
 import pkgutil
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -27,6 +28,7 @@ from server.config import MEBIBYTE, EngineConfig, ServeConfig
 from server.hosts.local import make_server
 from server.ops.ports import free_ports
 from server.sessions.served_model import ServedModel, serve_bundles
+from tests.certificates import Certificates
 from tests.server.engines import LIMIT_S, Gate, is_empty, script, until
 
 TEXT, IMAGE = "tiny-text", "tiny-image"
@@ -316,3 +318,23 @@ async def test_logs_metrics_and_errors_hold_nothing_of_a_stream(
             assert word.decode() not in place
             assert ", ".join(map(str, word)) not in place
         assert secret not in place
+
+
+@pytest.mark.parametrize("host", ["::1", "::"])
+async def test_it_listens_on_ipv6(serve: Serve, host: str) -> None:
+    served = await serve(host=host)
+    assert served.config.address == f"[::1]:{served.config.port}"
+    async with grpc.aio.insecure_channel(served.config.address) as channel:
+        assert await Calls(channel, None).models() == [IMAGE, TEXT]
+
+
+async def test_a_handshake_has_an_end(
+    serve: Serve, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.hosts.local.handshake_seconds", 1.0)
+    served = await serve(tls=certificates.server())
+    reader, writer = await asyncio.open_connection("127.0.0.1", served.config.port)
+    async with asyncio.timeout(LIMIT_S / 2):
+        with suppress(ConnectionResetError):
+            await reader.read()
+    writer.close()

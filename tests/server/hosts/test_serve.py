@@ -67,10 +67,10 @@ def test_defaults_are_those_of_the_container(
     monkeypatch.setattr(serve_module, "memory_bytes", lambda: 6 * GIB)
     monkeypatch.setattr(serve_module, "cores", lambda: 2)
     monkeypatch.setattr(serve_module, "cores_if_fewer", lambda: 2)
-    monkeypatch.setattr(serve_module, "_serve", lambda config, *_: served.append(config))
+    monkeypatch.setattr("server.hosts.local.serve", lambda config, _: served.append(config))
     monkeypatch.setattr(serve_module, "interrupt_on_stop_signals", lambda: None)
     port, metrics_port = free_ports(2)
-    serve([image_bundle], port=port, metrics_port=metrics_port, **options)
+    serve([image_bundle], local=True, port=port, metrics_port=metrics_port, **options)
     (config,) = served
     assert config.engine.state_limit_bytes == state_limit_bytes
     assert config.engine.threads == threads
