@@ -15,7 +15,8 @@ from export.bundle import describe
 from model.config import Attention, ModelConfig, Pooling
 from model.data import Dataset
 from model.patterns import make_pattern
-from model.train import Checkpoint, Progress, TrainConfig, load_checkpoint, read_log, train
+from model.run import Checkpoint, Progress, TrainConfig, load_checkpoint, read_log
+from model.train import train
 
 RESULTS = "results.json"
 _SAMPLES = 200

@@ -23,8 +23,8 @@ from export.compare import compare as compare_runs
 from export.comparison import table, write_report
 from model.config import ModelConfig, Positions
 from model.data import load_dataset
-from model.train import Progress as TrainProgress
-from model.train import TrainConfig
+from model.run import Progress as TrainProgress
+from model.run import TrainConfig
 
 _DEFAULT = (
     *("fixed@3", "full@3", "fixed:mean", "fixed:deepset-max", "logsparse"),

@@ -12,8 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from model.config import Attention, ModelConfig, Pooling, Positions
 from model.data import load_dataset
-from model.train import Progress as TrainProgress
-from model.train import TrainConfig
+from model.run import Progress as TrainProgress
+from model.run import TrainConfig
 from model.train import train as train_into
 
 _console = Console(stderr=True)

@@ -4,77 +4,29 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from model.config import ROWS, ModelConfig
 from model.data import IGNORED, Dataset, DatasetInfo, draw_batch, heldout_batches, mask
 from model.decoder import Decoder
-
-CHECKPOINT = "checkpoint.safetensors"
-CONFIG = "config.json"
-LOG = "log.jsonl"
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Settings of a training run. `rate` is the peak of a warm-up and cosine decay schedule."""
-
-    tokens: int = 10_000_000
-    rows: int = 8
-    rate: float = 0.01
-    warmup: int = 100
-    clip: float = 1.0
-    weight_decay: float = 0.3
-    dropout: float = 0.0
-    seed: int = 0
-    bfloat16: bool = True
-    evaluate_every: int = 250
-    evaluate_rows: int = 16
-
-    def __post_init__(self) -> None:
-        for name in ("tokens", "rows", "warmup", "evaluate_every", "evaluate_rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-
-    def steps(self, context: int) -> int:
-        """Number of optimiser steps for `tokens` tokens in windows of `context`."""
-        return max(1, self.tokens // (self.rows * context))
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Result of one optimiser step. `heldout` is set on steps that evaluate."""
-
-    step: int
-    steps: int
-    bits: float
-    tokens_per_second: float
-    heldout: float | None
-    seconds: float
-    """Time of all optimiser steps so far, without evaluations, including interrupted runs."""
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A trained model, with its configuration, data and metrics."""
-
-    config: ModelConfig
-    train: TrainConfig
-    data: DatasetInfo
-    step: int
-    metrics: dict[str, float]
-    model: Decoder
+from model.run import (
+    CHECKPOINT,
+    LOG,
+    Progress,
+    TrainConfig,
+    claim,
+    load_checkpoint,
+    read_log,
+    restore,
+    save,
+)
 
 
 def train(
@@ -91,12 +43,12 @@ def train(
     configuration, or if the model does not fit the data.
     """
     _check_fit(model_config, dataset.info)
-    _claim(folder, model_config, train_config, dataset.info)
+    claim(folder, model_config, train_config, dataset.info)
     torch.manual_seed(train_config.seed)
     model = Decoder(model_config, train_config.dropout)
     optimisers = _optimisers(model, train_config)
     steps = train_config.steps(model_config.context)
-    first = _restore(folder, model, optimisers) if (folder / CHECKPOINT).exists() else 0
+    first = restore(folder, model, optimisers) if (folder / CHECKPOINT).exists() else 0
     total_s = next((p.seconds for p in read_log(folder) if p.step == first), 0.0) if first else 0.0
     rows, context, seed = train_config.rows, model_config.context, train_config.seed
 
@@ -134,7 +86,7 @@ def train(
             with (folder / LOG).open("a") as log:
                 log.write(json.dumps(asdict(progress)) + "\n")
             metrics = {dataset.info.unit: heldout, "tokens": float((step + 1) * rows * context)}
-            _save(folder, model, optimisers, step + 1, metrics)
+            save(folder, model, optimisers, step + 1, metrics)
         on_step(progress)
     return next(iter(load_checkpoint(folder).metrics.values()))
 
@@ -162,38 +114,6 @@ def evaluate(model: Decoder, dataset: Dataset, limit: int | None = None, rows: i
     return total / count / math.log(2)
 
 
-def read_log(folder: Path) -> list[Progress]:
-    """The steps of a run that evaluated, oldest first. A repeated step has its last result."""
-    lines = (folder / LOG).read_text().splitlines()
-    steps = {line["step"]: line for line in ({"seconds": 0.0, **json.loads(x)} for x in lines)}
-    return [Progress(**steps[step]) for step in sorted(steps)]
-
-
-def load_checkpoint(folder: Path) -> Checkpoint:
-    """Read the newest checkpoint of `folder`. Raises FileNotFoundError if there is none."""
-    if not (folder / CHECKPOINT).exists():
-        raise FileNotFoundError(f"{folder} has no {CHECKPOINT}: run `concertina train` first")
-    config, train_config, data = _read_config(folder)
-    model = Decoder(config)
-    with safe_open(folder / CHECKPOINT, framework="pt") as file:
-        metadata = file.metadata()
-        weights = {
-            name.removeprefix("model."): file.get_tensor(name)
-            for name in file.keys()  # noqa: SIM118 - not a dict
-            if name.startswith("model.")
-        }
-    model.load_state_dict(weights)
-    model.eval()
-    return Checkpoint(
-        config,
-        train_config,
-        data,
-        int(metadata["step"]),
-        json.loads(metadata["metrics"]),
-        model,
-    )
-
-
 def _check_fit(model: ModelConfig, data: DatasetInfo) -> None:
     if data.modality == "image" and model.attention in ROWS and model.span != data.image_width:
         raise ValueError(
@@ -208,28 +128,6 @@ def _check_fit(model: ModelConfig, data: DatasetInfo) -> None:
             raise ValueError(
                 f"the model's {name} is {getattr(model, name)}, but this data needs {value}"
             )
-
-
-def _read_config(folder: Path) -> tuple[ModelConfig, TrainConfig, DatasetInfo]:
-    """Configuration of a run; settings that did not exist when it started have their defaults."""
-    raw = json.loads((folder / CONFIG).read_text())
-    data = raw["data"]
-    data["palette"] = tuple(tuple(colour) for colour in data["palette"])
-    data["labels"] = tuple(data["labels"])
-    return ModelConfig(**raw["model"]), TrainConfig(**raw["train"]), DatasetInfo(**data)
-
-
-def _claim(folder: Path, model: ModelConfig, train: TrainConfig, data: DatasetInfo) -> None:
-    text = json.dumps(
-        {"model": asdict(model), "train": asdict(train), "data": asdict(data)}, indent=1
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / CONFIG).exists() and _read_config(folder) != (model, train, data):
-        raise ValueError(
-            f"{folder} has a run with another configuration: choose another folder, or use the "
-            "settings in its config.json to continue that run"
-        )
-    (folder / CONFIG).write_text(text)
 
 
 def _optimisers(model: Decoder, config: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -255,48 +153,3 @@ def _schedule(step: int, steps: int, warmup: int) -> float:
         return (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)
     return 0.5 * (1 + math.cos(math.pi * done))
-
-
-def _save(
-    folder: Path,
-    model: Decoder,
-    optimisers: list[torch.optim.Optimizer],
-    step: int,
-    metrics: dict[str, float],
-) -> None:
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    tensors.update(dict(_optimiser_tensors(optimisers)))
-    partial = folder / (CHECKPOINT + ".partial")
-    save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()},
-        partial,
-        {"step": str(step), "metrics": json.dumps(metrics)},
-    )
-    os.replace(partial, folder / CHECKPOINT)
-
-
-def _optimiser_tensors(
-    optimisers: list[torch.optim.Optimizer],
-) -> Iterator[tuple[str, Tensor]]:
-    for number, optimiser in enumerate(optimisers):
-        for parameter, state in optimiser.state_dict()["state"].items():
-            for name, tensor in state.items():
-                yield f"optimiser.{number}.{parameter}.{name}", tensor
-
-
-def _restore(folder: Path, model: Decoder, optimisers: list[torch.optim.Optimizer]) -> int:
-    weights: dict[str, Tensor] = {}
-    states: list[dict[int, dict[str, Any]]] = [{} for _ in optimisers]
-    with safe_open(folder / CHECKPOINT, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 - not a dict
-            kind, _, rest = name.partition(".")
-            if kind == "model":
-                weights[rest] = file.get_tensor(name)
-            else:
-                number, parameter, field = rest.split(".")
-                states[int(number)].setdefault(int(parameter), {})[field] = file.get_tensor(name)
-        step = int(file.metadata()["step"])
-    model.load_state_dict(weights)
-    for optimiser, state in zip(optimisers, states, strict=True):
-        optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
-    return step
