@@ -25,6 +25,8 @@ from model.config import ModelConfig, Positions
 from model.data import load_dataset
 from model.run import Progress as TrainProgress
 from model.run import TrainConfig
+from model.stopping import on_signals
+from model.train import Stopped
 
 _DEFAULT = (
     *("fixed@3", "full@3", "fixed:mean", "fixed:deepset-max", "logsparse"),
@@ -96,7 +98,7 @@ def compare(
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as progress:
+    with on_signals() as request, Progress(*columns, console=console) as progress:
         runs: dict[str, TaskID] = {}
 
         def show(run: str, done: TrainProgress) -> None:
@@ -105,7 +107,11 @@ def compare(
             text = f"{run}: {done.bits:.3f} {info.unit}"
             progress.update(runs[run], completed=done.step, description=text)
 
-        results = compare_runs(loaded, base, budget, entries, out, show)
+        try:
+            results = compare_runs(loaded, base, budget, entries, out, show, request)
+        except Stopped as stopped:
+            console.print(str(stopped), markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(128 + request.signal) from None
     write_report(out, results, info.unit)
     Console().print(Markdown(table(results, info.unit)))
     console.print(f"{out}: results.json, table.md, quality.svg, cost.svg", highlight=False)

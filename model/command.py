@@ -8,12 +8,13 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from model.config import Attention, ModelConfig, Pooling, Positions
 from model.data import load_dataset
-from model.run import Progress as TrainProgress
 from model.run import TrainConfig
+from model.shown import shown
+from model.stopping import on_signals
+from model.train import SAVE_EVERY_S, Stopped
 from model.train import train as train_into
 
 _console = Console(stderr=True)
@@ -50,11 +51,16 @@ def train(
         bool, typer.Option("--float32", help="Multiply matrices in float32, not bfloat16.")
     ] = False,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 uses all cores.")] = 0,
+    save_every: Annotated[
+        float, typer.Option(min=0, help="Minutes between checkpoints; also on SIGINT and SIGTERM.")
+    ] = SAVE_EVERY_S / 60,
 ) -> None:
     """Train a decoder with any attention pattern, and report bits on held-out data.
 
-    A stopped run continues from its last checkpoint and ends with the same weights. The
-    bidirectional pattern learns to fill in masked tokens; it cannot be served as a stream.
+    Ctrl-C, SIGTERM and SIGHUP save the run and end it with 128 + the number of the signal. The same
+    command continues from the last checkpoint, and ends with the same weights. A loss that is not
+    finite ends the run with 1, and keeps the last checkpoint. The bidirectional pattern learns to
+    fill in masked tokens; it cannot be served as a stream.
 
     Examples:
     concertina train data/emoji runs/emoji --context 1024 --span 32
@@ -65,43 +71,45 @@ def train(
     if threads:
         torch.set_num_threads(threads)
     loaded = load_dataset(dataset)
-    model_config = ModelConfig(
-        vocabulary=loaded.info.vocabulary,
-        starts=loaded.info.starts,
-        context=context,
-        width=width,
-        layers=layers,
-        heads=heads,
-        mlp=mlp,
-        span=span,
-        attention=attention,
-        pooling=pooling,
-        positions=positions,
-    )
-    train_config = TrainConfig(
-        tokens=tokens,
-        rows=rows,
-        rate=rate,
-        warmup=warmup,
-        weight_decay=weight_decay,
-        dropout=dropout,
-        seed=seed,
-        bfloat16=not float32,
-    )
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=_console) as progress:
-        task = progress.add_task("starting", total=train_config.steps(context))
-
-        def show(done: TrainProgress) -> None:
-            text = f"{done.bits:.3f} {loaded.info.unit}, {done.tokens_per_second:,.0f} tokens/s"
-            progress.update(task, completed=done.step, description=text)
-            if done.heldout is not None:
-                progress.print(f"step {done.step}: {done.heldout:.4f} {loaded.info.unit} held out")
-
-        bits = train_into(out, model_config, train_config, loaded, show)
+    try:
+        model_config = ModelConfig(
+            vocabulary=loaded.info.vocabulary,
+            starts=loaded.info.starts,
+            context=context,
+            width=width,
+            layers=layers,
+            heads=heads,
+            mlp=mlp,
+            span=span,
+            attention=attention,
+            pooling=pooling,
+            positions=positions,
+        )
+        train_config = TrainConfig(
+            tokens=tokens,
+            rows=rows,
+            rate=rate,
+            warmup=warmup,
+            weight_decay=weight_decay,
+            dropout=dropout,
+            seed=seed,
+            bfloat16=not float32,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    with on_signals() as request, shown(_console, loaded.info.unit) as shows:
+        try:
+            bits = train_into(
+                out,
+                model_config,
+                train_config,
+                loaded,
+                shows.step,
+                on_start=lambda first: shows.start(out, first, train_config.steps(context)),
+                stop=request,
+                save_every_s=60 * save_every,
+            )
+        except Stopped as stopped:
+            shows.say(str(stopped))
+            raise typer.Exit(128 + request.signal) from None
     _console.print(f"{out}: {bits:.4f} {loaded.info.unit} on all held-out data")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,12 @@ from model.decoder import Decoder
 CHECKPOINT = "checkpoint.safetensors"
 CONFIG = "config.json"
 LOG = "log.jsonl"
+PARTIAL = ".partial"
+"""Ends the name of a file that is being written."""
+
+
+class RunError(ValueError):
+    """A run that cannot start as it is. The message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,14 @@ class TrainConfig:
         for name in ("tokens", "rows", "warmup", "evaluate_every", "evaluate_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("rate", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
+        for name in ("weight_decay", "seed"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout}")
 
     def steps(self, context: int) -> int:
         """Number of optimiser steps for `tokens` tokens in windows of `context`."""
@@ -76,6 +92,8 @@ class Checkpoint:
 
 def read_log(folder: Path) -> list[Progress]:
     """The steps of a run that evaluated, oldest first. A repeated step has its last result."""
+    if not (folder / LOG).exists():
+        return []
     lines = (folder / LOG).read_text().splitlines()
     steps = {line["step"]: line for line in ({"seconds": 0.0, **json.loads(x)} for x in lines)}
     return [Progress(**steps[step]) for step in sorted(steps)]
@@ -115,35 +133,103 @@ def _read_config(folder: Path) -> tuple[ModelConfig, TrainConfig, DatasetInfo]:
     return ModelConfig(**raw["model"]), TrainConfig(**raw["train"]), DatasetInfo(**data)
 
 
-def claim(folder: Path, model: ModelConfig, train: TrainConfig, data: DatasetInfo) -> None:
-    text = json.dumps(
-        {"model": asdict(model), "train": asdict(train), "data": asdict(data)}, indent=1
+def check_free(folder: Path, model: ModelConfig, train: TrainConfig, data: DatasetInfo) -> None:
+    """Raises RunError if `folder` is in use, except by a run with this configuration.
+
+    The configuration of a run that was killed before its first checkpoint binds nobody.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise RunError(f"{folder} is a file: a run needs a folder; choose another name")
+    if not (folder / CONFIG).exists():
+        if any(folder.iterdir()):
+            raise RunError(f"{folder} has files and no run: choose a new or an empty folder")
+        return
+    try:
+        found = _read_config(folder)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise RunError(
+            f"{folder / CONFIG} is not the configuration of a run: choose another folder"
+        ) from None
+    if not (folder / CHECKPOINT).exists() or found == (model, train, data):
+        return
+    pairs = zip(_settings(*found), _settings(model, train, data), strict=True)
+    changed = [
+        f"{name} is {new!r}, there it is {old!r}" for (name, old), (_, new) in pairs if old != new
+    ]
+    raise RunError(
+        f"{folder} has a run with another configuration ({'; '.join(changed)}): choose another "
+        "folder, or use the settings in its config.json to continue that run"
     )
+
+
+def _settings(
+    model: ModelConfig, train: TrainConfig, data: DatasetInfo
+) -> list[tuple[str, object]]:
+    return [*asdict(model).items(), *asdict(train).items(), *asdict(data).items()]
+
+
+@contextmanager
+def claimed(
+    folder: Path, model: ModelConfig, train: TrainConfig, data: DatasetInfo
+) -> Iterator[None]:
+    """The folder of a run, made if it does not exist.
+
+    If an error comes before the first checkpoint, nothing of the run is left. Raises RunError if
+    the folder is in use; see check_free.
+    """
+    check_free(folder, model, train, data)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / CONFIG).exists() and _read_config(folder) != (model, train, data):
-        raise ValueError(
-            f"{folder} has a run with another configuration: choose another folder, or use the "
-            "settings in its config.json to continue that run"
-        )
-    (folder / CONFIG).write_text(text)
+    try:
+        config = {"model": asdict(model), "train": asdict(train), "data": asdict(data)}
+        write_whole(folder / CONFIG, json.dumps(config, indent=1, allow_nan=False))
+        yield
+    except BaseException:
+        if not (folder / CHECKPOINT).exists():
+            for name in (CONFIG, LOG, CHECKPOINT + PARTIAL, CONFIG + PARTIAL):
+                (folder / name).unlink(missing_ok=True)
+            with suppress(OSError):  # somebody else has put something there
+                for path in made:
+                    path.rmdir()
+        raise
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write `text` so that a reader finds the old content or the new one, whole."""
+    partial = path.with_name(path.name + PARTIAL)
+    partial.write_text(text)
+    os.replace(partial, path)
 
 
 def save(
     folder: Path,
     model: Decoder,
     optimisers: list[torch.optim.Optimizer],
-    step: int,
+    done: Progress,
     metrics: dict[str, float],
 ) -> None:
+    """Replace the checkpoint of `folder` by one after the step `done`."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     tensors.update(dict(_optimiser_tensors(optimisers)))
-    partial = folder / (CHECKPOINT + ".partial")
+    partial = folder / (CHECKPOINT + PARTIAL)
     save_file(
         {name: tensor.contiguous() for name, tensor in tensors.items()},
         partial,
-        {"step": str(step), "metrics": json.dumps(metrics)},
+        {
+            "step": str(done.step),
+            "metrics": json.dumps(metrics, allow_nan=False),
+            "progress": json.dumps(asdict(done), allow_nan=False),
+        },
     )
     os.replace(partial, folder / CHECKPOINT)
+
+
+def append_log(folder: Path, done: Progress) -> None:
+    """Add a step that evaluated to the log."""
+    with (folder / LOG).open("a") as log:
+        log.write(json.dumps(asdict(done), allow_nan=False) + "\n")
 
 
 def _optimiser_tensors(
@@ -155,7 +241,12 @@ def _optimiser_tensors(
                 yield f"optimiser.{number}.{parameter}.{name}", tensor
 
 
-def restore(folder: Path, model: Decoder, optimisers: list[torch.optim.Optimizer]) -> int:
+def restore(
+    folder: Path, model: Decoder, optimisers: list[torch.optim.Optimizer]
+) -> Progress | None:
+    """Read the checkpoint of `folder`, and return its last step; None if there is no checkpoint."""
+    if not (folder / CHECKPOINT).exists():
+        return None
     weights: dict[str, Tensor] = {}
     states: list[dict[int, dict[str, Any]]] = [{} for _ in optimisers]
     with safe_open(folder / CHECKPOINT, framework="pt") as file:
@@ -166,8 +257,11 @@ def restore(folder: Path, model: Decoder, optimisers: list[torch.optim.Optimizer
             else:
                 number, parameter, field = rest.split(".")
                 states[int(number)].setdefault(int(parameter), {})[field] = file.get_tensor(name)
-        step = int(file.metadata()["step"])
+        metadata = file.metadata()
     model.load_state_dict(weights)
     for optimiser, state in zip(optimisers, states, strict=True):
         optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
-    return step
+    if "progress" in metadata:
+        return Progress(**json.loads(metadata["progress"]))
+    # From before checkpoints had it: each was of a step that is in the log.
+    return next(done for done in read_log(folder) if done.step == int(metadata["step"]))

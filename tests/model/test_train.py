@@ -253,7 +253,7 @@ def test_seconds_are_those_of_all_steps_and_of_no_evaluation(
         return now
 
     monkeypatch.setattr(model.train, "time", SimpleNamespace(monotonic=lambda: spend(0.25)))
-    monkeypatch.setattr(model.train, "evaluate", lambda *_: spend(100.0))
+    monkeypatch.setattr(model.train, "evaluate", lambda *_, **__: spend(100.0))
     with pytest.raises(Stop):
         train(tmp_path, MODEL, RUN, text(), stop_at(6))
     seen: list[Progress] = []
