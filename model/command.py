@@ -54,6 +54,10 @@ def train(
     save_every: Annotated[
         float, typer.Option(min=0, help="Minutes between checkpoints; also on SIGINT and SIGTERM.")
     ] = SAVE_EVERY_S / 60,
+    init: Annotated[
+        Path | None,
+        typer.Option(help="Run whose weights to begin with; the optimiser begins anew."),
+    ] = None,
 ) -> None:
     """Train a decoder with any attention pattern, and report bits on held-out data.
 
@@ -66,6 +70,7 @@ def train(
     concertina train data/emoji runs/emoji --context 1024 --span 32
     concertina train data/python runs/python --context 4096 --span 64 --rows 2
     concertina train data/python runs/twin --context 4096 --span 64 --rows 2 --attention full
+    concertina train data/notes runs/mine --init runs/python --context 4096 --span 64 --rate 0.001
     concertina train data/emoji runs/rows --context 1024 --span 32 --attention axial-rowmajor
     """
     if threads:
@@ -108,6 +113,7 @@ def train(
                 on_start=lambda first: shows.start(out, first, train_config.steps(context)),
                 stop=request,
                 save_every_s=60 * save_every,
+                init=init,
             )
         except Stopped as stopped:
             shows.say(str(stopped))

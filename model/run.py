@@ -172,10 +172,15 @@ def _settings(
 
 @contextmanager
 def claimed(
-    folder: Path, model: ModelConfig, train: TrainConfig, data: DatasetInfo
+    folder: Path,
+    model: ModelConfig,
+    train: TrainConfig,
+    data: DatasetInfo,
+    initial: tuple[Path, int] | None = None,
 ) -> Iterator[None]:
     """The folder of a run, made if it does not exist.
 
+    initial: the run that this one begins with, and its step; it is noted in the configuration.
     If an error comes before the first checkpoint, nothing of the run is left. Raises RunError if
     the folder is in use; see check_free.
     """
@@ -183,8 +188,11 @@ def claimed(
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        config = {"model": asdict(model), "train": asdict(train), "data": asdict(data)}
-        write_whole(folder / CONFIG, json.dumps(config, indent=1, allow_nan=False))
+        if not (folder / CHECKPOINT).exists():
+            config = {"model": asdict(model), "train": asdict(train), "data": asdict(data)}
+            if initial is not None:
+                config["init"] = {"run": str(initial[0].resolve()), "step": initial[1]}
+            write_whole(folder / CONFIG, json.dumps(config, indent=1, allow_nan=False))
         yield
     except BaseException:
         if not (folder / CHECKPOINT).exists():

@@ -16,7 +16,17 @@ from model.config import ModelConfig
 from model.data import IGNORED, Dataset, draw_batch, heldout_batches, mask
 from model.decoder import Decoder
 from model.fit import check_fit, check_room
-from model.run import Progress, TrainConfig, append_log, claimed, load_checkpoint, restore, save
+from model.initial import read_initial
+from model.run import (
+    CHECKPOINT,
+    Progress,
+    TrainConfig,
+    append_log,
+    claimed,
+    load_checkpoint,
+    restore,
+    save,
+)
 
 SAVE_EVERY_S = 300.0
 """Time between checkpoints, unless an evaluation writes one earlier."""
@@ -40,6 +50,7 @@ def train(
     on_start: Callable[[int], None] = lambda step: None,
     stop: Callable[[], bool] = lambda: False,
     save_every_s: float = SAVE_EVERY_S,
+    init: Path | None = None,
 ) -> float:
     """Train, with checkpoints in `folder`, and return held-out bits per token.
 
@@ -49,13 +60,20 @@ def train(
     short. What fails before the first checkpoint leaves nothing in `folder`.
 
     on_start: called with the number of steps that are done already.
+    init: a run whose weights a new run begins with; one that is resumed does not read it again.
     stop: asked before every step, and while evaluating; if true, the run is saved, and raises
     Stopped. Raises Diverged, and keeps the last checkpoint, if the loss is not finite.
     """
     check_fit(model_config, dataset)
-    with claimed(folder, model_config, train_config, dataset.info):
+    initial = None
+    if init is not None and not (folder / CHECKPOINT).exists():
+        initial = read_initial(init, model_config, dataset.info)
+    came_from = (init, initial.step) if init is not None and initial is not None else None
+    with claimed(folder, model_config, train_config, dataset.info, came_from):
         torch.manual_seed(train_config.seed)
         model = Decoder(model_config, train_config.dropout)
+        if initial is not None:
+            model.load_state_dict(initial.model.state_dict())
         check_room(folder, model)
         run = _Run(folder, model, train_config, dataset, stop)
         on_start(run.resume())
