@@ -11,6 +11,7 @@ from rich.console import Console
 
 from model.config import Attention, ModelConfig, Pooling, Positions
 from model.data import load_dataset
+from model.memory import check_memory
 from model.run import TrainConfig
 from model.shown import shown
 from model.stopping import on_signals
@@ -58,6 +59,9 @@ def train(
         Path | None,
         typer.Option(help="Run whose weights to begin with; the optimiser begins anew."),
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Start even if memory seems to be too small.")
+    ] = False,
 ) -> None:
     """Train a decoder with any attention pattern, and report bits on held-out data.
 
@@ -102,6 +106,8 @@ def train(
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+    if not force:
+        check_memory(model_config, train_config)
     with on_signals() as request, shown(_console, loaded.info.unit) as shows:
         try:
             bits = train_into(
