@@ -12,7 +12,8 @@ from rich.console import Console
 from model.config import Attention, ModelConfig, Pooling, Positions
 from model.data import load_dataset
 from model.memory import check_memory
-from model.run import TrainConfig
+from model.report import REPORT, draw_samples, write_report
+from model.run import Progress, TrainConfig, load_checkpoint
 from model.shown import shown
 from model.stopping import on_signals
 from model.train import SAVE_EVERY_S, Stopped
@@ -108,6 +109,12 @@ def train(
         raise typer.BadParameter(str(error)) from None
     if not force:
         check_memory(model_config, train_config)
+
+    def on_step(done: Progress) -> None:
+        shows.step(done)
+        if done.heldout is not None:
+            write_report(out, loaded.info)
+
     with on_signals() as request, shown(_console, loaded.info.unit) as shows:
         try:
             bits = train_into(
@@ -115,7 +122,7 @@ def train(
                 model_config,
                 train_config,
                 loaded,
-                shows.step,
+                on_step,
                 on_start=lambda first: shows.start(out, first, train_config.steps(context)),
                 stop=request,
                 save_every_s=60 * save_every,
@@ -124,4 +131,5 @@ def train(
         except Stopped as stopped:
             shows.say(str(stopped))
             raise typer.Exit(128 + request.signal) from None
-    _console.print(f"{out}: {bits:.4f} {loaded.info.unit} on all held-out data")
+    write_report(out, loaded.info, draw_samples(load_checkpoint(out)))
+    _console.print(f"{out}: {bits:.4f} {loaded.info.unit} on all held-out data; {out / REPORT}")
