@@ -19,7 +19,7 @@ from export.quantise import BLOCK, pack_weights, quantise_step, round_activation
 from export.weights import round_weights
 from model.data import END_OF_TEXT, Dataset, DatasetInfo
 from model.decoder import Decoder
-from model.train import Checkpoint, load_checkpoint
+from model.run import Checkpoint, load_checkpoint
 
 _LIMITS = {8: 0.02, 4: 0.1}
 _MODALITY = {"text": pb.MODALITY_TEXT, "image": pb.MODALITY_IMAGE}

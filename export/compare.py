@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ from export.bundle import describe
 from model.config import Attention, ModelConfig, Pooling
 from model.data import Dataset
 from model.patterns import make_pattern
-from model.train import Checkpoint, Progress, TrainConfig, load_checkpoint, read_log, train
+from model.run import Checkpoint, Progress, TrainConfig, load_checkpoint, read_log
+from model.train import train
 
 RESULTS = "results.json"
 _SAMPLES = 200
@@ -103,19 +105,20 @@ def compare(
     entries: Sequence[Entry],
     out: Path,
     on_step: Callable[[str, Progress], None] = lambda run, progress: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> list[Result]:
     """Train every entry below `out`, and write `results.json` there after each run.
 
-    Runs with the same seed get the same batches. Finished runs are only read. Raises ValueError for
-    an entry that cannot be trained, before any training starts.
+    Runs with the same seed get the same batches. `stop` is that of `train`. Finished runs are
+    only read. Raises ValueError for an entry that cannot be trained, before any training starts.
     """
     configs = {entry.variant: configure(base, entry.variant) for entry in entries}
     runs = [(entry.variant, seed) for entry in entries for seed in range(entry.seeds)]
     results: list[Result] = []
     for variant, seed in runs:
         folder, settings = run_folder(out, variant, seed), dataclasses.replace(budget, seed=seed)
-        name = f"{variant}, seed {seed}"
-        train(folder, configs[variant], settings, dataset, lambda p, name=name: on_step(name, p))  # type: ignore[misc]
+        show = partial(on_step, f"{variant}, seed {seed}")
+        train(folder, configs[variant], settings, dataset, show, stop=stop)
         results.append(weigh(str(variant), seed, load_checkpoint(folder), read_log(folder)))
         text = json.dumps([asdict(result) for result in results], indent=1)
         (out / RESULTS).write_text(text + "\n")

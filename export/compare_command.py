@@ -24,8 +24,10 @@ from export.compare import compare as compare_runs
 from export.comparison import table, write_report
 from model.config import ModelConfig, Positions
 from model.data import load_dataset
-from model.train import Progress as TrainProgress
-from model.train import TrainConfig
+from model.run import Progress as TrainProgress
+from model.run import TrainConfig
+from model.stopping import on_signals
+from model.train import Stopped
 
 _DEFAULT = (
     *("fixed@3", "full@3", "fixed:mean", "fixed:deepset-max", "logsparse"),
@@ -102,7 +104,7 @@ def compare(
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as progress:
+    with on_signals() as request, Progress(*columns, console=console) as progress:
         runs: dict[str, TaskID] = {}
 
         def show(run: str, done: TrainProgress) -> None:
@@ -111,7 +113,11 @@ def compare(
             text = f"{run}: {done.bits:.3f} {info.unit}"
             progress.update(runs[run], completed=done.step, description=text)
 
-        results = compare_runs(loaded, base, budget, entries, out, show)
+        try:
+            results = compare_runs(loaded, base, budget, entries, out, show, request)
+        except Stopped as stopped:
+            console.print(str(stopped), markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(128 + request.signal) from None
     write_report(out, results, info.unit)
     plain_console().print(Markdown(table(results, info.unit)), soft_wrap=False)
     console.print(f"{out}: results.json, table.md, quality.svg, cost.svg")

@@ -2,79 +2,42 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
-from model.config import ROWS, ModelConfig
-from model.data import IGNORED, Dataset, DatasetInfo, draw_batch, heldout_batches, mask
+from model.config import ModelConfig
+from model.data import IGNORED, Dataset, draw_batch, heldout_batches, mask
 from model.decoder import Decoder
+from model.fit import check_fit, check_room
+from model.initial import read_initial
+from model.run import (
+    CHECKPOINT,
+    Progress,
+    TrainConfig,
+    append_log,
+    claimed,
+    load_checkpoint,
+    restore,
+    save,
+)
 
-CHECKPOINT = "checkpoint.safetensors"
-CONFIG = "config.json"
-LOG = "log.jsonl"
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Settings of a training run. `rate` is the peak of a warm-up and cosine decay schedule."""
-
-    tokens: int = 10_000_000
-    rows: int = 8
-    rate: float = 0.01
-    warmup: int = 100
-    clip: float = 1.0
-    weight_decay: float = 0.3
-    dropout: float = 0.0
-    seed: int = 0
-    bfloat16: bool = True
-    evaluate_every: int = 250
-    evaluate_rows: int = 16
-
-    def __post_init__(self) -> None:
-        for name in ("tokens", "rows", "warmup", "evaluate_every", "evaluate_rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-
-    def steps(self, context: int) -> int:
-        """Number of optimiser steps for `tokens` tokens in windows of `context`."""
-        return max(1, self.tokens // (self.rows * context))
+SAVE_EVERY_S = 300.0
+"""Time between checkpoints, unless an evaluation writes one earlier."""
 
 
-@dataclass(frozen=True)
-class Progress:
-    """Result of one optimiser step. `heldout` is set on steps that evaluate."""
-
-    step: int
-    steps: int
-    bits: float
-    tokens_per_second: float
-    heldout: float | None
-    seconds: float
-    """Time of all optimiser steps so far, without evaluations, including interrupted runs."""
+class Stopped(Exception):
+    """The run was asked to stop, and has saved what it has done."""
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A trained model, with its configuration, data and metrics."""
-
-    config: ModelConfig
-    train: TrainConfig
-    data: DatasetInfo
-    step: int
-    metrics: dict[str, float]
-    model: Decoder
+class Diverged(Exception):
+    """The loss or a gradient is no longer a number."""
 
 
 def train(
@@ -83,72 +46,190 @@ def train(
     train_config: TrainConfig,
     dataset: Dataset,
     on_step: Callable[[Progress], None] = lambda progress: None,
+    *,
+    on_start: Callable[[int], None] = lambda step: None,
+    stop: Callable[[], bool] = lambda: False,
+    save_every_s: float = SAVE_EVERY_S,
+    init: Path | None = None,
 ) -> float:
     """Train, with checkpoints in `folder`, and return held-out bits per token.
 
     Continues from the checkpoint in `folder`, if there is one; an interrupted run ends with the
-    same weights as one without a break. Raises ValueError if `folder` has a run with another
-    configuration, or if the model does not fit the data.
+    same weights as one without a break. Before it writes anything, it raises RunError if `folder`
+    has a run with another configuration, if the model does not fit the data, or if the data is too
+    short. What fails before the first checkpoint leaves nothing in `folder`.
+
+    on_start: called with the number of steps that are done already.
+    init: a run whose weights a new run begins with; one that is resumed does not read it again.
+    stop: asked before every step, and while evaluating; if true, the run is saved, and raises
+    Stopped. Raises Diverged, and keeps the last checkpoint, if the loss is not finite.
     """
-    _check_fit(model_config, dataset.info)
-    _claim(folder, model_config, train_config, dataset.info)
-    torch.manual_seed(train_config.seed)
-    model = Decoder(model_config, train_config.dropout)
-    optimisers = _optimisers(model, train_config)
-    steps = train_config.steps(model_config.context)
-    first = _restore(folder, model, optimisers) if (folder / CHECKPOINT).exists() else 0
-    total_s = next((p.seconds for p in read_log(folder) if p.step == first), 0.0) if first else 0.0
-    rows, context, seed = train_config.rows, model_config.context, train_config.seed
-
-    for step in range(first, steps):
-        began = time.monotonic()
-        torch.manual_seed(seed * 1_000_003 + step)  # so that dropout depends only on the step
-        inputs, targets = draw_batch(dataset, context, rows, seed, step)
-        if model_config.masked:
-            inputs, targets = mask(targets, model_config.vocabulary, (seed, step))
-        for optimiser in optimisers:
-            for group in optimiser.param_groups:
-                group["lr"] = group["peak"] * _schedule(step, steps, train_config.warmup)
-        model.train()
-        with torch.autocast("cpu", torch.bfloat16, enabled=train_config.bfloat16):
-            logits = model(torch.from_numpy(inputs))
-        loss = F.cross_entropy(logits.float().flatten(0, 1), torch.from_numpy(targets).flatten())
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), train_config.clip)
-        for optimiser in optimisers:
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
-        seconds = time.monotonic() - began
-        total_s += seconds
-
-        heldout = None
-        if (step + 1) % train_config.evaluate_every == 0 or step + 1 == steps:
-            last = step + 1 == steps
-            heldout = evaluate(model, dataset, None if last else train_config.evaluate_rows)
-        progress = Progress(
-            step + 1, steps, loss.item() / math.log(2), inputs.size / seconds, heldout, total_s
-        )
-        if heldout is not None:
-            # The line comes first: after a crash in between, the steps are repeated and it is
-            # written again.
-            with (folder / LOG).open("a") as log:
-                log.write(json.dumps(asdict(progress)) + "\n")
-            metrics = {dataset.info.unit: heldout, "tokens": float((step + 1) * rows * context)}
-            _save(folder, model, optimisers, step + 1, metrics)
-        on_step(progress)
+    check_fit(model_config, dataset)
+    initial = None
+    if init is not None and not (folder / CHECKPOINT).exists():
+        initial = read_initial(init, model_config, dataset.info)
+    came_from = (init, initial.step) if init is not None and initial is not None else None
+    with claimed(folder, model_config, train_config, dataset.info, came_from):
+        torch.manual_seed(train_config.seed)
+        model = Decoder(model_config, train_config.dropout)
+        if initial is not None:
+            model.load_state_dict(initial.model.state_dict())
+        check_room(folder, model)
+        run = _Run(folder, model, train_config, dataset, stop)
+        on_start(run.resume())
+        saved_at = time.monotonic()
+        while run.step < run.steps:
+            run.obey()
+            run.advance()
+            if run.due or time.monotonic() - saved_at >= save_every_s:
+                run.settle()
+                saved_at = time.monotonic()
+            assert run.done is not None
+            on_step(run.done)
     return next(iter(load_checkpoint(folder).metrics.values()))
 
 
+class _Run:
+    """A run between two steps: the model, the optimisers, and the last step that is done."""
+
+    def __init__(
+        self,
+        folder: Path,
+        model: Decoder,
+        config: TrainConfig,
+        dataset: Dataset,
+        stop: Callable[[], bool],
+    ) -> None:
+        self.folder, self.model, self.config, self.dataset = folder, model, config, dataset
+        self.stop = stop
+        self.optimisers = _optimisers(model, config)
+        self.steps = config.steps(model.config.context)
+        self.done: Progress | None = None
+        self.saved = 0
+
+    @property
+    def step(self) -> int:
+        """Number of steps that are done."""
+        return self.done.step if self.done else 0
+
+    @property
+    def due(self) -> bool:
+        """Whether the model is evaluated after the last step."""
+        return self.step % self.config.evaluate_every == 0 or self.step == self.steps
+
+    def resume(self) -> int:
+        """Read the checkpoint, if there is one, and return the number of its steps."""
+        self.done = restore(self.folder, self.model, self.optimisers)
+        self.saved = self.step
+        if self.done and self.due and self.done.heldout is None:
+            self.settle()  # it was stopped while it evaluated
+        return self.step
+
+    def obey(self) -> None:
+        """Save the run and raise Stopped, if it is asked to stop."""
+        if not self.stop():
+            return
+        if self.done is None:
+            raise Stopped("stopped before the first step was done: nothing is saved")
+        if self.saved != self.step:
+            self._save()
+        raise Stopped(
+            f"stopped at step {self.step} of {self.steps}, saved in {self.folder}: the same "
+            "command goes on from there"
+        )
+
+    def advance(self) -> None:
+        """One step of the optimisers."""
+        began, step, config = time.monotonic(), self.step, self.config
+        context, model = self.model.config.context, self.model
+        torch.manual_seed(
+            config.seed * 1_000_003 + step
+        )  # so that dropout depends on the step only
+        inputs, targets = draw_batch(self.dataset, context, config.rows, config.seed, step)
+        if model.config.masked:
+            inputs, targets = mask(targets, model.config.vocabulary, (config.seed, step))
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = group["peak"] * _schedule(step, self.steps, config.warmup)
+        model.train()
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.bfloat16):
+            logits = model(torch.from_numpy(inputs))
+        loss = F.cross_entropy(logits.float().flatten(0, 1), torch.from_numpy(targets).flatten())
+        self._check("the loss", loss.item())
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        self._check("the norm of the gradient", norm.item())
+        for optimiser in self.optimisers:
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        seconds = time.monotonic() - began
+        self.done = Progress(
+            step + 1,
+            self.steps,
+            loss.item() / math.log(2),
+            inputs.size / seconds,
+            None,
+            seconds + (self.done.seconds if self.done else 0.0),
+        )
+
+    def settle(self) -> None:
+        """Write a checkpoint after the last step; evaluate before that, if it is due."""
+        if self.due:
+            limit = None if self.step == self.steps else self.config.evaluate_rows
+            heldout = evaluate(self.model, self.dataset, limit, on_batch=self.obey)
+            self._check("the loss on held-out data", heldout)
+            assert self.done is not None
+            self.done = replace(self.done, heldout=heldout)
+            # The line comes first: after a crash in between, the steps are repeated and it is
+            # written again.
+            append_log(self.folder, self.done)
+        self._save()
+
+    def _save(self) -> None:
+        assert self.done is not None
+        for name, weight in self.model.named_parameters():
+            self._check(f"a weight of {name}", weight.sum().item())
+        metrics = {"tokens": float(self.step * self.config.rows * self.model.config.context)}
+        if self.done.heldout is not None:
+            metrics = {self.dataset.info.unit: self.done.heldout, **metrics}
+        save(self.folder, self.model, self.optimisers, self.done, metrics)
+        self.saved = self.step
+
+    def _check(self, what: str, value: float) -> None:
+        if math.isfinite(value):
+            return
+        rate = self.config.rate
+        lower = min(rate / 10, TrainConfig.rate)
+        way_out = (
+            f"the checkpoint of step {self.saved} is kept in {self.folder}; a new run goes on from "
+            f"its weights with --init {self.folder} --rate {lower:g}"
+            if self.saved
+            else f"there is no checkpoint yet; start again with --rate {lower:g}"
+        )
+        raise Diverged(
+            f"{what} is {value} after {self.step} of {self.steps} steps, so the run stops. The "
+            f"rate of {rate:g} is too high, or the warm-up of {self.config.warmup} steps too "
+            f"short: {way_out}"
+        )
+
+
 @torch.no_grad()
-def evaluate(model: Decoder, dataset: Dataset, limit: int | None = None, rows: int = 8) -> float:
+def evaluate(
+    model: Decoder,
+    dataset: Dataset,
+    limit: int | None = None,
+    rows: int = 8,
+    on_batch: Callable[[], None] = lambda: None,
+) -> float:
     """Bits per token on at most `limit` windows of the held-out data, in float32.
 
-    For a masked model: bits per masked token.
+    For a masked model: bits per masked token. `on_batch` is called before every batch.
     """
     model.eval()
     total = count = 0.0
     batches = heldout_batches(dataset, model.config.context, rows, limit)
     for number, (inputs, targets) in enumerate(batches):
+        on_batch()
         if model.config.masked:
             inputs, targets = mask(targets, model.config.vocabulary, (number,))
         logits = model(torch.from_numpy(inputs))
@@ -160,76 +241,6 @@ def evaluate(model: Decoder, dataset: Dataset, limit: int | None = None, rows: i
             f"the held-out data is shorter than one window of {model.config.context} tokens"
         )
     return total / count / math.log(2)
-
-
-def read_log(folder: Path) -> list[Progress]:
-    """The steps of a run that evaluated, oldest first. A repeated step has its last result."""
-    lines = (folder / LOG).read_text().splitlines()
-    steps = {line["step"]: line for line in ({"seconds": 0.0, **json.loads(x)} for x in lines)}
-    return [Progress(**steps[step]) for step in sorted(steps)]
-
-
-def load_checkpoint(folder: Path) -> Checkpoint:
-    """Read the newest checkpoint of `folder`. Raises FileNotFoundError if there is none."""
-    if not (folder / CHECKPOINT).exists():
-        raise FileNotFoundError(f"{folder} has no {CHECKPOINT}: run `concertina train` first")
-    config, train_config, data = _read_config(folder)
-    model = Decoder(config)
-    with safe_open(folder / CHECKPOINT, framework="pt") as file:
-        metadata = file.metadata()
-        weights = {
-            name.removeprefix("model."): file.get_tensor(name)
-            for name in file.keys()  # noqa: SIM118 - not a dict
-            if name.startswith("model.")
-        }
-    model.load_state_dict(weights)
-    model.eval()
-    return Checkpoint(
-        config,
-        train_config,
-        data,
-        int(metadata["step"]),
-        json.loads(metadata["metrics"]),
-        model,
-    )
-
-
-def _check_fit(model: ModelConfig, data: DatasetInfo) -> None:
-    if data.modality == "image" and model.attention in ROWS and model.span != data.image_width:
-        raise ValueError(
-            f"{model.attention} has rows of {model.span} tokens, but the images have rows of "
-            f"{data.image_width} pixels: set the span to the width of the images"
-        )
-    wanted = {"vocabulary": data.vocabulary, "starts": data.starts}
-    if data.modality == "image":
-        wanted["context"] = data.image_width * data.image_height
-    for name, value in wanted.items():
-        if getattr(model, name) != value:
-            raise ValueError(
-                f"the model's {name} is {getattr(model, name)}, but this data needs {value}"
-            )
-
-
-def _read_config(folder: Path) -> tuple[ModelConfig, TrainConfig, DatasetInfo]:
-    """Configuration of a run; settings that did not exist when it started have their defaults."""
-    raw = json.loads((folder / CONFIG).read_text())
-    data = raw["data"]
-    data["palette"] = tuple(tuple(colour) for colour in data["palette"])
-    data["labels"] = tuple(data["labels"])
-    return ModelConfig(**raw["model"]), TrainConfig(**raw["train"]), DatasetInfo(**data)
-
-
-def _claim(folder: Path, model: ModelConfig, train: TrainConfig, data: DatasetInfo) -> None:
-    text = json.dumps(
-        {"model": asdict(model), "train": asdict(train), "data": asdict(data)}, indent=1
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / CONFIG).exists() and _read_config(folder) != (model, train, data):
-        raise ValueError(
-            f"{folder} has a run with another configuration: choose another folder, or use the "
-            "settings in its config.json to continue that run"
-        )
-    (folder / CONFIG).write_text(text)
 
 
 def _optimisers(model: Decoder, config: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -255,48 +266,3 @@ def _schedule(step: int, steps: int, warmup: int) -> float:
         return (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)
     return 0.5 * (1 + math.cos(math.pi * done))
-
-
-def _save(
-    folder: Path,
-    model: Decoder,
-    optimisers: list[torch.optim.Optimizer],
-    step: int,
-    metrics: dict[str, float],
-) -> None:
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    tensors.update(dict(_optimiser_tensors(optimisers)))
-    partial = folder / (CHECKPOINT + ".partial")
-    save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()},
-        partial,
-        {"step": str(step), "metrics": json.dumps(metrics)},
-    )
-    os.replace(partial, folder / CHECKPOINT)
-
-
-def _optimiser_tensors(
-    optimisers: list[torch.optim.Optimizer],
-) -> Iterator[tuple[str, Tensor]]:
-    for number, optimiser in enumerate(optimisers):
-        for parameter, state in optimiser.state_dict()["state"].items():
-            for name, tensor in state.items():
-                yield f"optimiser.{number}.{parameter}.{name}", tensor
-
-
-def _restore(folder: Path, model: Decoder, optimisers: list[torch.optim.Optimizer]) -> int:
-    weights: dict[str, Tensor] = {}
-    states: list[dict[int, dict[str, Any]]] = [{} for _ in optimisers]
-    with safe_open(folder / CHECKPOINT, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 - not a dict
-            kind, _, rest = name.partition(".")
-            if kind == "model":
-                weights[rest] = file.get_tensor(name)
-            else:
-                number, parameter, field = rest.split(".")
-                states[int(number)].setdefault(int(parameter), {})[field] = file.get_tensor(name)
-        step = int(file.metadata()["step"])
-    model.load_state_dict(weights)
-    for optimiser, state in zip(optimisers, states, strict=True):
-        optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
-    return step

@@ -20,7 +20,7 @@ from export.compare import Variant
 from model.config import ModelConfig
 from model.data import DatasetInfo
 from model.decoder import Block, Decoder
-from model.train import CHECKPOINT, CONFIG, TrainConfig
+from model.run import CHECKPOINT, CONFIG, TrainConfig
 from tests.once import one_at_a_time
 
 _SHARP = 1.5  # standard deviation of queries and keys, so that attention prefers some tokens

@@ -21,7 +21,7 @@ from export.streaming import Graphs, Stream
 from model.config import Attention, ModelConfig
 from model.data import DatasetInfo
 from model.decoder import Decoder
-from model.train import Checkpoint, TrainConfig
+from model.run import Checkpoint, TrainConfig
 
 FULL_LIMIT = 4**8
 """Full attention is streamed up to here; beyond, time would grow with the square."""

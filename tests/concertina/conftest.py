@@ -120,8 +120,10 @@ class Fake(GenerationServiceServicer, ModelServiceServicer, SessionServiceServic
     def Score(self, request: pb.ScoreRequest, context: grpc.ServicerContext) -> pb.ScoreResponse:
         self.requests.append(request)
         self._maybe_refuse(context)
+        ids = request.prompt.tokens.ids
+        bits = range(len(ids)) if ids else [1, 2]
         return pb.ScoreResponse(
-            bits_per_token=1.5, bits=[1, 2], model=request.model, fingerprint="f0"
+            bits_per_token=1.5, bits=bits, model=request.model, fingerprint="f0"
         )
 
     def ListModels(

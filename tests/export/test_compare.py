@@ -18,7 +18,7 @@ from model.config import ModelConfig
 from model.data import Dataset, DatasetInfo
 from model.decoder import Decoder
 from model.patterns import PATTERNS
-from model.train import TrainConfig, read_log
+from model.run import TrainConfig, read_log
 
 BASE = ModelConfig(16, context=64, width=32, layers=2, heads=4, mlp=64, span=8)
 Trained = tuple[Path, list[Result]]

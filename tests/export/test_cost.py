@@ -12,7 +12,7 @@ from export.bundle import describe
 from model.config import Attention, ModelConfig
 from model.data import DatasetInfo
 from model.decoder import Decoder
-from model.train import Checkpoint, TrainConfig
+from model.run import Checkpoint, TrainConfig
 
 WIDTH, LAYERS, MLP, VOCABULARY, SPAN, ROWS = 32, 3, 40, 7, 8, 6
 WEIGHTS = LAYERS * (4 * WIDTH * WIDTH + 2 * WIDTH * MLP) + WIDTH * VOCABULARY

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 from concertina.bundle.manifest import read_manifest
 from concertina.v1 import bundle_pb2 as pb
 from export.weights import load_decoder, round_weights
-from model.train import load_checkpoint
+from model.run import load_checkpoint
 
 ROOT = Path(__file__).parents[2]
 ENTRIES = {"fixed": 11, "full": 32}  # of a stack; no other size in the graphs is this number

@@ -20,7 +20,7 @@ from export.parity import ROUNDED_TOLERANCE, TOLERANCE, ParityError, check_parit
 from export.quantise import BLOCK, pack_weights, quantise_step, round_activations
 from export.weights import load_decoder, round_weights
 from model.data import Dataset, save_dataset
-from model.train import load_checkpoint
+from model.run import load_checkpoint
 from tests.checkpoints import checkpoint_of
 from tests.parity.served import Served, assert_parity, draw_tokens, expected_logits
 

@@ -18,17 +18,8 @@ import model.train
 from model.config import ROWS, ModelConfig
 from model.data import IGNORED, Dataset, DatasetInfo, mask
 from model.decoder import Decoder
-from model.train import (
-    CHECKPOINT,
-    CONFIG,
-    LOG,
-    Progress,
-    TrainConfig,
-    evaluate,
-    load_checkpoint,
-    read_log,
-    train,
-)
+from model.run import CHECKPOINT, CONFIG, LOG, Progress, TrainConfig, load_checkpoint, read_log
+from model.train import evaluate, train
 
 MODEL = ModelConfig(4, context=16, width=16, layers=2, heads=2, mlp=16, span=4)
 RUN = TrainConfig(tokens=12 * 32, rows=2, warmup=3, dropout=0.2, evaluate_every=4, evaluate_rows=2)
@@ -262,7 +253,7 @@ def test_seconds_are_those_of_all_steps_and_of_no_evaluation(
         return now
 
     monkeypatch.setattr(model.train, "time", SimpleNamespace(monotonic=lambda: spend(0.25)))
-    monkeypatch.setattr(model.train, "evaluate", lambda *_: spend(100.0))
+    monkeypatch.setattr(model.train, "evaluate", lambda *_, **__: spend(100.0))
     with pytest.raises(Stop):
         train(tmp_path, MODEL, RUN, text(), stop_at(6))
     seen: list[Progress] = []

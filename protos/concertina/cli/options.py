@@ -27,6 +27,15 @@ def readable_file(path: Path) -> Path:
     return path
 
 
+def file_or_dataset(path: Path) -> Path:
+    """A callback: the path of a file or of a dataset, or `-`. Raises BadParameter."""
+    if (path / "dataset.json").is_file():
+        return path
+    if path.is_dir():
+        raise typer.BadParameter(f"{path} is not a file, and dataset.json is not in it")
+    return readable_file(path)
+
+
 def optional_file(path: Path | None) -> Path | None:
     """A callback: the path of a file, if one was given. Raises BadParameter."""
     if path is not None and not path.is_file():

@@ -23,7 +23,15 @@ from concertina.cli.options import (
     Timeout,
     UseTls,
     access,
-    readable_file,
+    file_or_dataset,
+)
+from concertina.cli.windows import (
+    HeldOut,
+    Window,
+    heldout_windows,
+    read_heldout,
+    spread,
+    text_windows,
 )
 from concertina.client import DEFAULT_ADDRESS, Client, InvalidRequest, Model
 from concertina.client.requests import PromptLike
@@ -32,8 +40,18 @@ from concertina.client.requests import PromptLike
 def score(
     file: Annotated[
         Path,
-        typer.Argument(callback=readable_file, help="Text or image; - reads it from stdin."),
+        typer.Argument(
+            callback=file_or_dataset,
+            help="Text, image, or dataset made by `concertina data`; - reads a file from stdin.",
+        ),
     ],
+    stride: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens between two windows; default: the context."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Most windows to score, spread over all of them.")
+    ] = None,
     label: Label = None,
     timeout: Timeout = None,
     model: ModelName = "",
@@ -51,26 +69,78 @@ def score(
     The model decides whether the file is a text or an image. If models of both kinds are served
     and none is named, a file that can be opened as an image is one.
 
+    A text longer than the model's context is scored in windows, and so is the held-out part of a
+    dataset; the bits are those of all tokens, each counted once. With a --stride below the context,
+    windows overlap: a token sees more of what is before it, and it takes longer.
+
     Examples:
     concertina score main.py
     concertina score image.png --label "Food & Drink" --json
+    concertina score book.txt --stride 2048
+    concertina score data/notes --limit 100
     """
     with connected(address, access(key_file, tls, ca, cert, cert_key), json_output) as client:
         chosen, prompt = _model_and_prompt(client, model, file)
+        windows = _windows(chosen, prompt, stride)
+        if windows:
+            _score_windows(client, chosen, spread(windows, limit), label, timeout, json_output)
+            return
+        if isinstance(prompt, HeldOut):
+            raise InvalidRequest(f"{file} has no held-out tokens: make it of more data")
         result = client.score(prompt, model=chosen.name, label=label, timeout=timeout)
     if json_output:
         print(json.dumps(asdict(result)))
     else:
-        unit = "bits/dim" if chosen.modality == "image" else "bits/byte"
         tokens = f"{len(result.bits):,} tokens"
-        print(f"{result.bits_per_token:.4f} {unit} over {tokens} ({result.model})")
+        print(f"{result.bits_per_token:.4f} {_unit(chosen)} over {tokens} ({result.model})")
 
 
-def _model_and_prompt(client: Client, name: str, file: Path) -> tuple[Model, PromptLike]:
+def _unit(model: Model) -> str:
+    return "bits/dim" if model.modality == "image" else "bits/byte"
+
+
+def _windows(model: Model, prompt: PromptLike | HeldOut, stride: int | None) -> list[Window]:
+    """The windows of a dataset or of a text longer than the context; none of one prompt."""
+    if isinstance(prompt, HeldOut):
+        return list(heldout_windows(prompt, model, stride or model.context))
+    if isinstance(prompt, str):
+        data = prompt.encode()
+        if len(data) > model.context:
+            return list(text_windows(data, model.context, stride or model.context))
+    return []
+
+
+def _score_windows(
+    client: Client,
+    model: Model,
+    windows: list[Window],
+    label: str | None,
+    timeout: float | None,
+    json_output: bool,
+) -> None:
+    bits, tokens, fingerprint = 0.0, 0, ""
+    for window in windows:
+        result = client.score(
+            window.tokens, model=model.name, label=window.label or label, timeout=timeout
+        )
+        bits += sum(result.bits[-window.new :])
+        tokens, fingerprint = tokens + window.new, result.fingerprint
+    if json_output:
+        found = {"model": model.name, "fingerprint": fingerprint, "bits_per_token": bits / tokens}
+        print(json.dumps({**found, "tokens": tokens, "windows": len(windows)}))
+    else:
+        over = f"{tokens:,} tokens in {len(windows):,} windows"
+        print(f"{bits / tokens:.4f} {_unit(model)} over {over} ({model.name})")
+
+
+def _model_and_prompt(client: Client, name: str, file: Path) -> tuple[Model, PromptLike | HeldOut]:
     """The model to ask, and what `file` is to it. Raises InvalidRequest for neither image nor text.
 
     name: of the model; if empty, there has to be one that fits.
     """
+    if file.is_dir():
+        heldout = read_heldout(file)
+        return choose_model(client, name, heldout.modality), heldout
     data, kinds = read_input(file), modalities(client, name)
     no_image = ""
     if "image" in kinds:

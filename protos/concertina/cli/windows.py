@@ -1,0 +1,101 @@
+"""Cuts what is longer than a model's context, and whole datasets, into windows to score."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from concertina.client import Model
+from concertina.client.errors import InvalidRequest
+
+DATASET = "dataset.json"
+
+
+@dataclass(frozen=True)
+class Window:
+    """One prompt to score."""
+
+    tokens: tuple[int, ...]
+    new: int
+    """Tokens at the end that no window before has; the others are there to be seen."""
+    label: str | None = None
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out tokens of a dataset made by `concertina data`."""
+
+    folder: Path
+    info: dict[str, Any]
+    tokens: npt.NDArray[np.integer[Any]]
+
+    @property
+    def modality(self) -> str:
+        """`text` or `image`."""
+        return str(self.info["modality"])
+
+
+def read_heldout(folder: Path) -> HeldOut:
+    """Read the held-out part of a dataset."""
+    info = json.loads((folder / DATASET).read_text())
+    return HeldOut(folder, info, np.load(folder / "heldout.npy", mmap_mode="r"))
+
+
+def heldout_windows(data: HeldOut, model: Model, stride: int) -> Iterator[Window]:
+    """The windows of a dataset: of text by `stride`, of images one for each.
+
+    Raises InvalidRequest if the model has other tokens than the dataset.
+    """
+    image, info = model.image, data.info
+    colours = bytes(channel for colour in info["palette"] for channel in colour)
+    here = (
+        ("vocabulary", info["vocabulary"], model.vocabulary),
+        ("set of labels", tuple(info["labels"]), model.labels),
+        ("width", info["image_width"], image.width if image else 0),
+        ("height", info["image_height"], image.height if image else 0),
+        ("palette", colours, image.palette if image else b""),
+    )
+    for name, of_data, of_model in here:
+        if of_data != of_model:
+            raise InvalidRequest(
+                f"{model.name} has another {name} than {data.folder}: score the data that it was "
+                "trained on, or data with the same tokens"
+            )
+    if data.modality == "text":
+        yield from text_windows(data.tokens, model.context, stride)
+        return
+    for row in data.tokens:
+        label = None if row[0] < 0 else model.labels[row[0]]
+        yield Window(tuple(row[1:].tolist()), len(row) - 1, label)
+
+
+def text_windows(
+    tokens: bytes | npt.NDArray[np.integer[Any]], context: int, stride: int
+) -> Iterator[Window]:
+    """Windows of at most `context` tokens, `stride` apart; together they count each token once.
+
+    With a smaller stride, tokens see more of what is before them, and more is computed. Raises
+    InvalidRequest for a stride outside 1 to `context`.
+    """
+    if not 1 <= stride <= context:
+        raise InvalidRequest(f"--stride is {stride}: it must be from 1 to the context, {context}")
+    counted = 0
+    for first in range(0, len(tokens), stride):
+        if counted == len(tokens):
+            return
+        window = tokens[first : first + context]
+        yield Window(tuple(map(int, window)), first + len(window) - counted)
+        counted = first + len(window)
+
+
+def spread(windows: Sequence[Window], limit: int | None) -> list[Window]:
+    """At most `limit` of the windows, evenly spread over all."""
+    if limit is None or len(windows) <= limit:
+        return list(windows)
+    return [windows[int(at)] for at in np.linspace(0, len(windows) - 1, limit)]
