@@ -52,7 +52,9 @@ class Engine:
     ) -> None:
         self.bundle = bundle
         self.config = config = _without_drafts(config, bundle)
-        self.runtime = Runtime(bundle, num_rows(bundle, config.slots), config.threads, config.provider)
+        self.runtime = Runtime(
+            bundle, num_rows(bundle, config.slots), config.threads, config.provider
+        )
         self.cache = Cache(bundle, self.runtime, config.slots, config.prefix_cache_bytes)
         self.placement = Placement(self.cache, config.stream_buffer)
         self.metrics = EngineMetrics(bundle.name)
@@ -260,9 +262,9 @@ def _without_drafts(config: EngineConfig, bundle: Bundle) -> EngineConfig:
     if not (config.draft_tokens and bundle.pairs_rows):
         return config
     _log.warning(
-        "draft_tokens is %d, but %s is served without drafts: its matrices have %d bits, and tokens "
-        "that are pushed together would get other log-probabilities than one by one; for drafts, "
-        "export it without --weights",
+        "draft_tokens is %d, but %s is served without drafts: its matrices have %d bits, and with "
+        "these, tokens that are pushed together get other log-probabilities than one by one; for "
+        "drafts, export the model without --weights",
         config.draft_tokens,
         bundle.name,
         bundle.manifest.quantisation.bits,

@@ -2,8 +2,8 @@
 
 Rows `0 … len(pushed) - 1` are the batch, without gaps. A row after the slots is the prefill slot,
 where one stream at a time pushes its prompt before it joins the batch. If the bundle pairs rows,
-the row after an odd batch and the row after the prefill slot are never in use. State is copied before a row counts
-as taken or free: where a copy raises, the batch is as it was.
+the row after an odd batch and the row after the prefill slot are never in use. State is copied
+before a row counts as taken or free: where a copy raises, the batch is as it was.
 """
 
 from __future__ import annotations
