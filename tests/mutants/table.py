@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutants import export, model, patterns, pixels, server, snapshots
+from tests.mutants import export, model, patterns, pixels, same_bits, server, snapshots
 
 MUTANTS = (
     *patterns.MUTANTS,
@@ -10,5 +10,6 @@ MUTANTS = (
     *pixels.MUTANTS,
     *export.MUTANTS,
     *server.MUTANTS,
+    *same_bits.MUTANTS,
     *snapshots.MUTANTS,
 )
