@@ -88,13 +88,15 @@ class Cache:
     def prefill_room(self, limit: int) -> int:
         """Most tokens that the next pass of the prefill slot may push, of at most `limit`.
 
-        If the bundle pairs rows, that is an even number, at least 2, while the block has room for
-        it. A token that is pushed alone gets another last bit than one that is pushed with others;
-        so only an odd rest of a prompt or of a block is pushed alone, whatever the limit is.
+        If the bundle pairs rows, the limit must change no last bit. Where there are blocks, a pass
+        is a whole one, since some patterns add up its tokens. Elsewhere it has an even number of
+        tokens, at least 2: two or more tokens of a pass get the same bits, one alone gets others.
         """
-        if self._bundle.pairs_rows:
-            limit = max(2, limit - limit % 2)
-        return min(self.block_room, limit)
+        if not self._bundle.pairs_rows:
+            return min(self.block_room, limit)
+        if self._bundle.span is not None:
+            return self.block_room
+        return min(self.block_room, max(2, limit - limit % 2))
 
     def start_prefill(self, inputs: Ints | None = None) -> None:
         """Give the prefill slot to a new stream.

@@ -36,13 +36,18 @@ MUTANTS = (
         ),
         (
             "odd chunks of a prompt",
-            "limit = max(2, limit - limit % 2)",
-            "limit = max(2, limit)",
+            "max(2, limit - limit % 2))",
+            "max(2, limit))",
         ),
         (
             "a prompt in chunks of one token",
-            "limit = max(2, limit - limit % 2)",
-            "limit = max(1, limit - limit % 2)",
+            "max(2, limit - limit % 2))",
+            "max(1, limit - limit % 2))",
+        ),
+        (
+            "chunks of a block",
+            "if self._bundle.span is not None:",
+            "if False:",
         ),
         (
             "tokens that were stepped become a block of a prompt",

@@ -126,7 +126,7 @@ def test_a_full_batch_and_the_prefill_slot_leave_each_other_alone(
 ) -> None:
     """An odd batch and an odd chunk take one row more."""
     stepped = together(few_bits, tokens[:slots])
-    prompt = tokens[slots, :30]
+    prompt = tokens[slots, :29]
     expected = prompted(Served(few_bits), prompt, 3)
     served = Served(few_bits, slots)
     for _ in range(slots):
@@ -174,6 +174,8 @@ def test_rows_come_in_pairs_only_where_it_matters(few_bits: Path, bundle: Path) 
         served.start_prefill()
     block = few.cache.block_room
     for limit, pairs in {1: 2, 2: 2, 3: 2, 4: 4, 7: 6, 8: 8}.items():
-        assert few.cache.prefill_room(limit) == min(pairs, block)
+        assert few.cache.prefill_room(limit) == (block if few.bundle.span else pairs)
         assert plain.cache.prefill_room(limit) == min(limit, block)
     assert few.cache.prefill_room(99) == plain.cache.prefill_room(99) == block
+    assert few.prefill(draw_tokens(few_bits, 1)[0, :3]).shape[0] == 3
+    assert few.cache.prefill_room(1) == (few.cache.block_room if few.bundle.span else 2)

@@ -209,6 +209,7 @@ def test_text_read_later_is_the_text_that_was_read_live(
 
 @given(Content, st.integers(0, 30), Ends, Ends)
 @example(b"xabd", 3, [], ["abc"])
+@example(b"xabdefgh", 3, [], ["abc"])
 @example(b"xab", 3, [], ["abc"])
 @example(b"xabc", 3, [], ["abc"])
 @example(b"xab", 3, ["abc"], [])
