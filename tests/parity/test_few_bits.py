@@ -108,16 +108,18 @@ def test_what_was_pushed_one_by_one_is_no_block_of_another_prompt(
     few_bits: Path, tokens: Ints
 ) -> None:
     """A stream that continues has tokens in its state that a prompt would push together."""
-    served = Served(few_bits, prefix_bytes=10**6)
-    served.cache.begin()
-    served.decode(tokens[:1, : SPAN - 2])
-    saved = served.cache.save(0)
-    served.cache.resume_prefill(tokens[0, :30], saved)
-    served.prefilling = True
-    while (at := served.cache.prefill_pushed) < 30:
-        served.cache.prefill(tokens[0, at : min(30, at + served.cache.prefill_room(SPAN))])
-    got = prompted(served, tokens[0, :30], SPAN)
-    assert np.array_equal(got, prompted(Served(few_bits), tokens[0, :30], SPAN)[-len(got) :])
+    for prompt in tokens[:8, :31]:
+        served = Served(few_bits, slots=1, prefix_bytes=10**6)
+        served.cache.begin()
+        served.decode(prompt[None, : SPAN - 2])
+        served.cache.resume_prefill(prompt, served.cache.save(0))
+        served.prefilling = True
+        while (at := served.cache.prefill_pushed) < len(prompt):
+            served.cache.prefill(prompt[at : at + served.cache.prefill_room(SPAN)])
+        assert served.cache.prefix_bytes == 0
+        got = prompted(served, prompt, SPAN)
+        expected = prompted(Served(few_bits, slots=1), prompt, SPAN)
+        assert np.array_equal(got, expected[-len(got) :])
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3])
