@@ -56,6 +56,16 @@ MUTANTS = (
         ),
     ),
     *bugs(
+        "server/runtime/host_state.py",
+        "tests/server/runtime/test_host_state.py",
+        ("odd folds stay odd", "if len(rows) % 2:", "if False:"),
+        (
+            "many folds are cut into odd parts",
+            "max(2, FOLDED_BYTES // size // 2 * 2)",
+            "max(1, FOLDED_BYTES // size)",
+        ),
+    ),
+    *bugs(
         "server/engine/engine.py",
         _ENGINE,
         (
