@@ -89,7 +89,8 @@ class EngineConfig:
     """Threads of one step; 0 uses all cores."""
 
     draft_tokens: int = 0
-    """Draft tokens to guess while a single stream runs; 0 turns it off."""
+    """Draft tokens to guess while a single stream runs; 0 turns it off. Engines of bundles with
+    matrices of few bits turn it off, too."""
 
     snapshot_interval: int = 256
     """Tokens between two snapshots of a kept stream; taken when a block folds."""

@@ -61,6 +61,15 @@ class Bundle:
         return self.manifest.fold.resets and not self.manifest.fold.binary
 
     @property
+    def pairs_rows(self) -> bool:
+        """Whether every pass needs an even number of rows.
+
+        The kernels of matrices in few bits sum the last of an odd number of rows in another order.
+        They round what comes of it to 8 bits, so that the difference does not stay small.
+        """
+        return self.manifest.HasField("quantisation")
+
+    @property
     def typecode(self) -> str:
         """Type code of `array.array` that holds a token in the fewest bytes."""
         return next(c for c in "BHI" if self.manifest.vocabulary <= 1 << 8 * array(c).itemsize)

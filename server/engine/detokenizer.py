@@ -20,6 +20,7 @@ class Detokenizer:
         self._stop = tuple(stop)
         self._include_stop = include_stop
         self._held = ""
+        self._sent = 0  # characters of the held text that were sent before it was held
         self.matched: str | None = None
 
     def push(self, token: int, may_stop: bool = True) -> str:
@@ -36,30 +37,48 @@ class Detokenizer:
             at, self.matched = min(found)
             end = at + len(self.matched) if self._include_stop else at
             released, self._held = self._held[:end], ""
-            return released
-        keep = self._possible_stop()
-        released = self._held[: len(self._held) - keep]
-        self._held = self._held[len(self._held) - keep :]
-        return released
+            return self._unsent(released)
+        return self._unsent(self._release())
 
-    def replay(self, content: bytes, matched: str | None = None) -> str:
+    def replay(self, content: bytes, is_stopped: bool = False, sent: int = 0) -> str:
         """The text of all bytes of `content`, as `push` gives it. Call it before the first `push`.
 
-        `matched` is the stop string at their end, if one was found.
+        is_stopped: whether its last byte completed a stop string. One byte may complete several
+        characters, so that text can follow the stop string, which is dropped.
+        sent: number of characters that were sent, maybe with other stop strings. Of them, those
+        that are held back now are not released again.
         """
-        text = self._decoder.decode(content)
-        if matched is not None:
-            return text if self._include_stop else text.removesuffix(matched)
-        self._held = text
-        keep = self._possible_stop()
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+        if is_stopped:
+            self._held = self._decoder.decode(content[:-1])
+            before = len(self._held)
+            self._held += self._decoder.decode(content[-1:])
+            found = self._completed(before)
+            if found:  # not in a stored stream whose writer disagrees
+                at, matched = min(found)
+                self._held = self._held[: at + len(matched) if self._include_stop else at]
+            return self._held
+        self._held = self._decoder.decode(content)
+        released = self._release()
+        self._sent = max(0, sent - len(released))
+        return released
 
     def flush(self) -> str:
         """The rest of the text when the stream ends; an incomplete character becomes U+FFFD."""
         released = self._held + self._decoder.decode(b"", final=True)
         self._held = ""
+        return self._unsent(released)
+
+    def _release(self) -> str:
+        """Release the held text, except what may be the beginning of a stop string."""
+        end = len(self._held) - self._possible_stop()
+        released, self._held = self._held[:end], self._held[end:]
         return released
+
+    def _unsent(self, released: str) -> str:
+        """What of the `released` text was not sent before it was held."""
+        unsent = released[self._sent :]
+        self._sent = max(0, self._sent - len(released))
+        return unsent
 
     def _completed(self, before: int) -> list[tuple[int, str]]:
         """Positions and stop strings that end after `before` characters of the held text."""

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from math import inf
 
 from concertina.machine import memory_bytes
@@ -20,7 +21,7 @@ from server.config import EngineConfig
 from server.engine.admission import Ledger, Refusal, limits
 from server.engine.decoding import Decoding
 from server.engine.interfaces import SnapshotStore, StreamHolder
-from server.engine.kv_cache import Cache
+from server.engine.kv_cache import Cache, num_rows
 from server.engine.lifecycle import StreamLifecycle
 from server.engine.loop import StepLoop
 from server.engine.placement import Placement
@@ -49,8 +50,10 @@ class Engine:
         self, bundle: Bundle, config: EngineConfig, snapshots: SnapshotStore | None = None
     ) -> None:
         self.bundle = bundle
-        self.config = config
-        self.runtime = Runtime(bundle, config.slots + 1, config.threads, config.provider)
+        self.config = config = _without_drafts(config, bundle)
+        self.runtime = Runtime(
+            bundle, num_rows(bundle, config.slots), config.threads, config.provider
+        )
         self.cache = Cache(bundle, self.runtime, config.slots, config.prefix_cache_bytes)
         self.placement = Placement(self.cache, config.stream_buffer)
         self.metrics = EngineMetrics(bundle.name)
@@ -251,3 +254,18 @@ class Engine:
     def _idle_s(self, holder: StreamHolder) -> float:
         soonest = min(self.streams.next_expiry, holder.next_expiry)
         return max(0.0, min(self.idle_wait_s, soonest - time.monotonic()))
+
+
+def _without_drafts(config: EngineConfig, bundle: Bundle) -> EngineConfig:
+    """`config`, without draft tokens if they could change the output of the bundle's streams."""
+    if not (config.draft_tokens and bundle.pairs_rows):
+        return config
+    _log.warning(
+        "draft_tokens is %d, but %s is served without drafts: its matrices have %d bits, and with "
+        "these, tokens that are pushed together get other log-probabilities than one by one; for "
+        "drafts, export the model without --weights",
+        config.draft_tokens,
+        bundle.name,
+        bundle.manifest.quantisation.bits,
+    )
+    return replace(config, draft_tokens=0)

@@ -1,8 +1,9 @@
 """Manages the rows of the runtime: how many tokens each row has pushed, and when it folds.
 
-Rows `0 … len(pushed) - 1` are the batch, without gaps. Row `slots` is the prefill slot, where one
-stream at a time pushes its prompt before it joins the batch. State is copied before a row counts
-as taken or free: where a copy raises, the batch is as it was.
+Rows `0 … len(pushed) - 1` are the batch, without gaps. A row after the slots is the prefill slot,
+where one stream at a time pushes its prompt before it joins the batch. If the bundle pairs rows,
+the row after an odd batch and the row after the prefill slot are never in use. State is copied
+before a row counts as taken or free: where a copy raises, the batch is as it was.
 """
 
 from __future__ import annotations
@@ -21,6 +22,16 @@ from server.runtime.onnx_session import Runtime
 _NEVER = np.iinfo(np.int64).max
 
 
+def prefill_row(bundle: Bundle, slots: int) -> int:
+    """The row of the prefill slot, after those of `slots` streams in the batch."""
+    return slots + slots % 2 if bundle.pairs_rows else slots
+
+
+def num_rows(bundle: Bundle, slots: int) -> int:
+    """Number of rows that the runtime needs for `slots` streams in the batch."""
+    return prefill_row(bundle, slots) + (2 if bundle.pairs_rows else 1)
+
+
 class Cache:
     """The state of up to `slots` streams in the batch and of one in the prefill slot."""
 
@@ -28,7 +39,7 @@ class Cache:
         self._bundle = bundle
         self._runtime = runtime
         self._slots = slots
-        self._prefill_row = slots
+        self._prefill_row = prefill_row(bundle, slots)
         self._prefill_pushed = 0
         self._open_block: Ints = np.zeros(0, np.int64)  # its tokens, if prefixes are cached
         self._interval = bundle.span or _NEVER
@@ -74,6 +85,19 @@ class Cache:
         """Number of tokens that the stream in the prefill slot can push until its block is full."""
         return self._room(self.prefill_pushed)
 
+    def prefill_room(self, limit: int) -> int:
+        """Most tokens that the next pass of the prefill slot may push, of at most `limit`.
+
+        If the bundle pairs rows, the limit must change no last bit. Where there are blocks, a pass
+        is a whole one, since some patterns add up its tokens. Elsewhere it has an even number of
+        tokens, at least 2: two or more tokens of a pass get the same bits, one alone gets others.
+        """
+        if not self._bundle.pairs_rows:
+            return min(self.block_room, limit)
+        if self._bundle.span is not None:
+            return self.block_room
+        return min(self.block_room, max(2, limit - limit % 2))
+
     def start_prefill(self, inputs: Ints | None = None) -> None:
         """Give the prefill slot to a new stream.
 
@@ -98,7 +122,10 @@ class Cache:
         self._prefill_pushed = saved.pushed
         if self._prefixes is not None:
             blocks, rest = divmod(saved.pushed, self._bundle.span or 1)
-            self._prefixes.resume(inputs[: saved.pushed], blocks)
+            # Some of these tokens may have been pushed one by one, which prompts are not: where
+            # that makes a difference, other prompts must not get blocks that depend on them.
+            known = _NEVER if self._bundle.pairs_rows else blocks
+            self._prefixes.resume(inputs[: saved.pushed], known)
             self._open_block = inputs[saved.pushed - rest : saved.pushed]
         self._runtime.write(self._prefill_row, self._length(saved.pushed), saved.state)
 

@@ -65,7 +65,8 @@ def restore(
     if num_restored:
         stream.last_token = stream.history[-1]
         if request.complete_at is None:
-            stream.detokenizer.replay(bytes(stream.history.tolist()))
+            sent = checkpoint.base_characters
+            stream.detokenizer.replay(bytes(stream.history.tolist()), sent=sent)
     return stream
 
 

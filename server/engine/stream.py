@@ -191,7 +191,7 @@ class Stream:
         finish = self.ending if isinstance(self.ending, Finish) else None
         matched = None if finish is None else finish.stop
         detokenizer = Detokenizer(self.request.stop, self.request.include_stop)
-        text = detokenizer.replay(bytes(self.history.tolist()), matched)
+        text = detokenizer.replay(bytes(self.history.tolist()), matched is not None)
         paused = finish is not None and finish.reason is FinishReason.PAUSED
         if self.ended and matched is None and not paused:
             text += detokenizer.flush()

@@ -118,7 +118,7 @@ def serve(
         _number(
             "draft_tokens",
             "Draft tokens to guess from repeated text while a single stream runs; "
-            "they change only its speed. 0 turns it off.",
+            "they change only its speed. 0 turns it off; so do int8 and int4 weights.",
         ),
     ] = EngineConfig.draft_tokens,
     snapshots: Annotated[

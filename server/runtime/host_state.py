@@ -73,14 +73,19 @@ class HostRows:
         begins: Sequence[StateLength],
         ends: Sequence[StateLength],
     ) -> None:
-        """Fold the state of each of `rows` between two lengths, with the graph of `session`."""
+        """Fold the state of each of `rows` between two lengths, with the graph of `session`.
+
+        An even number at once: the last of an odd number is folded twice, to the same values.
+        """
+        if len(rows) % 2:  # float products, too, sum the last of an odd number in another order
+            rows, begins, ends = ([*each, each[-1]] for each in (rows, begins, ends))
         layouts = set(self._layouts.values())
         indices = {layout: _line_indices(*layout, rows, begins, ends) for layout in layouts}
         size = sum(
             indices[self._layouts[value.name]][0].size * self._lines[value.name][0].nbytes
             for value in session.get_inputs()
         )
-        together = max(1, FOLDED_BYTES // size)
+        together = max(2, FOLDED_BYTES // size // 2 * 2)
         for first in range(0, len(rows), together):
             some = {layout: n[first : first + together] for layout, n in indices.items()}
             self._fold(session, {name: some[layout] for name, layout in self._layouts.items()})

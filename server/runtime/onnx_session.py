@@ -41,6 +41,9 @@ DEVICES: dict[Provider, str] = {"cpu": "cpu", "cuda": "cuda"}
 class Runtime:
     """Runs the graphs of one bundle over the state of `rows` streams.
 
+    If the bundle pairs rows, a step of an odd number of rows also changes the row after them, and
+    so does `prefill`: that row must be in no use.
+
     Raises ConfigError if the `provider` is not installed or does not start, and BundleError if it
     cannot run the bundle.
     """
@@ -55,6 +58,7 @@ class Runtime:
                 "float16: export the checkpoint again with --state float16"
             )
         self._tensors = bundle.state
+        self._pairs = bundle.pairs_rows
         self._step_session = _load(bundle.step_path, threads, provider)
         self._fold_session = _load(bundle.fold_path, 1, provider) if bundle.span else None
         self.rows: HostRows | DeviceRows
@@ -77,10 +81,12 @@ class Runtime:
         valid only until the next call.
         """
         batch = len(tokens)
-        binding = self._steps.get((0, batch))
-        if binding is None:
-            binding = self._steps[0, batch] = self._bind(0, batch)
-        return binding.run(tokens[:, None], positions[:, None], lengths + 1, np.arange(batch))
+        if self._pairs and batch % 2:
+            tokens, positions, lengths = (_with_one(n) for n in (tokens, positions, lengths))
+        rows = len(tokens)
+        binding = self._binding(0, rows)
+        logits = binding.run(tokens[:, None], positions[:, None], lengths + 1, np.arange(rows))
+        return logits[:batch]
 
     def prefill(
         self, row: int, tokens: Ints, position: int, length: int, logits: bool = False
@@ -90,16 +96,34 @@ class Runtime:
         All must fit into the open block. Returns `[T, vocabulary]` if `logits` is true, else
         `[0, vocabulary]`; valid only until the next call.
         """
-        binding = self._steps.get((row, 1))
-        if binding is None:
-            binding = self._steps[row, 1] = self._bind(row, 1)
         time = len(tokens)
-        return binding.run(
+        if not (self._pairs and time % 2):
+            return self._push(row, tokens, position, length, logits)
+        if time == 1:
+            return self._push_one(row, tokens, position, length, logits)
+        before = self._push(row, tokens[:-1], position, length, logits).copy()
+        position, length = position + time - 1, length + time - 1
+        last = self._push_one(row, tokens[-1:], position, length, logits)
+        return np.concatenate((before, last))
+
+    def _push(self, row: int, tokens: Ints, position: int, length: int, logits: bool) -> Floats:
+        time = len(tokens)
+        return self._binding(row, 1).run(
             tokens[None],
             np.arange(position, position + time)[None],
             np.array([length + time]),
             np.arange(time if logits else 0),
         )
+
+    def _push_one(self, row: int, token: Ints, position: int, length: int, logits: bool) -> Floats:
+        """Push `token[1]` into `row`, together with any token into the row after it."""
+        out = self._binding(row, 2).run(
+            _with_one(token)[:, None],
+            np.array([[position], [0]]),
+            np.array([length + 1, 1]),
+            np.arange(2 if logits else 0),
+        )
+        return out[:1]
 
     def fold(
         self, rows: Sequence[int], begins: Sequence[StateLength], ends: Sequence[StateLength]
@@ -123,8 +147,12 @@ class Runtime:
         """Write tensors of a state of length `end` into `row`."""
         self.rows.write(row, end, state)
 
-    def _bind(self, first: int, batch: int) -> _Binding:
-        return _Binding(self._step_session, self._tensors, self.rows, first, batch)
+    def _binding(self, first: int, batch: int) -> _Binding:
+        binding = self._steps.get((first, batch))
+        if binding is None:
+            binding = _Binding(self._step_session, self._tensors, self.rows, first, batch)
+            self._steps[first, batch] = binding
+        return binding
 
 
 class _Binding:
@@ -179,6 +207,11 @@ class _Binding:
             self._io.bind_ortvalue_output(_LOGITS, ort.OrtValue.ortvalue_from_numpy(self._logits))
         self._session.run_with_iobinding(self._io)
         return self._logits
+
+
+def _with_one(values: Ints) -> Ints:
+    """`values` and a 0: a token, a position and a length that every graph takes."""
+    return np.append(values, 0)
 
 
 def _require(provider: Provider) -> None:

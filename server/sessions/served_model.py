@@ -30,11 +30,11 @@ class ServedModel:
         self, bundle: Bundle, config: EngineConfig, snapshots: SnapshotStore | None = None
     ) -> None:
         self.bundle = bundle
-        self.config = config
         self.engine = Engine(bundle, config, snapshots)
+        self.config = self.engine.config
         self._deliveries = Deliveries()
         self._sessions = SessionLifecycle(
-            bundle, config, self.engine.streams, self._deliveries, snapshots
+            bundle, self.config, self.engine.streams, self._deliveries, snapshots
         )
         self.table = self._sessions.table
         self.engine.start(self._sessions)

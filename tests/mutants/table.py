@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutants import client, export, model, patterns, pixels, server, snapshots
+from tests.mutants import client, export, model, patterns, pixels, same_bits, server, snapshots
 
 MUTANTS = (
     *patterns.MUTANTS,
@@ -11,5 +11,6 @@ MUTANTS = (
     *export.MUTANTS,
     *client.MUTANTS,
     *server.MUTANTS,
+    *same_bits.MUTANTS,
     *snapshots.MUTANTS,
 )

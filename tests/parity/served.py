@@ -12,7 +12,7 @@ from concertina.v1 import bundle_pb2 as pb
 from export.weights import load_decoder
 from server.arrays import Floats, Ints
 from server.bundles.bundle import load_bundle
-from server.engine.kv_cache import Cache
+from server.engine.kv_cache import Cache, num_rows, prefill_row
 from server.runtime.onnx_session import Runtime
 
 TOLERANCE = 1e-4
@@ -47,11 +47,16 @@ class Served:
     """A cache and its runtime. Values that no stream may read are set to `poison`."""
 
     def __init__(
-        self, folder: Path, slots: int = 4, poison: float = np.nan, prefix_bytes: int = 0
+        self,
+        folder: Path,
+        slots: int = 4,
+        poison: float = np.nan,
+        prefix_bytes: int = 0,
+        threads: int = 1,
     ) -> None:
         self.bundle = load_bundle(folder)
         self.slots = slots
-        self.runtime = Runtime(self.bundle, slots + 1, threads=1)
+        self.runtime = Runtime(self.bundle, num_rows(self.bundle, slots), threads)
         self.cache = Cache(self.bundle, self.runtime, slots, prefix_bytes)
         self.prefilling = False
         self.value = poison
@@ -61,10 +66,10 @@ class Served:
         """Overwrite the unused entries of used rows, and all entries of unused rows."""
         pushed = dict(enumerate(self.cache.pushed.tolist()))
         if self.prefilling:
-            pushed[self.slots] = self.cache.prefill_pushed
+            pushed[prefill_row(self.bundle, self.slots)] = self.cache.prefill_pushed
         for tensor in self.bundle.manifest.state:
             buffer = self.runtime.rows.buffers[tensor.name]
-            for row in range(self.slots + 1):
+            for row in range(num_rows(self.bundle, self.slots)):
                 tokens = pushed.get(row, 0)
                 if tensor.kind == pb.STATE_KIND_STACK:
                     buffer[row, :, self.bundle.entries(tokens) :] = self.value

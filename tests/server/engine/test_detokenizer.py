@@ -170,3 +170,69 @@ def test_a_stop_string_before_min_tokens_is_text(
         if stream.matched is not None:
             break
     assert (sent + stream.flush(), stream.matched) == (expected, matched)
+
+
+Torn = st.one_of(Letters, st.just("\ufffd"))
+Ends = st.lists(st.text(Torn, min_size=1, max_size=4), max_size=3)
+
+
+def _read(stream: Detokenizer, content: bytes, begin: int = 0, free: int = 0) -> tuple[str, int]:
+    """The text that `stream` gives for the bytes from `begin` on, and how many it takes in all."""
+    text = ""
+    for end in range(begin + 1, len(content) + 1):
+        text += stream.push(content[end - 1], may_stop=end > free)
+        if stream.matched is not None:
+            return text, end
+    return text + stream.flush(), len(content)
+
+
+@given(Content, Ends, st.booleans(), st.integers(0, 12))
+@example(b"a\xc3b", ["\ufffd"], False, 0)
+@example(b"a\xc3b", ["\ufffd"], True, 0)
+@example(b"a\xe2\x82\xc3", ["\ufffd"], False, 0)
+def test_text_read_later_is_the_text_that_was_read_live(
+    content: bytes, stops: list[str], include_stop: bool, free: int
+) -> None:
+    """From any byte on: what was sent before, and what a stream sends that goes on from there."""
+    live, sent = Detokenizer(stops, include_stop), ""
+    whole = Detokenizer(stops, include_stop)
+    expected = _read(whole, content, free=free)
+    for end, byte in enumerate(content, 1):
+        sent += live.push(byte, may_stop=end > free)
+        later = Detokenizer(stops, include_stop)
+        assert later.replay(content[:end], live.matched is not None) == sent
+        if live.matched is not None:
+            break
+        rest, taken = _read(later, content, end, free)
+        assert (sent + rest, taken, later.matched) == (*expected, whole.matched)
+
+
+@given(Content, st.integers(0, 30), Ends, Ends)
+@example(b"xabd", 3, [], ["abc"])
+@example(b"xabdefgh", 3, [], ["abc"])
+@example(b"xab", 3, [], ["abc"])
+@example(b"xabc", 3, [], ["abc"])
+@example(b"xab", 3, ["abc"], [])
+def test_text_goes_on_where_it_was_when_stop_strings_change(
+    content: bytes, cut: int, before: list[str], after: list[str]
+) -> None:
+    """A stream that is paused and continues with others: nothing is sent twice, or left out."""
+    first, sent = Detokenizer(before), ""
+    for byte in content[:cut]:
+        sent += first.push(byte, may_stop=False)
+    second = Detokenizer(after)
+    live = second.replay(content[:cut], sent=len(sent))[len(sent) :]
+    rest, taken = _read(second, content, min(cut, len(content)))
+    live += rest
+    later = Detokenizer(after)
+    read = later.replay(content[:taken], second.matched is not None)
+    if second.matched is None:
+        read += later.flush()
+        assert sent + live == content.decode(errors="replace")
+    assert live == read[len(sent) :]
+
+
+@pytest.mark.parametrize("content", [b"", b"abc"])
+def test_a_stop_string_that_is_not_there_ends_no_text(content: bytes) -> None:
+    """A stored stream may say that it was met."""
+    assert Detokenizer(["x"]).replay(content, is_stopped=True) == content.decode()

@@ -157,6 +157,15 @@ async def test_missing_logprobs_of_the_prompt_are_computed_again() -> None:
         ({"stop": ("bc",), "include_stop": True}, b"abc", FinishReason.STOP, "bc", "abc"),
         ({"stop": ("bcd",)}, b"abc", FinishReason.MAX_TOKENS, None, "abc"),
         ({"stop": ("bcd",)}, b"abc", FinishReason.PAUSED, None, "a"),
+        # The last byte completes two characters: the stop string and one that follows it.
+        ({"stop": ("\ufffd",)}, b"a\xc3b", FinishReason.STOP, "\ufffd", "a"),
+        (
+            {"stop": ("\ufffd",), "include_stop": True},
+            b"a\xc3b",
+            FinishReason.STOP,
+            "\ufffd",
+            "a\ufffd",
+        ),
     ],
 )
 async def test_the_backlog_of_an_ended_stream_is_its_whole_output(
@@ -167,3 +176,24 @@ async def test_the_backlog_of_an_ended_stream_is_its_whole_output(
     assert stream.ended
     assert stream.backlog is not None
     assert (bytes(stream.backlog.tokens), stream.backlog.text) == (tokens, text)
+
+
+@pytest.mark.parametrize(
+    ("stop", "following", "sent"),
+    [
+        ((), b"d", "d"),
+        (("abc",), b"d", "d"),  # "ab" is held back, but was sent before
+        (("abc",), b"c", ""),
+        (("abcd",), b"ce", "ce"),
+    ],
+)
+async def test_text_that_was_sent_before_a_pause_is_not_sent_again(
+    stop: tuple[str, ...], following: bytes, sent: str
+) -> None:
+    checkpoint = _checkpoint(b"xab", pushed=5, base_tokens=3, base_characters=3)
+    stream = await _stream(checkpoint, stop=stop)
+    text = "".join(stream.accept_token(token, 1.0)[0] for token in following)
+    assert text == sent
+    assert stream.backlog is not None
+    if stream.detokenizer.matched is None:
+        assert stream.backlog.text == sent
