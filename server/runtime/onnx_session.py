@@ -101,7 +101,7 @@ class Runtime:
             return self._push(row, tokens, position, length, logits)
         if time == 1:
             return self._push_one(row, tokens, position, length, logits)
-        before = self._push(row, tokens[:-1], position, length, logits).copy()
+        before = self._push(row, tokens[:-1], position, length, logits)
         position, length = position + time - 1, length + time - 1
         last = self._push_one(row, tokens[-1:], position, length, logits)
         return np.concatenate((before, last))

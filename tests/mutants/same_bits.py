@@ -20,11 +20,6 @@ MUTANTS = (
             "position, length = position + time - 1, length + time - 1",
             "position, length = position + time - 2, length + time - 2",
         ),
-        (
-            "the first logits of an odd chunk are overwritten",
-            "position, length, logits).copy()",
-            "position, length, logits)[:]",
-        ),
     ),
     *bugs(
         "server/engine/kv_cache.py",
