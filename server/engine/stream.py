@@ -72,6 +72,11 @@ class Stream:
         return self.lease.keep_s > 0
 
     @property
+    def was_paused(self) -> bool:
+        """Whether it has ended by a pause, so that it can be continued."""
+        return isinstance(self.ending, Finish) and self.ending.reason is FinishReason.PAUSED
+
+    @property
     def priority(self) -> int:
         """Priority; streams of higher priority go first."""
         return self.request.priority

@@ -268,7 +268,7 @@ MUTANTS = (
     ),
     Mutant(
         "what a continuation measures begins with the first call",
-        "server/api/sessions.py",
+        "server/api/continuation.py",
         "        accepted_at=time.time(),\n",
         "",
         "tests/server/sessions/test_races.py",

@@ -652,4 +652,4 @@ TestStory.settings = settings(
     suppress_health_check=list(HealthCheck),
 )
 TestLongStory = pytest.mark.slow(LongStory.TestCase)
-TestLongStory.settings = settings(TestStory.settings, max_examples=3000)
+TestLongStory.settings = settings(TestStory.settings, max_examples=900)
