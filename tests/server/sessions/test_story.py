@@ -646,10 +646,10 @@ class LongStory(Story):
 
 TestStory = Story.TestCase
 TestStory.settings = settings(
-    max_examples=300,
+    max_examples=220,
     stateful_step_count=40,
     report_multiple_bugs=False,
     suppress_health_check=list(HealthCheck),
 )
 TestLongStory = pytest.mark.slow(LongStory.TestCase)
-TestLongStory.settings = settings(TestStory.settings, max_examples=3000)
+TestLongStory.settings = settings(TestStory.settings, max_examples=2200)
