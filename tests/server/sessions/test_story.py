@@ -646,7 +646,7 @@ class LongStory(Story):
 
 TestStory = Story.TestCase
 TestStory.settings = settings(
-    max_examples=300,
+    max_examples=220,
     stateful_step_count=40,
     report_multiple_bugs=False,
     suppress_health_check=list(HealthCheck),
