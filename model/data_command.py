@@ -60,8 +60,6 @@ def data(
     heldout: Annotated[
         float,
         typer.Option(
-            min=0,
-            max=1,
             callback=_share,
             help="Share to hold out of the training: of the bytes of text, of the images.",
         ),

@@ -34,6 +34,8 @@ RUN = (
 # The others, by their beginnings, and why they do not.
 NOT_RUN = {
     'concertina generate "def " -m python-4k --address HOST': "needs a host and a certificate",
+    "concertina score data/notes": "needs a dataset; tests/concertina/cli",
+    "concertina score book.txt": "needs a book; tests/concertina/cli",
     "concertina serve": "does not end; tests/e2e and tests/server/hosts start servers",
     "concertina loadtest": "takes a minute; tests/loadtest",
     "concertina data": "needs data, or takes minutes; tests/model",
