@@ -23,7 +23,7 @@ from server.checkpoint import Checkpoint
 from server.config import ConfigError
 from server.request import Lease, Request, prompt_of
 from server.snapshots.availability import Availability
-from server.snapshots.names import origin_name
+from server.snapshots.names import TOMBSTONE, origin_name
 from server.snapshots.opening import open_store, open_writer
 from server.snapshots.sealer import KEY_VARIABLE, Sealer
 from server.snapshots.store import Store
@@ -488,7 +488,8 @@ def test_one_server_sweeps_and_holds_up_no_writes(
     """B10."""
     swept, go_on = [], threading.Event()
 
-    def sweep(older_than_s: float) -> int:
+    def sweep(older_than_s: float, kept_s: dict[str, float]) -> int:
+        assert kept_s == {TOMBSTONE: 24 * 3600}
         swept.append(older_than_s)
         assert go_on.wait(LIMIT_S)
         return 0
@@ -512,7 +513,8 @@ def test_a_sweep_that_fails_is_tried_in_the_next_period(
 ) -> None:
     tried: list[float] = []
 
-    def sweep(older_than_s: float) -> int:
+    def sweep(older_than_s: float, kept_s: dict[str, float]) -> int:
+        assert kept_s == {TOMBSTONE: 24 * 3600}
         tried.append(older_than_s)
         raise OSError("planted")
 
