@@ -107,6 +107,16 @@ MUTANTS = (
             "if stays():",
         ),
     ),
+    *bugs(
+        "server/snapshots/sweeper.py",
+        "tests/server/snapshots/test_outages.py",
+        (
+            "every server sweeps",
+            "if self._store.begin_sweep(int(time.time() // self._period_s)):",
+            "if time.time():",
+        ),
+        ("tombstones are swept like all", "{TOMBSTONE: LONGEST_KEEP_S}", "{}"),
+    ),
     Mutant(
         "two create the same file",
         "server/snapshots/backends.py",
