@@ -355,11 +355,6 @@ MUTANTS = (
             "epoch=snapshot.epoch + 1)",
             "epoch=snapshot.epoch)",
         ),
-        (
-            "a story: a stream that is not kept has a second reader",
-            "if held is not None and not held[1].lease.keep_s:",
-            "if False:",
-        ),
     ),
     *bugs(
         "server/snapshots/limited_calls.py",
@@ -369,6 +364,13 @@ MUTANTS = (
             "lambda: all(call.done for call in calls), rest_s)",
             "lambda: all(call.done for call in calls), None)",
         ),
+    ),
+    Mutant(
+        "a stream that is not kept has a second reader",
+        "server/sessions/reviver.py",
+        "if held is not None and not held[1].lease.keep_s:",
+        "if False:",
+        "tests/server/sessions/test_races.py",
     ),
     Mutant(
         "who looks for a stream sends its reader away",
