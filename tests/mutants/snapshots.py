@@ -89,8 +89,8 @@ MUTANTS = (
     Mutant(
         "a claim that failed stays in the store",
         "server/snapshots/claims.py",
-        "self._doubtful[claimed] = _digest(origin)",
-        "pass",
+        "            self._doubtful[claimed] = _digest(origin)\n            if",
+        "            if",
         "tests/server/snapshots/test_outages.py",
     ),
     *bugs(

@@ -327,7 +327,11 @@ def test_a_stream_that_began_in_an_outage_is_claimed_without_a_snapshot(
 
 
 def test_a_stream_that_began_in_an_outage_yields_to_another_of_its_name(
-    text: Bundle, store: Store, writer: SnapshotWriter, monkeypatch: pytest.MonkeyPatch
+    text: Bundle,
+    store: Store,
+    writer: SnapshotWriter,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     lost: list[tuple[Lease, bool]] = []
     writer.on_lost = lambda lease, deleted: lost.append((lease, deleted))
@@ -335,12 +339,12 @@ def test_a_stream_that_began_in_an_outage_yields_to_another_of_its_name(
     with pytest.raises(OSError, match="no space"):
         writer.begin(text, STREAM)
     writer.begin_later(text, STREAM)
-    failing.share = 0.0
-    other = SnapshotWriter(store, Sealer([bytes(32)]), 60.0)
+    other = SnapshotWriter(Store(f"file://{tmp_path}/store"), Sealer([bytes(32)]), 60.0)
     other.begin(text, STREAM)
     other.offer(text, STREAM, 0, at("other"))
     other.close(LIMIT_S)
     writer.offer(text, STREAM, 0, at("mine"))
+    failing.share = 0.0
     assert writer.flush(LIMIT_S) == 0
     assert (lost, generated(writer)) == ([(STREAM, False)], "other")
 
