@@ -141,6 +141,10 @@ class Request:
         return token == self.end_token or (token in self.stop_tokens and not self.include_stop)
 
 
+LONGEST_KEEP_S = 24 * 3600
+"""Longest time that a stream is kept without a reader, in seconds."""
+
+
 @dataclass(frozen=True)
 class Lease:
     """What a server has accepted under one name.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 from tests.pairs import thin_out
 
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 # The same examples everywhere, and no verdict that depends on how busy a machine is.
 settings.register_profile("steady", derandomize=True, deadline=None, database=None)
+settings.register_profile(
+    "first", settings.get_profile("steady"), phases=(Phase.explicit, Phase.generate)
+)
 settings.load_profile("steady")
 
 # Before onnxruntime is imported, by whomever.

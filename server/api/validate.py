@@ -17,6 +17,7 @@ from server.engine.restore import BEGINNING, ResumeCursor
 from server.errors import InvalidRequest
 from server.request import (
     LONGEST_BAD_WORD,
+    LONGEST_KEEP_S,
     LogitsProcessors,
     Request,
     SamplingParameters,
@@ -32,7 +33,6 @@ _MAX_OUTPUTS = 128
 _MAX_KEY_BYTES = 128
 _MAX_LAST_IDS = 4096
 _MAX_COUNT = 1 << 40
-_MAX_KEEP_S = 24 * 3600
 _MAX_TOP_LOGPROBS = 20
 _MAX_PRIORITY = 100
 _MAX_SECONDS = 315_576_000_000  # what google.protobuf.Duration allows
@@ -334,8 +334,8 @@ def keep_s(request: pb.GenerateRequest) -> float:
 
 def _check_keep(request: pb.GenerateRequest) -> None:
     keep = keep_s(request)
-    if not 0 <= keep <= _MAX_KEEP_S:
-        raise _out_of_range("keep", keep, 0, _MAX_KEEP_S)
+    if not 0 <= keep <= LONGEST_KEEP_S:
+        raise _out_of_range("keep", keep, 0, LONGEST_KEEP_S)
     size = len(request.idempotency_key.encode())
     if size > _MAX_KEY_BYTES:
         raise InvalidRequest(

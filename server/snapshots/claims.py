@@ -34,20 +34,17 @@ class Claims:
         """
         claimed = lease.owner, lease.stream_id, origin_name(lease.epoch)
         self._take_back(claimed)
-        is_made = False
         try:
-            self._store.create(*claimed, origin)
-            is_made = True
-            names = self._store.names(lease.owner, lease.stream_id)
+            self._create(claimed, origin)
         except FileExistsError:
             raise AlreadyClaimed(self.now(lease)) from None
+        try:
+            names = self._store.names(lease.owner, lease.stream_id)
         except OSError as error:
-            # The store itself takes back what hung. Of others nobody knows whether they are there.
-            if is_made or not isinstance(error, TimeoutError):
-                self._doubtful[claimed] = _digest(origin)
-                if not isinstance(error, TimeoutError):
-                    with suppress(OSError):
-                        self._take_back(claimed)
+            self._doubtful[claimed] = _digest(origin)
+            if not isinstance(error, TimeoutError):
+                with suppress(OSError):
+                    self._take_back(claimed)
             raise
         claim = claim_in(names)
         if claim is not None and claim.is_above(lease.epoch):
@@ -55,6 +52,21 @@ class Claims:
                 self._store.remove(lease.owner, lease.stream_id, [claimed[-1]])
             raise AlreadyClaimed(claim)
         return names
+
+    def _create(self, claimed: tuple[str, str, str], origin: bytes) -> None:
+        """Create a claim. That is done, too, if it is there although the answer got lost."""
+        try:
+            self._store.create(*claimed, origin)
+        except (FileExistsError, TimeoutError):  # the store itself takes back what hung
+            raise
+        except OSError:
+            self._doubtful[claimed] = _digest(origin)
+            owner, stream_id, name = claimed
+            with suppress(OSError):
+                if self._store.get(owner, stream_id, [name]) == {name: origin}:
+                    del self._doubtful[claimed]
+                    return
+            raise
 
     def now(self, lease: Lease) -> Claim:
         """Who owns a stream that somebody has claimed. Raises OSError."""

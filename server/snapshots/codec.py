@@ -16,12 +16,11 @@ from server.bundles.bundle import Bundle
 from server.bundles.state import StateKind
 from server.checkpoint import Checkpoint, Finish, FinishReason, SavedState, TokenLogprobs
 from server.errors import SnapshotRefused
-from server.request import Lease, Request
+from server.request import LONGEST_KEEP_S, Lease, Request
 from server.snapshots.request_codec import requests_from, stored_request
 from server.snapshots.sealer import VERSION
 
 _LONGEST_S = 10**10  # more than any stream lasts
-_LONGEST_KEEP_S = 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -128,10 +127,10 @@ def restored(bundle: Bundle, snapshot: Snapshot) -> tuple[Lease, tuple[Checkpoin
             f"the snapshot is of another bundle of {header.model!r}: its fingerprint is "
             f"{header.fingerprint[:16]}, the one served has {bundle.fingerprint[:16]}"
         )
-    if not 0 < header.keep_seconds <= _LONGEST_KEEP_S:
+    if not 0 < header.keep_seconds <= LONGEST_KEEP_S:
         raise SnapshotRefused(
             f"the snapshot's keep_seconds is {header.keep_seconds}; it must be above 0 and at most "
-            f"{_LONGEST_KEEP_S}"
+            f"{LONGEST_KEEP_S}"
         )
     requests = requests_from(bundle, snapshot.content.request)
     accepted_at = min(max(0.0, header.accepted.ToNanoseconds() / 1e9), time.time())

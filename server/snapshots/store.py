@@ -7,7 +7,7 @@ import hashlib
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from itertools import groupby
@@ -23,6 +23,8 @@ _CALLS = 8
 _READS = 4  # at once for one stream
 _SLOWEST_BYTES_S = 2_000_000  # a large object may take longer
 _SWEEPS, _PROBES = ".sweeps", ".probes"
+
+_NO_NAMES: Mapping[str, float] = {}
 
 _T = TypeVar("_T")
 
@@ -138,17 +140,23 @@ class Store:
             return False
         return True
 
-    def sweep(self, older_than_s: float) -> int:
-        """Drop the streams of which nothing was written for so long; how many."""
-        return self._sweeping.call(self.sweep_limit_s, lambda: self._sweep(older_than_s))
+    def sweep(self, older_than_s: float, kept_s: Mapping[str, float] = _NO_NAMES) -> int:
+        """Drop the streams of which nothing was written for so long; how many.
 
-    def _sweep(self, older_than_s: float) -> int:
+        kept_s: names with which a stream stays for so many seconds more.
+        """
+        return self._sweeping.call(self.sweep_limit_s, lambda: self._sweep(older_than_s, kept_s))
+
+    def _sweep(self, older_than_s: float, kept_s: Mapping[str, float]) -> int:
         before, swept = time.time() - older_than_s, 0
-        for folder, found in groupby(self.backend.find(self._root), _folder_of):
+        for folder, group in groupby(self.backend.find(self._root), _folder_of):
+            found = dict(group)
             if folder.endswith((_SWEEPS, _PROBES)):
-                for path in [path for path, at in found if at < before]:
+                for path in [path for path, at in found.items() if at < before]:
                     self.backend.remove(path)
-            elif max(at for _, at in found) < before and not self._is_new(folder, before):
+                continue
+            more_s = max(kept_s.get(path.rpartition("/")[2], 0.0) for path in found)
+            if max(found.values()) < before - more_s and not self._is_new(folder, before):
                 self.backend.clear(folder)
                 swept += 1
         return swept

@@ -6,6 +6,8 @@ import logging
 import threading
 import time
 
+from server.request import LONGEST_KEEP_S
+from server.snapshots.names import TOMBSTONE
 from server.snapshots.store import Store
 
 _log = logging.getLogger(__name__)
@@ -31,7 +33,8 @@ class Sweeper:
         while not self._closing.wait(self._period_s - time.time() % self._period_s):
             try:
                 if self._store.begin_sweep(int(time.time() // self._period_s)):
-                    swept = self._store.sweep(self._ttl_s)
+                    # Until no server can hold it any more, a deleted stream stays deleted.
+                    swept = self._store.sweep(self._ttl_s, {TOMBSTONE: LONGEST_KEEP_S})
                     _log.info("%d expired streams were removed from the store", swept)
                 self._failing = False
             except Exception as error:

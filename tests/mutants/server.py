@@ -192,6 +192,41 @@ MUTANTS = (
         "tests/server/sessions/test_registry.py",
     ),
     Mutant(
+        "who has least pays for those who have most",
+        "server/sessions/table.py",
+        "self._owners.put(owner, -self._by_owner[owner])",
+        "self._owners.put(owner, self._by_owner[owner])",
+        "tests/server/sessions/test_table.py",
+    ),
+    Mutant(
+        "copies do not count against a quota",
+        "server/sessions/opener.py",
+        "reserving(caller, copies)",
+        "reserving(caller, 0)",
+        "tests/server/sessions/test_races.py",
+    ),
+    Mutant(
+        "a stream that cannot be placed has no end",
+        "server/engine/lifecycle.py",
+        'self.end(stream, StepFailed("the stream could not be placed',
+        '(stream, StepFailed("the stream could not be placed',
+        "tests/server/engine/test_placing_faults.py",
+    ),
+    Mutant(
+        "a backlog is one event, however large",
+        "server/sessions/subscriber.py",
+        "EVENT_TOKENS = 4096",
+        "EVENT_TOKENS = 1 << 30",
+        "tests/server/sessions/test_subscriber.py",
+    ),
+    Mutant(
+        "a continuation counts the tokens before it",
+        "server/api/continuation.py",
+        "min_tokens = generated + least",
+        "min_tokens = least",
+        "tests/server/sessions/test_races.py",
+    ),
+    Mutant(
         "a delete leaves the reader waiting",
         "server/sessions/lifecycle.py",
         "            self._streams.end(stream, gone)",
@@ -320,11 +355,6 @@ MUTANTS = (
             "epoch=snapshot.epoch + 1)",
             "epoch=snapshot.epoch)",
         ),
-        (
-            "a story: a stream that is not kept has a second reader",
-            "if held is not None and not held[1].lease.keep_s:",
-            "if False:",
-        ),
     ),
     *bugs(
         "server/snapshots/limited_calls.py",
@@ -334,6 +364,13 @@ MUTANTS = (
             "lambda: all(call.done for call in calls), rest_s)",
             "lambda: all(call.done for call in calls), None)",
         ),
+    ),
+    Mutant(
+        "a stream that is not kept has a second reader",
+        "server/sessions/reviver.py",
+        "if held is not None and not held[1].lease.keep_s:",
+        "if False:",
+        "tests/server/sessions/test_races.py",
     ),
     Mutant(
         "who looks for a stream sends its reader away",

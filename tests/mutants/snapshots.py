@@ -89,8 +89,8 @@ MUTANTS = (
     Mutant(
         "a claim that failed stays in the store",
         "server/snapshots/claims.py",
-        "self._doubtful[claimed] = _digest(origin)",
-        "pass",
+        "            self._doubtful[claimed] = _digest(origin)\n            if",
+        "            if",
         "tests/server/snapshots/test_outages.py",
     ),
     *bugs(
@@ -106,6 +106,16 @@ MUTANTS = (
             "if not stays():",
             "if stays():",
         ),
+    ),
+    *bugs(
+        "server/snapshots/sweeper.py",
+        "tests/server/snapshots/test_outages.py",
+        (
+            "every server sweeps",
+            "if self._store.begin_sweep(int(time.time() // self._period_s)):",
+            "if time.time():",
+        ),
+        ("tombstones are swept like all", "{TOMBSTONE: LONGEST_KEEP_S}", "{}"),
     ),
     Mutant(
         "two create the same file",

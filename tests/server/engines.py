@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from server.sessions.served_model import ServedModel
 from server.sessions.subscriber import Delta, Event
 from server.sessions.table import Session
 
-LIMIT_S = 60.0
+LIMIT_S = float(os.environ.get("LIMIT_S", "60"))
 START = 256
 GREEDY = SamplingParameters(temperature=0)
 

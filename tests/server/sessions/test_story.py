@@ -651,5 +651,5 @@ TestStory.settings = settings(
     report_multiple_bugs=False,
     suppress_health_check=list(HealthCheck),
 )
-TestLongStory = pytest.mark.slow(LongStory.TestCase)
-TestLongStory.settings = settings(TestStory.settings, max_examples=900)
+TestLongStory = pytest.mark.slow(pytest.mark.timeout(900)(LongStory.TestCase))
+TestLongStory.settings = settings(TestStory.settings, max_examples=500)

@@ -323,6 +323,25 @@ def test_a_claim_whose_answer_got_lost_is_taken_back(
         assert stored(other, stream) == ["abc"]
 
 
+def test_a_claim_that_is_there_is_made(
+    text: Bundle, open_writer: Writers, stream: Lease, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its answer got lost."""
+    writer, other = open_writer(), open_writer()
+    create = writer.store.create
+
+    def lost(*arguments: Any) -> None:
+        create(*arguments)
+        raise OSError("the answer is lost")
+
+    monkeypatch.setattr(writer.store, "create", lost)
+    writer.begin(text, stream)
+    writer.begin(text, replace(stream, epoch=2), [at("ab")])
+    assert stored(other, stream) == ["ab"]
+    with pytest.raises(AlreadyClaimed):
+        other.begin(text, replace(stream, epoch=2), [at("ab")])
+
+
 def _failing(*arguments: Any) -> dict[str, bytes]:
     raise OSError("planted")
 

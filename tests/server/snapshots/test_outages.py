@@ -23,7 +23,7 @@ from server.checkpoint import Checkpoint
 from server.config import ConfigError
 from server.request import Lease, Request, prompt_of
 from server.snapshots.availability import Availability
-from server.snapshots.names import origin_name
+from server.snapshots.names import TOMBSTONE, origin_name
 from server.snapshots.opening import open_store, open_writer
 from server.snapshots.sealer import KEY_VARIABLE, Sealer
 from server.snapshots.store import Store
@@ -327,7 +327,11 @@ def test_a_stream_that_began_in_an_outage_is_claimed_without_a_snapshot(
 
 
 def test_a_stream_that_began_in_an_outage_yields_to_another_of_its_name(
-    text: Bundle, store: Store, writer: SnapshotWriter, monkeypatch: pytest.MonkeyPatch
+    text: Bundle,
+    store: Store,
+    writer: SnapshotWriter,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     lost: list[tuple[Lease, bool]] = []
     writer.on_lost = lambda lease, deleted: lost.append((lease, deleted))
@@ -335,12 +339,12 @@ def test_a_stream_that_began_in_an_outage_yields_to_another_of_its_name(
     with pytest.raises(OSError, match="no space"):
         writer.begin(text, STREAM)
     writer.begin_later(text, STREAM)
-    failing.share = 0.0
-    other = SnapshotWriter(store, Sealer([bytes(32)]), 60.0)
+    other = SnapshotWriter(Store(f"file://{tmp_path}/store"), Sealer([bytes(32)]), 60.0)
     other.begin(text, STREAM)
     other.offer(text, STREAM, 0, at("other"))
     other.close(LIMIT_S)
     writer.offer(text, STREAM, 0, at("mine"))
+    failing.share = 0.0
     assert writer.flush(LIMIT_S) == 0
     assert (lost, generated(writer)) == ([(STREAM, False)], "other")
 
@@ -488,7 +492,8 @@ def test_one_server_sweeps_and_holds_up_no_writes(
     """B10."""
     swept, go_on = [], threading.Event()
 
-    def sweep(older_than_s: float) -> int:
+    def sweep(older_than_s: float, kept_s: dict[str, float]) -> int:
+        assert kept_s == {TOMBSTONE: 24 * 3600}
         swept.append(older_than_s)
         assert go_on.wait(LIMIT_S)
         return 0
@@ -512,7 +517,8 @@ def test_a_sweep_that_fails_is_tried_in_the_next_period(
 ) -> None:
     tried: list[float] = []
 
-    def sweep(older_than_s: float) -> int:
+    def sweep(older_than_s: float, kept_s: dict[str, float]) -> int:
+        assert kept_s == {TOMBSTONE: 24 * 3600}
         tried.append(older_than_s)
         raise OSError("planted")
 

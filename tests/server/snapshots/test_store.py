@@ -62,6 +62,19 @@ def test_old_streams_are_swept(uri: str) -> None:
     assert streams(store, owner) == ["other"]
 
 
+def test_what_has_a_kept_name_stays_longer(uri: str) -> None:
+    store, owner = Store(uri), uuid4().hex
+    for stream_id, names in (("one", ["0"]), ("two", ["0", "deleted"]), ("three", ["deleted"])):
+        for name in names:
+            store.create(owner, stream_id, name, uuid4().bytes)
+    time.sleep(1.2)
+    store.sweep(1.0, {"deleted": 60.0, "other": 0.0})
+    assert streams(store, owner) == ["three", "two"]
+    time.sleep(1.2)
+    store.sweep(1.0, {"deleted": 1.2})
+    assert streams(store, owner) == []
+
+
 def test_what_was_written_during_a_sweep_stays(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The stream looked old when its folder was listed."""
     store, owner = Store(uri), uuid4().hex
