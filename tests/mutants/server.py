@@ -215,9 +215,11 @@ MUTANTS = (
     Mutant(
         "a backlog is one event, however large",
         "server/sessions/subscriber.py",
-        "EVENT_TOKENS = 4096",
-        "EVENT_TOKENS = 1 << 30",
-        "tests/server/sessions/test_subscriber.py",
+        """self._tokens[:EVENT_TOKENS], self._logprobs[:EVENT_TOKENS]
+        del self._tokens[:EVENT_TOKENS], self._logprobs[:EVENT_TOKENS]""",
+        """self._tokens[:], self._logprobs[:]
+        del self._tokens[:], self._logprobs[:]""",
+        "tests/server/sessions/test_races.py",
     ),
     Mutant(
         "a continuation counts the tokens before it",

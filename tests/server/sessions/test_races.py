@@ -409,14 +409,17 @@ async def test_a_pause_follows_a_stream_that_moves(cluster: Cluster) -> None:
 async def test_the_limits_of_a_continuation_count_from_it(cluster: Cluster) -> None:
     """A6, A7: a rest of six seconds counted, and `min_tokens` of before."""
     client = Client(cluster())
+    undisturbed = await whole(client.sessions, request(80))
     got = await paused(client, request(80), 21)
     before = len(got.ids[0])
     session = client.sessions.model.sessions("")[0]
     rested = session.lease.accepted_at
     await asyncio.sleep(0.3)
     began = time.monotonic()
+    limits = {"max_tokens": 20, "min_tokens": 10, "time_limit": {"seconds": 3}}
+    ends_it = undisturbed.ids[0][before + 1]  # soon, if it may
     then = await client.continue_session(
-        got, 9 + before, stopping={"max_tokens": 20, "min_tokens": 10, "time_limit": {"seconds": 3}}
+        got, 9 + before, stopping={**limits, "stop_token_ids": [ends_it]}
     )
     took_ns = (time.monotonic() - began) * 1e9
     usage = then.endings[0].usage
