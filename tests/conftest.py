@@ -21,7 +21,7 @@ settings.register_profile("steady", derandomize=True, deadline=None, database=No
 settings.register_profile(
     "first", settings.get_profile("steady"), phases=(Phase.explicit, Phase.generate)
 )
-settings.load_profile("steady")
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
 
 # Before onnxruntime is imported, by whomever.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

@@ -68,11 +68,11 @@ def run_tests(tree: Path, tests: Sequence[str], bundles: Path | None = None) -> 
         **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
         **({} if bundles is None else {"TINY_BUNDLES": str(bundles)}),
         "OMP_NUM_THREADS": "1",  # several of these run side by side
+        "HYPOTHESIS_PROFILE": "first",  # that there is a failure is enough
         "LIMIT_S": "20",  # whoever waits in vain need not wait long
         "PYTHONDONTWRITEBYTECODE": "1",
     }
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no"]
-    command.append("--hypothesis-profile=first")  # that there is a failure is enough
     began = time.monotonic()
     try:
         done = subprocess.run(
