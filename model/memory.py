@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
+from concertina.machine import cgroups
 from model.config import ModelConfig
 from model.decoder import Decoder
 from model.run import RunError, TrainConfig
@@ -99,20 +100,10 @@ def available(root: Path = Path("/")) -> int:
 
 def _rooms(root: Path) -> Iterator[int]:
     """What is left of every limit of the control groups of this process."""
-    groups = root / "proc/self/cgroup"
-    with suppress(OSError):
-        for line in groups.read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers in ("", "memory"):
-                v1 = controllers == "memory"
-                mount = root / "sys/fs/cgroup" / ("memory" if v1 else "")
-                own = mount / path.lstrip("/")
-                # In a container the mount is the group itself, and the path leads nowhere.
-                for folder in (own, *own.parents):
-                    with suppress(OSError, ValueError):
-                        yield _room(folder, v1)
-                    if folder == mount:
-                        break
+    for folder in cgroups(root, "memory"):
+        for v1 in (False, True):
+            with suppress(OSError, ValueError):  # of the other version, or without a limit
+                yield _room(folder, v1)
 
 
 def _room(folder: Path, v1: bool) -> int:

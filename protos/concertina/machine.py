@@ -17,7 +17,7 @@ _ROOT: Final = Path("/")
 def memory_bytes(root: Path = _ROOT) -> int:
     """The memory of this process at most. root: of the file system with /proc and /sys."""
     limits = [_machine_memory(root)]
-    for folder in _cgroups(root, "memory"):
+    for folder in cgroups(root, "memory"):
         limits += _numbers(folder / "memory.max") or _numbers(folder / "memory.limit_in_bytes")
     return min(limit for limit in limits if limit > 0)
 
@@ -25,7 +25,7 @@ def memory_bytes(root: Path = _ROOT) -> int:
 def cores(root: Path = _ROOT) -> int:
     """The cores of this process at most, at least 1; of a share of a core, nothing is counted."""
     most = float(_allowed_cores())
-    for folder in _cgroups(root, "cpu"):
+    for folder in cgroups(root, "cpu"):
         quota = _numbers(folder / "cpu.max") or [
             *_numbers(folder / "cpu.cfs_quota_us"),
             *_numbers(folder / "cpu.cfs_period_us"),
@@ -58,7 +58,7 @@ def _machine_memory(root: Path) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _cgroups(root: Path, controller: str) -> Iterator[Path]:
+def cgroups(root: Path, controller: str) -> Iterator[Path]:
     """The folders that limit this process: of its cgroup and of those around it, in v1 and v2."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
