@@ -214,8 +214,14 @@ def test_times_are_those_of_the_last_call(text: Bundle, store: Store, open_write
     assert (read(writer).queue_seconds, read(writer).first_token_seconds) == (3.0, 4.0)
 
 
+@pytest.mark.parametrize(("story", "pushed"), [(b"abc", 10), (b"abcdef", 10), (b"abcdef", 14)])
 def test_what_a_claim_adopted_stays(
-    text: Bundle, store: Store, open_writer: Open, monkeypatch: pytest.MonkeyPatch
+    text: Bundle,
+    store: Store,
+    open_writer: Open,
+    monkeypatch: pytest.MonkeyPatch,
+    story: bytes,
+    pushed: int,
 ) -> None:
     """Its former owner finds the claim right after it wrote, and clears up what nobody needs."""
     old, new, stream = open_writer(), open_writer(), lease()
@@ -226,13 +232,13 @@ def test_what_a_claim_adopted_stays(
         create(owner, stream_id, name, *rest)
         if name == state_name(1, 0, 14):
             monkeypatch.setattr(store, "create", create)
-            new.begin(text, replace(stream, epoch=2), [at(b"abc", 10)])
+            new.begin(text, replace(stream, epoch=2), [at(story, pushed)])
 
     write(old, text, stream, at(b"abc", 10))
     monkeypatch.setattr(store, "create", claimed)
     write(old, text, stream, at(b"abcdef", 14))
-    require(read(new), b"abc", 10)
-    assert state_name(1, 0, 14) not in store.names("me", "s")
+    require(read(new), story, pushed)
+    assert (state_name(1, 0, 14) in store.names("me", "s")) == (pushed == 14)
 
 
 def test_a_new_prompt_takes_the_place_of_the_story(
