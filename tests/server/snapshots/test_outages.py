@@ -292,7 +292,9 @@ def test_a_stream_that_began_in_an_outage_is_claimed_later(
     text: Bundle, store: Store, writer: SnapshotWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun: list[Lease] = []
+    lost: list[Lease] = []
     writer.on_stored = lambda lease, stored: begun.append(lease)
+    writer.on_lost = lambda lease, deleted: lost.append(lease)
     failing = Failing(store, monkeypatch, "create")
     with pytest.raises(OSError, match="no space"):
         writer.begin(text, STREAM)
@@ -301,8 +303,10 @@ def test_a_stream_that_began_in_an_outage_is_claimed_later(
     time.sleep(0.1)
     assert (begun, writer.load("me", "s")) == ([], None)
     failing.share = 0.0
-    assert writer.flush(LIMIT_S) == 0
-    assert (begun, generated(writer)) == ([STREAM], "abc")
+    for story in ("abc", "abcd"):  # the second finds it claimed, and not to be claimed any more
+        writer.offer(text, STREAM, 0, at(story))
+        assert writer.flush(LIMIT_S) == 0
+        assert (begun, lost, generated(writer)) == ([STREAM], [], story)
 
 
 def test_a_stream_that_began_in_an_outage_is_claimed_without_a_snapshot(
@@ -368,29 +372,44 @@ def test_a_stream_that_began_in_an_outage_is_continued_before_its_claim(
     assert lost in ([], [(STREAM, False)])  # whoever holds the later lease has lost nothing
 
 
+@pytest.mark.parametrize("claimed", [False, True])
 def test_what_fails_while_its_stream_is_deleted_is_not_written_later(
-    text: Bundle, store: Store, writer: SnapshotWriter, monkeypatch: pytest.MonkeyPatch
+    claimed: bool,
+    text: Bundle,
+    store: Store,
+    writer: SnapshotWriter,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    begun, go, real = threading.Event(), threading.Event(), store.backend.create
+    begun, deleting, real = threading.Event(), threading.Event(), store.backend.create
+    told: list[Lease] = []
+    writer.on_stored = writer.on_lost = lambda lease, _: told.append(lease)
 
-    def create(*arguments: Any) -> None:
+    def create(path: str, *rest: Any) -> None:
+        if TOMBSTONE in path or ".probes" in path:
+            return real(path, *rest)
         begun.set()
-        assert go.wait(LIMIT_S)
+        assert deleting.wait(LIMIT_S)
         raise OSError(errno.ENOSPC, "no space left on device")
 
+    def withdraw(waiting: Waiting, *arguments: Any) -> None:
+        withdraw_now(waiting, *arguments)
+        deleting.set()  # whoever deletes holds the lock until it waits for the writer
+
+    if claimed:
+        writer.begin(text, STREAM)
     monkeypatch.setattr(store.backend, "create", create)
-    writer.begin_later(text, STREAM)
+    withdraw_now = Waiting.withdraw
+    monkeypatch.setattr(Waiting, "withdraw", withdraw)
+    if not claimed:
+        writer.begin_later(text, STREAM)
     writer.offer(text, STREAM, 0, at("abc"))
     assert begun.wait(LIMIT_S)
-    deleting = threading.Thread(target=writer.forget, args=("me", "s"))
-    deleting.start()
-    time.sleep(0.05)
-    go.set()
-    deleting.join(LIMIT_S)
+    writer.forget("me", "s")
     monkeypatch.setattr(store.backend, "create", real)
     until(lambda: writer.is_up)
     assert writer.flush(LIMIT_S) == 0
-    assert store.names("me", "s") == set()
+    assert store.names("me", "s") == ({TOMBSTONE} if claimed else set())
+    assert told == []
 
 
 @pytest.mark.parametrize("operations", [["names"], ["names", "remove"]])
