@@ -58,6 +58,21 @@ MUTANTS: tuple[Mutant, ...] = (
         ("a name is markup", "markup=False, emoji=False, highlight", "highlight"),
     ),
     *bugs(
+        "protos/concertina/cli/windows.py",
+        "tests/concertina/cli/test_windows.py",
+        ("windows are asked for one by one", "len(running) < most:", "not running:"),
+        (
+            "scores are in the order in which they came",
+            "[scores[at] for at in range(len(windows))]",
+            "list(scores.values())",
+        ),
+        (
+            "a quota ends a score of windows",
+            "if len(refused) == len(done) and not running:",
+            "if True:",
+        ),
+    ),
+    *bugs(
         "protos/concertina/machine.py",
         "tests/concertina/test_machine.py",
         (
