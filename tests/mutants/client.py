@@ -28,6 +28,16 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
     ),
     *bugs(
+        "protos/concertina/client/pictures.py",
+        "tests/concertina/client/test_pictures.py",
+        ("a picture file is taken for raw pixels", "    if name:\n", "    if False:\n"),
+        (
+            "three bytes make a JPEG",
+            'return "JPEG" if _MARKER.match(data, after) else ""',
+            'return "JPEG"',
+        ),
+    ),
+    *bugs(
         "protos/concertina/client/statuses.py",
         _ARGUMENTS,
         (

@@ -1,8 +1,9 @@
-"""Pictures as they are sent: PNG, made without NumPy and Pillow."""
+"""Pictures as they are sent: made, and told from other files, without NumPy and Pillow."""
 
 from __future__ import annotations
 
 import io
+import re
 import struct
 import zlib
 from collections.abc import Mapping
@@ -13,6 +14,10 @@ from concertina.shown import shown
 
 PNG: Final = b"\x89PNG\r\n\x1a\n"
 """What a PNG begins with."""
+# Raw pixels may have the first bytes of a file, too: what has to follow in a file counts as well.
+_JPEG: Final = re.compile(rb"\xff\xd8\xff[\xc0-\xcf\xdb-\xfe](..)", re.DOTALL)
+_MARKER: Final = re.compile(rb"\xff[\xc0-\xfe]")
+_PPM: Final = re.compile(rb"P[1-6]\s+(#[^\n]*\n\s*)*\d+\s+(#[^\n]*\n\s*)*\d+\s")
 _ORIENTATION: Final = 0x0112
 _PNG_COLOURS: Final = {1: 0, 2: 4, 3: 2, 4: 6}  # by the number of channels
 
@@ -36,6 +41,38 @@ class PixelArray(Protocol):
     def dtype(self) -> Any: ...
 
     def tobytes(self) -> bytes: ...
+
+
+def check_raw(rgb: bytes) -> None:
+    """Raises InvalidRequest for a picture file that would be taken for raw pixels."""
+    name = _file_format(rgb)
+    if name:
+        raise InvalidRequest(
+            f"prompt is a {name} file of {len(rgb):,} bytes, and bytes have to be PNG or raw "
+            "RGB: open it, for example with PIL.Image.open(io.BytesIO(data)), and give the image",
+            field="prompt",
+        )
+
+
+def _file_format(data: bytes) -> str:
+    """The format of a picture file; empty for anything else."""
+    if found := _JPEG.match(data):  # its first segment says how long it is, and another follows
+        after = 4 + int.from_bytes(found[1], "big")
+        return "JPEG" if _MARKER.match(data, after) else ""
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WebP"
+    if data.startswith((b"GIF87a", b"GIF89a")):
+        return "GIF"
+    if data[:2] == b"BM" and data[6:10] == bytes(4) and _little(data[2:6]) == len(data):
+        return "BMP"
+    if data.startswith((b"II*\0", b"MM\0*")):
+        first = int.from_bytes(data[4:8], "little" if data[:1] == b"I" else "big")
+        return "TIFF" if 8 <= first < len(data) else ""
+    return "PPM" if _PPM.match(data) else ""
+
+
+def _little(data: bytes) -> int:
+    return int.from_bytes(data, "little")
 
 
 def png_of_array(array: PixelArray) -> bytes:

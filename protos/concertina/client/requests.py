@@ -11,12 +11,18 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
 from concertina.client.errors import InvalidRequest
-from concertina.client.pictures import PNG, PillowImage, PixelArray, png_of_array, png_of_image
+from concertina.client.pictures import (
+    PNG,
+    PillowImage,
+    PixelArray,
+    check_raw,
+    png_of_array,
+    png_of_image,
+)
 from concertina.client.times import finite_seconds
 from concertina.shown import cut, shown
 from concertina.v1 import generation_service_pb2 as pb
 from concertina.v1 import session_service_pb2 as session_pb
-
 
 PromptLike: TypeAlias = str | bytes | Sequence[int] | PillowImage | PixelArray
 """Text; a PNG, or three bytes per pixel in raster order; token ids; a Pillow image; a NumPy array.
@@ -163,8 +169,10 @@ def prompt_message(prompt: PromptLike | None, label: str | None) -> pb.Prompt | 
     if isinstance(prompt, str):
         return message(pb.Prompt, text=prompt, label=label)
     if isinstance(prompt, bytes):
-        rows = pb.ImageRows(png=prompt) if prompt.startswith(PNG) else pb.ImageRows(rgb=prompt)
-        return message(pb.Prompt, image=rows, label=label)
+        if prompt.startswith(PNG):
+            return message(pb.Prompt, image=pb.ImageRows(png=prompt), label=label)
+        check_raw(prompt)
+        return message(pb.Prompt, image=pb.ImageRows(rgb=prompt), label=label)
     if len(getattr(prompt, "shape", ())) > 1:
         rows = pb.ImageRows(png=png_of_array(prompt))  # type: ignore[arg-type]  # an array, by its shape
         return message(pb.Prompt, image=rows, label=label)
