@@ -22,7 +22,7 @@ from rich.progress import (
 )
 
 _WIDEST: Final = 10_000
-_LINE_EVERY_S: Final = 10.0
+LINE_EVERY_S: Final = 10.0
 _STANDARD: Final = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
 
 
@@ -61,7 +61,7 @@ def counted(total: int, what: str) -> Iterator[Callable[[str], None]]:
     def count(note: str) -> None:
         nonlocal done, said
         done, now = done + 1, time.monotonic()
-        if now - said >= _LINE_EVERY_S:
+        if now - said >= LINE_EVERY_S:
             said, left = now, timedelta(seconds=round((total - done) * (now - began) / done))
             console.print(f"{done:,} of {total:,} {what}, {note}, {left} left")
 

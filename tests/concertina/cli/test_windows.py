@@ -150,7 +150,7 @@ def test_long_work_says_how_far_it_is(
     fake.models = [short_text_model()]
     (tmp_path / "long.txt").write_text("äbcdefghijklmnopqrs")
     assert run(str(tmp_path / "long.txt"))[2] == ""
-    monkeypatch.setattr("concertina.cli.output._LINE_EVERY_S", 0.0)
+    monkeypatch.setattr("concertina.cli.output.LINE_EVERY_S", 0.0)
     _, out, err = run(str(tmp_path / "long.txt"))
     assert out == "3.1000 bits/byte over 20 tokens in 3 windows (prose)\n"
     assert "1 of 3 windows, " in err and "bits/byte so far, 0:00:0" in err
