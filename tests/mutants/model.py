@@ -51,4 +51,18 @@ MUTANTS = (
         ),
         ("a pattern sees the input before its norm", "k, v, normed)", "k, v, x)"),
     ),
+    *bugs(
+        "model/initial.py",
+        "tests/model/test_initial.py",
+        (
+            "a matrix of a bundle stays transposed",
+            "values.T if transposed else values",
+            "values.T if transposed and len(values.T) != len(values) else values",
+        ),
+        (
+            "training goes on from few bits",
+            'if any(node.op_type == "MatMulNBits"',
+            'if False and any(node.op_type == "MatMulNBits"',
+        ),
+    ),
 )

@@ -85,7 +85,7 @@ MUTANTS = (
         ("a scale without a limit", "if scale > most:", "if False:"),
     ),
     *bugs(
-        "protos/concertina/client/requests.py",
+        "protos/concertina/client/pictures.py",
         _CLIENT,
         ("an image loses its orientation", "1 < orientation <= 8", "False"),
     ),

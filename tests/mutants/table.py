@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from tests.mutants import client, export, model, patterns, pixels, same_bits, server, snapshots
+from tests.mutants import (
+    client,
+    examples,
+    export,
+    model,
+    patterns,
+    pixels,
+    same_bits,
+    server,
+    snapshots,
+)
 
 MUTANTS = (
     *patterns.MUTANTS,
@@ -10,6 +20,7 @@ MUTANTS = (
     *pixels.MUTANTS,
     *export.MUTANTS,
     *client.MUTANTS,
+    *examples.MUTANTS,
     *server.MUTANTS,
     *same_bits.MUTANTS,
     *snapshots.MUTANTS,
