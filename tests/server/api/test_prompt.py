@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from concertina.v1 import generation_service_pb2 as pb
+from server.api.limits import require_within_limits
 from server.api.prompt import prompt_tokens
 from server.bundles.bundle import Bundle
 from server.errors import InvalidRequest
@@ -42,6 +43,7 @@ def _tokens(bundle: Bundle, prompt: pb.Prompt, room: int = 1) -> list[int]:
 
 def _refusal(bundle: Bundle, prompt: pb.Prompt, room: int = 1) -> str:
     with pytest.raises(InvalidRequest) as caught:
+        require_within_limits(prompt)
         prompt_tokens(bundle, prompt, room=room)
     assert len(caught.value.message) < 400
     return caught.value.message
@@ -254,7 +256,10 @@ def _text_bomb() -> bytes:
         (_solid(SIZE, SIZE + 1), ["8x9 pixels", "at most 8 high"]),
         (_solid(SIZE, SIZE), ["64 tokens", "limit is 63"]),
         (_solid(SIZE, 3, alpha=0), ["wholly transparent", "at least 1 row"]),
-        (b"\x89PNG\r\n\x1a\n" + b"\0" * 10_000_000, ["10000008 bytes", "limit is 1048576"]),
+        (
+            b"\x89PNG\r\n\x1a\n" + b"\0" * 10_000_000,
+            ["image.png has 10000008 bytes", "limit is 1048576"],
+        ),
     ],
     ids=range(21),
 )
