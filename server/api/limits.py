@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
@@ -23,7 +24,8 @@ _FLOATS: Final = (FieldDescriptor.CPPTYPE_FLOAT, FieldDescriptor.CPPTYPE_DOUBLE)
 _UNBOUNDED: Final = (FieldDescriptor.CPPTYPE_BOOL, FieldDescriptor.CPPTYPE_ENUM)
 
 
-class Fault(NamedTuple):
+@dataclass(frozen=True)
+class Fault:
     """A bound that a request breaks: of which field, what is wrong, and the bound if there is one.
 
     text: goes on after the name of the field. limit: see RequestError.
@@ -41,7 +43,7 @@ class Fault(NamedTuple):
 
     def below(self, name: str) -> Fault:
         """The same, as seen from the message that has the field's message in its field `name`."""
-        return self._replace(field=f"{name}.{self.field}")
+        return replace(self, field=f"{name}.{self.field}")
 
 
 _Check = Callable[[Any], Fault | None]
@@ -227,7 +229,7 @@ def _map_check(field: FieldDescriptor, limits: limits_pb2.Limits) -> _Check:
             return too_many(name, len(values), field, limits)
         for key, value in values.items():
             if one is not None and (fault := one(value)) is not None:
-                return fault._replace(field=f"{name}[{key}]")
+                return replace(fault, field=f"{name}[{key}]")
         return None
 
     return check
@@ -235,4 +237,4 @@ def _map_check(field: FieldDescriptor, limits: limits_pb2.Limits) -> _Check:
 
 def _of_item(fault: Fault, name: str, index: int) -> Fault:
     """The fault of a list's item, which says which one it is."""
-    return fault._replace(field=f"{name}[{index}]{fault.field.removeprefix(name)}")
+    return replace(fault, field=f"{name}[{index}]{fault.field.removeprefix(name)}")

@@ -98,7 +98,7 @@ def fault_of(kind: Descriptor, content: bytes) -> Fault | None:
 
     Finds none in bytes that are no message: the parser says so.
     """
-    walk = _Walk(content, _parts(kind) + _SPARE_PARTS)
+    walk = Walk(content, _parts(kind) + _SPARE_PARTS)
     try:
         fault = walk.message(_shape(kind), 0, len(content), "")
     except IndexError:
@@ -153,7 +153,7 @@ def _parts(kind: Descriptor) -> int:
 
 
 @dataclass
-class _Walk:
+class Walk:
     """A walk over the tags of a message. Raises IndexError for bytes that are none.
 
     left: fields that may still come. largest: bytes and name of the longest field so far.
@@ -171,12 +171,12 @@ class _Walk:
         """Walk over the message from `at` to `end`. prefix: of the names of its fields."""
         counts: dict[int, int] = {}
         while at < end:
-            tag, at = self._varint(at)
+            tag, at = self.number(at)
             part, form, size = shape.get(tag >> 3), tag & 7, 0
             if form == _VARINT:
-                _, at = self._varint(at)
+                _, at = self.number(at)
             elif form == _BYTES:
-                size, at = self._varint(at)
+                size, at = self.number(at)
             elif form in (_FIXED32, _FIXED64):
                 at += 4 if form == _FIXED32 else 8
             elif form not in (_GROUP, _GROUP_END):
@@ -223,7 +223,7 @@ class _Walk:
         packed = np.frombuffer(self.content, np.uint8, size, at)
         return int(np.count_nonzero(packed < 128))
 
-    def _varint(self, at: int) -> tuple[int, int]:
+    def number(self, at: int) -> tuple[int, int]:
         """The number at `at`, and where it ends."""
         byte = self.content[at]
         if byte < 128:

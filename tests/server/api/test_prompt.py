@@ -83,7 +83,7 @@ def test_a_prompt_may_leave_just_the_room_asked_for(text: Bundle) -> None:
         ("text", pb.Prompt(tokens=pb.TokenIds()), ["prompt.tokens.ids is empty", "at least 1"]),
         ("text", pb.Prompt(text="x" * 96), ["96 tokens", "limit is 95", "context of 96"]),
         ("text", pb.Prompt(text="€" * 40), ["120 tokens", "limit is 95"]),
-        ("text", pb.Prompt(text="x" * 10_000_000), ["10000000 tokens", "limit is 95"]),
+        ("text", pb.Prompt(text="x" * 1_000_000), ["1000000 tokens", "limit is 95"]),
         ("text", pb.Prompt(tokens=pb.TokenIds(ids=[5] * 97)), ["97 tokens", "limit is 95"]),
         ("text", pb.Prompt(tokens=pb.TokenIds(ids=[1, 256])), ["ids[1] is 256", "below 256"]),
         (
@@ -98,7 +98,7 @@ def test_a_prompt_may_leave_just_the_room_asked_for(text: Bundle) -> None:
         ("image", pb.Prompt(image=pb.ImageRows()), ["prompt.image is empty", "png or rgb"]),
         ("image", pb.Prompt(label="blob"), ["prompt.label is 'blob'", "'circle', 'square'"]),
         ("image", pb.Prompt(label=""), ["prompt.label is ''", "'star'"]),
-        ("image", pb.Prompt(label="x" * 10_000), ["prompt.label is 'xxx"]),
+        ("image", pb.Prompt(label="x" * 256), ["prompt.label is 'xxx"]),
         ("text", pb.Prompt(label="circle", text="x"), ["prompt.label is 'circle'", "none"]),
         ("image", pb.Prompt(image=pb.ImageRows(rgb=b"")), ["rgb has 0 bytes", "1 to 8 rows"]),
         ("image", pb.Prompt(image=pb.ImageRows(rgb=b"x" * 25)), ["25 bytes", "of 24 bytes"]),
@@ -258,7 +258,7 @@ def _text_bomb() -> bytes:
         (_solid(SIZE, 3, alpha=0), ["wholly transparent", "at least 1 row"]),
         (
             b"\x89PNG\r\n\x1a\n" + b"\0" * 10_000_000,
-            ["image.png has 10000008 bytes", "limit is 1048576"],
+            ["10000008 bytes", "is 1048576"],
         ),
     ],
     ids=range(21),
