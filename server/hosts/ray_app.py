@@ -253,7 +253,7 @@ def bind_grpc_to_host() -> list[object]:
 
     default_impl.add_grpc_address = add_address  # type: ignore[assignment]
     received = ("grpc.max_receive_message_length", int(os.environ[REQUEST_BYTES]))
-    grpc_util.DEFAULT_GRPC_SERVER_OPTIONS.append(received)  # type: ignore[attr-defined]
+    grpc_util.DEFAULT_GRPC_SERVER_OPTIONS.insert(0, received)  # type: ignore[attr-defined]
     ray_replica.add_port_to_grpc_server = add_inner_address  # type: ignore[attr-defined]
     return []
 

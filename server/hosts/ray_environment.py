@@ -49,8 +49,8 @@ GRPC_HOST: Final = "CONCERTINA_GRPC_HOST"
 """Variable with the address on which proxies and replicas open their gRPC port."""
 
 REQUEST_BYTES: Final = "CONCERTINA_REQUEST_BYTES"
-"""Variable with the largest size of a request. Ray has one size for both directions; the one that
-replicas and proxies add counts, since it comes last."""
+"""Variable with the largest size of a request. Ray has one size for both directions; that which
+replicas and proxies add counts, since gRPC takes the first of two."""
 
 STATS_PORT: Final = "RAY_SERVE_HAPROXY_STATS_PORT"
 PLAIN_PORT: Final = "CONCERTINA_PLAIN_PORT"

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from tests.mutants import client, export, model, patterns, pixels, same_bits, server, snapshots
+from tests.mutants import (
+    client,
+    export,
+    limits,
+    model,
+    patterns,
+    pixels,
+    same_bits,
+    server,
+    snapshots,
+)
 
 MUTANTS = (
     *patterns.MUTANTS,
@@ -11,6 +21,7 @@ MUTANTS = (
     *export.MUTANTS,
     *client.MUTANTS,
     *server.MUTANTS,
+    *limits.MUTANTS,
     *same_bits.MUTANTS,
     *snapshots.MUTANTS,
 )

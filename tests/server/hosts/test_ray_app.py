@@ -92,13 +92,16 @@ async def test_ray_receives_what_we_do(add_address: Any) -> None:
     add_generation(Mock(), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        score: Any = channel.unary_unary("/concertina.v1.GenerationService/Score")
-        for size in (10, 4_000_000):
-            await score(pb.ScoreRequest(prompt=pb.Prompt(text="x" * size)).SerializeToString())
-        with pytest.raises(grpc.aio.AioRpcError) as raised:
-            await score(bytes(4 * 1024 * 1024 + 1))
-    await server.stop(None)
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            score: Any = channel.unary_unary("/concertina.v1.GenerationService/Score")
+            for size in (10, 4_000_000):
+                asked = pb.ScoreRequest(prompt=pb.Prompt(text="x" * size))
+                await score(asked.SerializeToString())
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await score(bytes(4 * 1024 * 1024 + 1))
+    finally:
+        await server.stop(None)
     assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     fine, refused = received
     assert isinstance(fine, pb.ScoreRequest) and len(fine.prompt.text) == 10
