@@ -95,9 +95,8 @@ def _kinds() -> Iterator[st.SearchStrategy[Message]]:
 def test_the_walk_refuses_nothing_that_is_within_its_bounds(request: Message) -> None:
     fault = fault_of(request.DESCRIPTOR, request.SerializeToString())
     if fault is not None:
-        with pytest.raises(InvalidRequest) as raised:
+        with pytest.raises(InvalidRequest):
             require_within_limits(request)
-        assert raised.value.limit is not None
 
 
 def test_bytes_that_are_no_message_are_left_to_the_parser() -> None:
