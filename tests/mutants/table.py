@@ -6,6 +6,7 @@ from tests.mutants import (
     client,
     examples,
     export,
+    limits,
     model,
     patterns,
     pixels,
@@ -22,6 +23,7 @@ MUTANTS = (
     *client.MUTANTS,
     *examples.MUTANTS,
     *server.MUTANTS,
+    *limits.MUTANTS,
     *same_bits.MUTANTS,
     *snapshots.MUTANTS,
 )
