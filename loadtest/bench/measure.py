@@ -19,7 +19,7 @@ from typing import Annotated
 import typer
 
 from loadtest.bench.adapters.ours import generate, open_engine, random_prompt
-from loadtest.bench.bundles import make_bundle
+from loadtest.bench.adapters.bundles import make_bundle
 from loadtest.bench.plan import Shape
 from loadtest.servers import serving
 

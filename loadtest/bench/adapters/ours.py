@@ -33,7 +33,7 @@ _FILLER = np.float32(0.01)
 
 def prepare(setting: Setting) -> None:
     """See Adapter."""
-    from loadtest.bench.bundles import make_bundle  # needs torch, which nothing else here does
+    from loadtest.bench.adapters.bundles import make_bundle  # needs torch, which nothing else here does
 
     make_bundle(setting.folder, setting.shape, setting.context + setting.room, setting.span)
 
