@@ -18,8 +18,8 @@ from typing import Annotated
 
 import typer
 
-from loadtest.bench.adapters.ours import generate, open_engine, random_prompt
 from loadtest.bench.adapters.bundles import make_bundle
+from loadtest.bench.adapters.ours import generate, open_engine, random_prompt
 from loadtest.bench.plan import Shape
 from loadtest.servers import serving
 
