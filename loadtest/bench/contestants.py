@@ -14,7 +14,7 @@ def _ours(name: str, title: str, weights: str = "float32", state: str = "float32
 
 
 def _genai(name: str, title: str, weights: str) -> tuple[Contestant, Contestant]:
-    own = Contestant(name, title, "genai", "", weights, made_up=False, process_mib=700)
+    own = Contestant(name, title, "genai", "", weights, made_up=False, process_mib=450)
     bare = Contestant(
         f"{name}-graph",
         f"{title}: its graph alone, cache made up",
@@ -23,19 +23,19 @@ def _genai(name: str, title: str, weights: str) -> tuple[Contestant, Contestant]
         weights,
         first_token=False,
         made_up=True,
-        process_mib=700,
+        process_mib=450,
     )
     return own, bare
 
 
 def _vllm(state: str) -> Contestant:
     title = f"vLLM, {state}"
-    return Contestant(f"vllm-{state}", title, "vllm", "", state, state, process_mib=2000)
+    return Contestant(f"vllm-{state}", title, "vllm", "", state, state, process_mib=1800)
 
 
 def _llama(kind: str, weights: str, state: str) -> Contestant:
     title = f"llama.cpp, {kind}" + ("" if state == "float32" else f", cache {state}")
-    return Contestant(f"llama-{kind}", title, "llama", "", weights, state, process_mib=400)
+    return Contestant(f"llama-{kind}", title, "llama", "", weights, state, process_mib=300)
 
 
 OURS, OURS_FULL, OURS_1K = "fixed", "full", "fixed-1k"
@@ -75,7 +75,7 @@ CONTESTANTS = (
     _llama("f32", "float32", "float32"),
     _llama("q8_0", "q8_0", "float16"),
     _llama("q4_0", "q4_0", "float16"),
-    Contestant("transformers", "Transformers, static cache", "transformers", process_mib=900),
+    Contestant("transformers", "Transformers, static cache", "transformers", process_mib=400),
 )
 INSTALL = {
     "genai": "pip install onnxruntime-genai transformers torch onnx onnxscript",

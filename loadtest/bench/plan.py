@@ -16,6 +16,8 @@ MAKE_UP = 1 << 31
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 _MATRICES = {**_BYTES, "q8_0": 1, "int4": 0.5, "q4_0": 0.5}
 _MEBIBYTE = 1 << 20
+_ACTIVATIONS = 12
+"""Vectors of the model's width that a prompt's token takes while it is computed."""
 _BYTES_PER_S, _PROMPT_TOKENS_PER_S, _OPENING_S, _FEWEST_STEPS = 10e9, 2000, 15.0, 4
 """Of a usual machine, to tell how long a cell takes."""
 
@@ -104,7 +106,7 @@ class Contestant:
     """Whether it runs only at contexts that take too long to compute, or only at others."""
     extra_rows: int = 0
     """Rows of state that it holds besides those of the streams."""
-    process_mib: int = 500
+    process_mib: int = 150
     """About what its process takes besides weights and state."""
 
     @property
@@ -202,7 +204,10 @@ def needed_bytes(shape: Shape, contestant: Contestant, cell: Cell) -> int:
     rows = cell.streams + contestant.extra_rows
     weights = 2 * shape.matrix_bytes(contestant.weights)  # as stored, and as packed for the kernels
     state = rows * cache_bytes(shape, contestant, cell.context)
-    return contestant.process_mib * _MEBIBYTE + weights + state
+    computes_at_once = contestant.made_up is False  # the whole prompts of all streams
+    prompts = cell.streams * cell.context * computes_at_once
+    activations = prompts * shape.width * _ACTIVATIONS * _BYTES["float32"]
+    return contestant.process_mib * _MEBIBYTE + weights + state + activations
 
 
 def expected_s(plan: Plan, cell: Cell) -> float:

@@ -103,13 +103,19 @@ def test_memory_grows_with_streams_and_counts_the_rows_that_ours_holds_besides()
 
     one = cache_bytes(Shape(), NAMED["full"], 4096)
     assert per_stream(NAMED["full"]) == per_stream(NAMED["transformers"]) == one
-    alone = NAMED["full"].process_mib - NAMED["genai"].process_mib
-    ours, theirs = (needed_bytes(Shape(), NAMED[name], Cell(4096, 1)) for name in ("full", "genai"))
-    assert ours - theirs - alone * 2**20 == one
+    alone = (NAMED["full"].process_mib - NAMED["transformers"].process_mib) * 2**20
+    ours, theirs = (
+        needed_bytes(Shape(), NAMED[name], Cell(4096, 1)) for name in ("full", "transformers")
+    )
+    assert ours - theirs - alone == one
     int4, float32 = (
         needed_bytes(Shape(), NAMED[name], Cell(256, 1)) for name in ("genai-int4", "genai")
     )
     assert float32 - int4 == 2 * (Shape().matrix_bytes("float32") * 7 // 8)
+    computed, made_up = (
+        needed_bytes(Shape(), NAMED[name], Cell(4096, 8)) for name in ("genai", "genai-graph")
+    )
+    assert computed - made_up == 8 * 4096 * 12 * 512 * 4
 
 
 def roomy(*together: str) -> Plan:
@@ -129,7 +135,7 @@ def test_contestants_that_fit_together_are_one_group() -> None:
 def test_where_memory_is_short_ours_stand_beside_one_peer_at_a_time() -> None:
     cell, ours = Cell(65_536, 8), [NAMED["fixed"], NAMED["fixed-int8"]]
     peers = [NAMED["genai-graph"], NAMED["llama-f32"], NAMED["llama-q8_0"], NAMED["llama-q4_0"]]
-    plan = roomy("fixed", "fixed-int8", "genai-graph")
+    plan = roomy("fixed", "fixed-int8", "llama-q8_0", "llama-q4_0")
     assert not fits(plan, cell, [*ours, *peers])
     found = pack(plan, cell, peers, ours)
     assert [[c.name for c in group] for group in found] == [

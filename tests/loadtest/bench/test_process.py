@@ -54,7 +54,10 @@ def puppet() -> Iterator[ContenderProcess]:
 def gone(pid: int) -> bool:
     """Whether a process has ended, soon."""
     for _ in range(200):
-        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+        try:
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return True
+        except psutil.NoSuchProcess:
             return True
         time.sleep(0.05)
     return False
