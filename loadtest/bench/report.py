@@ -23,6 +23,7 @@ FORMAT = 2
 _MOST_BUSY = 0.05
 """Share of another's window that a waiting contestant may compute."""
 _FEWEST_ROUNDS = 3
+_NOT_NAMED = "those that --only leaves out"
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def _of_cell(plan: Plan, result: CellResult) -> Iterator[Ratio]:
         medians = {rival: pair.median for (us, rival), pair in pairs.items() if us == mine}
         if here := names & medians.keys():
             theirs = min(here, key=medians.__getitem__)
-            without = tuple(c.name for c in away)
+            without = (*(c.name for c in away), *([_NOT_NAMED] if plan.asked_for else []))
             yield Ratio(f"{cell.key}_{label}", theirs, mine, pairs[mine, theirs], without)
     for (mine, theirs), pair in pairs.items():
         yield Ratio(f"{cell.key}_{mine}_vs_{theirs}", theirs, mine, pair)
@@ -201,6 +202,18 @@ def absent(report: Report) -> list[str]:
                 reason = f"{titles[entry.name]}: not measured: {entry.outcome}: {entry.detail}"
                 lines.setdefault(reason, []).append(str(result.cell))
     return [f"{reason} ({', '.join(cells)})" for reason, cells in lines.items()]
+
+
+def versions(report: Report) -> list[str]:
+    """What computed, by engine."""
+    titles = {c.name: c.title for c in report.plan.contestants}
+    found = [
+        f"{titles[entry.name]}: {entry.versions}"
+        for result in report.results
+        for entry in result.entries
+        if entry.versions
+    ]
+    return list(dict.fromkeys(found))
 
 
 def tokens_per_s(cell: Cell, rounds: Sequence[Round], name: str) -> Spread | None:

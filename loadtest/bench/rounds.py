@@ -74,17 +74,15 @@ def halves(rounds: Sequence[Round], name: str) -> float:
 
 def movements(rounds: Sequence[Round]) -> list[str]:
     """Why the machine moved too much for these rounds; nothing if it stood still enough."""
+    names = dict.fromkeys(name for each in rounds for name in each)
+    between = {name: halves(rounds, name) for name in names}
+    steps = {name: step_seconds(rounds, name) for name in names}
+    within = {name: each.high / each.low for name, each in steps.items() if each}
     found = []
-    for name in dict.fromkeys(name for each in rounds for name in each):
-        factor, steps = halves(rounds, name), step_seconds(rounds, name)
-        if factor > MOST_BETWEEN_HALVES:
-            found.append(
-                f"{name}: the two windows of a round differ by a factor of {factor:.2f} "
-                f"(limit {MOST_BETWEEN_HALVES})"
-            )
-        if steps and steps.high / steps.low > MOST_BETWEEN_QUARTILES:
-            found.append(
-                f"{name}: a step took {steps.low * 1e3:.3g} to {steps.high * 1e3:.3g} ms in the "
-                f"middle half of its windows (limit: a factor of {MOST_BETWEEN_QUARTILES})"
-            )
+    for what, factors, limit in (
+        ("the two windows of a round differ", between, MOST_BETWEEN_HALVES),
+        ("the quartiles of all windows differ", within, MOST_BETWEEN_QUARTILES),
+    ):
+        if above := [f"{factors[n]:.2f} ({n})" for n in factors if factors[n] > limit]:
+            found.append(f"{what} by a factor of {', '.join(above)}; the limit is {limit}")
     return found

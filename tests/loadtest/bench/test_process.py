@@ -173,6 +173,7 @@ def test_two_of_ours_for_real(text_bundle: Path, full_bundle: Path, tmp_path: Pa
     for entry, bundle in zip(decoding.entries, (text_bundle, full_bundle), strict=True):
         assert entry.cache_bytes == load_bundle(bundle).max_state_bytes
         assert entry.peak_bytes > 10 << 20 and entry.steps == 4
+        assert entry.versions.startswith("onnxruntime")
     written = json.loads(json.dumps(as_json(report, {"cores": 1})))
     assert from_json(written) == report
     found = {each["name"] for each in written["ratios"]}

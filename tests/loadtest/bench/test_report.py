@@ -106,6 +106,13 @@ def test_a_best_without_a_rival_says_so() -> None:
     assert seen["decode_16k_8_float32"].verdict == "MISSED"
 
 
+def test_a_best_of_those_that_were_named_says_so() -> None:
+    wanted = report(result(AT_16K, fixed=1.0, transformers=40.0))
+    named = replace(wanted, plan=replace(wanted.plan, asked_for=True))
+    best = next(each for each in ratios(named) if each.name == "decode_16k_8_best")
+    assert best.verdict == "met, without those that --only leaves out"
+
+
 def test_the_step_at_64k_is_compared_with_1k_at_the_same_span() -> None:
     seen = found(result(Cell(65_536, 8), fixed=1.2, fixed_1k=1.0))
     assert seen["step_64k_over_1k_span_256_8"].spread.median == 1.2
@@ -152,7 +159,7 @@ def test_doubts_name_the_cell_and_the_reason() -> None:
     assert doubts(report(still)) == []
     moving = replace(still, groups=(Group(("fixed",), ({"fixed": (1.0, 1.2)},) * 3),))
     (doubt,) = doubts(report(moving))
-    assert doubt.startswith("16k x 8: the machine moved too much: fixed: the two windows")
+    assert doubt.startswith("16k x 8: the machine moved too much: the two windows of a round")
     (doubt,) = doubts(report(result(AT_16K, rounds=2, fixed=1.0)))
     assert doubt == "16k x 8: 2 rounds are too few for a spread: --rounds 3 or more"
     busy = replace(still, entries=(replace(still.entries[0], busy_while_waiting=0.5),))
@@ -198,7 +205,11 @@ def test_the_json_gives_the_report_back_and_the_document_its_table(tmp_path: Pat
     assert written["figures"][0]["step_ms"] == {"low": 6.0, "median": 6.0, "high": 6.0}
     with pytest.raises(ValueError, match="format is 1: this version reads 2"):
         from_json({**written, "format": 1})
+    engines = replace(wanted.results[0].entries[1], versions="onnxruntime-genai 0.18.0")
+    entries = (wanted.results[0].entries[0], engines)
+    wanted = replace(wanted, results=(replace(wanted.results[0], entries=entries),))
     text = markdown(wanted, written["machine"])
+    assert "cache made up: onnxruntime-genai 0.18.0" in text
     assert "| Concertina, Combiner-Fixed | 6 (6 to 6) |" in text and "Abacus" in text
     row = "| `decode_16k_8_float32` | genai-graph / fixed | 16.7 (16.7 to 16.7) | >= 18 |"
     assert f"{row} **missed** |" in text

@@ -81,11 +81,11 @@ def test_two_windows_of_a_round_that_differ_say_that_the_machine_moved() -> None
     rounds = [{"a": (1.0, 1.2), "b": (1.0, 1.0)}] * 3
     assert halves(rounds, "a") == 1.2 and halves([], "a") == 1.0
     (moved,) = movements(rounds)
-    assert moved == "a: the two windows of a round differ by a factor of 1.20 (limit 1.15)"
+    assert moved == "the two windows of a round differ by a factor of 1.20 (a); the limit is 1.15"
     assert halves([{"a": (1.0, 1.3)}, {"a": (1.3, 1.0)}], "a") == 1.3
 
 
 def test_windows_that_spread_over_the_rounds_say_so_too() -> None:
     rounds = [{"a": (n, n)} for n in (0.001, 0.001, 0.0015, 0.0015)]
     (moved,) = movements(rounds)
-    assert moved.startswith("a: a step took 1 to 1.5 ms in the middle half of its windows")
+    assert moved == "the quartiles of all windows differ by a factor of 1.50 (a); the limit is 1.3"
