@@ -10,13 +10,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 
 import loadtest
-from loadtest.bench.run import Open
 from loadtest.bench.worker import FAILED, OUT_OF_MEMORY, Answer, Job
 
 # Our folders come last, so that the peers' own packages are found first.
@@ -25,6 +26,42 @@ _BOOT = (
     "runpy.run_module('loadtest.bench.worker', run_name='__main__', alter_sys=True)"
 )
 _CLOSE_S = 2.0
+
+
+class Contender(Protocol):
+    """An open contestant."""
+
+    def ask(self, request: str, limit_s: float) -> Answer:
+        """The answer to `prepare`, `open`, `open_prompt` or `window`."""
+        ...
+
+    def cpu_s(self) -> float:
+        """Processor time that it has used."""
+        ...
+
+    def close(self) -> None:
+        """End it."""
+        ...
+
+
+Open = Callable[[Job], Contender]
+"""Raises OSError where the process cannot start."""
+
+
+def busy_s() -> float:
+    """Processor time that all programs of this machine have used, and what a host took from it."""
+    times = psutil.cpu_times()._asdict()
+    idle = ("idle", "iowait", "guest", "guest_nice")  # guests are in user and nice, too
+    return float(sum(seconds for name, seconds in times.items() if name not in idle))
+
+
+@dataclass(frozen=True)
+class Clock:
+    """How time passes, and who uses the processors."""
+
+    sleep: Callable[[float], None] = time.sleep
+    now: Callable[[], float] = time.perf_counter
+    busy_s: Callable[[], float] = busy_s
 
 
 class ContenderProcess:

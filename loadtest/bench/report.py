@@ -22,6 +22,8 @@ from loadtest.bench.worker import OK
 FORMAT = 2
 _MOST_BUSY = 0.05
 """Share of another's window that a waiting contestant may compute."""
+_MOST_OTHERS = 0.1
+"""Cores that other programs may use."""
 _FEWEST_ROUNDS = 3
 _NOT_NAMED = "those that --only leaves out"
 
@@ -176,6 +178,11 @@ def doubts(report: Report) -> list[str]:
                     f"{result.cell}: {len(group.rounds)} rounds are too few for a spread: "
                     f"--rounds {_FEWEST_ROUNDS} or more"
                 )
+        if result.others > _MOST_OTHERS:
+            found.append(
+                f"{result.cell}: other programs kept {result.others:.2g} cores busy (limit "
+                f"{_MOST_OTHERS}), from which engines suffer in different degrees: repeat it alone"
+            )
         for entry in result.entries:
             if entry.busy_while_waiting > _MOST_BUSY:
                 found.append(
@@ -281,6 +288,7 @@ def from_json(text: Mapping[str, Any]) -> Report:
                 )
                 for group in result["groups"]
             ),
+            result["others"],
         )
         for result in text["results"]
     )

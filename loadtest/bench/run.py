@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
 
 from loadtest.bench.contestants import INSTALL, OURS
 from loadtest.bench.plan import (
@@ -22,29 +20,9 @@ from loadtest.bench.plan import (
     pack,
     span_of,
 )
+from loadtest.bench.process import Clock, Contender, Open
 from loadtest.bench.rounds import Round, fastest, turns
 from loadtest.bench.worker import NOT_INSTALLED, OK, OUT_OF_MEMORY, Answer, Job
-
-
-class Contender(Protocol):
-    """An open contestant."""
-
-    def ask(self, request: str, limit_s: float) -> Answer:
-        """The answer to `prepare`, `open`, `open_prompt` or `window`."""
-        ...
-
-    def cpu_s(self) -> float:
-        """Processor time that it has used."""
-        ...
-
-    def close(self) -> None:
-        """End it."""
-        ...
-
-
-Open = Callable[[Job], Contender]
-"""Raises OSError where the process cannot start."""
-
 
 _OPENING = 0.3
 """Share of a group's time that passes until all have their context."""
@@ -83,6 +61,8 @@ class CellResult:
     cell: Cell
     entries: tuple[Entry, ...]
     groups: tuple[Group, ...]
+    others: float = 0.0
+    """Cores that other programs used during the windows, on average."""
 
 
 @dataclass(frozen=True)
@@ -113,10 +93,13 @@ class _Table:
     open_contender: Open
     folder: Path
     on_progress: Callable[[str, float], None]
+    clock: Clock
     answers: dict[str, Answer] = field(default_factory=dict)
     """What last came from each contestant."""
     busy: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    windows_s: float = 0.0
+    others_s: float = 0.0
 
 
 def run(
@@ -124,7 +107,7 @@ def run(
     open_contender: Open,
     folder: Path,
     on_progress: Callable[[Progress], None],
-    sleep: Callable[[float], None] = time.sleep,
+    clock: Clock | None = None,
     on_cell: Callable[[Report], None] = lambda report: None,
 ) -> Report:
     """Measure everything in `plan`, with models below `folder`.
@@ -138,13 +121,13 @@ def run(
         def say(what: str, share: float, index: int = index) -> None:
             on_progress(Progress(index, what, share))
 
-        table = _Table(plan, cell, open_contender, folder, say)
-        results.append(_measure(table, sleep))
+        table = _Table(plan, cell, open_contender, folder, say, clock or Clock())
+        results.append(_measure(table))
         on_cell(Report(plan, tuple(results)))
     return Report(plan, tuple(results))
 
 
-def _measure(table: _Table, sleep: Callable[[float], None]) -> CellResult:
+def _measure(table: _Table) -> CellResult:
     contestants = entrants(table.plan, table.cell)
     for contestant in contestants:
         table.on_progress(f"model of {contestant.name}", 0.0)
@@ -154,19 +137,24 @@ def _measure(table: _Table, sleep: Callable[[float], None]) -> CellResult:
     able = [c for c in contestants if table.answers[c.name].outcome == OK]
     groups: list[Group] = []
     if fits(table.plan, table.cell, able):
-        groups.append(_in_turns(table, able, (0.0, 1.0), sleep))
+        groups.append(_in_turns(table, able, (0.0, 1.0)))
     elif able:
-        groups += _in_parts(table, able, sleep)
-    return CellResult(table.cell, tuple(_entry(table, each) for each in contestants), tuple(groups))
+        groups += _in_parts(table, able)
+    return CellResult(
+        table.cell,
+        tuple(_entry(table, each) for each in contestants),
+        tuple(groups),
+        table.others_s / table.windows_s if table.windows_s else 0.0,
+    )
 
 
-def _in_parts(table: _Table, able: list[Contestant], sleep: Callable[[float], None]) -> list[Group]:
+def _in_parts(table: _Table, able: list[Contestant]) -> list[Group]:
     """First our own settings, then the others, each beside our float32 and our best."""
     ours = [c for c in able if c.role == "ours"]
     others = [c for c in able if c.role != "ours"]
     small, parts = [], pack(table.plan, table.cell, ours, ())
     for part in parts:
-        small.append(_in_turns(table, part, (0.0, 0.2), sleep))
+        small.append(_in_turns(table, part, (0.0, 0.2)))
     anchors = _anchors(ours, small, table)
     for contestant in others:
         if not fits(table.plan, table.cell, [*anchors[-1:], contestant]):
@@ -176,7 +164,7 @@ def _in_parts(table: _Table, able: list[Contestant], sleep: Callable[[float], No
     groups = list(small)
     for index, part in enumerate(parts):
         begin, step = 0.2 + 0.8 * index / len(parts), 0.8 / len(parts)
-        groups.append(_in_turns(table, part, (begin, begin + step), sleep))
+        groups.append(_in_turns(table, part, (begin, begin + step)))
     return groups
 
 
@@ -193,7 +181,6 @@ def _in_turns(
     table: _Table,
     contestants: Sequence[Contestant],
     share: tuple[float, float],
-    sleep: Callable[[float], None],
 ) -> Group:
     """Open all, then go round; who fails leaves the round and is not asked again."""
     begin, end = share
@@ -217,7 +204,7 @@ def _in_turns(
             for name in turns(names):
                 if name not in contenders:
                     continue
-                sleep(plan.settle_s)
+                table.clock.sleep(plan.settle_s)
                 answer = _window(table, name, contenders)
                 if answer.outcome == OK:
                     windows.setdefault(name, []).append(answer.step_s)
@@ -229,18 +216,21 @@ def _in_turns(
 
 
 def _window(table: _Table, name: str, contenders: Mapping[str, Contender]) -> Answer:
-    """One window, and what the others used of the processor meanwhile."""
-    before = {other: each.cpu_s() for other, each in contenders.items() if other != name}
-    began = time.perf_counter()
+    """One window, and what all others used of the processors meanwhile."""
+    before = {each: contender.cpu_s() for each, contender in contenders.items()}
+    busy, began = table.clock.busy_s(), table.clock.now()
     answer = contenders[name].ask("window", table.plan.window_limit_s)
-    took = time.perf_counter() - began
-    for other, used in before.items():
-        share = (contenders[other].cpu_s() - used) / took
-        table.busy[other] = max(table.busy.get(other, 0.0), share)
-    if answer.outcome == OK:
-        kept = table.answers[name]
-        peak = max(kept.peak_bytes, answer.peak_bytes)
-        table.answers[name] = replace(kept, peak_bytes=peak)
+    took = table.clock.now() - began
+    busy = table.clock.busy_s() - busy
+    used = {each: contenders[each].cpu_s() - before[each] for each in contenders}
+    if answer.outcome != OK:
+        return answer
+    table.windows_s += took
+    table.others_s += max(0.0, busy - sum(used.values()))
+    for other in used.keys() - {name}:
+        table.busy[other] = max(table.busy.get(other, 0.0), used[other] / took)
+    kept = table.answers[name]
+    table.answers[name] = replace(kept, peak_bytes=max(kept.peak_bytes, answer.peak_bytes))
     return answer
 
 

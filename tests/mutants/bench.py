@@ -52,6 +52,11 @@ MUTANTS = (
             "contenders[name].close()",
         ),
         (
+            "the bench itself counts as another program",
+            "busy - sum(used.values())",
+            "busy",
+        ),
+        (
             "a peer meets our float32 alone",
             "for name in dict.fromkeys((base, best))",
             "for name in (base,)",

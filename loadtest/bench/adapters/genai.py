@@ -132,12 +132,11 @@ class _Graph:
         self._logits = np.empty((setting.streams, 1, setting.shape.vocabulary), np.float32)
         logits = ort.OrtValue.ortvalue_from_numpy(self._logits)
         self._binding.bind_ortvalue_output("logits", logits)
+        shape = (setting.streams, setting.shape.heads, capacity, setting.shape.head_dim)
         self._inputs = {each.name for each in self._session.get_inputs()}
         for each in self._session.get_inputs():
             if not each.name.startswith("past_key_values."):
                 continue
-            heads, head_dim = each.shape[1], each.shape[3]
-            shape = (setting.streams, heads, capacity, head_dim)
             cache = np.full(shape, 0.01, _ELEMENTS[each.type])
             self._cache_bytes += cache.nbytes
             value = ort.OrtValue.ortvalue_from_numpy(cache)

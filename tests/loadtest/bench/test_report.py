@@ -165,6 +165,8 @@ def test_doubts_name_the_cell_and_the_reason() -> None:
     busy = replace(still, entries=(replace(still.entries[0], busy_while_waiting=0.5),))
     (doubt,) = doubts(report(busy))
     assert "fixed computed 50% of the time of another's window (limit 5%)" in doubt
+    (doubt,) = doubts(report(replace(still, others=0.53)))
+    assert doubt.startswith("16k x 8: other programs kept 0.53 cores busy (limit 0.1)")
     (doubt,) = doubts(report(result(CHECK, fixed=1.0, genai=4.0, genai_graph=3.0)))
     assert doubt.startswith("genai-graph takes 0.75 times as long as genai")
 

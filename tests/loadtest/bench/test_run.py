@@ -9,6 +9,7 @@ import pytest
 
 from loadtest.bench.contestants import CONTESTANTS
 from loadtest.bench.plan import Cell, Plan, Shape, needed_bytes
+from loadtest.bench.process import Clock
 from loadtest.bench.report import all_rounds
 from loadtest.bench.rounds import ratio
 from loadtest.bench.run import CellResult, Progress, Report, run
@@ -30,6 +31,7 @@ class Stage:
         self.opened: list[Simulated] = []
         self.answers: dict[str, Callable[[str, int], Answer | None]] = {}
         self.progress: list[Progress] = []
+        self.cores_busy = 1.0
         self.reports: list[Report] = []
         chosen = tuple(NAMED[name] for name in names)
         defaults: dict[str, object] = {"rounds": 3, "first_token_rounds": 2, "shape": SMALL}
@@ -53,7 +55,11 @@ class Stage:
             self.open,
             Path("models"),
             self.progress.append,
-            self.machine.sleep,
+            Clock(
+                self.machine.sleep,
+                lambda: self.machine.now,
+                lambda: self.cores_busy * self.machine.now,
+            ),
             self.reports.append,
         )
         assert all(each.closed for each in self.opened), "something was left running"
@@ -152,6 +158,27 @@ def test_where_memory_is_short_each_peer_meets_our_float32_and_our_best() -> Non
     for peer in ("full", "genai", "transformers"):
         for ours in ("fixed", "fixed-int8"):
             assert ratio(all_rounds(result), peer, ours)
+
+
+def test_what_others_compute_meanwhile_is_told_apart() -> None:
+    stage = Stage("fixed", "full")
+    stage.cores_busy = 3.0
+    (result,) = stage.run().results
+    assert result.others == pytest.approx(2.0)
+    assert {entry.busy_while_waiting for entry in result.entries} == {0.0}
+
+
+def test_who_computes_while_another_does_is_told_too() -> None:
+    stage = Stage("fixed", "full")
+
+    def spin(request: str, index: int) -> None:
+        if request == "window":
+            stage.opened[-1].used_s += 0.04  # `full` spins in a window of 16 steps of `fixed`
+
+    stage.answers["fixed"] = spin
+    fixed, full = stage.run().results[0].entries
+    assert fixed.busy_while_waiting == 0
+    assert 0.04 / (16 * 2e-3) / 3 < full.busy_while_waiting < 0.04 / (16 * 2e-3) * 2.1
 
 
 def test_the_first_token_has_rounds_of_its_own() -> None:
