@@ -49,7 +49,10 @@ def bench(
         bool, typer.Option("--quick", help="One cell: 16k x 8, in about ten minutes.")
     ] = False,
     cells: Annotated[
-        str, typer.Option(help="Contexts and streams to measure, with commas between.")
+        str,
+        typer.Option(
+            help="Contexts and streams to measure, with commas between; '' for none of them."
+        ),
     ] = _CELLS,
     only: Annotated[
         str,
@@ -119,8 +122,11 @@ def bench(
     free = min(psutil.virtual_memory().available, memory_bytes()) * _MEMORY_SHARE
     given = _names(only)
     wanted = QUICK_CELLS if quick else _cells(cells)
+    wanted += (FIRST_TOKEN,) if first_token and not quick else ()
+    if not wanted:
+        raise typer.BadParameter("--cells is empty, and so is the plan without --first-token")
     plan = Plan(
-        cells=(*wanted, *((FIRST_TOKEN,) if first_token and not quick else ())),
+        cells=wanted,
         contestants=tuple(c for c in CONTESTANTS if not given or c.name in given),
         asked_for=bool(given),
         rounds=rounds or (_QUICK_ROUNDS if quick else Plan.rounds),
@@ -205,6 +211,8 @@ def _names(only: str) -> set[str]:
 
 
 def _cells(text: str) -> tuple[Cell, ...]:
+    if not text:
+        return ()
     try:
         return tuple(dict.fromkeys(parse_cell(part) for part in text.split(",")))
     except ValueError:

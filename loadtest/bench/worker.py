@@ -268,7 +268,7 @@ def _explain(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:300]}"
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """A bench that was killed must leave no engine behind, also one that hangs."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -283,7 +283,7 @@ def _serve(worker: Worker, requests: BinaryIO, answers: BinaryIO) -> None:
 
 def main() -> None:
     """Answer until standard input ends. What libraries print goes to standard error."""
-    _die_with_parent()
+    die_with_parent()
     job = Job.parse(sys.argv[1])
     os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(job.threads)))
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -105,6 +106,30 @@ def test_all_end_when_the_run_does_also_by_an_error(monkeypatch: pytest.MonkeyPa
         assert opened(JOB).ask("one", 20).outcome == OK
         (pid,) = {each.pid for each in psutil.Process().children()} - before
         raise RuntimeError
+    assert gone(pid)
+
+
+# A bench that starts a worker which hangs, says its id, and waits to be killed.
+KILLED = """
+import subprocess, sys, time
+hangs = "from loadtest.bench.worker import die_with_parent as d; d(); print(1); " \\
+    "import sys, time; sys.stdout.flush(); time.sleep(3600)"
+child = subprocess.Popen([sys.executable, "-c", hangs], stdout=subprocess.PIPE)
+child.stdout.readline()
+print(child.pid, flush=True)
+time.sleep(3600)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux to end it")
+def test_a_bench_that_is_killed_leaves_nothing_that_hangs() -> None:
+    with subprocess.Popen([sys.executable, "-c", KILLED], stdout=subprocess.PIPE) as bench:
+        assert bench.stdout is not None
+        try:
+            pid = int(bench.stdout.readline())
+            assert psutil.pid_exists(pid)
+        finally:
+            bench.kill()
     assert gone(pid)
 
 

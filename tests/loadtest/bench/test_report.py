@@ -255,6 +255,7 @@ def test_the_time_left_follows_from_what_is_behind() -> None:
     ("options", "complaint"),
     [
         (["--cells", "256"], "--cells: '256' is not a list of contexts and streams"),
+        (["--cells", "", "--no-first-token"], "--cells is empty"),
         (["--only", "fixed,nobody"], "--only: there is no nobody"),
         (["--peer-python", "vlm=/bin/sh"], "there is no vlm; there are genai, llama"),
         (["--peer-python", "vllm=/no/python"], "/no/python is no program that can be run"),
