@@ -18,6 +18,7 @@ from loadtest.bench.worker import OK
 
 AGAINST_CONTEXT, AGAINST_STREAMS = "bench-context.svg", "bench-streams.svg"
 _SIZE = (11, 4.5)
+_MARKERS: dict[str, Any] = {"marker": "o", "markersize": 3}
 
 Floats = npt.NDArray[np.float64]
 
@@ -62,8 +63,8 @@ def plot_memory(path: Path, minutes: Floats, mib: Floats) -> None:
 def _against_context(report: Report, results: list[CellResult], path: Path) -> None:
     figure, (rates, sizes) = _figure(2)
     contexts = [result.cell.context for result in results]
-    for contestant in _in_lines(report):
-        _rates(rates, contestant, results, contexts)
+    for contestant, colour in _in_lines(report):
+        _rates(rates, contestant, colour, results, contexts)
         held = [
             (result.cell.context, entry.cache_bytes)
             for result in results
@@ -71,7 +72,7 @@ def _against_context(report: Report, results: list[CellResult], path: Path) -> N
             if entry.name == contestant.name
         ]
         if held:
-            sizes.plot(*zip(*held, strict=True), marker="o", markersize=3)
+            sizes.plot(*zip(*held, strict=True), color=colour, **_MARKERS)
     for axes, what in (
         (rates, f"tokens/s, {results[0].cell.streams} streams"),
         (sizes, "bytes of a stream"),
@@ -85,19 +86,25 @@ def _against_context(report: Report, results: list[CellResult], path: Path) -> N
 def _against_streams(report: Report, results: list[CellResult], path: Path) -> None:
     figure, (axes,) = _figure(1)
     streams = [result.cell.streams for result in results]
-    for contestant in _in_lines(report):
-        _rates(axes, contestant, results, streams)
+    for contestant, colour in _in_lines(report):
+        _rates(axes, contestant, colour, results, streams)
     axes.set_ylabel(f"tokens/s at a context of {tokens_label(results[0].cell.context)}")
     axes.set_xlabel("streams")
     axes.set_xticks(streams, [str(count) for count in streams], minor=False)
     _save(figure, axes, path)
 
 
-def _in_lines(report: Report) -> list[Contestant]:
-    return [c for c in report.plan.contestants if c.role != "part"]
+def _in_lines(report: Report) -> list[tuple[Contestant, Any]]:
+    """Those that are drawn, each in a colour of its own."""
+    from matplotlib import colormaps
+
+    drawn = [c for c in report.plan.contestants if c.role != "part"]
+    return [(c, colormaps["tab20"](index % 20)) for index, c in enumerate(drawn)]
 
 
-def _rates(axes: Any, contestant: Contestant, results: list[CellResult], where: list[int]) -> None:
+def _rates(
+    axes: Any, contestant: Contestant, colour: Any, results: list[CellResult], where: list[int]
+) -> None:
     points: list[tuple[int, Spread]] = []
     for x, result in zip(where, results, strict=True):
         done = any(e.name == contestant.name and e.outcome == OK for e in result.entries)
@@ -114,10 +121,10 @@ def _rates(axes: Any, contestant: Contestant, results: list[CellResult], where: 
         [x for x, _ in points],
         middle,
         yerr=[low, high],
-        marker="o",
-        markersize=3,
+        color=colour,
         linestyle=style,
         capsize=3,
+        **_MARKERS,
         label=contestant.title,
     )
 
