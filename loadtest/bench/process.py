@@ -50,9 +50,9 @@ Open = Callable[[Job], Contender]
 
 def busy_s() -> float:
     """Processor time that all programs of this machine have used, and what a host took from it."""
-    times = psutil.cpu_times()._asdict()
-    idle = ("idle", "iowait", "guest", "guest_nice")  # guests are in user and nice, too
-    return float(sum(seconds for name, seconds in times.items() if name not in idle))
+    times = psutil.cpu_times()
+    names = ("user", "nice", "system", "irq", "softirq", "steal")  # guests are in user and nice
+    return float(sum(getattr(times, name, 0.0) for name in names))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import pytest
 
 from loadtest.bench.contestants import CONTESTANTS
 from loadtest.bench.plan import Cell, Plan, Shape
-from loadtest.bench.process import ContenderProcess, command_for, in_processes
+from loadtest.bench.process import ContenderProcess, busy_s, command_for, in_processes
 from loadtest.bench.report import all_rounds, as_json, from_json
 from loadtest.bench.run import Report, job_of, run
 from loadtest.bench.worker import FAILED, NOT_INSTALLED, OK, OUT_OF_MEMORY, Job
@@ -107,6 +107,13 @@ def test_all_end_when_the_run_does_also_by_an_error(monkeypatch: pytest.MonkeyPa
         (pid,) = {each.pid for each in psutil.Process().children()} - before
         raise RuntimeError
     assert gone(pid)
+
+
+def test_what_anybody_computes_is_counted() -> None:
+    began, busy = time.process_time(), busy_s()
+    while time.process_time() < began + 0.3:
+        pass
+    assert busy_s() - busy > 0.2
 
 
 # A bench that starts a worker which hangs, says its id, and waits to be killed.
