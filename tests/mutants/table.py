@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.mutants import (
+    bench,
     client,
     examples,
     export,
@@ -26,4 +27,5 @@ MUTANTS = (
     *limits.MUTANTS,
     *same_bits.MUTANTS,
     *snapshots.MUTANTS,
+    *bench.MUTANTS,
 )
