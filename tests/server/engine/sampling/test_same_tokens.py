@@ -1,0 +1,174 @@
+"""The sampler gives the tokens of the sampler before it, for the same seeds, whatever is asked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from server.arrays import Floats
+from server.engine.sampling import long_rows
+from server.engine.sampling.logits_processors import PenaltyState
+from server.engine.sampling.sampler import SamplingBatch, sample
+from server.request import LogitsProcessors, SamplingParameters, prompt_of
+from tests.server.engine.sampling.old_sampler import OldPenalties, old_sample
+
+U64 = (1 << 64) - 1
+SIZES = (256, 1000, 4096, 151_936)
+
+Temperatures = st.sampled_from([0.0, 1e-3, 0.3, 0.8, 1.0, 1.0, 1.7, 100.0])
+Parameters = st.builds(
+    SamplingParameters,
+    temperature=Temperatures,
+    top_k=st.sampled_from([0, 0, 0, 1, 2, 50, 700, 5000, 1 << 31]),
+    top_p=st.sampled_from([1.0, 1.0, 1e-6, 0.3, 0.5, 0.95, 0.999, 1 - 2**-53]),
+    min_p=st.sampled_from([0.0, 0.0, 0.0, 1e-9, 0.02, 0.5, 1.0]),
+    typical_p=st.sampled_from([1.0, 1.0, 1.0, 1e-6, 0.2, 0.5, 0.9, 1 - 2**-53]),
+    seed=st.integers(0, U64),
+    output=st.integers(0, 127),
+)
+SHAPES = ("model", "flat", "equal", "steps", "two", "masked", "tiny", "far")
+
+
+def logits_of(shape: str, vocabulary: int, seed: int) -> Floats:
+    """One row: as a model's, or with what is hard about rounding: ties, nothing, extremes."""
+    rng = np.random.default_rng([seed, vocabulary, SHAPES.index(shape)])
+    row = rng.normal(-4, 2.2, vocabulary)
+    if shape in ("model", "masked"):
+        row[rng.integers(vocabulary, size=60)] += 8 + rng.gumbel(0, 3, 60)
+    if shape == "flat":
+        row = rng.normal(0, 1, vocabulary)
+    if shape == "equal":
+        row = np.full(vocabulary, rng.choice([-3.0, 0.0, 7.5]))
+    if shape == "steps":
+        row = rng.integers(-6, 5, vocabulary) * rng.choice([0.25, 1.0, 3.0])
+    if shape == "two":
+        row = np.where(rng.random(vocabulary) < 0.5, 1.0, 1.0 + math.log(2))
+    if shape == "masked":
+        row[rng.random(vocabulary) < rng.choice([0.1, 0.9, 0.9999])] = -np.inf
+        row[rng.integers(vocabulary)] = 1
+    if shape == "tiny":
+        row = rng.normal(0, 1, vocabulary) * 1e-9
+    if shape == "far":
+        row = rng.normal(0, 3000, vocabulary)
+    return row.astype(np.float32)
+
+
+def _drawn(logits: Floats, parameters: SamplingParameters, positions: range) -> list[int]:
+    batch = SamplingBatch.of([parameters] * len(positions))
+    rows = np.broadcast_to(logits, (len(positions), len(logits)))
+    return sample(rows, batch, np.array(positions)).tolist()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("vocabulary", SIZES)
+@settings(max_examples=25)
+@given(Parameters, st.integers(0, 5))
+def test_parameters(vocabulary: int, shape: str, parameters: SamplingParameters, seed: int) -> None:
+    logits, positions = logits_of(shape, vocabulary, seed), range(40, 43)
+    expected = [old_sample(logits, parameters, position) for position in positions]
+    assert _drawn(logits, parameters, positions) == expected
+
+
+@pytest.mark.parametrize("vocabulary", SIZES)
+@pytest.mark.parametrize("edge", [0.0, 0.25, 0.5, 0.75, 1 - 2**-53, 2**-53])
+def test_numbers_on_the_border_of_a_token(
+    vocabulary: int, edge: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where rounding decides, it decides as ever."""
+    for module in ("server.engine.sampling.sampler", "tests.server.engine.sampling.old_sampler"):
+        monkeypatch.setattr(f"{module}.uniform", lambda seed, *_: np.full(len(seed), edge))
+    for shape in SHAPES:
+        logits = logits_of(shape, vocabulary, 1)
+        for top_p in (1.0, 0.5):
+            parameters = SamplingParameters(top_p=top_p)
+            assert _drawn(logits, parameters, range(1)) == [old_sample(logits, parameters, 0)]
+
+
+def _some_tokens(vocabulary: int) -> st.SearchStrategy[int]:
+    return st.integers(0, 20) | st.integers(0, vocabulary - 1)
+
+
+@st.composite
+def _requests(draw: st.DrawFn, vocabulary: int) -> tuple[SamplingParameters, list[int]]:
+    """Parameters with processors, and a prompt."""
+    token = _some_tokens(vocabulary)
+    numbers = st.lists(token, max_size=6)
+    processors = LogitsProcessors(
+        bias=tuple(draw(st.dictionaries(token, st.floats(-100, 100), max_size=5)).items()),
+        allowed=tuple(sorted({*draw(st.just([]) | st.lists(token, min_size=1, max_size=30))})),
+        bad_words=tuple(map(tuple, draw(st.lists(st.lists(token, min_size=1, max_size=3))))),
+        min_tokens=draw(st.integers(0, 5)),
+        withheld=tuple({*draw(numbers)}),
+        repetition_penalty=draw(st.sampled_from([1.0, 1.0, 0.7, 1.3])),
+        frequency_penalty=draw(st.sampled_from([0.0, 0.0, -0.5, 1.5])),
+        presence_penalty=draw(st.sampled_from([0.0, 0.0, -0.5, 1.5])),
+    )
+    parameters = draw(Parameters)
+    return SamplingParameters(**{**vars(parameters), "processors": processors}), draw(numbers)
+
+
+@pytest.mark.parametrize("vocabulary", SIZES)
+@settings(max_examples=40)
+@given(st.data())
+def test_processors_step_by_step(vocabulary: int, data: st.DataObject) -> None:
+    """Three streams, one without processors: the batch changes between steps."""
+    asked = data.draw(st.lists(_requests(vocabulary), min_size=1, max_size=2))
+    plain = data.draw(Parameters)
+    parameters = [asked[0][0], plain, *(one for one, _ in asked[1:])]
+    prompts = [asked[0][1], [], *(prompt for _, prompt in asked[1:])]
+    old = [_old(one, prompt, vocabulary) for one, prompt in zip(parameters, prompts, strict=True)]
+    new = [_new(one, prompt, vocabulary) for one, prompt in zip(parameters, prompts, strict=True)]
+    shape, batch = data.draw(st.sampled_from(SHAPES)), None
+    for step in range(7):
+        if batch is None or step % 3 == 2:
+            batch = SamplingBatch.of(parameters, new)
+        logits = np.stack([logits_of(shape, vocabulary, step)] * len(parameters))
+        positions = np.array([len(prompt) + step for prompt in prompts])
+        tokens = sample(logits, batch, positions)
+        for row, (one, penalties) in enumerate(zip(parameters, old, strict=True)):
+            assert tokens[row] == old_sample(logits[row], one, int(positions[row]), penalties)
+        if (tokens < 0).any():
+            return
+        if step < 4:  # the streams repeat themselves: words and counts grow
+            tokens[:] = data.draw(st.integers(0, 20))
+        batch.remember(tokens)
+        for token, penalties in zip(tokens.tolist(), old, strict=True):
+            if penalties is not None:
+                penalties.remember(token)
+
+
+def _old(
+    parameters: SamplingParameters, prompt: Sequence[int], vocabulary: int
+) -> OldPenalties | None:
+    if parameters.processors is None:
+        return None
+    return OldPenalties(parameters.processors, prompt, vocabulary)
+
+
+def _new(
+    parameters: SamplingParameters, prompt: Sequence[int], vocabulary: int
+) -> PenaltyState | None:
+    if parameters.processors is None:
+        return None
+    tokens = prompt_of(vocabulary, prompt, "L")
+    return PenaltyState.of(parameters.processors, tokens, vocabulary)
+
+
+@pytest.mark.parametrize("estimate", ["_roughly", "_closely"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("temperature", [0.05, 0.7, 1.0, 3.0])
+def test_estimates_are_as_good_as_they_say(estimate: str, shape: str, temperature: float) -> None:
+    row = logits_of(shape, 151_936, 2)
+    best = float(row.max())
+    scratch = long_rows.Scratch.of(len(row))
+    sums = getattr(long_rows, estimate)(row, best, temperature, scratch)
+    weights = np.exp(row / np.float64(temperature) - best / temperature)
+    upto = [math.fsum(weights[:end].tolist()) for end in (128, 12_800, 128_000, len(row))]
+    found = sums.upto[[1, 100, 1000, -1]]
+    assert np.abs(found - upto).max() <= sums.error / 2
+    assert sums.error < 2e-5 * upto[-1]
