@@ -83,12 +83,6 @@ class PenaltyState:
         p = self.processors
         return (p.repetition_penalty, p.frequency_penalty, p.presence_penalty) != (1, 0, 0)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its arrays."""
-        arrays = (self.tokens, self.offset, self.repetition, self.counts, self.tail)
-        return sum(each.nbytes for each in arrays)
-
     def recall(self, tokens: Ints) -> None:
         """Add `tokens[N]` that the stream has generated earlier."""
         self.tail = np.concatenate((self.tail, tokens))[-len(self.tail) :]
@@ -304,11 +298,13 @@ class ProcessorBatch:
             out[:] = logits
         out[tokens] = self.entries.apply(out[tokens], used)
         words = np.flatnonzero(self.word_owner == owner)
-        start = self.word_start[words]
-        complete = ((start == self.tails[owner]) | (start == _ANY)).all(axis=1)
-        out[self.word_last[words[complete]]] = -np.inf
-        early = (self.withheld_owner == owner) & (position < self.withheld_until)
-        out[self.withheld[early]] = -np.inf
+        if len(words):
+            start = self.word_start[words]
+            complete = ((start == self.tails[owner]) | (start == _ANY)).all(axis=1)
+            out[self.word_last[words[complete]]] = -np.inf
+        if len(self.withheld):
+            early = (self.withheld_owner == owner) & (position < self.withheld_until)
+            out[self.withheld[early]] = -np.inf
         return out
 
     def remember(self, tokens: Ints) -> None:

@@ -11,59 +11,31 @@ of the most likely token; its exponential is the token's weight.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
 from server.arrays import Bools, Doubles, Floats, Ints
 from server.engine.sampling import whole_rows
+from server.engine.sampling.estimates import (
+    SUMMED,
+    Estimate,
+    Estimator,
+    Limits,
+    RoundingDecides,
+    Scratch,
+    closely,
+    exponents_of,
+    mean_of,
+    roughly,
+    rounding,
+)
 from server.request import SamplingParameters
 
 LONG_ROW = 4096
 """Smallest vocabulary whose rows are drawn one by one. Smaller ones are faster all at once."""
 
 _BLOCK = 64  # tokens whose maximum is taken at once
-_SUMMED = 128  # tokens that are summed at once
 _CLOSE = 1e-9  # exponents that differ by less may change places by rounding
-
-
-class _RoundingDecides(Exception):
-    """An estimate is not good enough to tell which token it is."""
-
-
-@dataclass(frozen=True)
-class Scratch:
-    """Memory that rows of `[V]` use one after the other; allocating it anew is slow."""
-
-    row: Doubles
-    """For the logits of a row with processors."""
-    exponents: Doubles
-    weights: Doubles
-    floats: Floats
-
-    @staticmethod
-    def of(vocabulary: int) -> Scratch:
-        """Scratch for rows of `vocabulary` tokens."""
-        row, exponents, weights = np.empty((3, vocabulary))
-        return Scratch(row, exponents, weights, weights.view(np.float32)[:vocabulary])
-
-
-@dataclass(frozen=True)
-class _Estimate:
-    """Sums of the weights of a row.
-
-    upto: before each block of `_SUMMED` tokens and after the last one. error: largest difference
-    to the sums of `whole_rows`.
-    """
-
-    upto: Doubles
-    error: float
-
-    @property
-    def whole(self) -> float:
-        """The sum of all weights."""
-        return float(self.upto[-1])
 
 
 def draw(
@@ -75,10 +47,10 @@ def draw(
     best = float(row.max())
     if not math.isfinite(best):
         return 0  # any: `failures` reports the row
-    for estimate in (_roughly, _closely):
+    for estimate in (roughly, closely):
         try:
             return _draw(row, best, parameters, number, scratch, estimate)
-        except _RoundingDecides:
+        except RoundingDecides:
             continue
     filters, numbers = whole_rows.Filters.of([parameters]), np.array([number])
     return int(whole_rows.draw(row[None], filters, numbers)[0])
@@ -108,7 +80,7 @@ def _draw(
     parameters: SamplingParameters,
     number: float,
     scratch: Scratch,
-    estimate: Callable[[Floats | Doubles, float, float, Scratch], _Estimate],
+    estimate: Estimator,
 ) -> int:
     temperature, typical_p = parameters.temperature, parameters.typical_p
     if 0 < parameters.top_k < len(row):
@@ -120,8 +92,7 @@ def _draw(
         bound = best + temperature * math.log(parameters.min_p)
         ids, weights = _candidates(row, best, temperature, bound)
     elif typical_p < 1:
-        exponents = _exponents(row, best, temperature, scratch.exponents)
-        ids, weights = _typical(exponents, np.exp(exponents, out=scratch.weights), typical_p)
+        ids, weights = _typical(row, best, parameters, scratch, estimate)
         typical_p = 1.0
     else:
         sums = estimate(row, best, temperature, scratch)
@@ -129,24 +100,14 @@ def _draw(
     if parameters.min_p:
         ids, weights = _where(weights >= parameters.min_p, ids, weights)
     if typical_p < 1:
-        chosen, weights = _typical(_exponents(row[ids], best, temperature), weights, typical_p)
-        ids = ids[chosen]
+        chosen = _typical_of(exponents_of(row[ids], best, temperature), weights, typical_p)
+        ids, weights = ids[chosen], weights[chosen]
     cumulated = weights.cumsum()
     drawn = number * cumulated[-1]
     return int(ids[np.searchsorted(cumulated, drawn, side="right")])
 
 
 # ---- candidates, weighed as in `whole_rows`
-
-
-def _exponents(
-    row: Floats | Doubles, best: float, temperature: float, out: Doubles | None = None
-) -> Doubles:
-    if temperature == 1:  # a division would change nothing, and take a while
-        return np.subtract(row, best, out=out, dtype=np.float64)
-    exponents: Doubles = np.divide(row, temperature, out=out, dtype=np.float64)
-    exponents -= best / temperature
-    return exponents
 
 
 def _candidates(
@@ -157,7 +118,7 @@ def _candidates(
     Some that are a little less likely are among them, since weights are rounded, too.
     """
     ids = reaching(row, bound, 1e-12 * temperature + 1e-14 * abs(best))
-    return ids, np.exp(_exponents(row[ids], best, temperature))
+    return ids, np.exp(exponents_of(row[ids], best, temperature))
 
 
 def _where(kept: Bools, ids: Ints, weights: Doubles) -> tuple[Ints, Doubles]:
@@ -174,27 +135,27 @@ def _top_k(
     ids, weights = _where(weights >= floor, ids, weights)
     if parameters.top_p == 1:
         return ids, weights
-    falling = -np.sort(-weights)
+    falling = np.sort(weights)[::-1]
     whole = float(weights.sum())
-    enough = _Limits.around(parameters.top_p * whole, _rounding(len(ids)) * whole)
+    enough = Limits.around(parameters.top_p * whole, rounding(len(ids)) * whole)
     return _where(weights >= _floor(falling, falling.cumsum(), enough), ids, weights)
 
 
 def _top_p(
-    row: Floats | Doubles, best: float, parameters: SamplingParameters, sums: _Estimate
+    row: Floats | Doubles, best: float, parameters: SamplingParameters, sums: Estimate
 ) -> tuple[Ints, Doubles]:
     """Ids and weights of the tokens that are left after a top_p, and some that min_p drops."""
     temperature, top_p, min_p = parameters.temperature, parameters.top_p, parameters.min_p
-    enough = _Limits.around(top_p * sums.whole, sums.error)
+    enough = Limits.around(top_p * sums.whole, sums.error)
     for part in (0.5, 0.02, 0.0):  # of what may be missing
         if min_p:
             bound = best + temperature * math.log(min_p)
         else:
             bound = _without(row, best, temperature, part * (1 - top_p) * sums.whole)
         ids, weights = _candidates(row, best, temperature, bound)
-        if sums.error * len(ids) > sums.whole:
-            raise _RoundingDecides  # most likely; no need to sort them
-        falling = -np.sort(-weights)
+        if sums.error * len(ids) > 0.1 * sums.whole:
+            raise RoundingDecides  # most likely; no need to sort them
+        falling = np.sort(weights)[::-1]
         reached = falling.cumsum()
         if reached[-1] >= enough.most:
             break
@@ -205,112 +166,94 @@ def _top_p(
 
 def _without(row: Floats | Doubles, best: float, temperature: float, mass: float) -> float:
     """A logit so that the tokens below it have about the `mass`, by a sample; maybe -inf."""
-    rising = row[::_BLOCK].copy()
+    rising = row[::SUMMED].copy()
     rising.sort()
-    below = _BLOCK * np.exp(_exponents(rising, best, temperature)).cumsum()
+    below = SUMMED * np.exp(exponents_of(rising, best, temperature)).cumsum()
     index = int(np.searchsorted(below, mass, side="right"))
     return float(rising[index - 1]) if mass and index else -math.inf
 
 
-@dataclass(frozen=True)
-class _Limits:
-    """Between which a sum lies."""
-
-    least: float
-    most: float
-
-    @staticmethod
-    def around(value: float, error: float) -> _Limits:
-        return _Limits(value - error, value + error)
-
-
-def _floor(falling: Doubles, reached: Doubles, enough: _Limits) -> float:
+def _floor(falling: Doubles, reached: Doubles, enough: Limits) -> float:
     """The first of the `falling` weights with which the sum is enough."""
     first, last = np.searchsorted(reached, (enough.least, enough.most))
     if last == len(falling) or falling[first] != falling[last]:
-        raise _RoundingDecides
+        raise RoundingDecides
     return float(falling[first])
 
 
-def _typical(exponents: Doubles, weights: Doubles, typical_p: float) -> tuple[Ints, Doubles]:
-    """Indices and weights of those that are left after a typical_p. Overwrites `exponents`.
-
-    The surprise of a token is above the entropy as far as its exponent is below the mean.
-    """
-    whole = float(weights.sum())
-    with np.errstate(invalid="ignore"):
-        mean = np.einsum("i,i", weights, exponents) / whole
-    if math.isnan(mean):
-        exponents = np.maximum(exponents, -1e4)  # the weight of a lower one is 0
-        mean = np.einsum("i,i", weights, exponents) / whole
-    exponents -= mean
-    nearness = np.negative(np.abs(exponents, out=exponents), out=exponents)
-    enough = _Limits.around(typical_p * whole, _rounding(len(weights)) * whole)
-    for count in (512, len(weights) // 8, len(weights)):
-        bound = -math.inf if 4 * count > len(weights) else likeliest(nearness, count)
+def _typical(
+    row: Floats | Doubles,
+    best: float,
+    parameters: SamplingParameters,
+    scratch: Scratch,
+    estimate: Estimator,
+) -> tuple[Ints, Doubles]:
+    """Ids and weights of the tokens that are left after a typical_p, if nothing else drops any."""
+    temperature, size = parameters.temperature, len(row)
+    nearness: Floats | Doubles = scratch.exponents
+    weights: Floats | Doubles = scratch.weights
+    if estimate is roughly:
+        nearness, weights = nearness.view(np.float32)[:size], scratch.floats
+    sums = estimate(row, best, temperature, scratch, nearness)
+    mean = mean_of(nearness, weights, sums.whole)
+    nearness -= nearness.dtype.type(mean)
+    np.negative(np.abs(nearness, out=nearness), out=nearness)
+    close = max(_CLOSE, 4 * sums.error / sums.whole * (1 + math.log(size)))
+    enough = Limits.around(parameters.typical_p * sums.whole, sums.error)
+    for count in (512, size // 8, size):
+        bound = -math.inf if 4 * count > size else likeliest(nearness, count)
         near = np.flatnonzero(nearness >= bound)
-        order = near[np.argsort(-nearness[near], kind="stable")]
-        index = int(np.searchsorted(weights[order].cumsum(), typical_p * whole))
-        edge = nearness[order[min(index, len(order) - 1)]]
-        if index < len(order) and edge - _CLOSE >= bound:
-            break
-    close = nearness[near]
-    chosen, inner = near[close >= edge - _CLOSE], near[close > edge + _CLOSE]
-    outermost = near[(close >= edge - _CLOSE) & (close <= edge + _CLOSE)]
-    same = (weights[outermost] == weights[outermost[0]]).all()
-    if not (same and weights[inner].sum() < enough.least and enough.most <= weights[chosen].sum()):
-        raise _RoundingDecides
-    return chosen, weights[chosen]
+        exponents = exponents_of(row[near], best, temperature)
+        ours = np.exp(exponents)
+        chosen = _nearest(exponents, ours, mean, enough, close, bound)
+        if chosen is not None:
+            return near[chosen], ours[chosen]
+    raise RoundingDecides
 
 
-# ---- sums of whole rows
+def _typical_of(exponents: Doubles, weights: Doubles, typical_p: float) -> Ints:
+    """Indices of those of few tokens that are left after a typical_p."""
+    whole = float(weights.sum())
+    mean = mean_of(exponents, weights, whole)
+    enough = Limits.around(typical_p * whole, rounding(len(weights)) * whole)
+    chosen = _nearest(exponents, weights, mean, enough, _CLOSE, -math.inf)
+    if chosen is None:
+        raise RoundingDecides
+    return chosen
 
 
-def _rounding(count: int) -> float:
-    """Largest error of a sum of `count` positive doubles in any order, relative to the sum."""
-    return (count + 64) * 2.0**-50
+def _nearest(
+    exponents: Doubles, weights: Doubles, mean: float, enough: Limits, close: float, bound: float
+) -> Ints | None:
+    """Indices of the exponents next to the `mean` whose weights are enough; None if all are not.
 
-
-def _roughly(row: Floats | Doubles, best: float, temperature: float, scratch: Scratch) -> _Estimate:
-    """In float32, which is fast. Enough for most draws from what a language model says."""
-    if not 1e-30 < temperature < 1e30:
-        raise _RoundingDecides
-    out = scratch.floats
-    np.subtract(row, row.dtype.type(best), out=out, casting="same_kind")
-    if temperature != 1:
-        with np.errstate(over="ignore"):
-            out *= np.float32(1 / temperature)
-    np.exp(out, out=out)
-    # In units of half an ulp: of the sum of a block, of exp (4 ulp), and of the three roundings of
-    # an exponent, which on average is at most log(V) in size.
-    return _sums(out, 2.0**-24 * (_SUMMED + 8 + 3 * (1 + math.log(len(row)))))
-
-
-def _closely(row: Floats | Doubles, best: float, temperature: float, scratch: Scratch) -> _Estimate:
-    exponents = _exponents(row, best, temperature, scratch.exponents)
-    return _sums(np.exp(exponents, out=exponents), _rounding(len(row)))
-
-
-def _sums(weights: Floats | Doubles, error: float) -> _Estimate:
-    size = len(weights) // _SUMMED
-    upto, blocks = np.zeros(size + 2), weights[: size * _SUMMED].reshape(size, _SUMMED)
-    # Not `@`: a sum is not worth the threads that it would wake.
-    upto[1:-1] = np.einsum("ij->i", blocks)
-    upto[-1] = weights[size * _SUMMED :].sum()
-    upto = upto.cumsum()
-    return _Estimate(upto, error * float(upto[-1]))
+    The surprise of a token is above the entropy as far as its exponent is below the mean. There may
+    be more tokens whose nearness is below `bound`.
+    """
+    nearness = -np.abs(exponents - mean)
+    order = np.argsort(-nearness, kind="stable")
+    index = int(np.searchsorted(weights[order].cumsum(), (enough.least + enough.most) / 2))
+    if index == len(order) or nearness[order[index]] - 2 * close < bound:
+        return None
+    edge = nearness[order[index]]
+    chosen, inner = np.flatnonzero(nearness >= edge - close), nearness > edge + close
+    outermost = weights[chosen][~inner[chosen]]
+    reached = weights[inner].sum(), weights[chosen].sum()
+    if (outermost != outermost[0]).any() or reached[0] >= enough.least or reached[1] < enough.most:
+        raise RoundingDecides
+    return chosen
 
 
 def _locate(
-    row: Floats | Doubles, best: float, temperature: float, number: float, sums: _Estimate
+    row: Floats | Doubles, best: float, temperature: float, number: float, sums: Estimate
 ) -> int:
     """The token on which `number` falls, if all tokens may be drawn."""
-    drawn = _Limits.around(number * sums.whole, 2 * sums.error)
+    drawn = Limits.around(number * sums.whole, 2 * sums.error)
     block = max(0, int(np.searchsorted(sums.upto, number * sums.whole, side="right")) - 1)
-    begin = block * _SUMMED
-    weights = np.exp(_exponents(row[begin : begin + _SUMMED], best, temperature))
+    begin = block * SUMMED
+    weights = np.exp(exponents_of(row[begin : begin + SUMMED], best, temperature))
     upto = sums.upto[block] + np.append(0.0, weights.cumsum())
     first, last = np.searchsorted(upto, (drawn.least, drawn.most), side="right")
     if first != last or not 0 < first < len(upto):
-        raise _RoundingDecides
+        raise RoundingDecides
     return begin + int(first) - 1

@@ -16,9 +16,10 @@ import numpy.typing as npt
 from server.arrays import Doubles, Floats, Ints
 from server.checkpoint import TokenLogprobs
 from server.engine.sampling import long_rows, whole_rows
+from server.engine.sampling.estimates import Scratch
 from server.engine.sampling.logits_processors import PenaltyState, ProcessorBatch
-from server.engine.sampling.logprobs import token_logprobs
-from server.engine.sampling.long_rows import LONG_ROW, Scratch
+from server.engine.sampling.logprobs import long_logprobs, token_logprobs
+from server.engine.sampling.long_rows import LONG_ROW
 from server.engine.sampling.whole_rows import Filters
 from server.errors import InvalidRequest, RequestError, StepFailed
 from server.request import SamplingParameters
@@ -118,7 +119,12 @@ class SamplingBatch:
         rows = self.reported
         if not len(rows):
             return {}
-        logprobs = token_logprobs(logits[rows], tokens[rows], self.top)
+        if logits.shape[1] >= LONG_ROW:
+            scratch = self.scratch(logits.shape[1]).weights
+            ours = [logits[row] for row in rows.tolist()]
+            logprobs = long_logprobs(ours, tokens[rows].tolist(), self.top, scratch)
+        else:
+            logprobs = token_logprobs(logits[rows], tokens[rows], self.top)
         return dict(zip(rows.tolist(), logprobs, strict=True))
 
 
