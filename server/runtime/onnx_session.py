@@ -87,8 +87,8 @@ class Runtime:
         if self._pairs and batch % 2:
             tokens, positions, lengths = (_with_one(n) for n in (tokens, positions, lengths))
         rows = len(tokens)
-        step = tokens[:, None], positions[:, None], lengths + 1
-        return self._run(0, *step, np.arange(rows))[:batch]
+        columns = tokens[:, None], positions[:, None]
+        return self._run(0, *columns, lengths + 1, np.arange(rows))[:batch]
 
     def prefill(
         self, row: int, tokens: Ints, position: int, length: int, logits: bool = False

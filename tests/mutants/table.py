@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from tests.mutants import client, export, model, patterns, pixels, same_bits, server, snapshots
+from tests.mutants import (
+    client,
+    export,
+    model,
+    patterns,
+    pixels,
+    same_bits,
+    sampling,
+    server,
+    snapshots,
+)
 
 MUTANTS = (
     *patterns.MUTANTS,
@@ -12,5 +22,6 @@ MUTANTS = (
     *client.MUTANTS,
     *server.MUTANTS,
     *same_bits.MUTANTS,
+    *sampling.MUTANTS,
     *snapshots.MUTANTS,
 )

@@ -69,9 +69,10 @@ def likeliest(row: Floats | Doubles, count: int) -> float:
 def reaching(row: Floats | Doubles, bound: float, slack: float = 0.0) -> Ints:
     """Ids of the tokens of `row[V]` whose logit is at least `bound`, or as good as."""
     bound -= slack + 1e-14 * abs(bound)
-    with np.errstate(over="ignore"):
-        least = np.nextafter(row.dtype.type(bound), row.dtype.type(-np.inf))
-    return np.flatnonzero(row >= least)
+    if bound < -3e38:  # a float32 does not reach as far
+        bound = -math.inf
+    # Rounded to the logits' type, it is at most the next of them.
+    return np.flatnonzero(row >= row.dtype.type(bound))
 
 
 def _draw(

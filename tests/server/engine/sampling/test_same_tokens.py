@@ -20,7 +20,7 @@ from server.request import LogitsProcessors, SamplingParameters, prompt_of
 from tests.server.engine.sampling.old_sampler import OldPenalties, old_sample
 
 U64 = (1 << 64) - 1
-SIZES = (256, 1000, 4096, 151_936)
+SIZES = (4096, 256, 1000, 151_936)
 
 Temperatures = st.sampled_from([0.0, 1e-3, 0.3, 0.8, 1.0, 1.0, 1.7, 100.0])
 Parameters = st.builds(
@@ -56,7 +56,7 @@ def logits_of(shape: str, vocabulary: int, seed: int) -> Floats:
         row[rng.random(vocabulary) < rng.choice([0.1, 0.9, 0.9999])] = -np.inf
         row[rng.integers(vocabulary)] = 1
     if shape == "tiny":
-        row = rng.normal(0, 1, vocabulary) * 1e-9
+        row = rng.normal(0, 1, vocabulary) * (1e-9 if seed % 2 else 1e-19)
     if shape == "far":
         row = rng.normal(0, 3000, vocabulary)
     logits = row.astype(np.float32)
@@ -72,7 +72,7 @@ def _drawn(logits: Floats, parameters: SamplingParameters, positions: range) -> 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("vocabulary", SIZES)
-@settings(max_examples=25)
+@settings(max_examples=20)
 @given(Parameters, st.integers(0, 5))
 def test_parameters(vocabulary: int, shape: str, parameters: SamplingParameters, seed: int) -> None:
     logits, positions = logits_of(shape, vocabulary, seed), range(40, 43)
@@ -119,7 +119,7 @@ def _requests(draw: st.DrawFn, vocabulary: int) -> tuple[SamplingParameters, lis
 
 
 @pytest.mark.parametrize("vocabulary", SIZES)
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(st.data())
 def test_processors_step_by_step(vocabulary: int, data: st.DataObject) -> None:
     """Three streams, one without processors: the batch changes between steps."""
@@ -131,6 +131,11 @@ def test_processors_step_by_step(vocabulary: int, data: st.DataObject) -> None:
     new = [_new(one, prompt, vocabulary) for one, prompt in zip(parameters, prompts, strict=True)]
     shape, batch = data.draw(st.sampled_from(SHAPES)), None
     for step in range(7):
+        if step == 5:  # another server takes the streams over
+            new = [_new(*each, vocabulary) for each in zip(parameters, prompts, strict=True)]
+            for penalties, before in zip(new, old, strict=True):
+                if penalties is not None and before is not None:
+                    penalties.recall(np.array(before.output, np.int64))
         if batch is None or step % 3 == 2:
             batch = SamplingBatch.of(parameters, new)
         logits = np.stack([logits_of(shape, vocabulary, step)] * len(parameters))
