@@ -155,7 +155,7 @@ def _top_p(
             bound = _without(row, best, temperature, part * (1 - top_p) * sums.whole)
         ids, weights = _candidates(row, best, temperature, bound)
         if sums.error * len(ids) > 0.1 * sums.whole:
-            raise RoundingDecides  # most likely; no need to sort them
+            raise RoundingDecides  # most likely, and it takes long to order so many
         falling = np.sort(weights)[::-1]
         reached = falling.cumsum()
         if reached[-1] >= enough.most:
@@ -204,6 +204,8 @@ def _typical(
     for count in (512, size // 8, size):
         bound = -math.inf if 4 * count > size else likeliest(nearness, count)
         near = np.flatnonzero(nearness >= bound)
+        if sums.error * len(near) > 0.1 * sums.whole:
+            raise RoundingDecides
         exponents = exponents_of(row[near], best, temperature)
         ours = np.exp(exponents)
         chosen = _nearest(exponents, ours, mean, enough, close, bound)
@@ -232,7 +234,7 @@ def _nearest(
     be more tokens whose nearness is below `bound`.
     """
     nearness = -np.abs(exponents - mean)
-    order = np.argsort(-nearness, kind="stable")
+    order = np.argsort(nearness)[::-1]
     index = int(np.searchsorted(weights[order].cumsum(), (enough.least + enough.most) / 2))
     if index == len(order) or nearness[order[index]] - 2 * close < bound:
         return None
