@@ -170,6 +170,41 @@ def _new(
     return PenaltyState.of(parameters.processors, tokens, vocabulary)
 
 
+@pytest.mark.parametrize("vocabulary", [4096, 151_936])
+def test_top_p_next_to_where_a_token_reaches_it(vocabulary: int) -> None:
+    """Nearer than a sum in float32 can tell."""
+    weights = np.linspace(1.0, 0.5, 12)
+    logits = np.full(vocabulary, -60.0, np.float32)
+    logits[np.arange(12) * 17] = np.log(weights)
+    reached = np.exp(np.log(weights).astype(np.float32).astype(np.float64)).cumsum()
+    for border in (reached / reached[-1])[:-1].tolist():
+        for top_p in (border * (1 - 1e-9), border * (1 + 1e-9)):
+            parameters = SamplingParameters(top_p=top_p)
+            expected = [old_sample(logits, parameters, position) for position in range(30)]
+            assert _drawn(logits, parameters, range(30)) == expected
+
+
+@pytest.mark.parametrize("every", [64, 128])
+def test_a_sample_that_misleads_only_takes_longer(every: int) -> None:
+    """The tokens that are looked at to guess where a nucleus ends are the likely ones."""
+    logits = np.full(151_936, -1.0, np.float32)
+    logits[::every] = 0
+    for top_p in (0.01, 0.5, 0.9):
+        parameters = SamplingParameters(top_p=top_p)
+        expected = [old_sample(logits, parameters, position) for position in range(5)]
+        assert _drawn(logits, parameters, range(5)) == expected
+
+
+@pytest.mark.parametrize("seed", [2, 3])  # with 3, the largest logit is 0
+def test_rough_exponents(seed: int) -> None:
+    row = logits_of("model", 151_936, seed)
+    scratch, best = estimates.Scratch.of(len(row)), float(row.max())
+    for temperature in (1.0, 0.7):
+        exponents = np.full_like(row, np.nan)
+        estimates.roughly(row, best, temperature, scratch, exponents)
+        assert np.allclose(exponents, (row - best) / temperature, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("estimate", ["roughly", "closely"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("temperature", [0.05, 0.7, 1.0, 3.0])
@@ -195,6 +230,11 @@ def test_penalties_take_memory_for_the_tokens_that_there_are() -> None:
     drawn = rng.integers(vocabulary, size=(500, 3))
     for tokens in drawn:
         batch.remember(tokens)
+    for number, state in enumerate(states):
+        found = dict(zip(state.tokens[: state.size].tolist(), state.counts.tolist(), strict=False))
+        tokens, counts = np.unique(drawn[:, number], return_counts=True)
+        expected = dict.fromkeys([7, *prompt.tokens.tolist()], 0)
+        assert found == expected | dict(zip(tokens.tolist(), counts.tolist(), strict=True))
     parked = states[1]
     parked.detach()
     arrays = (parked.tokens, parked.offset, parked.repetition, parked.counts, parked.tail)
