@@ -224,8 +224,9 @@ def test_penalties_take_memory_for_the_tokens_that_there_are() -> None:
     """Also while streams join and leave: a parked one holds no memory of those it was with."""
     vocabulary, rng = 151_936, np.random.default_rng(0)
     processors = LogitsProcessors(repetition_penalty=1.2, bias=((7, 1.0),))
-    prompt = prompt_of(vocabulary, rng.integers(vocabulary, size=1000), "L")
-    states = [PenaltyState.of(processors, prompt, vocabulary) for _ in range(3)]
+    sizes = 100, 1000, 1000  # the first one is full first
+    prompts = [prompt_of(vocabulary, rng.integers(vocabulary, size=n), "L") for n in sizes]
+    states = [PenaltyState.of(processors, prompt, vocabulary) for prompt in prompts]
     batch = SamplingBatch.of([SamplingParameters(processors=processors)] * 3, states)
     drawn = rng.integers(vocabulary, size=(500, 3))
     for tokens in drawn:
@@ -233,13 +234,13 @@ def test_penalties_take_memory_for_the_tokens_that_there_are() -> None:
     for number, state in enumerate(states):
         found = dict(zip(state.tokens[: state.size].tolist(), state.counts.tolist(), strict=False))
         tokens, counts = np.unique(drawn[:, number], return_counts=True)
-        expected = dict.fromkeys([7, *prompt.tokens.tolist()], 0)
+        expected = dict.fromkeys([7, *prompts[number].tokens.tolist()], 0)
         assert found == expected | dict(zip(tokens.tolist(), counts.tolist(), strict=True))
     parked = states[1]
     parked.detach()
     arrays = (parked.tokens, parked.offset, parked.repetition, parked.counts, parked.tail)
     assert all(each.base is None for each in arrays)
-    seen = {7, *prompt.tokens.tolist(), *drawn[:, 1].tolist()}
+    seen = {7, *prompts[1].tokens.tolist(), *drawn[:, 1].tolist()}
     assert sorted(parked.tokens.tolist()) == sorted(seen)
     assert sum(each.nbytes for each in arrays) <= 32 * len(seen) + 512
 
