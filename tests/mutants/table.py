@@ -12,6 +12,7 @@ from tests.mutants import (
     patterns,
     pixels,
     same_bits,
+    sampling,
     server,
     snapshots,
 )
@@ -26,6 +27,7 @@ MUTANTS = (
     *server.MUTANTS,
     *limits.MUTANTS,
     *same_bits.MUTANTS,
+    *sampling.MUTANTS,
     *snapshots.MUTANTS,
     *bench.MUTANTS,
 )

@@ -119,6 +119,17 @@ async def test_a_stream_with_processors_is_the_same_alone_and_among_others(
     assert [outcome.tokens for outcome in crowd] == alone
 
 
+async def test_a_parked_stream_holds_no_memory_of_its_batch(text: Bundle, start: Start) -> None:
+    model = start(text, slots=2, stream_buffer=4)
+    sampling = SamplingParameters(processors=EVERYTHING)
+    streams = [model.submit(ask(max_tokens=30, sampling=sampling)) for _ in range(2)]
+    await until(lambda: len(model.engine.placement.paused) == 2)
+    states = [stream.penalties for stream in streams]
+    for stream in streams:
+        model.cancel(stream)
+    assert all(state is not None and state.counts.base is None for state in states)
+
+
 # ---- several outputs
 
 
