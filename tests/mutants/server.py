@@ -362,20 +362,6 @@ MUTANTS = (
         "tests/server/engine/test_engine_faults.py",
     ),
     *bugs(
-        "server/sessions/lifecycle.py",
-        _STORY,
-        (
-            "a story: a reader attaches to a session that is gone",
-            '''        taken its name.
-        """
-        self._require_held(session)
-''',
-            '''        taken its name.
-        """
-''',
-        ),
-    ),
-    *bugs(
         "server/sessions/registry.py",
         _STORY,
         (
