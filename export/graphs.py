@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from concertina.v1 import bundle_pb2 as pb
-from export.fusion import pack_attention
+from export.kernel import group_query_attention, pack_attention
 from export.weights import name_weights, store_half
 from model.attention import widen
 from model.decoder import Block, Decoder
@@ -240,31 +240,6 @@ def fold_resets(model: Decoder) -> bool:
         for t in state
         if t.kind == pb.STATE_KIND_RECURRENT
     )
-
-
-def group_query_attention(
-    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, longest: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The kernel used in serving: writes k and v after the valid entries, in place, and attends.
-
-    The operator takes the index of the last valid entry, counted from 0. It computes in the type of
-    the stacks.
-    """
-    batch, heads, time, dim = q.shape
-
-    def flat(x: Tensor) -> Tensor:
-        return x.to(keys.dtype).transpose(1, 2).flatten(2)  # [B, T, H*D]
-
-    out, next_keys, next_values = torch.onnx.ops.symbolic_multi_out(
-        "com.microsoft::GroupQueryAttention",
-        (flat(q), flat(k), flat(v), keys, values, lengths - 1, longest),
-        {"num_heads": heads, "kv_num_heads": heads, "scale": 1.0},
-        dtypes=(keys.dtype, keys.dtype, values.dtype),
-        shapes=((batch, time, heads * dim), keys.shape, values.shape),
-        version=1,
-    )
-    out = out.to(q.dtype).view(batch, time, heads, dim).transpose(1, 2)
-    return out, next_keys, next_values
 
 
 def trace_graph(

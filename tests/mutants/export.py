@@ -9,7 +9,7 @@ _QUANTISE = "tests/export/test_quantise.py"
 
 MUTANTS = (
     *bugs(
-        "export/graphs.py",
+        "export/kernel.py",
         _EXPORT,
         ("the kernel scales twice as much", '"scale": 1.0', '"scale": 2.0'),
         ("lengths off by one (graph)", "lengths - 1, longest", "lengths, longest"),

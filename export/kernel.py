@@ -1,4 +1,4 @@
-"""Passes queries, keys and values to the attention kernel as one matrix product.
+"""The attention kernel used in serving, and how it gets queries, keys and values as one product.
 
 The exported graph does what the model does: it splits the product in thirds, reshapes them by head,
 scales the queries, and flattens the thirds again. The kernel also accepts the whole product and can
@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 import onnx
+import torch
 from onnx import helper, numpy_helper
+from torch import Tensor
 
 _VIEWS = ("Reshape", "Transpose")
 _BEGIN, _AXIS = "packed.begin", "packed.axis"
@@ -23,6 +25,31 @@ class _Third(NamedTuple):
     split: onnx.NodeProto
     place: int
     scale: float
+
+
+def group_query_attention(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, longest: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The kernel used in serving: writes k and v after the valid entries, in place, and attends.
+
+    The operator takes the index of the last valid entry, counted from 0. It computes in the type of
+    the stacks.
+    """
+    batch, heads, time, dim = q.shape
+
+    def flat(x: Tensor) -> Tensor:
+        return x.to(keys.dtype).transpose(1, 2).flatten(2)  # [B, T, H*D]
+
+    out, next_keys, next_values = torch.onnx.ops.symbolic_multi_out(
+        "com.microsoft::GroupQueryAttention",
+        (flat(q), flat(k), flat(v), keys, values, lengths - 1, longest),
+        {"num_heads": heads, "kv_num_heads": heads, "scale": 1.0},
+        dtypes=(keys.dtype, keys.dtype, values.dtype),
+        shapes=((batch, time, heads * dim), keys.shape, values.shape),
+        version=1,
+    )
+    out = out.to(q.dtype).view(batch, time, heads, dim).transpose(1, 2)
+    return out, next_keys, next_values
 
 
 def pack_attention(proto: onnx.ModelProto) -> None:
