@@ -159,7 +159,9 @@ def narrow_tiny(bundle: Path, bits: int | None = None) -> Path:
         if not folder.exists():
             manifest, model = read_manifest(bundle), load_decoder(bundle)
             state_tensors(model, pb.DATA_TYPE_INT8)
-            tokens = torch.randint(manifest.vocabulary, (4, 1, manifest.context)).numpy()
+            generator = torch.Generator().manual_seed(5)
+            shape = (4, 1, manifest.context)
+            tokens = torch.randint(manifest.vocabulary, shape, generator=generator).numpy()
             packed = pack_weights(model, bits) if bits else {}
             units = cache_units(bundle, manifest, tokens)
             partial = bundle.with_name(f"{folder.name}-partial")

@@ -64,11 +64,16 @@ class Bundle:
     def pairs_rows(self) -> bool:
         """Whether every pass needs an even number of rows.
 
-        The kernels of matrices sum the last of an odd number of rows in another order, those of few
-        bits, too. With few bits, or caches in int8, what comes of it is rounded to 8 bits, so that
-        the difference does not stay small.
+        The kernels of matrices in few bits sum the last of an odd number of rows in another order.
+        They round what comes of it to 8 bits, so that the difference does not stay small. Of caches
+        in int8 this is only true where it matters which tokens are added up in one pass.
         """
-        return self.manifest.HasField("quantisation") or self.rounds_state
+        return self.manifest.HasField("quantisation") or self.rounds_sums
+
+    @property
+    def rounds_sums(self) -> bool:
+        """Whether the caches are int8 and depend on sums over the tokens of a pass."""
+        return self.rounds_state and self.manifest.attention.endswith(":mean")
 
     @property
     def rounds_state(self) -> bool:

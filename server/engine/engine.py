@@ -267,7 +267,7 @@ def _without_drafts(config: EngineConfig, bundle: Bundle) -> EngineConfig:
         "model without %s",
         config.draft_tokens,
         bundle.name,
-        f"matrices have {few} bits" if few else "caches are int8",
-        " and ".join(["--weights"] * (few > 0) + ["--state int8"] * bundle.rounds_state),
+        f"matrices have {few} bits" if few else "int8 caches depend on sums over tokens",
+        " and ".join(["--weights"] * (few > 0) + ["--state int8"] * bundle.rounds_sums),
     )
     return replace(config, draft_tokens=0)

@@ -119,8 +119,10 @@ async def alone(start: Start, folder: Path, count: int) -> list[Output]:
 
 
 def assert_close(got: list[Output], expected: list[Output], folder: Path) -> None:
-    """Checks that outputs are the same; with float16, log-probabilities within the tolerance."""
-    if load_bundle(folder).pairs_rows:
+    """Checks that outputs are the same; with float caches, whose kernel sums the products of tokens
+    that are pushed together in another order, log-probabilities within the tolerance."""
+    bundle = load_bundle(folder)
+    if bundle.pairs_rows or bundle.rounds_state:
         assert got == expected
         return
     for mine, other in zip(got, expected, strict=True):
@@ -203,10 +205,8 @@ async def test_neither_do_drafts(
     refused = [record.getMessage() for record in caplog.records if "draft" in record.getMessage()]
     assert bool(refused) == model.bundle.pairs_rows
     for message in refused:
-        few, rounds = model.bundle.manifest.quantisation.bits, model.bundle.rounds_state
-        assert (f"{few} bits" if few else "caches are int8") in message
-        assert message.endswith("without --weights") == (few > 0 and not rounds)
-        assert message.endswith("--state int8") == rounds
+        assert f"{model.bundle.manifest.quantisation.bits} bits" in message
+        assert message.endswith("without --weights")
     got = [(await read_all(model, [wanted(n)]))[0] for n in range(len(PROMPTS))]
     assert_close(got, expected, folder)
 
