@@ -151,12 +151,24 @@ def _weigh(folder: Path, manifest: pb.Manifest, model: Decoder, precision: Preci
     noted.bits, noted.block = precision.bits, BLOCK
     noted.rounded_parity.CopyFrom(check_parity(folder, manifest, model, rounded=True))
     noted.heldout, noted.tokens = heldout_bits(folder, manifest, precision.heldout)
-    loss, limit = noted.heldout - noted.heldout_float16, precision.limit
+    _check_loss(
+        (f"int{precision.bits} weights", noted.heldout),
+        ("float16 weights", noted.heldout_float16),
+        precision.limit,
+        "use more bits",
+    )
+
+
+def _check_loss(
+    rounded: tuple[str, float], exact: tuple[str, float], limit: float, remedy: str
+) -> None:
+    """Raise LossError if what is `rounded`, with its held-out bits, loses too much."""
+    loss = rounded[1] - exact[1]
     if not loss <= limit:
         raise LossError(
-            f"int{precision.bits} weights need {noted.heldout:.4f} bits per held-out token, "
-            f"float16 weights {noted.heldout_float16:.4f}: {loss:.4f} more, and the limit is "
-            f"{limit:g}, so nothing was written; use more bits, or raise --max-loss"
+            f"{rounded[0]} need {rounded[1]:.4f} bits per held-out token, {exact[0]} "
+            f"{exact[1]:.4f}: {loss:.4f} more, and the limit is {limit:g}, so nothing was written; "
+            f"{remedy}, or raise --max-loss"
         )
 
 
@@ -206,13 +218,12 @@ def _round_caches(
     if packed:
         round_activations(folder / "step.onnx")
     noted.heldout, noted.tokens = heldout_bits(folder, manifest, dataset)
-    loss, limit = noted.heldout - noted.heldout_float32, precision.limit
-    if not loss <= limit:
-        raise LossError(
-            f"int8 caches need {noted.heldout:.4f} bits per held-out token, float32 caches "
-            f"{noted.heldout_float32:.4f}: {loss:.4f} more, and the limit is {limit:g}, so nothing "
-            "was written; use --state float32, or raise --max-loss"
-        )
+    _check_loss(
+        ("int8 caches", noted.heldout),
+        ("float32 caches", noted.heldout_float32),
+        precision.limit,
+        "use --state float32",
+    )
 
 
 def describe(
