@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from concertina.bundle.manifest import MANIFEST, write_manifest
 from concertina.v1 import bundle_pb2 as pb
 from export.cost import count_cost
-from export.graphs import export_fold, export_step, fold_resets, layers, state_tensors
-from export.heldout import heldout_bits
+from export.graphs import Units, export_fold, export_step, fold_resets, layers, state_tensors
+from export.heldout import cache_units, calibration_windows, heldout_bits
 from export.moves import export_moves
+from export.packing import Packed
 from export.parity import check_parity
 from export.quantise import BLOCK, pack_weights, quantise_step, round_activations
 from export.weights import round_weights
@@ -22,11 +23,12 @@ from model.decoder import Decoder
 from model.run import Checkpoint, load_checkpoint
 
 _LIMITS = {8: 0.02, 4: 0.1}
+_STATE_LIMIT = 0.01
 _MODALITY = {"text": pb.MODALITY_TEXT, "image": pb.MODALITY_IMAGE}
 
 
 class LossError(Exception):
-    """The quantised weights predict held-out data worse than allowed."""
+    """The quantised weights or caches predict held-out data worse than allowed."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,20 @@ class Precision:
         return _LIMITS[self.bits] if self.max_loss is None else self.max_loss
 
 
+@dataclass(frozen=True)
+class StatePrecision:
+    """That caches are int8, by which data, and the largest loss in bits per held-out token."""
+
+    dataset: Dataset
+    max_loss: float | None = None
+    """None: 0.01."""
+
+    @property
+    def limit(self) -> float:
+        """`max_loss`, or its default."""
+        return _STATE_LIMIT if self.max_loss is None else self.max_loss
+
+
 def export_bundle(
     checkpoint_folder: Path,
     bundle_folder: Path,
@@ -51,19 +67,21 @@ def export_bundle(
     name: str,
     version: str = "1",
     precision: Precision | None = None,
+    state_precision: StatePrecision | None = None,
     data_type: pb.DataType = pb.DATA_TYPE_FLOAT32,
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> pb.Manifest:
     """Export the newest checkpoint of `checkpoint_folder` as the bundle `bundle_folder`.
 
     precision: how to quantise matrices; None stores them as float16.
+    state_precision: makes keys and values int8; `data_type` must be float32 then.
     data_type: type of stacks and histories. A GPU needs float16; such a bundle also has the graphs
     that move state inside the device.
 
     Raises ParityError if the parity check fails, LossError if the loss is above the limit,
     FileExistsError if `bundle_folder` exists and is not a bundle, and ValueError if the held-out
-    data does not fit the model. After an error, no file is left over and an older bundle is
-    unchanged.
+    data does not fit the model or its pattern has no caches that can be int8. After an error, no
+    file is left over and an older bundle is unchanged.
     """
     if bundle_folder.exists() and not (bundle_folder / MANIFEST).exists():
         raise FileExistsError(
@@ -72,6 +90,10 @@ def export_bundle(
     checkpoint = load_checkpoint(checkpoint_folder)
     if precision is not None:
         _check_fit(precision.heldout.info, checkpoint.data)
+    if state_precision is not None:
+        assert data_type == pb.DATA_TYPE_FLOAT32
+        _check_fit(state_precision.dataset.info, checkpoint.data)
+        state_tensors(checkpoint.model, pb.DATA_TYPE_INT8)
     round_weights(checkpoint.model)
     manifest = describe(checkpoint, name, version, data_type)
     bundle_folder.parent.mkdir(parents=True, exist_ok=True)
@@ -87,18 +109,22 @@ def export_bundle(
         if data_type == pb.DATA_TYPE_FLOAT16:
             on_stage("exporting the graphs that move state")
             files += export_moves(manifest.state, partial)
+        packed: Mapping[str, Packed] = {}
         if precision is not None:
             on_stage("measuring held-out bits with float16 weights")
             manifest.quantisation.heldout_float16, _ = heldout_bits(
                 partial, manifest, precision.heldout
             )
-            quantise_step(partial / "step.onnx", pack_weights(checkpoint.model, precision.bits))
+            packed = pack_weights(checkpoint.model, precision.bits)
+            quantise_step(partial / "step.onnx", packed)
         on_stage("checking parity with the trained model")
         manifest.parity.CopyFrom(check_parity(partial, manifest, checkpoint.model))
         if precision is not None:
             on_stage(f"measuring held-out bits with int{precision.bits} weights")
             round_activations(partial / "step.onnx")
             _weigh(partial, manifest, checkpoint.model, precision)
+        if state_precision is not None:
+            _round_caches(partial, manifest, checkpoint.model, packed, state_precision, on_stage)
         write_manifest(partial, manifest, files)
         partial.chmod(0o755)
         if bundle_folder.exists():
@@ -125,13 +151,79 @@ def _weigh(folder: Path, manifest: pb.Manifest, model: Decoder, precision: Preci
     noted.bits, noted.block = precision.bits, BLOCK
     noted.rounded_parity.CopyFrom(check_parity(folder, manifest, model, rounded=True))
     noted.heldout, noted.tokens = heldout_bits(folder, manifest, precision.heldout)
-    loss, limit = noted.heldout - noted.heldout_float16, precision.limit
+    _check_loss(
+        (f"int{precision.bits} weights", noted.heldout),
+        ("float16 weights", noted.heldout_float16),
+        precision.limit,
+        "use more bits",
+    )
+
+
+def _check_loss(
+    rounded: tuple[str, float], exact: tuple[str, float], limit: float, remedy: str
+) -> None:
+    """Raise LossError if what is `rounded`, with its held-out bits, loses too much."""
+    loss = rounded[1] - exact[1]
     if not loss <= limit:
         raise LossError(
-            f"int{precision.bits} weights need {noted.heldout:.4f} bits per held-out token, "
-            f"float16 weights {noted.heldout_float16:.4f}: {loss:.4f} more, and the limit is "
-            f"{limit:g}, so nothing was written; use more bits, or raise --max-loss"
+            f"{rounded[0]} need {rounded[1]:.4f} bits per held-out token, {exact[0]} "
+            f"{exact[1]:.4f}: {loss:.4f} more, and the limit is {limit:g}, so nothing was written; "
+            f"{remedy}, or raise --max-loss"
         )
+
+
+def narrow_caches(
+    folder: Path,
+    manifest: pb.Manifest,
+    model: Decoder,
+    units: Units,
+    packed: Mapping[str, Packed],
+) -> None:
+    """Export the graphs in `folder` again, with caches in int8, and say so in `manifest`.
+
+    packed: the quantised matrices of `model`, if it has any; until `round_activations`, their
+    kernels use exact activations.
+    """
+    step = folder / "step.onnx"
+    export_step(model, step, pb.DATA_TYPE_INT8, units)
+    if packed:
+        quantise_step(step, packed)
+    if manifest.HasField("fold"):
+        export_fold(model, folder / "fold.onnx", pb.DATA_TYPE_INT8, units)
+    del manifest.state[:]
+    manifest.state.extend(state_tensors(model, pb.DATA_TYPE_INT8))
+
+
+def _round_caches(
+    folder: Path,
+    manifest: pb.Manifest,
+    model: Decoder,
+    packed: Mapping[str, Packed],
+    precision: StatePrecision,
+    on_stage: Callable[[str], None],
+) -> None:
+    """Put graphs with int8 caches in place of those in `folder`, and their loss into `manifest`.
+
+    Raises ParityError if they compute something else, and LossError above the limit.
+    """
+    noted, dataset = manifest.state_quantisation, precision.dataset
+    on_stage("measuring held-out bits with float32 caches")
+    noted.heldout_float32, _ = heldout_bits(folder, manifest, dataset)
+    on_stage("exporting the graphs with int8 caches")
+    units = cache_units(folder, manifest, calibration_windows(dataset, manifest.context))
+    narrow_caches(folder, manifest, model, units, packed)
+    on_stage("checking parity with int8 caches")
+    noted.parity.CopyFrom(check_parity(folder, manifest, model, units=units))
+    on_stage("measuring held-out bits with int8 caches")
+    if packed:
+        round_activations(folder / "step.onnx")
+    noted.heldout, noted.tokens = heldout_bits(folder, manifest, dataset)
+    _check_loss(
+        ("int8 caches", noted.heldout),
+        ("float32 caches", noted.heldout_float32),
+        precision.limit,
+        "use --state float32",
+    )
 
 
 def describe(

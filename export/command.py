@@ -10,11 +10,15 @@ from rich.text import Text
 
 from concertina.cli.output import plain_console
 from concertina.v1 import bundle_pb2 as pb
-from export.bundle import LossError, Precision, export_bundle
+from export.bundle import LossError, Precision, StatePrecision, export_bundle
 from export.parity import ParityError
 from model.data import load_dataset
 
-_DATA_TYPES = {"float32": pb.DATA_TYPE_FLOAT32, "float16": pb.DATA_TYPE_FLOAT16}
+_DATA_TYPES = {
+    "float32": pb.DATA_TYPE_FLOAT32,
+    "float16": pb.DATA_TYPE_FLOAT16,
+    "int8": pb.DATA_TYPE_FLOAT32,  # first, to compare with
+}
 
 
 def export(
@@ -28,20 +32,22 @@ def export(
         Literal["float16", "int8", "int4"], typer.Option(help="Type of the stored matrices.")
     ] = "float16",
     state: Annotated[
-        Literal["float32", "float16"],
-        typer.Option(help="Type of the caches; a GPU needs float16."),
+        Literal["float32", "float16", "int8"],
+        typer.Option(help="Type of the caches; a GPU needs float16, and int8 is for CPUs only."),
     ] = "float32",
     data: Annotated[
         Path | None,
         typer.Option(
-            help="Dataset of the model; its held-out part measures the loss of int8 and int4."
+            help="Dataset of the model; its held-out part measures the loss of int8 and int4, and "
+            "its training part the range of int8 caches."
         ),
     ] = None,
     max_loss: Annotated[
         float | None,
         typer.Option(
             min=0,
-            help="Largest loss in bits per held-out token; default: int8 0.02, int4 0.1.",
+            help="Largest loss in bits per held-out token, of weights and of caches each; default: "
+            "int8 weights 0.02, int4 weights 0.1, int8 caches 0.01.",
             show_default=False,
         ),
     ] = None,
@@ -56,28 +62,35 @@ def export(
     concertina export runs/python bundles/python-4k
     concertina export runs/notes bundles/notes --name notes --version 2026-11
     concertina export runs/python bundles/python-int8 --weights int8 --data data/python
+    concertina export runs/python bundles/python-8 --weights int8 --state int8 --data data/python
     concertina export runs/python bundles/python-gpu --state float16
     """
-    if weights != "float16" and data is None:
+    rounded = [f"{weights} weights"] * (weights != "float16") + ["int8 caches"] * (state == "int8")
+    if rounded and data is None:
         raise typer.BadParameter(
-            f"{weights} weights need the model's dataset to measure the loss: add --data"
+            f"{' and '.join(rounded)} need the model's dataset to measure the loss: add --data"
         )
-    if weights == "float16" and (data, max_loss) != (None, None):
-        raise typer.BadParameter("--data and --max-loss need --weights int8 or int4")
+    if not rounded and (data, max_loss) != (None, None):
+        raise typer.BadParameter(
+            "--data and --max-loss need --weights int8 or int4, or --state int8"
+        )
     console = plain_console(stderr=True)
     try:
         with console.status("reading the checkpoint") as status:
-            precision = None
+            precision = state_precision = None
             if data is not None:
-                precision = Precision(
-                    int(weights.removeprefix("int")), load_dataset(data), max_loss
-                )
+                dataset = load_dataset(data)
+                if weights != "float16":
+                    precision = Precision(int(weights.removeprefix("int")), dataset, max_loss)
+                if state == "int8":
+                    state_precision = StatePrecision(dataset, max_loss)
             manifest = export_bundle(
                 checkpoint,
                 bundle,
                 name=name or bundle.resolve().name,
                 version=version,
                 precision=precision,
+                state_precision=state_precision,
                 data_type=_DATA_TYPES[state],
                 on_stage=status.update,
             )
@@ -96,4 +109,11 @@ def export(
             f"{weights}: {measured.heldout:.4f} bits per held-out token, "
             f"{measured.heldout - measured.heldout_float16:+.4f} against float16, "
             f"over {measured.tokens:,} tokens",
+        )
+    if manifest.HasField("state_quantisation"):
+        of_state = manifest.state_quantisation
+        console.print(
+            f"int8 caches: {of_state.heldout:.4f} bits per held-out token, "
+            f"{of_state.heldout - of_state.heldout_float32:+.4f} against float32, "
+            f"over {of_state.tokens:,} tokens",
         )

@@ -7,6 +7,7 @@ are named `<name>.<layer>`. Graph inputs are in the manifest's order; unused one
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import onnx
@@ -15,14 +16,24 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from concertina.v1 import bundle_pb2 as pb
-from export.fusion import pack_attention
+from export.kernel import Kernel, group_query_attention, pack_attention
 from export.weights import name_weights, store_half
 from model.attention import widen
 from model.decoder import Block, Decoder
-from model.patterns.pattern import Pattern, Place, Push
+from model.patterns.pattern import Pattern, Place, StateTensor
 
 _OPSET = 18
-TORCH_TYPES = {pb.DATA_TYPE_FLOAT32: torch.float32, pb.DATA_TYPE_FLOAT16: torch.float16}
+TORCH_TYPES = {
+    pb.DATA_TYPE_FLOAT32: torch.float32,
+    pb.DATA_TYPE_FLOAT16: torch.float16,
+    pb.DATA_TYPE_INT8: torch.int8,
+}
+Units = Mapping[str, Tensor]
+"""What 1 means in a cache of integers, `[H, 1, D]`, by the name of the state tensor."""
+LARGEST = 127
+"""Largest integer of a cache; the smallest is -128."""
+CACHES = ("keys", "values")
+"""Names of the stacks that the kernel reads."""
 _KINDS = {
     "stack": pb.STATE_KIND_STACK,
     "history": pb.STATE_KIND_HISTORY,
@@ -41,19 +52,40 @@ def state_tensors(
     """The state of one stream, in the order of the graph inputs.
 
     Stacks and histories have type `data_type`. Recurrent tensors are always float32: every step
-    changes them, and sums would lose precision. Raises ValueError for a pattern that cannot decode.
+    changes them, and sums would lose precision. int8 is only for what the kernel reads, keys and
+    values of stacks. Raises ValueError for a pattern that cannot decode, or not in int8.
     """
+    if data_type == pb.DATA_TYPE_INT8:
+        _check_stacks(model)
     return [
         pb.StateTensor(
             name=f"{tensor.name}.{layer}",
             kind=_KINDS[tensor.kind],
             shape=tensor.shape,
-            data_type=pb.DATA_TYPE_FLOAT32 if tensor.kind == "recurrent" else data_type,
+            data_type=_type_of(tensor, data_type),
             initial=tensor.initial,
         )
         for layer, pattern in enumerate(layers(model))
         for tensor in pattern.state()
     ]
+
+
+def _type_of(tensor: StateTensor, wanted: pb.DataType) -> pb.DataType:
+    if tensor.kind == "recurrent":
+        return pb.DATA_TYPE_FLOAT32
+    if wanted == pb.DATA_TYPE_INT8 and tensor.name not in CACHES:
+        return pb.DATA_TYPE_FLOAT32
+    return wanted
+
+
+def _check_stacks(model: Decoder) -> None:
+    kinds = {tensor.kind for pattern in layers(model) for tensor in pattern.state()}
+    if "history" in kinds or "stack" not in kinds:
+        raise ValueError(
+            f"the pattern {model.config.attention} cannot keep its state in int8: the attention "
+            "kernel reads int8 from stacks only, and the pattern reads "
+            f"{' and '.join(sorted(kinds))} tensors; use --state float32 or float16"
+        )
 
 
 class StepGraph(nn.Module):
@@ -64,12 +96,20 @@ class StepGraph(nn.Module):
     (indices of those of the B*T tokens that need logits), then the state. Outputs:
     `logits[R, vocabulary]`, then the changed state. With stacks, B > 1 and T > 1 together need
     empty stacks. The T tokens must not cross a point where a fold is due.
+
+    kernel: pushes and attends. units: of caches in int8.
     """
 
-    def __init__(self, model: Decoder, push: Push | None = None) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        kernel: Kernel = group_query_attention,
+        units: Units | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
-        self.push = push
+        self.kernel = kernel
+        self.units = units or {}
         self.changed: list[str] = []
         """Names of the state tensors that the last pass returned."""
 
@@ -85,12 +125,6 @@ class StepGraph(nn.Module):
         """See the class."""
         remaining = iter(state)
 
-        def push(
-            q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor
-        ) -> tuple[Tensor, Tensor, Tensor]:
-            return group_query_attention(q, k, v, keys, values, lengths, longest)
-
-        place = Place(positions, lengths, self.push or push)
         following: dict[str, Tensor] = {}
         x = self.model.embed_at(tokens, positions)
         for layer, block in enumerate(self.model.blocks):
@@ -99,6 +133,13 @@ class StepGraph(nn.Module):
             def attend(
                 pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, x: Tensor, layer: int = layer
             ) -> Tensor:
+                def push(
+                    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor
+                ) -> tuple[Tensor, Tensor, Tensor]:
+                    units = [self.units[f"{name}.{layer}"] for name in CACHES if self.units]
+                    return self.kernel(q, k, v, keys, values, lengths, longest, units)
+
+                place = Place(positions, lengths, push)
                 given = {t.name: next(remaining) for t in pattern.state()}
                 out, changed = pattern.step(q, k, v, x, place, given)
                 following.update({f"{name}.{layer}": changed[name] for name in changed})
@@ -115,11 +156,15 @@ class StepGraph(nn.Module):
 
 
 class FoldGraph(nn.Module):
-    """Folds the state of every layer, as `Pattern.fold` describes."""
+    """Folds the state of every layer, as `Pattern.fold` describes.
 
-    def __init__(self, model: Decoder) -> None:
+    Computes in float32 at least; `units`, of caches in int8, turn them into numbers and back.
+    """
+
+    def __init__(self, model: Decoder, units: Units | None = None) -> None:
         super().__init__()
         self.patterns = nn.ModuleList(layers(model))
+        self.units = units or {}
         self.changed: list[str] = []
         """Names of the state tensors that the last pass returned."""
 
@@ -130,8 +175,14 @@ class FoldGraph(nn.Module):
         for layer, pattern in enumerate(self.patterns):
             assert isinstance(pattern, Pattern)
             given = {t.name: next(remaining) for t in pattern.state()}
-            changed = pattern.fold({name: widen(part) for name, part in given.items()})
+            wide = {name: widen(part) for name, part in given.items()}
+            units = {
+                name: u for name in given if (u := self.units.get(f"{name}.{layer}")) is not None
+            }
+            changed = pattern.fold(wide | {name: wide[name] * unit for name, unit in units.items()})
             for name, part in changed.items():
+                if name in units:
+                    part = (part / units[name]).round().clamp(-LARGEST - 1, LARGEST)
                 following[f"{name}.{layer}"] = part.to(given[name].dtype)
         self.changed = list(following)
         return list(following.values())
@@ -174,12 +225,17 @@ def fold_example(
     return example
 
 
-def export_step(model: Decoder, path: Path, data_type: pb.DataType = pb.DATA_TYPE_FLOAT32) -> None:
+def export_step(
+    model: Decoder,
+    path: Path,
+    data_type: pb.DataType = pb.DATA_TYPE_FLOAT32,
+    units: Units | None = None,
+) -> None:
     """Write the step graph of `model` to `path`, with its weights stored as float16.
 
-    data_type: type of the state, see `state_tensors`.
+    data_type: type of the state, see `state_tensors`; int8 needs `units`.
     """
-    graph = StepGraph(model)
+    graph = StepGraph(model, units=units)
     # The exporter treats equal sizes and size 1 as constants, so all example sizes differ.
     inputs = step_example(model, data_type=data_type)
     names = [t.name for t in state_tensors(model)]
@@ -202,9 +258,14 @@ def export_step(model: Decoder, path: Path, data_type: pb.DataType = pb.DATA_TYP
     onnx.save(proto, path)
 
 
-def export_fold(model: Decoder, path: Path, data_type: pb.DataType = pb.DATA_TYPE_FLOAT32) -> None:
+def export_fold(
+    model: Decoder,
+    path: Path,
+    data_type: pb.DataType = pb.DATA_TYPE_FLOAT32,
+    units: Units | None = None,
+) -> None:
     """Write the fold graph of `model` to `path`. The pattern must have a fold."""
-    graph = FoldGraph(model)
+    graph = FoldGraph(model, units)
     schedule = layers(model)[0].schedule
     assert schedule is not None
     sizes = (3, 4) if schedule.binary else (schedule.span, schedule.span)
@@ -240,31 +301,6 @@ def fold_resets(model: Decoder) -> bool:
         for t in state
         if t.kind == pb.STATE_KIND_RECURRENT
     )
-
-
-def group_query_attention(
-    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, longest: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The kernel used in serving: writes k and v after the valid entries, in place, and attends.
-
-    The operator takes the index of the last valid entry, counted from 0. It computes in the type of
-    the stacks.
-    """
-    batch, heads, time, dim = q.shape
-
-    def flat(x: Tensor) -> Tensor:
-        return x.to(keys.dtype).transpose(1, 2).flatten(2)  # [B, T, H*D]
-
-    out, next_keys, next_values = torch.onnx.ops.symbolic_multi_out(
-        "com.microsoft::GroupQueryAttention",
-        (flat(q), flat(k), flat(v), keys, values, lengths - 1, longest),
-        {"num_heads": heads, "kv_num_heads": heads, "scale": 1.0},
-        dtypes=(keys.dtype, keys.dtype, values.dtype),
-        shapes=((batch, time, heads * dim), keys.shape, values.shape),
-        version=1,
-    )
-    out = out.to(q.dtype).view(batch, time, heads, dim).transpose(1, 2)
-    return out, next_keys, next_values
 
 
 def trace_graph(

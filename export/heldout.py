@@ -1,18 +1,23 @@
-"""Measures how well the graphs of a bundle predict held-out data."""
+"""Runs the graphs of a bundle over data: how well they predict it, and how far caches reach."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from concertina.v1 import bundle_pb2 as pb
-from export.streaming import Graphs, prefill
-from model.data import Dataset, heldout_batches
+from export.graphs import CACHES, LARGEST, Units
+from export.streaming import Array, Graphs, prefill
+from model.data import Dataset, Tokens, draw_batch, heldout_batches
 
 TOKENS = 1 << 16
 """Largest number of held-out tokens to measure: whole windows, spread evenly over the data."""
+_MEASURED = 1 << 15
+_LEAST = 1e-4  # unit of a channel that is always 0; float16 holds it in full
 _CHUNK = 64  # tokens per pass; fewer before a fold
 
 
@@ -33,3 +38,45 @@ def heldout_bits(folder: Path, manifest: pb.Manifest, dataset: Dataset) -> tuple
     if not count:
         raise ValueError(f"the held-out data is shorter than one window of {manifest.context}")
     return nats / count / math.log(2), count
+
+
+def calibration_windows(dataset: Dataset, context: int) -> Iterable[Tokens]:
+    """Inputs `[1, T]` for `cache_units`: of the training data, and one of random tokens.
+
+    Training data, so that the loss is measured on data that the units have not seen. Random tokens,
+    so that a prompt unlike the data does not go beyond the units either.
+    """
+    for step in range(max(1, _MEASURED // context)):
+        yield draw_batch(dataset, context, 1, seed=0, step=step)[0]
+    vocabulary = dataset.info.vocabulary
+    tokens = np.random.default_rng(0).integers(vocabulary, size=(1, context))
+    tokens[:, 0] = vocabulary
+    yield tokens
+
+
+def cache_units(folder: Path, manifest: pb.Manifest, windows: Iterable[Tokens]) -> Units:
+    """What 1 means in the caches of the graphs in `folder` once they are int8; see `Units`.
+
+    The largest number of each head and channel is `LARGEST`. Entries of tokens and summaries share
+    the unit, as the kernel knows only one.
+    """
+    graphs = Graphs(folder, manifest)
+    most: dict[str, Array] = {}
+    for inputs in windows:
+        stream, done = graphs.start(1), 0
+        while done < inputs.shape[1]:
+            room = _CHUNK if graphs.span is None else graphs.span - done % graphs.span
+            part = np.ascontiguousarray(inputs[:, done : done + min(_CHUNK, room)])
+            graphs.push(stream, part)
+            done += part.shape[1]
+            for tensor in graphs.tensors:
+                if tensor.kind == pb.STATE_KIND_STACK and tensor.name.split(".")[0] in CACHES:
+                    valid = np.abs(stream.state[tensor.name][0, :, : stream.lengths[0]])
+                    reached = valid.max(1, keepdims=True).astype(np.float32)
+                    most[tensor.name] = np.maximum(most.get(tensor.name, reached), reached)
+            graphs.fold(stream)
+    # The graphs store units as float16, like all matrices.
+    return {
+        name: torch.from_numpy(np.maximum(reached / LARGEST, _LEAST).astype(np.float16)).float()
+        for name, reached in most.items()
+    }

@@ -1,25 +1,32 @@
 """Checks that the exported graphs, run as a stream, compute the same as the trained model.
 
-The reference is the parallel forward in float64.
+The reference is the parallel forward in float64. For caches in int8 it is the model as a stream, in
+float64, with keys and values rounded as the kernel and the folds round them.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from concertina.v1 import bundle_pb2 as pb
+from export.graphs import LARGEST, FoldGraph, StepGraph, Units, layers, state_tensors
 from export.streaming import Array, Graphs, Stream, prefill
+from model.attention import push_and_attend
 from model.decoder import Decoder
 
 TOLERANCE = 1e-4
 """Largest difference of a logit."""
 HALF_TOLERANCE = 0.01
 """With float16 caches: largest difference of a logit, as a fraction of the largest logit."""
+INTEGER_TOLERANCE = 0.02
+"""With int8 caches: the same. A number halfway between two integers may be rounded either way."""
 ROUNDED_TOLERANCE = 0.1
 """With activations rounded to 8 bits: the same, as a fraction of the largest logit."""
 
@@ -29,13 +36,19 @@ class ParityError(Exception):
 
 
 def check_parity(
-    folder: Path, manifest: pb.Manifest, model: Decoder, seed: int = 0, rounded: bool = False
+    folder: Path,
+    manifest: pb.Manifest,
+    model: Decoder,
+    seed: int = 0,
+    rounded: bool = False,
+    units: Units | None = None,
 ) -> pb.Parity:
     """Largest difference of a logit between the graphs in `folder` and `model`.
 
     Compares every prefix length up to 3 spans + 2, several chunkings, and a batch of streams at
     different positions. Raises ParityError above `TOLERANCE`; if the state is float16, above
-    `HALF_TOLERANCE`; if activations are `rounded`, above `ROUNDED_TOLERANCE`.
+    `HALF_TOLERANCE`; if it is int8 with these `units`, above `INTEGER_TOLERANCE`; if activations
+    are `rounded`, above `ROUNDED_TOLERANCE`.
     """
     graphs = Graphs(folder, manifest)
     rng = np.random.default_rng(seed)
@@ -45,7 +58,9 @@ def check_parity(
     tokens[:, 0] = manifest.vocabulary + rng.integers(1 + len(manifest.labels), size=4)
     exact = copy.deepcopy(model).double()
     with torch.no_grad():
-        expected = exact(torch.from_numpy(tokens)).numpy()  # [4, length, vocabulary]
+        inputs = torch.from_numpy(tokens)
+        logits = exact(inputs) if units is None else _rounded_logits(exact, units, inputs)
+    expected = logits.numpy()  # [4, length, vocabulary]
 
     worst, positions = 0.0, 0
     for limit in (1, max(2, span // 3), span):
@@ -63,6 +78,8 @@ def check_parity(
     tolerance, largest = TOLERANCE, float(np.abs(expected).max())
     if rounded:
         tolerance = ROUNDED_TOLERANCE * largest
+    elif units is not None:
+        tolerance = INTEGER_TOLERANCE * largest
     elif any(tensor.data_type == pb.DATA_TYPE_FLOAT16 for tensor in manifest.state):
         tolerance = HALF_TOLERANCE * largest
     if not worst <= tolerance:
@@ -112,3 +129,70 @@ def _mixed_phases(
                 batch.lengths[stay],
             )
     return worst
+
+
+def _rounded_logits(model: Decoder, units: Units, tokens: Tensor) -> Tensor:
+    """Logits `[B, T, vocabulary]` of streams whose keys and values are whole multiples of `units`.
+
+    The exported graphs share no rounding with this, so that the two check each other.
+    """
+    schedule, tensors = layers(model)[0].schedule, state_tensors(model)
+    stacks = [tensor.kind == pb.STATE_KIND_STACK for tensor in tensors]
+    batch, length = tokens.shape
+    state = [torch.full((batch, *t.shape), t.initial).double() for t in tensors]
+    step, fold = StepGraph(model, _attend_rounded, units), FoldGraph(model)
+    places = {tensor.name: place for place, tensor in enumerate(tensors)}
+    entries, parts, span = 0, [], schedule.span if schedule else length
+    for begin in range(0, length, span):
+        end = min(begin + span, length)
+        entries += end - begin
+        longest, rows = torch.tensor(entries), torch.arange(batch * (end - begin))
+        logits, changed = step(
+            tokens[:, begin:end],
+            torch.arange(begin, end).expand(batch, -1),
+            longest.expand(batch),
+            longest,
+            rows,
+            state,
+        )
+        parts.append(logits.view(batch, end - begin, -1))
+        for name, values in zip(step.changed, changed, strict=True):
+            state[places[name]] = values
+        if schedule is None or end % span:
+            continue
+        taken = (end & -end).bit_length() if schedule.binary else span
+        first = entries - taken
+        given = [
+            values[:, :, first:entries] if stack else values
+            for values, stack in zip(state, stacks, strict=True)
+        ]
+        folded = fold(given)
+        for name, values in zip(fold.changed, folded, strict=True):
+            place = places[name]
+            if name in units:
+                values = _round(values, units[name])
+            if stacks[place]:
+                state[place][:, :, first : first + 1] = values
+            else:
+                state[place] = values
+        entries = first + 1
+    return torch.cat(parts, dim=1)
+
+
+def _attend_rounded(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    longest: Tensor,
+    units: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    k, v = (_round(x, unit) for x, unit in zip((k, v), units, strict=True))
+    return push_and_attend(q, k, v, keys, values, lengths)
+
+
+def _round(x: Tensor, unit: Tensor) -> Tensor:
+    """`x[B, H, T, D]` in whole multiples of `unit[H, 1, D]`, of which there are 256."""
+    return (x / unit.double()).round().clamp(-LARGEST - 1, LARGEST) * unit.double()

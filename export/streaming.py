@@ -17,6 +17,7 @@ from concertina.bundle.resources import ELEMENT_TYPES
 from concertina.v1 import bundle_pb2 as pb
 
 _JUNK = 1e4  # value of invalid entries, so that a wrong read changes the result
+_INTEGER_JUNK = 127  # the same where state is int8
 
 Array = npt.NDArray[np.float32]
 
@@ -47,17 +48,19 @@ class Graphs:
     def start(self, batch: int) -> Stream:
         """State of `batch` new streams."""
         state = {
-            t.name: np.full(
-                (batch, *t.shape),
-                t.initial if t.kind == pb.STATE_KIND_RECURRENT else _JUNK,
-                ELEMENT_TYPES[t.data_type],
-            )
+            t.name: np.full((batch, *t.shape), _unset(t), ELEMENT_TYPES[t.data_type])
             for t in self.tensors
         }
         return Stream(state, np.zeros(batch, np.int64), np.zeros(batch, np.int64))
 
     def step(self, stream: Stream, tokens: npt.NDArray[np.int64]) -> Array:
-        """Push `tokens[batch, time]` and return logits `[batch, time, vocabulary]`."""
+        """Push `tokens[batch, time]`, fold, and return logits `[batch, time, vocabulary]`."""
+        logits = self.push(stream, tokens)
+        self.fold(stream)
+        return logits
+
+    def push(self, stream: Stream, tokens: npt.NDArray[np.int64]) -> Array:
+        """The same without the folds that are due then."""
         batch, time = tokens.shape
         positions = stream.positions[:, None] + np.arange(time)
         stream.lengths += time
@@ -83,10 +86,10 @@ class Graphs:
         self.step_session.run_with_iobinding(binding)
         stream.positions += time
         logits: Array = binding.copy_outputs_to_cpu()[0]
-        self._fold(stream)
         return logits.reshape(batch, time, -1)
 
-    def _fold(self, stream: Stream) -> None:
+    def fold(self, stream: Stream) -> None:
+        """Do the folds that are due."""
         if self.fold_session is None or self.span is None:
             return
         given = [value.name.removeprefix("next.") for value in self.fold_session.get_outputs()]
@@ -105,11 +108,17 @@ class Graphs:
             for name, values in zip(given, folded, strict=True):
                 kind, part = parts[name]
                 if kind == pb.STATE_KIND_STACK:
-                    part[:] = _JUNK
+                    part[:] = _JUNK if part.dtype.kind == "f" else _INTEGER_JUNK
                     part[:, 0] = values[0, :, 0]
                 else:
                     part[:] = values[0]
             stream.lengths[row] = length - entries + 1
+
+
+def _unset(tensor: pb.StateTensor) -> float:
+    if tensor.kind == pb.STATE_KIND_RECURRENT:
+        return tensor.initial
+    return _INTEGER_JUNK if tensor.data_type == pb.DATA_TYPE_INT8 else _JUNK
 
 
 def prefill(

@@ -17,8 +17,10 @@ from safetensors.torch import save_file
 
 from concertina.bundle.manifest import read_manifest, write_manifest
 from concertina.v1 import bundle_pb2 as pb
-from export.bundle import export_bundle
+from export.bundle import export_bundle, narrow_caches
 from export.compare import Variant
+from export.graphs import state_tensors
+from export.heldout import cache_units
 from export.quantise import BLOCK, pack_weights, quantise_step, round_activations
 from export.weights import load_decoder
 from model.config import ModelConfig
@@ -120,6 +122,54 @@ def quantise_tiny(bundle: Path, bits: int) -> Path:
             quantise_step(step, pack_weights(load_decoder(bundle), bits))
             round_activations(step)
             manifest.quantisation.bits, manifest.quantisation.block = bits, BLOCK
+            files = [file.path for file in manifest.files]
+            del manifest.files[:]
+            write_manifest(partial, manifest, files)
+            partial.rename(folder)
+    return folder
+
+
+NARROWED = (
+    "fixed",
+    "fixed:mean",
+    "fixed:deepset-max",
+    "full",
+    "logsparse-hierarchical",
+    "sparse-fixed",
+)
+"""Patterns whose caches can be int8."""
+
+
+def in_few_bits(bundle: Path, kind: str) -> Path:
+    """A bundle beside `bundle`, of a `kind`: `int8`, `int4`, `state8`, `int8-state8`."""
+    bits = {"int8": 8, "int4": 4}.get(kind.removesuffix("state8").removesuffix("-"))
+    if kind.endswith("state8"):
+        return narrow_tiny(bundle, bits)
+    return quantise_tiny(bundle, bits) if bits else bundle
+
+
+def narrow_tiny(bundle: Path, bits: int | None = None) -> Path:
+    """A bundle beside `bundle`, the same but with caches in int8, made unless it is there.
+
+    bits: of the matrices, None as they are. Unlike `export_bundle`, this measures no loss. Random
+    tokens say how large the caches' numbers are. Raises ValueError where they cannot be int8.
+    """
+    folder = bundle.with_name(f"{bundle.name}{f'-int{bits}' if bits else ''}-state8")
+    with one_at_a_time(folder):
+        if not folder.exists():
+            manifest, model = read_manifest(bundle), load_decoder(bundle)
+            state_tensors(model, pb.DATA_TYPE_INT8)
+            generator = torch.Generator().manual_seed(5)
+            shape = (4, 1, manifest.context)
+            tokens = torch.randint(manifest.vocabulary, shape, generator=generator).numpy()
+            packed = pack_weights(model, bits) if bits else {}
+            units = cache_units(bundle, manifest, tokens)
+            partial = bundle.with_name(f"{folder.name}-partial")
+            shutil.copytree(bundle, partial, dirs_exist_ok=True)
+            narrow_caches(partial, manifest, model, units, packed)
+            if bits:
+                round_activations(partial / "step.onnx")
+                manifest.quantisation.bits, manifest.quantisation.block = bits, BLOCK
             files = [file.path for file in manifest.files]
             del manifest.files[:]
             write_manifest(partial, manifest, files)

@@ -65,9 +65,25 @@ class Bundle:
         """Whether every pass needs an even number of rows.
 
         The kernels of matrices in few bits sum the last of an odd number of rows in another order.
-        They round what comes of it to 8 bits, so that the difference does not stay small.
+        They round what comes of it to 8 bits, so that the difference does not stay small. Of caches
+        in int8 this is only true where it matters which tokens are added up in one pass.
         """
-        return self.manifest.HasField("quantisation")
+        return self.manifest.HasField("quantisation") or self.rounds_sums
+
+    @property
+    def rounds_sums(self) -> bool:
+        """Whether the caches are int8 and depend on sums over the tokens of a pass."""
+        return self.rounds_state and self.manifest.attention.endswith(":mean")
+
+    @property
+    def rounds_state(self) -> bool:
+        """Whether the caches are int8."""
+        return any(t.data_type == pb.DATA_TYPE_INT8 for t in self.manifest.state)
+
+    @property
+    def cache_type(self) -> str:
+        """Name of the smallest type of the state tensors, which is that of the caches."""
+        return min((np.dtype(t.element) for t in self.state), key=lambda e: e.itemsize).name
 
     @property
     def typecode(self) -> str:
@@ -202,6 +218,8 @@ def _flaw(bundle: Bundle) -> str:
         shape = list(tensor.shape)
         along = {pb.STATE_KIND_STACK: (1, most), pb.STATE_KIND_HISTORY: (0, context)}
         axis, least = along.get(tensor.kind, (-1, 0))
+        if tensor.data_type == pb.DATA_TYPE_INT8 and tensor.initial:
+            return f"state {tensor.name} is int8 and begins with {tensor.initial:g}"
         if min(shape, default=0) < 1 or len(shape) <= axis or shape[axis] < least:
             return f"state {tensor.name} has shape {shape}"
     return ""

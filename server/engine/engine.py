@@ -260,12 +260,14 @@ def _without_drafts(config: EngineConfig, bundle: Bundle) -> EngineConfig:
     """`config`, without draft tokens if they could change the output of the bundle's streams."""
     if not (config.draft_tokens and bundle.pairs_rows):
         return config
+    few = bundle.manifest.quantisation.bits
     _log.warning(
-        "draft_tokens is %d, but %s is served without drafts: its matrices have %d bits, and with "
-        "these, tokens that are pushed together get other log-probabilities than one by one; for "
-        "drafts, export the model without --weights",
+        "draft_tokens is %d, but %s is served without drafts: its %s, and with these, tokens that "
+        "are pushed together get other log-probabilities than one by one; for drafts, export the "
+        "model without %s",
         config.draft_tokens,
         bundle.name,
-        bundle.manifest.quantisation.bits,
+        f"matrices have {few} bits" if few else "int8 caches depend on sums over tokens",
+        " and ".join(["--weights"] * (few > 0) + ["--state int8"] * bundle.rounds_sums),
     )
     return replace(config, draft_tokens=0)

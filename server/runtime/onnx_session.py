@@ -54,8 +54,8 @@ class Runtime:
         _require(provider)
         if provider != "cpu" and not bundle.moves_on_devices:
             raise BundleError(
-                f"{bundle.folder} has its state in float32, but the provider {provider} needs "
-                "float16: export the checkpoint again with --state float16"
+                f"{bundle.folder} has its state in {bundle.cache_type}, but the provider "
+                f"{provider} needs float16: export the checkpoint again with --state float16"
             )
         self._tensors = bundle.state
         self._pairs = bundle.pairs_rows

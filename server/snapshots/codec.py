@@ -231,7 +231,7 @@ def _saved_state(bundle: Bundle, stored: pb.OutputSnapshot) -> SavedState:
         content, width = stored.state[tensor.name], np.dtype(tensor.element).itemsize
         if len(content) != math.prod(shape) * width:
             raise SnapshotRefused(f"the snapshot's state {tensor.name} has the wrong size")
-        values = np.frombuffer(content, f"<f{width}")
+        values = np.frombuffer(content, np.dtype(tensor.element).newbyteorder("<"))
         with np.errstate(over="ignore"):
             initial = values.dtype.type(tensor.initial)  # may become infinite in float16
         if not (np.isfinite(values) | (values == initial)).all():

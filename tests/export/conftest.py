@@ -3,12 +3,17 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import export.bundle
+from export.graphs import Units
+from model.data import Dataset
 from model.decoder import Decoder
+from model.run import load_checkpoint
+from tests.checkpoints import checkpoint_of
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -28,10 +33,31 @@ def copied(fixed_bundle: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def ready_graphs(fixed_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exports take seconds; here they copy what `fixed_bundle` holds."""
+    """Exports take seconds; here they copy what `fixed_bundle` holds, but for int8 caches."""
+    for part in ("step", "fold"):
+        written = getattr(export.bundle, f"export_{part}")
 
-    def copy(model: Decoder, path: Path, data_type: int) -> None:
-        shutil.copy(fixed_bundle / path.name, path)
+        def copy(
+            model: Decoder, path: Path, data_type: int, *units: Units, write: Any = written
+        ) -> None:
+            if units:
+                write(model, path, data_type, *units)
+            else:
+                shutil.copy(fixed_bundle / path.name, path)
 
-    monkeypatch.setattr(export.bundle, "export_step", copy)
-    monkeypatch.setattr(export.bundle, "export_fold", copy)
+        monkeypatch.setattr(export.bundle, f"export_{part}", copy)
+
+
+@pytest.fixture(scope="package")
+def heldout(fixed_bundle: Path) -> Dataset:
+    """Images that the model of `fixed_bundle` itself painted, so that any other is worse."""
+    checkpoint = load_checkpoint(checkpoint_of(fixed_bundle))
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.full((12, 1), checkpoint.data.vocabulary)
+    with torch.no_grad():
+        while tokens.shape[1] < 33:
+            chances = checkpoint.model(tokens)[:, -1].softmax(-1)
+            tokens = torch.cat((tokens, chances.multinomial(1, generator=generator)), dim=1)
+    images = tokens.numpy()
+    images[:, 0] = -1
+    return Dataset(checkpoint.data, images, images)

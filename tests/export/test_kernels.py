@@ -14,7 +14,7 @@ import pytest
 
 from concertina.bundle.manifest import read_manifest
 from concertina.v1 import bundle_pb2 as pb
-from tests.checkpoints import export_tiny
+from tests.checkpoints import export_tiny, narrow_tiny
 
 _TABLE = json.loads(Path(__file__).with_name("cuda_kernels.json").read_text())
 _KERNELS = {(kernel["domain"], kernel["op"]): kernel for kernel in _TABLE["kernels"]}
@@ -26,6 +26,7 @@ _NAMES = {  # as the table writes them
     onnx.TensorProto.INT32: "int32",
     onnx.TensorProto.INT64: "int64",
     onnx.TensorProto.UINT8: "uint8",
+    onnx.TensorProto.INT8: "int8",
 }
 
 
@@ -95,6 +96,12 @@ def test_attention_in_float32_is_refused(fixed_bundle: Path) -> None:
     (one, other) = without_kernel(onnx.load(fixed_bundle / "step.onnx"))
     assert one.startswith("GroupQueryAttention: ") and one.endswith(" is float")
     assert other.startswith("GroupQueryAttention: ")
+
+
+def test_int8_caches_have_no_cuda_kernel(fixed_bundle: Path) -> None:
+    """It would take float16 queries, which the CPU's does not: a server refuses such bundles."""
+    model = onnx.load(narrow_tiny(fixed_bundle) / "step.onnx")
+    assert {why.split(":")[0] for why in without_kernel(model)} == {"GroupQueryAttention"}
 
 
 def test_what_the_table_does_not_say_is_refused(fixed_bundle: Path) -> None:

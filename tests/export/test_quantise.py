@@ -29,21 +29,6 @@ def draw_matrix(rows: int, columns: int) -> np.ndarray:
     return np.random.default_rng(rows * columns).standard_normal((rows, columns), np.float32)
 
 
-@pytest.fixture(scope="module")
-def heldout(fixed_bundle: Path) -> Dataset:
-    """Images that the model of `fixed_bundle` itself painted, so that any other is worse."""
-    checkpoint = load_checkpoint(checkpoint_of(fixed_bundle))
-    generator = torch.Generator().manual_seed(3)
-    tokens = torch.full((12, 1), checkpoint.data.vocabulary)
-    with torch.no_grad():
-        while tokens.shape[1] < 33:
-            chances = checkpoint.model(tokens)[:, -1].softmax(-1)
-            tokens = torch.cat((tokens, chances.multinomial(1, generator=generator)), dim=1)
-    images = tokens.numpy()
-    images[:, 0] = -1
-    return Dataset(checkpoint.data, images, images)
-
-
 @pytest.fixture(params=[8, 4])
 def bits(request: pytest.FixtureRequest) -> int:
     value: int = request.param

@@ -6,13 +6,44 @@ from tests.mutants.mutant import bugs
 
 _EXPORT = "tests/export/test_parity.py"
 _QUANTISE = "tests/export/test_quantise.py"
+_KERNEL = "tests/export/test_kernel.py"
+_HELDOUT = "tests/export/test_heldout.py"
 
 MUTANTS = (
     *bugs(
-        "export/graphs.py",
+        "export/kernel.py",
         _EXPORT,
         ("the kernel scales twice as much", '"scale": 1.0', '"scale": 2.0'),
         ("lengths off by one (graph)", "lengths - 1, longest", "lengths, longest"),
+    ),
+    *bugs(
+        "export/kernel.py",
+        _KERNEL,
+        (
+            "the entries of one stream are shared out among threads",
+            "None, None, None, None, sink, *units",
+            "None, None, None, None, None, *units",
+        ),
+    ),
+    *bugs(
+        "export/graphs.py",
+        _HELDOUT,
+        ("folds cut numbers off", "(part / units[name]).round()", "(part / units[name])"),
+        (
+            "histories are said to be int8",
+            'if "history" in kinds or "stack" not in kinds:',
+            "if False:",
+        ),
+    ),
+    *bugs(
+        "export/heldout.py",
+        _HELDOUT,
+        (
+            "a unit covers only the last entries",
+            "np.maximum(most.get(tensor.name, reached), reached)",
+            "reached",
+        ),
+        ("units know only the data", "    yield tokens\n", "    yield tokens * 0\n"),
     ),
     *bugs(
         "export/parity.py",
@@ -49,6 +80,15 @@ MUTANTS = (
         (
             "the loss is measured with exact activations",
             '            round_activations(partial / "step.onnx")\n',
+            "",
+        ),
+    ),
+    *bugs(
+        "export/bundle.py",
+        _HELDOUT,
+        (
+            "matrices are unpacked where caches are int8",
+            "    if packed:\n        quantise_step(step, packed)\n",
             "",
         ),
     ),

@@ -69,14 +69,15 @@ class Served:
             pushed[prefill_row(self.bundle, self.slots)] = self.cache.prefill_pushed
         for tensor in self.bundle.manifest.state:
             buffer = self.runtime.rows.buffers[tensor.name]
+            value = 127 if buffer.dtype == np.int8 else self.value
             for row in range(num_rows(self.bundle, self.slots)):
                 tokens = pushed.get(row, 0)
                 if tensor.kind == pb.STATE_KIND_STACK:
-                    buffer[row, :, self.bundle.entries(tokens) :] = self.value
+                    buffer[row, :, self.bundle.entries(tokens) :] = value
                 elif tensor.kind == pb.STATE_KIND_HISTORY:
-                    buffer[row, tokens:] = self.value
+                    buffer[row, tokens:] = value
                 elif row not in pushed:
-                    buffer[row] = self.value
+                    buffer[row] = value
 
     def start_prefill(self) -> None:
         """Clear the prefill slot for a new stream."""

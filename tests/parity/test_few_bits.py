@@ -1,10 +1,11 @@
-"""Matrices of few bits: a stream gets the same logits to the bit in whatever way it is computed.
+"""Few bits in matrices or caches: a stream gets the same logits to the bit, however it is computed.
 
 Their kernels round, so a difference in the last bit of a sum would not stay one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,17 +13,43 @@ import pytest
 
 from server.arrays import Floats, Ints
 from server.engine.kv_cache import num_rows, prefill_row
-from tests.checkpoints import quantise_tiny
+from tests.checkpoints import NARROWED, export_tiny, in_few_bits, quantise_tiny
+from tests.parity.conftest import FAST, SERVED
 from tests.parity.served import Served, draw_tokens
 
 SPAN, LARGEST = 8, 33
 slow = pytest.mark.slow
 
 
-@pytest.fixture(params=[8, pytest.param(4, marks=slow)])
-def few_bits(bundle: Path, request: pytest.FixtureRequest) -> Path:
-    """`bundle` with matrices of 8 or 4 bits."""
-    return quantise_tiny(bundle, request.param)
+def cases() -> Iterator[object]:
+    """Every pattern with every type of matrices and caches that it can have; most of them slow."""
+    for pattern in SERVED:
+        for kind in ("int8", "int4", "state8", "int8-state8"):
+            if "state8" in kind and pattern not in NARROWED:
+                continue
+            is_fast = pattern in FAST and kind in ("int8", "state8")
+            yield pytest.param(
+                (pattern, kind), id=f"{pattern}-{kind}", marks=() if is_fast else slow
+            )
+
+
+@pytest.fixture(params=cases())
+def case(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """A pattern, and what has few bits."""
+    pattern, kind = request.param
+    return pattern, kind
+
+
+@pytest.fixture
+def plain(case: tuple[str, str], tiny_bundles: Path) -> Path:
+    """Folder of the same bundle as `few_bits`, as it is without."""
+    return export_tiny(tiny_bundles, case[0])
+
+
+@pytest.fixture
+def few_bits(case: tuple[str, str], plain: Path) -> Path:
+    """Folder of a bundle with matrices of 8 or 4 bits, with caches in int8, or with both."""
+    return in_few_bits(plain, case[1])
 
 
 @pytest.fixture
@@ -116,7 +143,7 @@ def test_what_was_pushed_one_by_one_is_no_block_of_another_prompt(
         served.prefilling = True
         while (at := served.cache.prefill_pushed) < len(prompt):
             served.cache.prefill(prompt[at : at + served.cache.prefill_room(SPAN)])
-        assert served.cache.prefix_bytes == 0
+        assert not (served.bundle.pairs_rows and served.cache.prefix_bytes)
         got = prompted(served, prompt, SPAN)
         expected = prompted(Served(few_bits, slots=1), prompt, SPAN)
         assert np.array_equal(got, expected[-len(got) :])
@@ -166,18 +193,23 @@ def test_a_parked_stream_continues_to_the_bit_in_other_company(
                 assert np.array_equal(got, expected[rows, behind])
 
 
-def test_rows_come_in_pairs_only_where_it_matters(few_bits: Path, bundle: Path) -> None:
-    few, plain = Served(few_bits), Served(bundle)
+def test_rows_come_in_pairs_only_where_it_matters(few_bits: Path, plain: Path) -> None:
+    few, other = Served(few_bits), Served(plain)
+    assert few.bundle.pairs_rows == (
+        "-int" in few_bits.name or ":mean" in few.bundle.manifest.attention
+    )
+    if not few.bundle.pairs_rows:
+        other, few = few, Served(quantise_tiny(plain, 8))
     rows = [(prefill_row(few.bundle, n), num_rows(few.bundle, n)) for n in (1, 2, 3)]
     assert rows == [(2, 4), (2, 4), (4, 6)]
-    rows = [(prefill_row(plain.bundle, n), num_rows(plain.bundle, n)) for n in (1, 2)]
+    rows = [(prefill_row(other.bundle, n), num_rows(other.bundle, n)) for n in (1, 2)]
     assert rows == [(1, 2), (2, 3)]
-    for served in (few, plain):
+    for served in (few, other):
         served.start_prefill()
     block = few.cache.block_room
     for limit, pairs in {1: 2, 2: 2, 3: 2, 4: 4, 7: 6, 8: 8}.items():
         assert few.cache.prefill_room(limit) == (block if few.bundle.span else pairs)
-        assert plain.cache.prefill_room(limit) == min(limit, block)
-    assert few.cache.prefill_room(99) == plain.cache.prefill_room(99) == block
+        assert other.cache.prefill_room(limit) == min(limit, block)
+    assert few.cache.prefill_room(99) == other.cache.prefill_room(99) == block
     assert few.prefill(draw_tokens(few_bits, 1)[0, :3]).shape[0] == 3
     assert few.cache.prefill_room(1) == (few.cache.block_room if few.bundle.span else 2)

@@ -26,7 +26,8 @@ from server.sessions.served_model import ServedModel
 from server.snapshots.opening import open_writer
 from server.snapshots.sealer import KEY_VARIABLE
 from server.snapshots.writer import SnapshotWriter
-from tests.checkpoints import quantise_tiny
+from tests.checkpoints import NARROWED, export_tiny, narrow_tiny, quantise_tiny
+from tests.parity.conftest import marked
 from tests.parity.restoring import CONFIG, LIMIT_S, Recording, read, record_logits
 from tests.server.replicas import start
 
@@ -105,6 +106,20 @@ async def test_streams_continue_to_the_bit_from_every_position_of_two_blocks(
     bundle: Path, bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = bundle if bits == 16 else quantise_tiny(bundle, bits)
+    await continues_to_the_bit(bundle, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("pattern", marked([*NARROWED]))
+async def test_streams_with_int8_caches_continue_likewise(
+    pattern: str, tiny_bundles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = narrow_tiny(export_tiny(tiny_bundles, pattern))
+    await continues_to_the_bit(bundle, tmp_path, monkeypatch)
+
+
+async def continues_to_the_bit(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(KEY_VARIABLE, base64.b64encode(os.urandom(32)).decode())
     uri = f"file://{tmp_path}/store"
     writer, model = open_writer(uri, 60.0), ServedModel(load_bundle(bundle), CONFIG)

@@ -19,6 +19,7 @@ Count = TypeVar("Count", int, npt.NDArray[np.int64])
 ELEMENT_TYPES: dict[int, type[np.generic]] = {
     pb.DATA_TYPE_FLOAT32: np.float32,
     pb.DATA_TYPE_FLOAT16: np.float16,
+    pb.DATA_TYPE_INT8: np.int8,
 }
 ELEMENT_BYTES = {key: np.dtype(element).itemsize for key, element in ELEMENT_TYPES.items()}
 KIND_NAMES = {

@@ -70,3 +70,5 @@ def _heldout(model: Model) -> Iterator[str]:
         yield f"{value:.3f} {name}"
     if model.weights != "float16":
         yield f"{model.weights_loss:+.3f} as {model.weights}"
+    if model.state == "int8":
+        yield f"{model.state_loss:+.3f} with int8 state"

@@ -28,6 +28,8 @@ class Model:
     metrics: measured on held-out data in training, for example `bits/byte`.
     weights: how matrices are stored: `float16`, `int8` or `int4`.
     weights_loss: bits per held-out token that this costs compared with `float16`.
+    state: how keys and values of streams are kept: `float32`, `float16` or `int8`.
+    state_loss: bits per held-out token that `int8` costs compared with `float32`.
     """
 
     name: str
@@ -43,6 +45,8 @@ class Model:
     metrics: dict[str, float]
     weights: str
     weights_loss: float
+    state: str
+    state_loss: float
     slots: int
     queue_limit: int
     max_state_bytes: int
@@ -71,7 +75,7 @@ def score_from(response: generation_service_pb2.ScoreResponse) -> Score:
 def model_from(model: model_service_pb2.Model) -> Model:
     """The model in a response."""
     manifest, quantisation = model.manifest, model.manifest.quantisation
-    image = None
+    of_state, image = manifest.state_quantisation, None
     if manifest.HasField("image"):
         image = ImageFormat(manifest.image.width, manifest.image.height, manifest.image.palette)
     return Model(
@@ -88,7 +92,17 @@ def model_from(model: model_service_pb2.Model) -> Model:
         metrics=dict(manifest.metrics),
         weights=f"int{quantisation.bits}" if quantisation.bits else "float16",
         weights_loss=quantisation.heldout - quantisation.heldout_float16,
+        state=_state_type(manifest),
+        state_loss=of_state.heldout - of_state.heldout_float32,
         slots=model.slots,
         queue_limit=model.queue_limit,
         max_state_bytes=model.max_state_bytes,
     )
+
+
+def _state_type(manifest: bundle_pb2.Manifest) -> str:
+    """Name of the smallest type in the state: the caches may be smaller than the rest of it."""
+    types = {tensor.data_type for tensor in manifest.state}
+    small = (bundle_pb2.DATA_TYPE_INT8, bundle_pb2.DATA_TYPE_FLOAT16)
+    found = next((kind for kind in small if kind in types), bundle_pb2.DATA_TYPE_FLOAT32)
+    return bundle_pb2.DataType.Name(found).removeprefix("DATA_TYPE_").lower()

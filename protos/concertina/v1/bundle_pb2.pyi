@@ -25,6 +25,7 @@ class DataType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DATA_TYPE_UNSPECIFIED: _ClassVar[DataType]
     DATA_TYPE_FLOAT32: _ClassVar[DataType]
     DATA_TYPE_FLOAT16: _ClassVar[DataType]
+    DATA_TYPE_INT8: _ClassVar[DataType]
 MODALITY_UNSPECIFIED: Modality
 MODALITY_TEXT: Modality
 MODALITY_IMAGE: Modality
@@ -35,9 +36,10 @@ STATE_KIND_HISTORY: StateKind
 DATA_TYPE_UNSPECIFIED: DataType
 DATA_TYPE_FLOAT32: DataType
 DATA_TYPE_FLOAT16: DataType
+DATA_TYPE_INT8: DataType
 
 class Manifest(_message.Message):
-    __slots__ = ("format", "name", "version", "fingerprint", "modality", "vocabulary", "labels", "end_token", "context", "image", "state", "fold", "files", "metrics", "training_data", "parity", "parameters", "attention", "cost", "quantisation")
+    __slots__ = ("format", "name", "version", "fingerprint", "modality", "vocabulary", "labels", "end_token", "context", "image", "state", "fold", "files", "metrics", "training_data", "parity", "parameters", "attention", "cost", "quantisation", "state_quantisation")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -65,6 +67,7 @@ class Manifest(_message.Message):
     ATTENTION_FIELD_NUMBER: _ClassVar[int]
     COST_FIELD_NUMBER: _ClassVar[int]
     QUANTISATION_FIELD_NUMBER: _ClassVar[int]
+    STATE_QUANTISATION_FIELD_NUMBER: _ClassVar[int]
     format: int
     name: str
     version: str
@@ -85,7 +88,8 @@ class Manifest(_message.Message):
     attention: str
     cost: Cost
     quantisation: Quantisation
-    def __init__(self, format: _Optional[int] = ..., name: _Optional[str] = ..., version: _Optional[str] = ..., fingerprint: _Optional[str] = ..., modality: _Optional[_Union[Modality, str]] = ..., vocabulary: _Optional[int] = ..., labels: _Optional[_Iterable[str]] = ..., end_token: _Optional[int] = ..., context: _Optional[int] = ..., image: _Optional[_Union[ImageFormat, _Mapping]] = ..., state: _Optional[_Iterable[_Union[StateTensor, _Mapping]]] = ..., fold: _Optional[_Union[FoldSchedule, _Mapping]] = ..., files: _Optional[_Iterable[_Union[BundleFile, _Mapping]]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., training_data: _Optional[_Union[TrainingData, _Mapping]] = ..., parity: _Optional[_Union[Parity, _Mapping]] = ..., parameters: _Optional[int] = ..., attention: _Optional[str] = ..., cost: _Optional[_Union[Cost, _Mapping]] = ..., quantisation: _Optional[_Union[Quantisation, _Mapping]] = ...) -> None: ...
+    state_quantisation: StateQuantisation
+    def __init__(self, format: _Optional[int] = ..., name: _Optional[str] = ..., version: _Optional[str] = ..., fingerprint: _Optional[str] = ..., modality: _Optional[_Union[Modality, str]] = ..., vocabulary: _Optional[int] = ..., labels: _Optional[_Iterable[str]] = ..., end_token: _Optional[int] = ..., context: _Optional[int] = ..., image: _Optional[_Union[ImageFormat, _Mapping]] = ..., state: _Optional[_Iterable[_Union[StateTensor, _Mapping]]] = ..., fold: _Optional[_Union[FoldSchedule, _Mapping]] = ..., files: _Optional[_Iterable[_Union[BundleFile, _Mapping]]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., training_data: _Optional[_Union[TrainingData, _Mapping]] = ..., parity: _Optional[_Union[Parity, _Mapping]] = ..., parameters: _Optional[int] = ..., attention: _Optional[str] = ..., cost: _Optional[_Union[Cost, _Mapping]] = ..., quantisation: _Optional[_Union[Quantisation, _Mapping]] = ..., state_quantisation: _Optional[_Union[StateQuantisation, _Mapping]] = ...) -> None: ...
 
 class ImageFormat(_message.Message):
     __slots__ = ("width", "height", "palette")
@@ -170,6 +174,18 @@ class Quantisation(_message.Message):
     tokens: int
     rounded_parity: Parity
     def __init__(self, bits: _Optional[int] = ..., block: _Optional[int] = ..., heldout: _Optional[float] = ..., heldout_float16: _Optional[float] = ..., tokens: _Optional[int] = ..., rounded_parity: _Optional[_Union[Parity, _Mapping]] = ...) -> None: ...
+
+class StateQuantisation(_message.Message):
+    __slots__ = ("heldout", "heldout_float32", "tokens", "parity")
+    HELDOUT_FIELD_NUMBER: _ClassVar[int]
+    HELDOUT_FLOAT32_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PARITY_FIELD_NUMBER: _ClassVar[int]
+    heldout: float
+    heldout_float32: float
+    tokens: int
+    parity: Parity
+    def __init__(self, heldout: _Optional[float] = ..., heldout_float32: _Optional[float] = ..., tokens: _Optional[int] = ..., parity: _Optional[_Union[Parity, _Mapping]] = ...) -> None: ...
 
 class Parity(_message.Message):
     __slots__ = ("max_error", "tolerance", "positions")

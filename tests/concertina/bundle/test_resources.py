@@ -50,6 +50,12 @@ def test_state_bytes_by_hand(made: pb.Manifest, pushed: int, held: int) -> None:
     assert state_bytes(made, pushed) == held * 2 * 8 * 4 + pushed * 5 * 3 * 2 + 2 * 8 * 4
 
 
+def test_caches_in_int8_take_a_quarter() -> None:
+    made = manifest(4)
+    made.state[0].data_type = pb.DATA_TYPE_INT8
+    assert state_bytes(made, 13) == 4 * 2 * 8 + 13 * 5 * 3 * 2 + 2 * 8 * 4
+
+
 @pytest.mark.parametrize("made", [manifest(), manifest(4), manifest(2, binary=True)])
 def test_entries_of_a_batch_are_those_of_its_streams(made: pb.Manifest) -> None:
     pushed = np.arange(64)

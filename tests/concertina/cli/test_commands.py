@@ -684,10 +684,25 @@ def test_models_table_shows_what_few_bits_cost(fake: Fake, run: Run) -> None:
     assert (model["weights"], model["weights_loss"]) == ("int4", pytest.approx(0.0126))
 
 
+def test_models_table_shows_what_small_caches_cost(fake: Fake, run: Run) -> None:
+    (model,) = fake.models = [text_model()]
+    model.manifest.state.add(name="keys.0", data_type=bundle_pb2.DATA_TYPE_INT8)
+    model.manifest.state_quantisation.heldout = 1.2526
+    model.manifest.state_quantisation.heldout_float32 = 1.25
+    code, out, _ = run("models")
+    assert code == 0
+    assert [line.split()[-4:] for line in out.splitlines() if "int8" in line] == [
+        ["+0.003", "with", "int8", "state"]
+    ]
+    (model,) = map(json.loads, run("models", "--json")[1].splitlines())
+    assert (model["state"], model["state_loss"]) == ("int8", pytest.approx(0.0026))
+
+
 def test_models_json(fake: Fake, run: Run) -> None:
     fake.models = [text_model(), image_model()]
     code, out, _ = run("models", "--json")
     text, image = (json.loads(line) for line in out.splitlines())
     assert (code, text["name"], text["metrics"]) == (0, "prose", {"bits/byte": 1.25})
     assert (text["weights"], text["weights_loss"]) == ("float16", 0)
+    assert (text["state"], text["state_loss"]) == ("float32", 0)
     assert image["image"] == {"width": 4, "height": 3, "palette": "000000fffffff" + "f00000000ff"}

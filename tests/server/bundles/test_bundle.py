@@ -78,9 +78,14 @@ def _unknown_type(manifest: pb.Manifest, files: list[str]) -> None:
     manifest.state[0].data_type = 77  # type: ignore[assignment]
 
 
+def _small_and_large(manifest: pb.Manifest, files: list[str]) -> None:
+    manifest.state[2].data_type = pb.DATA_TYPE_INT8
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
+        (_small_and_large, "pooled_query.0 is int8 and begins with -3"),
         (_forget_the_step, "step.onnx"),
         (_forget_the_fold, "fold.onnx"),
         (_unknown_type, "state keys.0 has an unknown data type"),

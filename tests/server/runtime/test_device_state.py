@@ -22,7 +22,7 @@ from server.request import Request, prompt_of
 from server.runtime import onnx_session as runtime
 from server.runtime.device_state import DeviceRows
 from server.runtime.onnx_session import Runtime
-from tests.checkpoints import export_tiny
+from tests.checkpoints import export_tiny, narrow_tiny
 from tests.server.engines import DrivenModel, generate
 
 SLOTS = 3
@@ -222,6 +222,12 @@ def test_a_provider_that_does_not_start_is_an_error(
 def test_the_error_for_a_float32_bundle_names_the_export_option(fixed_bundle: Path) -> None:
     with pytest.raises(BundleError, match=r"state in float32, .* with --state float16"):
         Runtime(load_bundle(fixed_bundle), 1, provider="cuda")
+
+
+@pytest.mark.usefixtures("cpu_as_device")
+def test_int8_caches_are_refused_by_name_on_a_device(fixed_bundle: Path) -> None:
+    with pytest.raises(BundleError, match=r"state in int8, .* with --state float16"):
+        Runtime(load_bundle(narrow_tiny(fixed_bundle)), 1, provider="cuda")
 
 
 @pytest.mark.usefixtures("cpu_as_device")

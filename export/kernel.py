@@ -1,4 +1,4 @@
-"""Passes queries, keys and values to the attention kernel as one matrix product.
+"""The attention kernel used in serving, and how it gets queries, keys and values as one product.
 
 The exported graph does what the model does: it splits the product in thirds, reshapes them by head,
 scales the queries, and flattens the thirds again. The kernel also accepts the whole product and can
@@ -7,14 +7,38 @@ scale by itself, which saves a copy and eight nodes in every layer's step.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import onnx
+import torch
 from onnx import helper, numpy_helper
+from torch import Tensor
 
+_NO_SINK = -1e30
+_Setting = (
+    int | float | str | bool | Sequence[int] | Sequence[float] | Sequence[str] | Sequence[bool]
+)
 _VIEWS = ("Reshape", "Transpose")
 _BEGIN, _AXIS = "packed.begin", "packed.axis"
+
+
+class Kernel(Protocol):
+    """Pushes T tokens onto the stacks of keys and values, then attends."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        lengths: Tensor,
+        longest: Tensor,
+        units: Sequence[Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Push` and `StepGraph`; `units` are those of keys and of values, if there are any."""
 
 
 class _Third(NamedTuple):
@@ -23,6 +47,49 @@ class _Third(NamedTuple):
     split: onnx.NodeProto
     place: int
     scale: float
+
+
+def group_query_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    longest: Tensor,
+    units: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The kernel used in serving: writes k and v after the valid entries, in place, and attends.
+
+    The operator takes the index of the last valid entry, counted from 0. It computes in the type of
+    the stacks. With `units`, of keys and of values, the stacks are int8: it rounds k and v first,
+    reads only what it rounded, and computes in float32.
+    """
+    batch, heads, time, dim = q.shape
+    element = q.dtype if units else keys.dtype
+
+    def flat(x: Tensor) -> Tensor:
+        return x.to(element).transpose(1, 2).flatten(2)  # [B, T, H*D]
+
+    inputs: list[Tensor | None] = [flat(q), flat(k), flat(v), keys, values, lengths - 1, longest]
+    settings: dict[str, _Setting] = {"num_heads": heads, "kv_num_heads": heads, "scale": 1.0}
+    if units:
+        # A sink that takes nothing: without one, onnxruntime may share out one stream's entries
+        # among threads, and then the number of threads and the company change the last bits.
+        sink = torch.full((heads,), _NO_SINK)
+        inputs += [None, None, None, None, sink, *units]
+        settings |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"}
+        settings["kv_cache_bit_width"] = 8
+    out, next_keys, next_values = torch.onnx.ops.symbolic_multi_out(
+        "com.microsoft::GroupQueryAttention",
+        inputs,
+        settings,
+        dtypes=(element, keys.dtype, values.dtype),
+        shapes=((batch, time, heads * dim), keys.shape, values.shape),
+        version=1,
+    )
+    out = out.to(q.dtype).view(batch, time, heads, dim).transpose(1, 2)
+    return out, next_keys, next_values
 
 
 def pack_attention(proto: onnx.ModelProto) -> None:
