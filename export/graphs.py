@@ -6,6 +6,7 @@ are named `<name>.<layer>`. Graph inputs are in the manifest's order; unused one
 
 from __future__ import annotations
 
+import functools
 import warnings
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from export.fusion import pack_attention
 from export.weights import name_weights, store_half
 from model.attention import widen
 from model.decoder import Block, Decoder
+from model.layers.positions import Turn
 from model.patterns.pattern import Pattern, Place, Push
 
 _OPSET = 18
@@ -86,13 +88,14 @@ class StepGraph(nn.Module):
         remaining = iter(state)
 
         def push(
-            q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor
+            q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, *, window: int = 0
         ) -> tuple[Tensor, Tensor, Tensor]:
-            return group_query_attention(q, k, v, keys, values, lengths, longest)
+            return group_query_attention(q, k, v, keys, values, lengths, longest, window)
 
         place = Place(positions, lengths, self.push or push)
         following: dict[str, Tensor] = {}
         x = self.model.embed_at(tokens, positions)
+        turn = self._turn_at(positions)
         for layer, block in enumerate(self.model.blocks):
             assert isinstance(block, Block)
 
@@ -104,7 +107,7 @@ class StepGraph(nn.Module):
                 following.update({f"{name}.{layer}": changed[name] for name in changed})
                 return out
 
-            mixed = block.mix(x, attend)
+            mixed = block.mix(x, attend, turn)
             if block is self.model.blocks[-1]:
                 # From here on only tokens that need logits matter, as the state is complete. So a
                 # prefill pass, which needs no logits, skips most of the last layer.
@@ -112,6 +115,15 @@ class StepGraph(nn.Module):
             x = block.add(x, mixed)
         self.changed = list(following)
         return self.model.head(self.model.norm(x)), list(following.values())
+
+    def _turn_at(self, positions: Tensor) -> Turn | None:
+        rotary = self.model.rotary
+        if rotary is None:
+            return None
+        if self.push is not None:  # in PyTorch
+            return rotary.turn_at(positions)
+        cosines, sines = rotary(positions)
+        return functools.partial(rotary_embedding, cosines=cosines, sines=sines)
 
 
 class FoldGraph(nn.Module):
@@ -243,12 +255,19 @@ def fold_resets(model: Decoder) -> bool:
 
 
 def group_query_attention(
-    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, longest: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    longest: Tensor,
+    window: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The kernel used in serving: writes k and v after the valid entries, in place, and attends.
 
     The operator takes the index of the last valid entry, counted from 0. It computes in the type of
-    the stacks.
+    the stacks. window: number of the newest entries to attend to; 0 means all.
     """
     batch, heads, time, dim = q.shape
 
@@ -258,13 +277,38 @@ def group_query_attention(
     out, next_keys, next_values = torch.onnx.ops.symbolic_multi_out(
         "com.microsoft::GroupQueryAttention",
         (flat(q), flat(k), flat(v), keys, values, lengths - 1, longest),
-        {"num_heads": heads, "kv_num_heads": heads, "scale": 1.0},
+        {
+            "num_heads": heads,
+            "kv_num_heads": k.shape[1],
+            "scale": 1.0,
+            **({"local_window_size": window} if window else {}),
+        },
         dtypes=(keys.dtype, keys.dtype, values.dtype),
         shapes=((batch, time, heads * dim), keys.shape, values.shape),
         version=1,
     )
     out = out.to(q.dtype).view(batch, time, heads, dim).transpose(1, 2)
     return out, next_keys, next_values
+
+
+def rotary_embedding(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """The kernel that turns `x[B, T, heads, D]` by angles `[B, T, pairs]`.
+
+    It looks the angles up in tables: here they are those of this pass, in the order of its tokens,
+    so that no table over the context is needed.
+    """
+    batch, time, heads, dim = x.shape
+    pairs = cosines.shape[-1]
+    rows = torch.arange(batch * time, device=x.device).view(batch, time)
+    turned = torch.onnx.ops.symbolic(
+        "com.microsoft::RotaryEmbedding",
+        (x.flatten(2), rows, cosines.flatten(0, 1), sines.flatten(0, 1)),
+        {"num_heads": heads, "rotary_embedding_dim": 2 * pairs if 2 * pairs < dim else 0},
+        dtype=x.dtype,
+        shape=(batch, time, heads * dim),
+        version=1,
+    )
+    return turned.view(batch, time, heads, dim)
 
 
 def trace_graph(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +26,7 @@ def name_weights(proto: onnx.ModelProto, model: Decoder) -> None:
     onnx.helper.set_model_props(
         proto,
         {
-            _CONFIG_PROP: json.dumps(asdict(model.config)),
+            _CONFIG_PROP: json.dumps(model.config.stored()),
             _WEIGHTS_PROP: json.dumps(_find_weights(proto, model)),
         },
     )
@@ -45,7 +44,7 @@ def load_decoder(folder: Path) -> Decoder:
         props = {prop.key: json.loads(prop.value) for prop in proto.metadata_props}
         if _CONFIG_PROP not in props:
             continue
-        config = ModelConfig(**props[_CONFIG_PROP])
+        config = ModelConfig.read(props[_CONFIG_PROP])
         restore_float(proto)
         stored = {i.name: numpy_helper.to_array(i) for i in proto.graph.initializer}
         packed = _find_packed(proto)

@@ -130,7 +130,7 @@ def _read_config(folder: Path) -> tuple[ModelConfig, TrainConfig, DatasetInfo]:
     data = raw["data"]
     data["palette"] = tuple(tuple(colour) for colour in data["palette"])
     data["labels"] = tuple(data["labels"])
-    return ModelConfig(**raw["model"]), TrainConfig(**raw["train"]), DatasetInfo(**data)
+    return ModelConfig.read(raw["model"]), TrainConfig(**raw["train"]), DatasetInfo(**data)
 
 
 def check_free(folder: Path, model: ModelConfig, train: TrainConfig, data: DatasetInfo) -> None:
@@ -189,7 +189,7 @@ def claimed(
     folder.mkdir(parents=True, exist_ok=True)
     try:
         if not (folder / CHECKPOINT).exists():
-            config = {"model": asdict(model), "train": asdict(train), "data": asdict(data)}
+            config = {"model": model.stored(), "train": asdict(train), "data": asdict(data)}
             if initial is not None:
                 config["init"] = {"run": str(initial[0].resolve()), "step": initial[1]}
             write_whole(folder / CONFIG, json.dumps(config, indent=1, allow_nan=False))

@@ -14,8 +14,8 @@ MUTANTS = (
         _KERNELS,
         (
             "dead entries attended to",
-            "hidden = entries > _newest",
-            "hidden = entries > 1 + _newest",
+            "hidden = entries > newest",
+            "hidden = entries > 1 + newest",
         ),
     ),
     *bugs(
@@ -50,5 +50,47 @@ MUTANTS = (
             "attend(self.pattern, q * self.scale**2,",
         ),
         ("a pattern sees the input before its norm", "k, v, normed)", "k, v, x)"),
+    ),
+    *bugs(
+        "model/attention.py",
+        _DECODER,
+        ("a window is one token wider", "(before < window)", "(before <= window)"),
+        ("a stream's window is one token wider", "newest - window)", "newest - window - 1)"),
+        (
+            "heads take turns with shared ones",
+            "shared.repeat_interleave(heads // groups, dim=1)",
+            "shared.repeat(1, heads // groups, 1, 1)",
+        ),
+    ),
+    *bugs(
+        "model/decoder.py",
+        _DECODER,
+        (
+            "a parallel MLP reads what attention gave",
+            "x if self.built.parallel else attended",
+            "attended",
+        ),
+        ("every layer turns", "turn is not None and self.turns", "turn is not None"),
+        ("keys are not turned", "q, k = turn(q), turn(k)", "q = turn(q)"),
+    ),
+    *bugs(
+        "model/layers/positions.py",
+        "tests/model/layers/test_positions.py",
+        (
+            "turned the other way",
+            "one * cosines - other * sines, other * cosines + one * sines",
+            "one * cosines + other * sines, other * cosines - one * sines",
+        ),
+        (
+            "angles in double",
+            "positions.unsqueeze(-1).float() * self.frequencies.float()",
+            "positions.unsqueeze(-1).double() * self.frequencies.double()",
+        ),
+        ("sines without the scale", "angles.sin() * self.scale", "angles.sin()"),
+    ),
+    *bugs(
+        "model/layers/mlp.py",
+        "tests/model/layers/test_mlp.py",
+        ("the second half is the gate", "gate, value = hidden", "value, gate = hidden"),
     ),
 )
