@@ -93,4 +93,42 @@ MUTANTS = (
         "tests/model/layers/test_mlp.py",
         ("the second half is the gate", "gate, value = hidden", "value, gate = hidden"),
     ),
+    *bugs(
+        "model/pretrained/folder.py",
+        "tests/model/pretrained/test_folder.py",
+        ("an index may name any file", "Path(name).name != name or not", "not"),
+        ("a header of any size is read", "if size > _MOST_HEADER:", "if size > 1 << 63:"),
+        ("any type of weight is taken", "not tensor.is_floating_point() or", "False and"),
+    ),
+    *bugs(
+        "model/pretrained/weights.py",
+        "tests/model/pretrained/test_convert.py",
+        (
+            "tensors without a use are passed over",
+            "if name not in used and not",
+            "if False and not",
+        ),
+        ("a shape of any kind is taken", "if there != shape:", "if not there:"),
+    ),
+    *bugs(
+        "model/pretrained/weights.py",
+        "tests/model/pretrained/test_parity.py",
+        ("heads stay as GPT-NeoX sorts them", "by_head.transpose(0, 1)", "by_head"),
+    ),
+    *bugs(
+        "model/pretrained/settings.py",
+        "tests/model/pretrained/test_settings.py",
+        (
+            "a mixture of experts is taken for a plain MLP",
+            "settings[name] > 1:",
+            "settings[name] > 999:",
+        ),
+        ("the layers below have the window", "if n >= first else", "if n < first else"),
+    ),
+    *bugs(
+        "model/pretrained/rope.py",
+        "tests/model/pretrained/test_parity.py",
+        ("yarn does not sharpen", "0.1 * weight * math.log(factor) + 1.0", "1.0"),
+        ("slow pairs turn as before", "plain / factor, plain)", "plain, plain)"),
+    ),
 )
