@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from model.config import ModelConfig
 from model.data import DatasetInfo
 from model.pretrained.folder import open_folder
+from model.pretrained.gguf_file import SUFFIX, open_gguf
 from model.pretrained.settings import configure
 from model.pretrained.source import PretrainedError, Source
 from model.pretrained.weights import find_parameters
@@ -61,7 +62,9 @@ def open_source(path: Path) -> AbstractContextManager[Source]:
     """The model at `path`, whatever it is. Raises PretrainedError if it is none."""
     if path.is_dir():
         return open_folder(path)
-    raise PretrainedError(f"{path} is not the folder of a model")
+    if path.is_file() and path.suffix == SUFFIX:
+        return open_gguf(path)
+    raise PretrainedError(f"{path} is neither the folder of a model nor a {SUFFIX} file")
 
 
 def _write(

@@ -40,7 +40,7 @@ def make_rope(
         "rope_theta": settings.get("rope_theta", base),
         "partial_rotary_factor": settings.get("partial_rotary_factor", share),
         "original_max_position_embeddings": settings.get("max_position_embeddings"),
-        **given,
+        **{name: value for name, value in given.items() if value is not None},
     }
     if settings.get("original_max_position_embeddings"):
         name = "original_max_position_embeddings"

@@ -100,7 +100,7 @@ def test_an_index_that_leads_nowhere(
 
 
 def test_a_path_that_is_no_model(tmp_path: Path) -> None:
-    refuse(tmp_path / "nothing", "nothing is not the folder of a model")
+    refuse(tmp_path / "nothing", "nothing is neither the folder of a model nor a .gguf file")
 
 
 def test_shards_in_any_order(tmp_path: Path) -> None:
