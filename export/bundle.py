@@ -21,6 +21,9 @@ from model.data import END_OF_TEXT, Dataset, DatasetInfo
 from model.decoder import Decoder
 from model.run import Checkpoint, load_checkpoint
 
+TOKENIZER = "tokenizer.json"
+"""What the tokens of a pretrained model are; its bundle holds it as it was found."""
+
 _LIMITS = {8: 0.02, 4: 0.1}
 _MODALITY = {"text": pb.MODALITY_TEXT, "image": pb.MODALITY_IMAGE}
 
@@ -72,7 +75,8 @@ def export_bundle(
     checkpoint = load_checkpoint(checkpoint_folder)
     if precision is not None:
         _check_fit(precision.heldout.info, checkpoint.data)
-    round_weights(checkpoint.model)
+    if checkpoint.origin is None:  # a pretrained model is served as it is
+        round_weights(checkpoint.model)
     manifest = describe(checkpoint, name, version, data_type)
     bundle_folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{bundle_folder.name}.", dir=bundle_folder.parent))
@@ -99,6 +103,9 @@ def export_bundle(
             on_stage(f"measuring held-out bits with int{precision.bits} weights")
             round_activations(partial / "step.onnx")
             _weigh(partial, manifest, checkpoint.model, precision)
+        if checkpoint.origin is not None and (checkpoint_folder / TOKENIZER).exists():
+            shutil.copyfile(checkpoint_folder / TOKENIZER, partial / TOKENIZER)
+            files.append(TOKENIZER)
         write_manifest(partial, manifest, files)
         partial.chmod(0o755)
         if bundle_folder.exists():
@@ -163,7 +170,13 @@ def describe(
     if schedule is not None:
         manifest.fold.span, manifest.fold.binary = schedule.span, schedule.binary
         manifest.fold.resets = fold_resets(checkpoint.model)
-    if data.modality == "text":
+    if checkpoint.origin is not None:
+        origin = checkpoint.origin
+        manifest.tokenizer.SetInParent()
+        if origin.end_tokens:
+            manifest.end_token = origin.end_tokens[0]
+            manifest.tokenizer.end_tokens.extend(origin.end_tokens[1:])
+    elif data.modality == "text":
         manifest.end_token = END_OF_TEXT
     else:
         manifest.image.width, manifest.image.height = data.image_width, data.image_height

@@ -2,7 +2,8 @@
 
 The exported graph does what the model does: it splits the product in thirds, reshapes them by head,
 scales the queries, and flattens the thirds again. The kernel also accepts the whole product and can
-scale by itself, which saves a copy and eight nodes in every layer's step.
+scale by itself, which saves a copy and eight nodes in every layer's step. Where something is done
+to queries and keys first, the kernel takes the three apart, without the reshapes.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ import onnx
 from onnx import helper, numpy_helper
 
 _VIEWS = ("Reshape", "Transpose")
+_FLAT = ("Split", "RotaryEmbedding")
+"""Nodes whose outputs are `[B, T, heads * D]`, as the kernel takes them."""
 _BEGIN, _AXIS = "packed.begin", "packed.axis"
 
 
 class _Third(NamedTuple):
-    """The Split output that an input of the kernel is a view of, and its scale."""
+    """The output that an input of the kernel is a view of, and its scale."""
 
     split: onnx.NodeProto
+    """The node; with `place`, which of its outputs it is."""
     place: int
     scale: float
 
@@ -39,11 +43,20 @@ def pack_attention(proto: onnx.ModelProto) -> None:
         thirds = [_trace(name, makers, constants) for name in node.input[:3]]
         if _are_thirds(thirds):
             assert thirds[0] is not None
-            (scale,) = (a for a in node.attribute if a.name == "scale")
-            scale.f *= thirds[0].scale
+            _multiply_scale(node, thirds[0].scale)
             node.input[:3] = [thirds[0].split.input[0], "", ""]
+            continue
+        for place, third in enumerate(thirds):
+            if third is not None and (place == 0 or third.scale == 1.0):
+                node.input[place] = third.split.output[third.place]
+                _multiply_scale(node, third.scale)
     _drop_unread(graph)
     _slice_queries(graph, constants)
+
+
+def _multiply_scale(node: onnx.NodeProto, factor: float) -> None:
+    (scale,) = (a for a in node.attribute if a.name == "scale")
+    scale.f *= factor
 
 
 def _trace(
@@ -51,7 +64,7 @@ def _trace(
 ) -> _Third | None:
     scale = 1.0
     while (node := makers.get(name)) is not None:
-        if node.op_type == "Split":
+        if node.op_type in _FLAT:
             return _Third(node, list(node.output).index(name), scale)
         if node.op_type == "Mul" and node.input[1] in constants:
             factor = numpy_helper.to_array(constants[node.input[1]])
@@ -69,6 +82,7 @@ def _are_thirds(thirds: list[_Third | None]) -> bool:
     return all(
         third is not None
         and third.split is split
+        and split.op_type == "Split"
         and len(third.split.output) == 3
         and third.place == place
         and (place == 0 or third.scale == 1.0)

@@ -20,6 +20,7 @@ from export.fusion import pack_attention
 from export.weights import name_weights, store_half
 from model.attention import widen
 from model.decoder import Block, Decoder
+from model.layers.architecture import OURS
 from model.layers.positions import Turn
 from model.patterns.pattern import Pattern, Place, Push
 
@@ -154,7 +155,7 @@ def step_example(
 ) -> tuple[object, ...]:
     """Example inputs of the step graph, for new streams."""
     state = [
-        torch.full((batch, *t.shape), t.initial, dtype=TORCH_TYPES[t.data_type])
+        _filled((batch, *t.shape), t.initial, TORCH_TYPES[t.data_type])
         for t in state_tensors(model, data_type)
     ]
     return (
@@ -165,6 +166,11 @@ def step_example(
         torch.arange(batch * time - 1),
         state,
     )
+
+
+def _filled(shape: tuple[int, ...], value: float, dtype: torch.dtype) -> Tensor:
+    """A tensor of one value. Zeros take no memory before they are written to."""
+    return torch.full(shape, value, dtype=dtype) if value else torch.zeros(shape, dtype=dtype)
 
 
 def fold_example(
@@ -187,9 +193,10 @@ def fold_example(
 
 
 def export_step(model: Decoder, path: Path, data_type: pb.DataType = pb.DATA_TYPE_FLOAT32) -> None:
-    """Write the step graph of `model` to `path`, with its weights stored as float16.
+    """Write the step graph of `model` to `path`, with its weights in two bytes where they fit.
 
-    data_type: type of the state, see `state_tensors`.
+    data_type: type of the state, see `state_tensors`. The stacks of an architecture that is not
+    ours may have fewer entries than the context.
     """
     graph = StepGraph(model)
     # The exporter treats equal sizes and size 1 as constants, so all example sizes differ.
@@ -209,9 +216,19 @@ def export_step(model: Decoder, path: Path, data_type: pb.DataType = pb.DATA_TYP
     outputs = ["logits", *(f"next.{name}" for name in graph.changed)]
     proto = trace_graph(graph, inputs, shapes, inputs_named, outputs)
     pack_attention(proto)
+    if model.config.architecture != OURS:
+        _free_entries(proto, {name for name in names if name.split(".")[0] in ("keys", "values")})
     name_weights(proto, model)
     store_half(proto)
     onnx.save(proto, path)
+
+
+def _free_entries(proto: onnx.ModelProto, stacks: set[str]) -> None:
+    """Let the stacks have any number of entries. The kernel takes it from the buffer it gets."""
+    for value in (*proto.graph.input, *proto.graph.output):
+        if value.name.removeprefix("next.") in stacks:
+            value.type.tensor_type.shape.dim[2].dim_param = "entries"
+    del proto.graph.value_info[:]
 
 
 def export_fold(model: Decoder, path: Path, data_type: pb.DataType = pb.DATA_TYPE_FLOAT32) -> None:

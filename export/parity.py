@@ -42,19 +42,20 @@ def check_parity(
     span = model.config.span
     length = min(3 * span + 2, manifest.context)
     tokens = rng.integers(manifest.vocabulary, size=(4, length))
-    tokens[:, 0] = manifest.vocabulary + rng.integers(1 + len(manifest.labels), size=4)
+    if model.config.starts:
+        tokens[:, 0] = manifest.vocabulary + rng.integers(1 + len(manifest.labels), size=4)
     exact = copy.deepcopy(model).double()
     with torch.no_grad():
         expected = exact(torch.from_numpy(tokens)).numpy()  # [4, length, vocabulary]
 
     worst, positions = 0.0, 0
     for limit in (1, max(2, span // 3), span):
-        stream = graphs.start(1)
+        stream = graphs.start(1, length)
         got = prefill(graphs, stream, tokens[:1], limit, rng if limit < span else None)
         worst = _worse(worst, got, expected[:1])
         positions += length
     for end in range(1, length):
-        got = prefill(graphs, graphs.start(1), tokens[1:2, :end], span, None)
+        got = prefill(graphs, graphs.start(1, length), tokens[1:2, :end], span, None)
         worst = _worse(worst, got, expected[1:2, :end])
         positions += end
     worst = _mixed_phases(graphs, tokens, expected, span, worst)
@@ -89,7 +90,7 @@ def _mixed_phases(
     length = tokens.shape[1]
     solos = []
     for row, begun in enumerate((1, span - 1, span, 2 * span + 1)):
-        solo = graphs.start(1)
+        solo = graphs.start(1, length)
         got = prefill(graphs, solo, tokens[row : row + 1, : min(begun, length - 1)], span, None)
         worst = _worse(worst, got, expected[row : row + 1, : got.shape[1]])
         solos.append(solo)
