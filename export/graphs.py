@@ -228,7 +228,6 @@ def _free_entries(proto: onnx.ModelProto, stacks: set[str]) -> None:
     for value in (*proto.graph.input, *proto.graph.output):
         if value.name.removeprefix("next.") in stacks:
             value.type.tensor_type.shape.dim[2].dim_param = "entries"
-    del proto.graph.value_info[:]
 
 
 def export_fold(model: Decoder, path: Path, data_type: pb.DataType = pb.DATA_TYPE_FLOAT32) -> None:

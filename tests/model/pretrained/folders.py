@@ -41,7 +41,8 @@ def tensors() -> dict[str, Tensor]:
             f"{layer}.mlp.down_proj": (16, 24),
         }
     return {
-        f"{name}.weight": torch.randn(shape, generator=generator) for name, shape in shapes.items()
+        f"{name}.weight": torch.randn(shape, generator=generator) * shape[-1] ** -0.5
+        for name, shape in shapes.items()
     }
 
 
