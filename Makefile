@@ -78,8 +78,9 @@ format: $(VENV)/.dev ## let ruff fix what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-protos: $(VENV)/.dev ## generate the stubs anew from protos/concertina/v1/*.proto
+protos: $(VENV)/.dev ## generate the stubs, and the limits in docs/api.md, from the .proto files
 	$(call protoc,protos)
+	$(BIN)/python -m tools.write_limits
 
 image: ## build the server's image; EXTRA=gpu for CUDA
 	docker build --build-arg EXTRA=$(EXTRA) --tag $(IMAGE) .

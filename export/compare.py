@@ -15,8 +15,17 @@ from concertina.bundle.resources import state_bytes, step_flops
 from export.bundle import describe
 from model.config import Attention, ModelConfig, Pooling
 from model.data import Dataset
+from model.initial import Initial
+from model.memory import check_memory
 from model.patterns import make_pattern
-from model.run import Checkpoint, Progress, TrainConfig, load_checkpoint, read_log
+from model.run import (
+    Checkpoint,
+    Progress,
+    RunError,
+    TrainConfig,
+    load_checkpoint,
+    read_log,
+)
 from model.train import train
 
 RESULTS = "results.json"
@@ -106,23 +115,55 @@ def compare(
     out: Path,
     on_step: Callable[[str, Progress], None] = lambda run, progress: None,
     stop: Callable[[], bool] = lambda: False,
+    on_start: Callable[[str, int], None] = lambda run, step: None,
 ) -> list[Result]:
     """Train every entry below `out`, and write `results.json` there after each run.
 
-    Runs with the same seed get the same batches. `stop` is that of `train`. Finished runs are
-    only read. Raises ValueError for an entry that cannot be trained, before any training starts.
+    Runs with the same seed get the same batches. `stop` is that of `train`, and `on_step` and
+    `on_start` are, with the name of the run. Finished runs are only read. Raises ValueError for an
+    entry that cannot be trained, before any training starts.
     """
     configs = {entry.variant: configure(base, entry.variant) for entry in entries}
     runs = [(entry.variant, seed) for entry in entries for seed in range(entry.seeds)]
     results: list[Result] = []
     for variant, seed in runs:
         folder, settings = run_folder(out, variant, seed), dataclasses.replace(budget, seed=seed)
-        show = partial(on_step, f"{variant}, seed {seed}")
-        train(folder, configs[variant], settings, dataset, show, stop=stop)
+        name = f"{variant}, seed {seed}"
+        started = partial(_tell, on_start, name)
+        train(
+            *(folder, configs[variant], settings, dataset, partial(on_step, name)),
+            on_start=started,
+            stop=stop,
+        )
         results.append(weigh(str(variant), seed, load_checkpoint(folder), read_log(folder)))
         text = json.dumps([asdict(result) for result in results], indent=1)
         (out / RESULTS).write_text(text + "\n")
     return results
+
+
+def check_memories(
+    base: ModelConfig, budget: TrainConfig, entries: Sequence[Entry], out: Path
+) -> None:
+    """Raises RunError, with the pattern, if memory is too small for a run that is not finished."""
+    for entry in entries:
+        folders = [run_folder(out, entry.variant, seed) for seed in range(entry.seeds)]
+        if all(_is_finished(folder) for folder in folders):
+            continue
+        try:
+            check_memory(configure(base, entry.variant), budget)
+        except RunError as error:
+            raise RunError(f"{entry.variant}: {error}") from None
+
+
+def _is_finished(folder: Path) -> bool:
+    log = read_log(folder)
+    return bool(log) and log[-1].step == log[-1].steps
+
+
+def _tell(
+    on_start: Callable[[str, int], None], name: str, step: int, initial: Initial | None
+) -> None:
+    on_start(name, step)
 
 
 def weigh(variant: str, seed: int, checkpoint: Checkpoint, log: Sequence[Progress]) -> Result:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeAlias
 
 import torch
 import typer
+from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import (
     BarColumn,
@@ -19,15 +22,18 @@ from rich.progress import (
 
 from concertina.cli.output import plain_console
 from concertina.machine import cores_if_fewer
-from export.compare import Entry
+from export.compare import Entry, check_memories
 from export.compare import compare as compare_runs
 from export.comparison import table, write_report
 from model.config import ModelConfig, Positions
 from model.data import load_dataset
 from model.run import Progress as TrainProgress
 from model.run import TrainConfig
+from model.shown import Shows, in_lines
 from model.stopping import on_signals
 from model.train import Stopped
+
+_Shown: TypeAlias = tuple[Callable[[str, int], None], Callable[[str, TrainProgress], None]]
 
 _DEFAULT = (
     *("fixed@3", "full@3", "fixed:mean", "fixed:deepset-max", "logsparse"),
@@ -67,6 +73,9 @@ def compare(
     rate: Annotated[float, typer.Option(min=0, help="Peak learning rate.")] = 0.01,
     evaluations: Annotated[int, typer.Option(min=1, help="Points on the curve of a run.")] = 6,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 uses all cores.")] = 0,
+    force: Annotated[
+        bool, typer.Option("--force", help="Start even if memory seems to be too small.")
+    ] = False,
 ) -> None:
     """Train patterns on the same data, tokens, seeds and number of weights, and compare them.
 
@@ -98,26 +107,49 @@ def compare(
     every = max(1, steps // evaluations)
     budget = TrainConfig(tokens=tokens, rows=rows, rate=rate, evaluate_every=every)
     entries = [Entry.parse(pattern) for pattern in patterns or _DEFAULT]
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with on_signals() as request, Progress(*columns, console=console) as progress:
-        runs: dict[str, TaskID] = {}
-
-        def show(run: str, done: TrainProgress) -> None:
-            if run not in runs:
-                runs[run] = progress.add_task(run, total=done.steps)
-            text = f"{run}: {done.bits:.3f} {info.unit}"
-            progress.update(runs[run], completed=done.step, description=text)
-
+    if not force:
+        console.print("estimating the memory of the runs")
+        check_memories(base, budget, entries, out)
+    with on_signals() as request, _shown(console, info.unit, steps) as (start, show):
         try:
-            results = compare_runs(loaded, base, budget, entries, out, show, request)
+            results = compare_runs(loaded, base, budget, entries, out, show, request, start)
         except Stopped as stopped:
             console.print(str(stopped), markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(128 + request.signal) from None
     write_report(out, results, info.unit)
     plain_console().print(Markdown(table(results, info.unit)), soft_wrap=False)
     console.print(f"{out}: results.json, table.md, quality.svg, cost.svg")
+
+
+@contextmanager
+def _shown(console: Console, unit: str, steps: int) -> Iterator[_Shown]:
+    """What to call when a run starts, and after each of its steps: bars, or lines for no terminal.
+
+    steps: of each run.
+    """
+    if not console.is_terminal:
+        runs: dict[str, Shows] = {}
+
+        def begin(run: str, first: int) -> None:
+            runs[run] = in_lines(console, unit, f"{run}: ")
+            runs[run].start(run, first, steps)
+
+        yield begin, lambda run, done: runs[run].step(done)
+        return
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def start(run: str, first: int) -> None:
+            tasks[run] = progress.add_task(run, total=steps, completed=first)
+
+        def show(run: str, done: TrainProgress) -> None:
+            text = f"{run}: {done.bits:.3f} {unit}"
+            progress.update(tasks[run], completed=done.step, description=text)
+
+        yield start, show

@@ -15,8 +15,9 @@ import torch
 from onnx import helper, numpy_helper
 
 from export.packing import Packed, pack, unpack
-from export.weights import INTEGERS, SCALES, find_initializers, restore_float, store_half
+from export.weights import INTEGERS, SCALES, find_initializers, store_half
 from model.decoder import Block, Decoder
+from model.initial import restore_float
 
 BLOCK = 128
 """Number of weights that share a scale. Smaller blocks lose a little less but are slower."""

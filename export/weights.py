@@ -15,14 +15,11 @@ import torch
 from onnx import numpy_helper
 
 from export.packing import Packed, unpack
-from model.config import ModelConfig
 from model.decoder import Decoder
+from model.initial import CONFIG_PROP, HALF, WEIGHTS_PROP, decoder_in
 
 INTEGERS, SCALES = ".integers", ".scales"
 """Suffixes of the names of the two parts of a packed matrix."""
-_HALF = ".half"
-_CONFIG_PROP = "concertina.model_config"
-_WEIGHTS_PROP = "concertina.weights"
 
 
 def name_weights(proto: onnx.ModelProto, model: Decoder) -> None:
@@ -30,8 +27,8 @@ def name_weights(proto: onnx.ModelProto, model: Decoder) -> None:
     onnx.helper.set_model_props(
         proto,
         {
-            _CONFIG_PROP: json.dumps(model.config.stored()),
-            _WEIGHTS_PROP: json.dumps(_find_weights(proto, model)),
+            CONFIG_PROP: json.dumps(model.config.stored()),
+            WEIGHTS_PROP: json.dumps(_find_weights(proto, model)),
         },
     )
 
@@ -42,27 +39,10 @@ def load_decoder(folder: Path) -> Decoder:
     So a bundle can be checked, or trained further, without its checkpoint. Raises ValueError if
     Concertina did not export the graphs.
     """
-    config, weights = None, {}
-    for path in sorted(folder.glob("*.onnx")):
-        proto = onnx.load(path)
-        props = {prop.key: json.loads(prop.value) for prop in proto.metadata_props}
-        if _CONFIG_PROP not in props:
-            continue
-        config = ModelConfig.read(props[_CONFIG_PROP])
-        restore_float(proto)
-        stored = {i.name: numpy_helper.to_array(i) for i in proto.graph.initializer}
-        packed = _find_packed(proto)
-        for name, (initializer, transposed) in props[_WEIGHTS_PROP].items():
-            if initializer in packed:  # in PyTorch's layout
-                weights[name] = torch.from_numpy(unpack(packed[initializer]))
-            else:
-                values = torch.tensor(stored[initializer])
-                weights[name] = values.T if transposed else values
-    if config is None:
-        raise ValueError(f"{folder} was not exported by Concertina: no graph has {_CONFIG_PROP}")
-    model = Decoder(config)
-    model.load_state_dict(weights)
-    return model.eval()
+    model = decoder_in(folder, _unpack)
+    if model is None:
+        raise ValueError(f"{folder} was not exported by Concertina: no graph has {CONFIG_PROP}")
+    return model
 
 
 def round_weights(model: Decoder) -> None:
@@ -88,9 +68,9 @@ def store_half(model: onnx.ModelProto) -> None:
         half = _in_two_bytes(values)
         if half is None:
             continue
-        initializer.CopyFrom(numpy_helper.from_array(half, name + _HALF))
+        initializer.CopyFrom(numpy_helper.from_array(half, name + HALF))
         casts.append(
-            onnx.helper.make_node("Cast", [name + _HALF], [name], to=onnx.TensorProto.FLOAT)
+            onnx.helper.make_node("Cast", [name + HALF], [name], to=onnx.TensorProto.FLOAT)
         )
     nodes = [*casts, *graph.node]
     del graph.node[:]
@@ -106,36 +86,23 @@ def _in_two_bytes(values: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
     return None
 
 
-def restore_float(model: onnx.ModelProto) -> None:
-    """Undo `store_half`."""
-    graph = model.graph
-    halves = {tensor.name: tensor for tensor in graph.initializer if tensor.name.endswith(_HALF)}
-    for tensor in halves.values():
-        values = numpy_helper.to_array(tensor).astype("float32")
-        tensor.CopyFrom(numpy_helper.from_array(values, tensor.name.removesuffix(_HALF)))
-    nodes = [node for node in graph.node if not (node.input and node.input[0] in halves)]
-    del graph.node[:]
-    graph.node.extend(nodes)
-
-
 def find_initializers(model: onnx.ModelProto) -> dict[str, str]:
     """Names of the initializers, by the name of the parameter that each holds."""
     props = {prop.key: prop.value for prop in model.metadata_props}
-    return {name: holder for name, (holder, _) in json.loads(props[_WEIGHTS_PROP]).items()}
+    return {name: holder for name, (holder, _) in json.loads(props[WEIGHTS_PROP]).items()}
 
 
-def _find_packed(model: onnx.ModelProto) -> dict[str, Packed]:
-    """Packed matrices, by the name of the initializer that they replaced."""
+def _unpack(model: onnx.ModelProto) -> dict[str, torch.Tensor]:
+    """Packed matrices as float32, by the name of the initializer that they replaced."""
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
-    packed = {}
+    matrices = {}
     for node in model.graph.node:
         if node.op_type == "MatMulNBits":
             settings = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
             integers, scales = (numpy_helper.to_array(stored[name]) for name in node.input[1:3])
-            packed[node.input[1].removesuffix(INTEGERS)] = Packed(
-                integers, scales, settings["bits"], settings["K"]
-            )
-    return packed
+            packed = Packed(integers, scales, settings["bits"], settings["K"])
+            matrices[node.input[1].removesuffix(INTEGERS)] = torch.from_numpy(unpack(packed))
+    return matrices
 
 
 def _find_weights(proto: onnx.ModelProto, model: Decoder) -> dict[str, tuple[str, bool]]:

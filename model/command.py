@@ -12,6 +12,7 @@ from rich.console import Console
 from concertina.machine import cores_if_fewer
 from model.config import Attention, ModelConfig, Pooling, Positions
 from model.data import load_dataset
+from model.initial import Initial
 from model.memory import check_memory
 from model.report import REPORT, draw_samples, write_report
 from model.run import Progress, TrainConfig, load_checkpoint
@@ -61,7 +62,10 @@ def train(
     ] = SAVE_EVERY_S / 60,
     init: Annotated[
         Path | None,
-        typer.Option(help="Run whose weights to begin with; the optimiser begins anew."),
+        typer.Option(
+            help="Run or bundle whose weights to begin with; the optimiser begins anew.",
+            show_default=False,
+        ),
     ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Start even if memory seems to be too small.")
@@ -113,6 +117,11 @@ def train(
     if not force:
         check_memory(model_config, train_config)
 
+    def on_start(first: int, initial: Initial | None) -> None:
+        shows.start(out, first, train_config.steps(context))
+        if initial is not None:
+            shows.say(f"{out}: begins with {initial}")
+
     def on_step(done: Progress) -> None:
         shows.step(done)
         if done.heldout is not None:
@@ -126,7 +135,7 @@ def train(
                 train_config,
                 loaded,
                 on_step,
-                on_start=lambda first: shows.start(out, first, train_config.steps(context)),
+                on_start=on_start,
                 stop=request,
                 save_every_s=60 * save_every,
                 init=init,

@@ -6,9 +6,11 @@ import base64
 import html
 import io
 import json
+import math
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,13 +24,18 @@ _TEMPERATURE = 0.9
 _TEXT = 256
 _WORK = 1_200_000
 """Most tokens to compute for samples. Without a cache, each new token computes all before it."""
-_WIDTH, _HEIGHT, _MARGIN = 640, 260, 44
+_WIDTH, _HEIGHT, _MARGIN = 640, 280, 44
+_PARTS = {"model": "Model", "train": "Training", "init": "Begins with", "data": "Data"}
+"""The parts of a configuration, and their titles."""
 _STYLE = """
 :root { color-scheme: light dark }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 46rem; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse } td, th { padding: .1rem .8rem .1rem 0; text-align: left }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+td, th { padding: .15rem 1.5rem .15rem 0; text-align: left; vertical-align: top }
+td { border-top: 1px solid #8884; overflow-wrap: anywhere }
 pre { white-space: pre-wrap; border-left: 3px solid #8888; padding-left: .8rem }
-img { image-rendering: pixelated; width: 128px; margin: 0 .5rem .5rem 0 }
+figure { display: inline-block; margin: 0 .8rem .8rem 0; text-align: center }
+img { image-rendering: pixelated; width: 128px; border: 1px solid #8884; display: block }
 svg { max-width: 100%; height: auto }
 """
 
@@ -53,20 +60,13 @@ def write_report(folder: Path, info: DatasetInfo, samples: Tokens | None = None)
             ((f"{done.step:,}", f"{done.heldout:.4f}", f"{done.bits:.4f}") for done in log),
         ),
         "<h2>Settings</h2>",
-        _table(
-            ("setting", "value"),
-            (
-                (name, f"{value}")
-                for part in ("model", "train", "init", "data")
-                for name, value in settings.get(part, {}).items()
-                if name != "palette"
-            ),
-        ),
+        *(_settings(title, settings[part]) for part, title in _PARTS.items() if part in settings),
     ]
     title = html.escape(folder.resolve().name)
     write_whole(
         folder / REPORT,
-        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title>\n'
+        f'<!doctype html>\n<html lang="en"><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width"><title>{title}</title>\n'
         f"<style>{_STYLE}</style>\n" + "\n".join(parts) + "\n</html>\n",
     )
 
@@ -94,14 +94,16 @@ def draw_samples(checkpoint: Checkpoint, seed: int = 0) -> Tokens | None:
 
 
 def _curve(log: Sequence[Progress], unit: str) -> str:
-    """Bits against steps, as SVG: held out, and of the batch, fainter."""
+    """Bits against steps, as SVG: held out, and of the batch, fainter; none of one evaluation."""
+    if len(log) < 2:
+        return ""
     lines = {
-        "held out": ("#0072B2", 1.0, [(done.step, float(done.heldout or 0)) for done in log]),
-        "batch": ("#D55E00", 0.5, [(done.step, done.bits) for done in log]),
+        "held out": ("#2B8CCE", 1.0, [(done.step, float(done.heldout or 0)) for done in log]),
+        "batch": ("#E08040", 0.7, [(done.step, done.bits) for done in log]),
     }
-    values = [bits for _, _, line in lines.values() for _, bits in line]
-    low, high, end = min(values), max(values), log[-1].step
-    scale = (_HEIGHT - 2 * _MARGIN) / ((high - low) or 1.0)
+    ticks = round_numbers([bits for _, _, line in lines.values() for _, bits in line])
+    low, high, end = float(ticks[0]), float(ticks[-1]), log[-1].step
+    scale = (_HEIGHT - 2 * _MARGIN) / (high - low)
 
     def at(step: int, bits: float) -> str:
         x = _MARGIN + step / end * (_WIDTH - 2 * _MARGIN)
@@ -120,14 +122,32 @@ def _curve(log: Sequence[Progress], unit: str) -> str:
             f"{name}</text></g>"
         )
     axis = 'fill="currentColor" font-size="12"'
+    grid = []
+    for tick in ticks:
+        y = at(0, float(tick)).split(",")[1]
+        grid.append(
+            f'<path d="M{_MARGIN} {y}H{_WIDTH - _MARGIN}" stroke="currentColor" opacity="0.2"/>'
+            f'<text x="{_MARGIN - 6}" y="{y}" dy="4" text-anchor="end" {axis}>{tick}</text>'
+        )
+    below = f'y="{_HEIGHT - _MARGIN + 20}" {axis}'
     return (
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" role="img" font-size="13">'
-        f"<title>{unit} against steps</title>{''.join(drawn)}"
-        f'<text x="2" y="{_MARGIN}" {axis}>{high:.3f}</text>'
-        f'<text x="2" y="{_HEIGHT - _MARGIN}" {axis}>{low:.3f}</text>'
-        f'<text x="{_WIDTH - _MARGIN}" y="{_HEIGHT - 20}" text-anchor="end" {axis}>'
-        f"step {end:,}</text></svg>"
+        f"<title>{unit} against steps</title>{''.join(grid)}{''.join(drawn)}"
+        f'<text x="{_WIDTH - _MARGIN}" y="16" text-anchor="end" {axis}>{unit}</text>'
+        f'<text x="{_MARGIN}" {below}>0</text>'
+        f'<text x="{_WIDTH - _MARGIN}" text-anchor="end" {below}>{end:,} steps</text></svg>'
     )
+
+
+def round_numbers(values: Sequence[float]) -> list[str]:
+    """Three to seven round numbers, evenly apart, from below the least value to above the most."""
+    low, high = min(values), max(values)
+    least = max((high - low) / 5, 1e-4)
+    power = 10.0 ** math.floor(math.log10(least))
+    step = next(times * power for times in (1, 2, 5, 10) if times * power >= least)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    digits = max(0, -math.floor(math.log10(step)))
+    return [f"{number * step:.{digits}f}" for number in range(first, max(last, first + 1) + 1)]
 
 
 def _shown(info: DatasetInfo, samples: Tokens | None) -> str:
@@ -150,7 +170,23 @@ def _picture(info: DatasetInfo, row: Tokens, number: int) -> str:
         image.save(file, "PNG")
         data = base64.b64encode(file.getvalue()).decode()
     label = html.escape(info.labels[number % len(info.labels)]) if info.labels else "sample"
-    return f'<img src="data:image/png;base64,{data}" alt="{label}" title="{label}">'
+    return (
+        f'<figure><img src="data:image/png;base64,{data}" alt="{label}">'
+        f"<figcaption>{label}</figcaption></figure>"
+    )
+
+
+def _settings(title: str, settings: dict[str, Any]) -> str:
+    rows = [(name, _value(value)) for name, value in settings.items() if name != "palette"]
+    return f"<h3>{title}</h3>" + _table(("setting", "value"), [row for row in rows if row[1]])
+
+
+def _value(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -202,11 +202,11 @@ def claimed(
     model: ModelConfig,
     train: TrainConfig,
     data: DatasetInfo,
-    initial: tuple[Path, int] | None = None,
+    origin: Mapping[str, str | int] | None = None,
 ) -> Iterator[None]:
     """The folder of a run, made if it does not exist.
 
-    initial: the run that this one begins with, and its step; it is noted in the configuration.
+    origin: what this run begins with; it is noted in the configuration.
     If an error comes before the first checkpoint, nothing of the run is left. Raises RunError if
     the folder is in use; see check_free.
     """
@@ -216,8 +216,8 @@ def claimed(
     try:
         if not (folder / CHECKPOINT).exists():
             config = {"model": model.stored(), "train": asdict(train), "data": asdict(data)}
-            if initial is not None:
-                config["init"] = {"run": str(initial[0].resolve()), "step": initial[1]}
+            if origin is not None:
+                config["init"] = dict(origin)
             write_whole(folder / CONFIG, json.dumps(config, indent=1, allow_nan=False))
         yield
     except BaseException:

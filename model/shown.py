@@ -23,8 +23,8 @@ class Shows:
     """Where a run tells what it does."""
 
     say: Callable[[str], None]
-    start: Callable[[Path, int, int], None]
-    """Called with the folder, the steps done already, and all steps."""
+    start: Callable[[str | Path, int, int], None]
+    """Called with the run's folder or name, the steps done already, and all steps."""
     step: Callable[[Progress], None]
 
 
@@ -41,7 +41,7 @@ def shown(console: Console, unit: str) -> Iterator[Shows]:
         with Bar(*columns, console=console) as bar:
             yield _on_bar(bar, unit)
     else:
-        yield _in_lines(console, unit)
+        yield in_lines(console, unit)
 
 
 def _on_bar(bar: Bar, unit: str) -> Shows:
@@ -50,9 +50,9 @@ def _on_bar(bar: Bar, unit: str) -> Shows:
     def say(text: str) -> None:
         bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def start(folder: Path, first: int, steps: int) -> None:
+    def start(run: str | Path, first: int, steps: int) -> None:
         bar.update(task, total=steps, completed=first)
-        say(_beginning(folder, first, steps))
+        say(_beginning(run, first, steps))
 
     def step(done: Progress) -> None:
         text = f"{done.bits:.3f} {unit}, {done.tokens_per_second:,.0f} tokens/s"
@@ -63,16 +63,17 @@ def _on_bar(bar: Bar, unit: str) -> Shows:
     return Shows(say, start, step)
 
 
-def _in_lines(console: Console, unit: str) -> Shows:
+def in_lines(console: Console, unit: str, name: str = "") -> Shows:
+    """Shows a run in lines; those of its steps begin with `name`."""
     first_step, began, last_line = 0, time.monotonic(), 0.0
 
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def start(folder: Path, first: int, steps: int) -> None:
+    def start(run: str | Path, first: int, steps: int) -> None:
         nonlocal first_step, began
         first_step, began = first, time.monotonic()
-        say(_beginning(folder, first, steps))
+        say(_beginning(run, first, steps))
 
     def step(done: Progress) -> None:
         nonlocal last_line
@@ -85,16 +86,16 @@ def _in_lines(console: Console, unit: str) -> Shows:
         left = timedelta(seconds=round((done.steps - done.step) * (now - began) / here))
         heldout = "" if done.heldout is None else f", {done.heldout:.4f} {unit} held out"
         say(
-            f"step {done.step} of {done.steps}: {done.bits:.3f} {unit}{heldout}, "
+            f"{name}step {done.step} of {done.steps}: {done.bits:.3f} {unit}{heldout}, "
             f"{done.tokens_per_second:,.0f} tokens/s, {left} left"
         )
 
     return Shows(say, start, step)
 
 
-def _beginning(folder: Path, first: int, steps: int) -> str:
+def _beginning(run: str | Path, first: int, steps: int) -> str:
     if first == steps:
-        return f"{folder}: all {steps} steps are done already"
+        return f"{run}: all {steps} steps are done already"
     if first:
-        return f"{folder}: resumed at step {first} of {steps}"
-    return f"{folder}: {steps} steps from the beginning"
+        return f"{run}: resumed at step {first} of {steps}"
+    return f"{run}: {steps} steps from the beginning"

@@ -16,7 +16,7 @@ from model.config import ModelConfig
 from model.data import IGNORED, Dataset, draw_batch, heldout_batches, mask
 from model.decoder import Decoder
 from model.fit import check_fit, check_room
-from model.initial import read_initial
+from model.initial import Initial, read_initial
 from model.run import (
     CHECKPOINT,
     Progress,
@@ -47,7 +47,7 @@ def train(
     dataset: Dataset,
     on_step: Callable[[Progress], None] = lambda progress: None,
     *,
-    on_start: Callable[[int], None] = lambda step: None,
+    on_start: Callable[[int, Initial | None], None] = lambda step, initial: None,
     stop: Callable[[], bool] = lambda: False,
     save_every_s: float = SAVE_EVERY_S,
     init: Path | None = None,
@@ -59,8 +59,8 @@ def train(
     has a run with another configuration, if the model does not fit the data, or if the data is too
     short. What fails before the first checkpoint leaves nothing in `folder`.
 
-    on_start: called with the number of steps that are done already.
-    init: a run whose weights a new run begins with; one that is resumed does not read it again.
+    on_start: called with the number of steps that are done already, and the `init` of a new run.
+    init: a run or bundle whose weights a new run begins with; one that is resumed does not read it.
     stop: asked before every step, and while evaluating; if true, the run is saved, and raises
     Stopped. Raises Diverged, and keeps the last checkpoint, if the loss is not finite.
     """
@@ -68,15 +68,15 @@ def train(
     initial = None
     if init is not None and not (folder / CHECKPOINT).exists():
         initial = read_initial(init, model_config, dataset.info)
-    came_from = (init, initial.step) if init is not None and initial is not None else None
-    with claimed(folder, model_config, train_config, dataset.info, came_from):
+    origin = None if initial is None else initial.origin
+    with claimed(folder, model_config, train_config, dataset.info, origin):
         torch.manual_seed(train_config.seed)
         model = Decoder(model_config, train_config.dropout)
         if initial is not None:
             model.load_state_dict(initial.model.state_dict())
         check_room(folder, model)
         run = _Run(folder, model, train_config, dataset, stop)
-        on_start(run.resume())
+        on_start(run.resume(), initial)
         saved_at = time.monotonic()
         while run.step < run.steps:
             run.obey()

@@ -12,6 +12,8 @@ Provider = Literal["cpu", "cuda"]
 """Device that computes: the CPU, or an NVIDIA GPU."""
 
 MEBIBYTE = 1024 * 1024
+LARGEST_RESPONSE: Final = 16 * MEBIBYTE
+"""Largest size of a response, which is also what our client takes."""
 
 
 class ConfigError(ValueError):
@@ -41,7 +43,7 @@ RANGES: Final = {
     "port": Range(1, 65535),
     "metrics_port": Range(0, 65535),
     "replicas": Range(1, 256),
-    "max_message_bytes": Range(MEBIBYTE, 1024 * MEBIBYTE),
+    "max_request_bytes": Range(MEBIBYTE, 1024 * MEBIBYTE),
     "drain_seconds": Range(0, 24 * 3600),
     "snapshot_ttl": Range(1, 30 * 24 * 3600),
 }
@@ -150,8 +152,8 @@ class ServeConfig:
     replicas: int = 1
     """Number of server processes; each has all engines."""
 
-    max_message_bytes: int = 16 * MEBIBYTE
-    """Largest size of a request or response."""
+    max_request_bytes: int = 4 * MEBIBYTE
+    """Largest size of a request that is received; some methods take less (`largest_bytes`)."""
 
     drain_seconds: int = 60
     """Time for running streams to end after a stop, or after their bundle is removed."""

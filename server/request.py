@@ -81,6 +81,11 @@ class LogitsProcessors:
 LONGEST_BAD_WORD = 64
 """Largest number of tokens in a bad word."""
 
+NUMBER_BYTES = 32
+"""About the memory of a number in a list; of a string, besides its characters, it is more."""
+
+_TEXT_BYTES = 80
+
 
 @dataclass(frozen=True)
 class SamplingParameters:
@@ -135,6 +140,15 @@ class Request:
     def predicts_prompt(self) -> bool:
         """Whether the logits of the prompt's tokens are needed."""
         return self.score or self.prompt_logprobs is not None
+
+    @property
+    def lists_bytes(self) -> int:
+        """About how much memory its lists take: what it holds besides the prompt."""
+        numbers = len(self.stop_tokens)
+        if (given := self.sampling.processors) is not None:
+            numbers += 2 * len(given.bias) + len(given.allowed) + len(given.withheld)
+            numbers += sum(map(len, given.bad_words))
+        return NUMBER_BYTES * numbers + sum(_TEXT_BYTES + 4 * len(text) for text in self.stop)
 
     def is_unsent(self, token: int) -> bool:
         """Whether this token ends the stream and is not sent."""

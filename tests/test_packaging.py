@@ -29,7 +29,7 @@ CLIENT: dict[str, Any] = tomllib.loads((PROTOS / "pyproject.toml").read_text())[
 OURS = {"concertina": SERVER, "concertina-client": CLIENT}
 STUBS = PROTOS / "concertina" / "v1"
 # What the bench compares with, which is not installed here.
-PEERS = {"gguf", "llama_cpp", "onnxruntime_genai", "tokenizers", "transformers"}
+PEERS = {"gguf", "llama_cpp", "onnxruntime_genai", "tokenizers", "transformers", "vllm"}
 TRAINING = {"torch", "onnx", "onnxscript", "safetensors", "fonttools"}
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import platform
-import sys
+import shutil
 import tempfile
+import time
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,27 +20,40 @@ import typer
 from concertina.cli.output import plain_console, print_whole
 from concertina.machine import cores as usable_cores
 from concertina.machine import memory_bytes
-from loadtest.bench.plan import CONTESTANTS, CONTEXTS, STREAMS, Plan, all_cells, quick_cells
+from loadtest.bench.contestants import CONTESTANTS
+from loadtest.bench.plan import (
+    CELLS,
+    FIRST_TOKEN,
+    QUICK_CELLS,
+    Cell,
+    Plan,
+    expected_s,
+    parse_cell,
+)
 from loadtest.bench.plots import plot
-from loadtest.bench.report import as_json, render
-from loadtest.bench.run import Report, in_process, run
+from loadtest.bench.process import in_processes
+from loadtest.bench.report import as_json
+from loadtest.bench.run import Progress, Report, run
+from loadtest.bench.tables import render
+from loadtest.bench.worker import PACKAGES
 
 _GIGABYTE = 10**9
+_CELLS = ",".join(str(cell).replace(" ", "") for cell in CELLS)
 _MEMORY_SHARE = 0.9
-_QUICK_ROUNDS, _QUICK_LIMIT_S = 2, 300.0
+_QUICK_ROUNDS, _QUICK_OPEN_S = 5, 120.0
 _LIBRARIES = ("concertina", "onnxruntime", "numpy")
 
 
 def bench(
     quick: Annotated[
-        bool, typer.Option("--quick", help="One cell: 16k x 8, in less than ten minutes.")
+        bool, typer.Option("--quick", help="One cell: 16k x 8, in about ten minutes.")
     ] = False,
-    contexts: Annotated[
-        str, typer.Option(help="Contexts to measure, with commas between.")
-    ] = ",".join(map(str, CONTEXTS)),
-    streams: Annotated[str, typer.Option(help="Numbers of streams, likewise.")] = ",".join(
-        map(str, STREAMS)
-    ),
+    cells: Annotated[
+        str,
+        typer.Option(
+            help="Contexts and streams to measure, with commas between; '' for none of them."
+        ),
+    ] = _CELLS,
     only: Annotated[
         str,
         typer.Option(
@@ -46,8 +61,10 @@ def bench(
         ),
     ] = "",
     rounds: Annotated[
-        int | None, typer.Option(min=1, help="Measurements of each cell; default 3, quick 2.")
+        int | None,
+        typer.Option(min=1, help="Rounds of each cell, two windows each; default 9, quick 5."),
     ] = None,
+    window: Annotated[float, typer.Option(min=0.01, help="Seconds of a window, about.")] = 0.5,
     first_token: Annotated[
         bool, typer.Option(help="Time the first token of a 16k prompt; not when quick.")
     ] = True,
@@ -56,55 +73,75 @@ def bench(
     ] = None,
     memory: Annotated[
         float | None,
-        typer.Option(min=0.5, help="GB that one contestant may take; default 90% of what is free."),
+        typer.Option(
+            min=0.1,
+            help="GB for all contestants that are open at once; default 90% of what is free.",
+        ),
+    ] = None,
+    open_limit: Annotated[
+        float | None,
+        typer.Option(
+            min=1,
+            help="Seconds until a contestant stands at its context; default 900, quick 120.",
+        ),
     ] = None,
     peer_python: Annotated[
-        str, typer.Option(metavar="PATH", help="Python that has the peers; default this one.")
-    ] = "",
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=PATH",
+            help="Python that has a peer (genai, transformers, llama, vllm); repeat for others. "
+            "A path alone is for all; default: this Python.",
+        ),
+    ] = None,
     models: Annotated[
         Path | None,
         typer.Option(help="Folder that keeps the random models for the next run; default none."),
     ] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write every figure as JSON.")
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write every window as JSON, cell by cell."),
     ] = None,
     plots: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Draw them, as SVG, in this folder.")
     ] = None,
 ) -> None:
-    """Compare decoding with other engines: one architecture, equal threads, runs in turns.
+    """Compare decoding with other engines: one architecture, equal threads, windows in turns.
 
-    Every contestant runs in a process of its own, on the same cores and under the same memory
-    limit. All models have random weights: 8 layers, width 512, 25M parameters. Needs the extra
-    'train'; the peers are in the extra 'bench', and the report names those that are missing.
+    All contestants of a cell stay open, each in a process of its own, and their windows go round
+    A B C C B A: one computes, the others sleep. A ratio is the median of those within a round, so
+    that it holds on a machine whose speed changes. All models have random weights: 8 layers, width
+    512, 25M parameters. Needs the extra 'train'; the peers may live in environments of their own,
+    and the report names those that are missing.
 
     Examples:
     concertina bench --quick --json quick.json
-    concertina bench --peer-python ~/peers/bin/python --json bench.json --plots .
-    concertina bench --contexts 1024,65536 --streams 8 --only fixed,full,genai
+    concertina bench --peer-python genai=genai/bin/python --peer-python vllm=vllm/bin/python
+    concertina bench --cells 256x1,16kx8 --only fixed,fixed-int8,full --rounds 20 --plots .
     """
     cores = usable_cores()
-    given = {name.strip() for name in only.split(",") if name.strip()}
-    unknown = given - {c.name for c in CONTESTANTS}
-    if unknown:
-        raise typer.BadParameter(f"--only: there is no {', '.join(sorted(unknown))}; see --help")
     free = min(psutil.virtual_memory().available, memory_bytes()) * _MEMORY_SHARE
+    given = _names(only)
+    wanted = QUICK_CELLS if quick else _cells(cells)
+    wanted += (FIRST_TOKEN,) if first_token and not quick else ()
+    if not wanted:
+        raise typer.BadParameter("--cells is empty, and so is the plan without --first-token")
     plan = Plan(
-        cells=quick_cells()
-        if quick
-        else all_cells(_numbers("contexts", contexts), _numbers("streams", streams)),
-        first_token=first_token and not quick,
+        cells=wanted,
         contestants=tuple(c for c in CONTESTANTS if not given or c.name in given),
+        asked_for=bool(given),
         rounds=rounds or (_QUICK_ROUNDS if quick else Plan.rounds),
+        first_token_rounds=min(rounds or Plan.first_token_rounds, Plan.first_token_rounds),
+        window_s=window,
         threads=min(threads or cores, cores),
         memory_bytes=int(memory * _GIGABYTE if memory else free),
-        limit_s=_QUICK_LIMIT_S if quick else Plan.limit_s,
+        open_s=open_limit or (_QUICK_OPEN_S if quick else Plan.open_s),
     )
-    report = _measure(plan, peer_python or sys.executable, models)
+    pythons = _pythons(peer_python or [])
+    for path in (json_file, plots):
+        if path is not None:  # not after hours
+            path.parent.mkdir(parents=True, exist_ok=True)
+    report = _measure(plan, pythons, models, json_file)
     print_whole(render(report))
-    if json_file is not None:
-        text = json.dumps(as_json(report, describe_machine()), indent=1)
-        json_file.write_text(text + "\n", encoding="utf-8")
     if plots is not None:
         for path in plot(report, plots):
             typer.echo(path)
@@ -122,26 +159,80 @@ def describe_machine() -> dict[str, object]:
     }
 
 
-def _measure(plan: Plan, peer_python: str, models: Path | None) -> Report:
+def _measure(
+    plan: Plan, pythons: Mapping[str, str], models: Path | None, json_file: Path | None
+) -> Report:
     console = plain_console(stderr=True)
+    machine = describe_machine()
     kept = nullcontext(models) if models else tempfile.TemporaryDirectory(prefix="concertina-")
-    with kept as folder, console.status("") as status:
+    clock = Waiting(plan)
+    with kept as folder, in_processes(pythons) as open_contender, console.status("") as status:
         Path(folder).mkdir(parents=True, exist_ok=True)
 
-        def on_job(what: str) -> None:
+        def on_progress(progress: Progress) -> None:
+            what = clock.describe(progress)
             status.update(what) if console.is_terminal else console.print(what)
 
-        return run(plan, in_process(peer_python, plan.limit_s), Path(folder).resolve(), on_job)
+        def on_cell(report: Report) -> None:
+            if json_file is not None:
+                text = json.dumps(as_json(report, machine), indent=1)
+                json_file.write_text(text + "\n", encoding="utf-8")
+
+        return run(plan, open_contender, Path(folder).resolve(), on_progress, on_cell=on_cell)
 
 
-def _numbers(option: str, text: str) -> tuple[int, ...]:
+class Waiting:
+    """Says how much of a run is left, by how long the part behind it took."""
+
+    def __init__(self, plan: Plan, now: Callable[[], float] = time.monotonic) -> None:
+        self._cells, self._now, self._began = plan.cells, now, now()
+        self._expected = [expected_s(plan, cell) for cell in plan.cells]
+
+    def describe(self, progress: Progress) -> str:
+        """A line such as `16k x 8 (cell 5 of 7), round 2 of 9, about 12 min left`."""
+        done = sum(self._expected[: progress.cell])
+        done += progress.share * self._expected[progress.cell]
+        left = sum(self._expected) - done
+        if done > 0:
+            left *= (self._now() - self._began) / done
+        where = f"{self._cells[progress.cell]} (cell {progress.cell + 1} of {len(self._cells)})"
+        return f"{where}, {progress.what}, about {_span(left)} left"
+
+
+def _span(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def _names(only: str) -> set[str]:
+    given = {name.strip() for name in only.split(",") if name.strip()}
+    if unknown := given - {c.name for c in CONTESTANTS}:
+        raise typer.BadParameter(f"--only: there is no {', '.join(sorted(unknown))}; see --help")
+    return given
+
+
+def _cells(text: str) -> tuple[Cell, ...]:
+    if not text:
+        return ()
     try:
-        numbers = tuple(int(part) for part in text.split(","))
+        return tuple(dict.fromkeys(parse_cell(part) for part in text.split(",")))
     except ValueError:
-        numbers = ()
-    if not numbers or min(numbers) < 1:
-        raise typer.BadParameter(f"--{option}: {text!r} is not a list of numbers such as 256,1024")
-    return numbers
+        raise typer.BadParameter(
+            f"--cells: {text!r} is not a list of contexts and streams such as 256x1,16kx8"
+        ) from None
+
+
+def _pythons(given: list[str]) -> dict[str, str]:
+    """The Python of each kind of peer; that of all under the empty name."""
+    pythons = {}
+    for each in given:
+        name, _, path = each.rpartition("=")
+        if name and name not in PACKAGES:
+            known = ", ".join(sorted(PACKAGES.keys() - {"ours"}))
+            raise typer.BadParameter(f"--peer-python: there is no {name}; there are {known}")
+        if shutil.which(path) is None:
+            raise typer.BadParameter(f"--peer-python: {path} is no program that can be run")
+        pythons[name] = path
+    return pythons
 
 
 def _cpu_name() -> str:

@@ -1,7 +1,7 @@
 """Tokens/s of the engine alone, and of the same streams as gRPC clients see them.
 
-Engine and servers are measured in turns, so that a noisy machine is noisy for all of them; the
-figures are medians over the rounds. docs/performance.md shows them.
+A round goes from the engine over the servers and back, and a share of the engine is the median of
+those within a round: see `loadtest.bench.rounds`. docs/performance.md shows them.
 """
 
 from __future__ import annotations
@@ -13,17 +13,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from loadtest.bench.adapters.bundles import make_bundle
 from loadtest.bench.adapters.ours import generate, open_engine, random_prompt
-from loadtest.bench.bundles import make_bundle
 from loadtest.bench.plan import Shape
+from loadtest.bench.rounds import Round, movements, ratio, turns
 from loadtest.servers import serving
 
 _STREAMS = (1, 8, 32)
+_ENGINE = "engine"
 _WARM_UP_TOKENS = 64
 
 
@@ -56,20 +59,31 @@ def _measure(bundle: Path, tokens: int, prompt: int, rounds: int, threads: int) 
     figures: dict[str, list[float]] = {}
     given = ("--threads", str(threads), "--drain-seconds", "2")
     homes = {"ray": given, "local": ("--local", *given)}
+    most = max(_STREAMS)
+    seen: list[Round] = []
     for _ in range(rounds):
-        for streams in _STREAMS:
+        for streams in _STREAMS[:-1]:
             rate = asyncio.run(_engine(bundle, streams, prompt, tokens, threads))
             figures.setdefault(f"engine, {streams} streams, tokens/s", []).append(rate)
-        for home, options in homes.items():
-            with serving(bundle, *options) as server:
-                rate = _clients(server.address, max(_STREAMS), prompt, tokens)
-            figures.setdefault(f"{home}, ready after, s", []).append(server.ready_s)
-            figures.setdefault(f"{home}, 32 clients, tokens/s", []).append(rate)
-    medians = {name: round(statistics.median(values), 2) for name, values in figures.items()}
-    for home in homes:
-        share = medians[f"{home}, 32 clients, tokens/s"] / medians["engine, 32 streams, tokens/s"]
-        medians[f"{home}, share of the engine"] = round(share, 3)
-    print(json.dumps({"rounds": figures, "medians": medians}, indent=1))
+        windows: dict[str, list[float]] = {}
+        for name in turns([_ENGINE, *homes]):
+            if name == _ENGINE:
+                rate = asyncio.run(_engine(bundle, most, prompt, tokens, threads))
+            else:
+                with serving(bundle, *homes[name]) as server:
+                    rate = _clients(server.address, most, prompt, tokens)
+                figures.setdefault(f"{name}, ready after, s", []).append(server.ready_s)
+            figures.setdefault(f"{name}, {most} streams, tokens/s", []).append(rate)
+            windows.setdefault(name, []).append(1 / rate)
+        seen.append({name: (w[0], w[1]) for name, w in windows.items()})
+    shares = {home: ratio(seen, _ENGINE, home) for home in homes}
+    report = {
+        "windows": figures,
+        "medians": {name: round(statistics.median(f), 2) for name, f in figures.items()},
+        "shares of the engine": {home: asdict(s) for home, s in shares.items() if s},
+        "doubts": [f"the machine moved too much: {moved}" for moved in movements(seen)],
+    }
+    print(json.dumps(report, indent=1))
 
 
 async def _engine(bundle: Path, streams: int, prompt: int, tokens: int, threads: int) -> float:

@@ -7,14 +7,15 @@ import asyncio
 import json
 import time
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
-from statistics import median
 from typing import Annotated
 
 import numpy as np
 import typer
 
 from loadtest.bench.adapters.ours import generate, open_engine
+from loadtest.bench.rounds import Round, movements, ratio, step_seconds, turns
 
 _DRAFTS = (0, 4, 8)
 _TEMPERATURES = (0.0, 0.6, 1.0)
@@ -27,7 +28,7 @@ def measure_drafts(
         Path, typer.Argument(exists=True, help="File with the prompt's text.", show_default=False)
     ] = Path(argparse.__file__),
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of the stream.")] = 1500,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds; medians are printed.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds, there and back; medians.")] = 5,
 ) -> None:
     """Print tokens/s after the first token for each length of drafts, one temperature a line.
 
@@ -39,17 +40,24 @@ def measure_drafts(
     """
     prompt = prompt_file.read_bytes()[_PROMPT_FROM:][:_PROMPT_TOKENS]
     for temperature in _TEMPERATURES:
-        rates = asyncio.run(_measure(bundle, prompt, temperature, tokens, rounds))
-        ratios = {n: round(rate / rates[0], 2) for n, rate in rates.items()}
-        print(json.dumps({"temperature": temperature, "tokens_per_s": rates, "ratios": ratios}))
+        seen = asyncio.run(_measure(bundle, prompt, temperature, tokens, rounds))
+        seconds = {n: step_seconds(seen, str(n)) for n in _DRAFTS}
+        ratios = {n: ratio(seen, "0", str(n)) for n in _DRAFTS}
+        line = {
+            "temperature": temperature,
+            "tokens_per_s": {n: 1 / each.median for n, each in seconds.items() if each},
+            "ratios": {n: asdict(each) for n, each in ratios.items() if each},
+            "doubts": [f"the machine moved too much: {moved}" for moved in movements(seen)],
+        }
+        print(json.dumps(line))
 
 
 async def _measure(
     bundle: Path, prompt: bytes, temperature: float, tokens: int, rounds: int
-) -> dict[int, float]:
-    """Tokens/s by the length of drafts. Raises AssertionError if tokens differ."""
+) -> list[Round]:
+    """Seconds of a token by the length of drafts. Raises AssertionError if tokens differ."""
     wanted = np.array([*prompt], np.int64)
-    rates: dict[int, list[float]] = {n: [] for n in _DRAFTS}
+    seen: list[Round] = []
     outputs: set[tuple[int, ...]] = set()
     with ExitStack() as stack:
         engines = {
@@ -57,17 +65,20 @@ async def _measure(
             for n in _DRAFTS
         }
         for _ in range(rounds):
-            for drafts, engine in engines.items():
+            windows: dict[str, list[float]] = {}
+            for name in turns([str(drafts) for drafts in engines]):
+                engine = engines[int(name)]
                 ids, began = list[int](), 0.0
                 async for new in generate(
                     engine, wanted, tokens=tokens, seed=1, temperature=temperature
                 ):
                     began = began or time.perf_counter()
                     ids += new
-                rates[drafts].append((len(ids) - 1) / (time.perf_counter() - began))
+                windows.setdefault(name, []).append((time.perf_counter() - began) / (len(ids) - 1))
                 outputs.add(tuple(ids))
+            seen.append({name: (w[0], w[1]) for name, w in windows.items()})
     assert len(outputs) == 1, "drafts change the tokens"
-    return {drafts: median(each) for drafts, each in rates.items()}
+    return seen
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def measure_stream(tokens: int, window: int, span: int, shape: Shape = _SMALL) -
     """Decode one stream of `tokens` tokens, a multiple of `window`."""
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory) / "bundle"
-        _prepare(Setting(shape, "", folder, tokens, 1, span, 1, room=span))
+        _prepare(Setting(shape, folder, tokens, 1, span, 1, room=span))
         return asyncio.run(_watch(folder, tokens, window))
 
 
@@ -146,7 +146,7 @@ def measure_many(
     """Decode `steps` tokens of each of `streams` streams that end within `context` tokens."""
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory) / "bundle"
-        setting = Setting(shape, "", folder, context - ROOM, streams, span, threads, ROOM)
+        setting = Setting(shape, folder, context - ROOM, streams, span, threads, ROOM)
         _prepare(setting)
         session = open_session(setting)
     try:

@@ -74,7 +74,7 @@ def measure_step(
     torch.set_num_threads(threads)
     shape = Shape()
     with tempfile.TemporaryDirectory() as root, _run_clock() as clock:
-        setting = Setting(shape, "", Path(root) / "b", _CONTEXT, 1, _SPAN, threads, ROOM)
+        setting = Setting(shape, Path(root) / "b", _CONTEXT, 1, _SPAN, threads, ROOM)
         ours.prepare(setting)
         manifest = read_manifest(setting.folder)
         one = ours.open_session(setting)

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
-CONTEXTS = (256, 1024, 4096, 16_384, 65_536)
-STREAMS = (1, 8, 32)
-QUICK_CONTEXT, QUICK_STREAMS = 16_384, 8
 PROMPT = 16_384
 """Tokens of the prompt whose first token is timed."""
 ROOM = 512
-"""Tokens that a measurement may decode beyond its context; a multiple of every span."""
-LONG_PREFILL = 65_536
-"""Tokens of all streams together that take minutes to compute."""
-_FLOAT = 4
-_PROCESS_BYTES = 800 << 20  # interpreter, libraries, weights and activations
+"""Tokens that a stream may decode beyond its context; a multiple of every span."""
+MAKE_UP = 1 << 31
+"""Streams times squared context from which computing a context takes minutes to hours."""
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+_MATRICES = {**_BYTES, "q8_0": 1, "int4": 0.5, "q4_0": 0.5}
+_MEBIBYTE = 1 << 20
+_ACTIVATIONS = 12
+"""Vectors of the model's width that a prompt's token takes while it is computed."""
+_BYTES_PER_S, _PROMPT_TOKENS_PER_S, _OPENING_S, _FEWEST_STEPS = 10e9, 2000, 15.0, 4
+"""Of a usual machine, to tell how long a cell takes."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The decoder that every contestant runs, in float32 unless its name says otherwise."""
+    """The decoder that every contestant runs."""
 
     layers: int = 8
     width: int = 512
@@ -41,21 +45,38 @@ class Shape:
         """
         return max(32, 2 * self.mlp // 3 // 32 * 32)
 
-    @property
-    def entry_bytes(self) -> int:
-        """Bytes of one token's keys and values on all layers."""
-        return 2 * self.layers * self.width * _FLOAT
+    def entry_bytes(self, state: str = "float32") -> int:
+        """Bytes of one token's keys and values on all layers, in elements of type `state`."""
+        return 2 * self.layers * self.width * _BYTES[state]
+
+    def matrix_bytes(self, weights: str) -> int:
+        """About the bytes of all matrices, in elements of type `weights`."""
+        layer = 4 * self.width**2 + 2 * self.width * self.mlp
+        count = self.layers * layer + 2 * self.width * self.vocabulary
+        return int(count * _MATRICES[weights])
 
 
 @dataclass(frozen=True, order=True)
 class Cell:
-    """Streams that decode at once, each of them at this context."""
+    """Streams that decode at once, each of them at this context; or the first token of a prompt."""
 
     context: int
     streams: int
+    first_token: bool = False
 
     def __str__(self) -> str:
-        return f"{tokens_label(self.context)} x {self.streams}"
+        label = tokens_label(self.context)
+        return f"first token of {label}" if self.first_token else f"{label} x {self.streams}"
+
+    @property
+    def key(self) -> str:
+        """The beginning of the names of its ratios."""
+        label = tokens_label(self.context)
+        return f"first_token_{label}" if self.first_token else f"decode_{label}_{self.streams}"
+
+
+Role = Literal["ours", "rival", "part"]
+"""Ours: a setting to compare. Rival: what it is compared with. Part: measured beside them alone."""
 
 
 @dataclass(frozen=True)
@@ -66,115 +87,98 @@ class Contestant:
     title: str
     adapter: str
     """One of `loadtest.bench.worker.ADAPTERS`."""
-    variant: str = ""
+    mode: str = ""
     """For the adapter."""
-    packages: tuple[str, ...] = ()
-    """Modules that have to be installed; empty for ours."""
-    install: str = ""
+    weights: str = "float32"
+    state: str = "float32"
+    """Types of what is stored; float32 stands beside float32."""
+    role: Role = "rival"
     folds: bool = False
     span: int | None = None
     """Fixed whatever the context; otherwise near its square root."""
-    contexts: tuple[int, ...] = ()
-    """The only ones it runs at; empty for all."""
+    at: int | None = None
+    """The context that it decodes at, whatever the cell's."""
+    cells: tuple[Cell, ...] = ()
+    """The only ones that it takes part in without being asked for; empty for all that it can do."""
     first_token: bool = True
     """Whether the first token of a long prompt is timed."""
-    prefills: bool = False
-    """Whether it has to compute its context; a long one is then measured in one round only."""
+    made_up: bool | None = None
+    """Whether it runs only at contexts that take too long to compute, or only at others."""
     extra_rows: int = 0
     """Rows of state that it holds besides those of the streams."""
-    float32: bool = True
-    """Whether its weights are float32."""
+    process_mib: int = 150
+    """About what its process takes besides weights and state."""
 
     @property
-    def is_peer(self) -> bool:
-        """Whether it is another project's engine."""
-        return bool(self.packages)
+    def is_ours(self) -> bool:
+        """Whether it is our own engine, in whatever setting."""
+        return self.adapter == "ours"
+
+    @property
+    def is_float32(self) -> bool:
+        """Whether it computes with all that it is compared with in float32."""
+        return self.weights == self.state == "float32"
 
 
-_LLAMA = ("llama_cpp", "gguf")
-_LLAMA_PIP = "pip install llama-cpp-python gguf"
-CONTESTANTS = (
-    Contestant("fixed", "Concertina, Combiner-Fixed", "ours", "engine", folds=True, extra_rows=1),
-    Contestant(
-        "fixed-256",
-        "the same, span 256",
-        "ours",
-        "engine",
-        folds=True,
-        span=256,
-        contexts=(1024,),
-        first_token=False,
-        extra_rows=1,
-    ),
-    Contestant(
-        "fixed-steps",
-        "the same, its steps alone",
-        "ours",
-        "steps",
-        folds=True,
-        first_token=False,
-    ),
-    Contestant("full", "Concertina, full attention", "ours", "engine", extra_rows=1),
-    Contestant(
-        "genai",
-        "onnxruntime-genai",
-        "genai",
-        packages=("onnxruntime_genai", "transformers", "torch"),
-        install="pip install onnxruntime-genai transformers torch onnx onnxscript",
-        prefills=True,
-    ),
-    Contestant(
-        "transformers",
-        "Transformers, static cache",
-        "hugging_face",
-        packages=("transformers", "torch"),
-        install="pip install transformers torch",
-    ),
-    Contestant("llama-f32", "llama.cpp, f32", "llama", "f32", _LLAMA, _LLAMA_PIP),
-    Contestant(
-        "llama-q8_0",
-        "llama.cpp, q8_0, cache f16",
-        "llama",
-        "q8_0",
-        _LLAMA,
-        _LLAMA_PIP,
-        float32=False,
-    ),
+CHECK = Cell(4096, 8)
+"""Where a bare graph with a made-up cache is held against the engine that the graph belongs to."""
+CELLS = (
+    *(Cell(256, streams) for streams in (1, 8, 32)),
+    *(Cell(context, 8) for context in (4096, 16_384, 65_536)),
 )
-OURS, OURS_FLAT, OURS_FULL = "fixed", "fixed-256", "full"
+FIRST_TOKEN = Cell(PROMPT, 1, first_token=True)
+QUICK_CELLS = (Cell(16_384, 8),)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run of the bench. Every cell is measured `rounds` times for each contestant, in turns."""
+    """A run of the bench."""
 
     cells: tuple[Cell, ...]
-    first_token: bool = True
-    prompt: int = PROMPT
-    contestants: tuple[Contestant, ...] = CONTESTANTS
+    contestants: tuple[Contestant, ...]
+    asked_for: bool = False
+    """Whether the user named the contestants."""
     shape: Shape = field(default_factory=Shape)
-    rounds: int = 3
-    windows: int = 3
-    """Windows of each measurement, after a warm-up."""
-    window_s: float = 1.0
+    rounds: int = 9
+    first_token_rounds: int = 3
+    window_s: float = 0.5
     """About how long a window lasts; the whole cycle of a fold at least."""
+    settle_s: float = 0.05
+    """Between two windows, for the threads of the last one to fall asleep."""
     threads: int = 1
     memory_bytes: int = 8 << 30
-    """Most memory of one contestant."""
-    limit_s: float = 600.0
-    """Most seconds of one measurement."""
+    """Most memory of all contestants that are open at once."""
+    open_s: float = 900.0
+    """Most seconds until a contestant stands at its context."""
+    window_limit_s: float = 300.0
+    """Most seconds of one window."""
+
+    def rounds_of(self, cell: Cell) -> int:
+        """Rounds in a cell."""
+        return self.first_token_rounds if cell.first_token else self.rounds
 
 
-def quick_cells() -> tuple[Cell, ...]:
-    """The one cell that shows most."""
-    return (Cell(QUICK_CONTEXT, QUICK_STREAMS),)
+def entrants(plan: Plan, cell: Cell) -> tuple[Contestant, ...]:
+    """Who takes part in a cell, in the plan's order."""
+    return tuple(each for each in plan.contestants if _takes_part(plan, each, cell))
 
 
-def all_cells(
-    contexts: tuple[int, ...] = CONTEXTS, streams: tuple[int, ...] = STREAMS
-) -> tuple[Cell, ...]:
-    """Every context with every number of streams, the cheap ones first."""
-    return tuple(sorted(Cell(context, count) for context in contexts for count in streams))
+def _takes_part(plan: Plan, contestant: Contestant, cell: Cell) -> bool:
+    if cell.first_token:
+        return contestant.first_token
+    if contestant.cells and cell not in contestant.cells and not plan.asked_for:
+        return False
+    if contestant.made_up is None:
+        return True
+    takes_too_long = cell.streams * cell.context**2 >= MAKE_UP
+    if is_check(contestant, cell):
+        return True
+    return contestant.made_up == takes_too_long
+
+
+def is_check(contestant: Contestant, cell: Cell) -> bool:
+    """Whether it only shows here that its made-up figure is that of the engine itself."""
+    return bool(contestant.made_up) and cell == CHECK
 
 
 def span_of(contestant: Contestant, context: int) -> int | None:
@@ -184,33 +188,80 @@ def span_of(contestant: Contestant, context: int) -> int | None:
     return contestant.span or max(2, 2 ** round(math.log2(context) / 2))
 
 
-def rounds_of(plan: Plan, contestant: Contestant, cell: Cell) -> int:
-    """How often a contestant is measured in `cell`."""
-    long = cell.context * cell.streams >= LONG_PREFILL
-    return 1 if contestant.prefills and long else plan.rounds
-
-
-def takes_part(contestant: Contestant, context: int) -> bool:
-    """Whether a contestant runs at `context`."""
-    return not contestant.contexts or context in contestant.contexts
-
-
 def cache_bytes(shape: Shape, contestant: Contestant, context: int) -> int:
     """Bytes of state reserved for a stream at `context`, with its room, by arithmetic."""
+    context = contestant.at or context
     span, tokens = span_of(contestant, context), context + ROOM
+    entry = shape.entry_bytes(contestant.state)
     if span is None:
-        half = 2 if contestant.variant == "q8_0" else 1
-        return shape.entry_bytes * tokens // half
-    entries, pooled_query = -(-tokens // span) - 1 + span, shape.entry_bytes // 2
-    return shape.entry_bytes * entries + pooled_query
+        return entry * tokens
+    entries, pooled_query = -(-tokens // span) - 1 + span, shape.entry_bytes() // 2
+    return entry * entries + pooled_query
 
 
 def needed_bytes(shape: Shape, contestant: Contestant, cell: Cell) -> int:
     """About what a process of `contestant` takes in `cell`."""
     rows = cell.streams + contestant.extra_rows
-    return _PROCESS_BYTES + rows * cache_bytes(shape, contestant, cell.context)
+    weights = 2 * shape.matrix_bytes(contestant.weights)  # as stored, and as packed for the kernels
+    state = rows * cache_bytes(shape, contestant, cell.context)
+    computes_at_once = contestant.made_up is False  # the whole prompts of all streams
+    prompts = cell.streams * cell.context * computes_at_once
+    activations = prompts * shape.width * _ACTIVATIONS * _BYTES["float32"]
+    return contestant.process_mib * _MEBIBYTE + weights + state + activations
+
+
+def expected_s(plan: Plan, cell: Cell) -> float:
+    """About how long a cell takes; right in proportion to the other cells."""
+    seconds = 0.0
+    for contestant in entrants(plan, cell):
+        span = span_of(contestant, contestant.at or cell.context)
+        state = cell.streams * cache_bytes(plan.shape, contestant, cell.context)
+        step_s = (plan.shape.matrix_bytes(contestant.weights) + state) / _BYTES_PER_S
+        if cell.first_token:
+            window_s = cell.context / _PROMPT_TOKENS_PER_S
+        else:
+            window_s = max(plan.window_s, (span or _FEWEST_STEPS) * step_s)
+        seconds += _OPENING_S + 2 * plan.rounds_of(cell) * window_s
+    return seconds
+
+
+def fits(plan: Plan, cell: Cell, contestants: Iterable[Contestant]) -> bool:
+    """Whether all of them may be open at once."""
+    return sum(needed_bytes(plan.shape, c, cell) for c in contestants) <= plan.memory_bytes
+
+
+def pack(
+    plan: Plan, cell: Cell, contestants: Sequence[Contestant], anchors: Sequence[Contestant]
+) -> list[list[Contestant]]:
+    """Groups that fit into memory, each with all `anchors`, or where that is tight with the last.
+
+    Contestants keep their order; each goes into the first group with room. One that fits nowhere
+    is alone with the last anchor.
+    """
+    groups: list[list[Contestant]] = []
+    for contestant in contestants:
+        for group in groups:
+            if fits(plan, cell, [*group, contestant]):
+                group.append(contestant)
+                break
+        else:
+            beside = list(anchors)
+            while len(beside) > 1 and not fits(plan, cell, [*beside, contestant]):
+                beside.pop(0)
+            groups.append([*beside, contestant])
+    return groups
 
 
 def tokens_label(tokens: int) -> str:
     """`16k` for 16,384."""
     return f"{tokens // 1024}k" if tokens >= 1024 and tokens % 1024 == 0 else str(tokens)
+
+
+def parse_cell(text: str) -> Cell:
+    """The cell of `16k x 8`, `16kx8` or `16384x8`. Raises ValueError."""
+    context, _, streams = text.lower().replace(" ", "").partition("x")
+    scale = 1024 if context.endswith("k") else 1
+    cell = Cell(int(context.removesuffix("k")) * scale, int(streams))
+    if min(cell.context, cell.streams) < 1:
+        raise ValueError(f"{text!r} has a number below 1")
+    return cell

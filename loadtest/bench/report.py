@@ -1,19 +1,31 @@
-"""The report of a run of the bench: ratios, targets, tables, JSON."""
+"""What the measurements of a run say: figures, ratios within rounds, targets, doubts; and JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
+from loadtest.bench.contestants import OURS, OURS_1K
+from loadtest.bench.plan import (
+    Cell,
+    Contestant,
+    Plan,
+    Shape,
+    is_check,
+    tokens_label,
+)
+from loadtest.bench.rounds import Round, Spread, fastest, movements, ratio, step_seconds
+from loadtest.bench.run import CellResult, Entry, Group, Report
+from loadtest.bench.worker import OK
 
-from loadtest.bench.plan import OURS, OURS_FLAT, OURS_FULL, Contestant, tokens_label
-from loadtest.bench.run import FirstToken, Report, Result
-from loadtest.bench.worker import FAILED, OK
-
-FORMAT = 1
+FORMAT = 2
+_MOST_BUSY = 0.05
+"""Share of another's window that a waiting contestant may compute."""
+_MOST_OTHERS = 0.1
+"""Cores that other programs may use."""
+_FEWEST_ROUNDS = 3
+_NOT_NAMED = "those that --only leaves out"
 
 
 @dataclass(frozen=True)
@@ -30,174 +42,254 @@ class Target:
         )
 
     def __str__(self) -> str:
-        return f">= {self.at_least:g}" if self.at_least is not None else f"<= {self.at_most:g}"
+        bounds = ((">=", self.at_least), ("<=", self.at_most))
+        return ", ".join(f"{sign} {bound:.4g}" for sign, bound in bounds if bound is not None)
 
 
+_AS_THE_ENGINE = Target(at_least=0.95, at_most=1.05)
 TARGETS = {
-    "decode_256_1_vs_best_f32": Target(at_least=1.2),
-    "decode_256_8_vs_best_f32": Target(at_least=1.2),
-    "decode_16k_8_vs_best": Target(at_least=15),
-    "decode_64k_8_vs_best": Target(at_least=50),
-    "step_64k_over_1k_span_256_1": Target(at_most=1.3),
+    "decode_16k_8_best": Target(at_least=30),
+    "decode_16k_8_float32": Target(at_least=18),
+    "decode_64k_8_best": Target(at_least=80),
+    "decode_64k_8_float32": Target(at_least=45),
+    "decode_256_1_best": Target(at_least=2),
+    "decode_256_8_best": Target(at_least=3),
+    "decode_256_32_best": Target(at_least=4),
+    "decode_256_1_float32": Target(at_least=1.25),
+    "first_token_16k_best": Target(at_least=6),
     "step_64k_over_1k_span_256_8": Target(at_most=1.3),
-    "step_64k_over_1k_span_256_32": Target(at_most=1.3),
-    "cache_64k_vs_full": Target(at_most=0.01),
-    "first_token_16k_vs_best": Target(at_most=0.25),
+    "cache_64k_smallest_vs_full_float32": Target(at_most=1 / 500),
+    "cache_64k_smallest_vs_smallest_rival": Target(at_most=1 / 120),
+    "check_4k_8_genai-graph": _AS_THE_ENGINE,
+    "check_4k_8_genai-int4-graph": _AS_THE_ENGINE,
 }
 
 
-def ratios(report: Report) -> dict[str, float]:
-    """Every comparison that the measurements allow.
+@dataclass(frozen=True)
+class Ratio:
+    """A comparison of two contestants, in rounds that both finished."""
 
-    `decode_<context>_<streams>_vs_<whom>`: our tokens/s over theirs, `best` being the fastest, our
-    own full attention included, `best_f32` the fastest with float32 weights, as ours are. Where a
-    peer failed, the best is not known and left out.
-    `step_64k_over_1k_span_256_<streams>`: seconds of a step, both with a span of 256.
-    `cache_<context>_vs_full`: bytes of a stream's state over those of full attention.
-    `first_token_<prompt>_vs_<whom>`: our seconds over theirs.
+    name: str
+    over: str
+    """Whose seconds, or bytes, are divided."""
+    under: str
+    spread: Spread
+    without: tuple[str, ...] = ()
+    """Rivals that were not measured here, so that one of them may be the best."""
+
+    @property
+    def verdict(self) -> str:
+        """Whether the target is met; empty without one."""
+        target = TARGETS.get(self.name)
+        if target is None:
+            return ""
+        if not target.met(self.spread.median):
+            return "MISSED"
+        return f"met, without {', '.join(self.without)}" if self.without else "met"
+
+
+def all_rounds(result: CellResult) -> list[Round]:
+    """Those of all groups: contestants of different groups never meet in one."""
+    return [each for group in result.groups for each in group.rounds]
+
+
+def ratios(report: Report) -> list[Ratio]:
+    """Every comparison that the measurements allow. Of times, 2 means: ours takes half as long.
+
+    `<cell>_best`: our fastest setting and the fastest of all rivals, each cell anew.
+    `<cell>_float32`: our float32 and the fastest rival whose weights and state are float32, too.
+    `<cell>_<ours>_vs_<rival>`: those two settings of ours and every rival.
+    `step_64k_over_1k_span_256_<streams>`: a step of ours at 64k and at 1k.
+    `cache_<context>_…`: bytes of a stream's state.
+    `check_<cell>_<name>`: a bare graph and the engine that it stands for.
     """
-    at = {(r.contestant, r.context, r.streams): r for r in report.results}
-    peers = {c.name: c for c in report.plan.contestants if c.is_peer}
-    found: dict[str, float] = {}
-    for cell in report.plan.cells:
-        label = tokens_label(cell.context)
-        rates = {
-            name: result.tokens_per_s
-            for (name, context, streams), result in at.items()
-            if (context, streams) == (cell.context, cell.streams)
-            and result.outcome == OK
-            and result.tokens_per_s
-        }
-        failed = any(
-            at[key].outcome == FAILED
-            for key in at
-            if key[0] in peers and key[1:] == (cell.context, cell.streams)
-        )
-        for whom, rate in _opponents(rates, peers, max, known=not failed):
-            found[f"decode_{label}_{cell.streams}_vs_{whom}"] = rates[OURS] / rate
-        ours, full = (at.get((name, cell.context, cell.streams)) for name in (OURS, OURS_FULL))
-        if ours and full:
-            found[f"cache_{label}_vs_full"] = ours.cache_bytes / full.cache_bytes
-        near = at.get((OURS_FLAT, 1024, cell.streams))
-        if cell.context == 65_536 and ours and ours.tokens_per_s and near and near.tokens_per_s:
-            name = f"step_64k_over_1k_span_256_{cell.streams}"
-            found[name] = near.tokens_per_s / ours.tokens_per_s
-    label = tokens_label(report.plan.prompt)
-    seconds = {
-        f.contestant: f.seconds for f in report.first_tokens if f.outcome == OK and f.seconds
+    return [each for result in report.results for each in _of_cell(report.plan, result)]
+
+
+def _of_cell(plan: Plan, result: CellResult) -> Iterator[Ratio]:
+    cell, rounds = result.cell, all_rounds(result)
+    known = {c.name: c for c in plan.contestants}
+    entries = {entry.name: entry for entry in result.entries}
+    able = [known[name] for name, entry in entries.items() if entry.outcome == OK]
+    ours = [c.name for c in able if c.role == "ours"]
+    base = OURS if OURS in ours else next(iter(ours), "")
+    best = fastest(rounds, ours, base)
+    rivals = [c for c in able if c.role == "rival" and not is_check(c, cell)]
+    missing = [
+        known[name]
+        for name, entry in entries.items()
+        if known[name].role == "rival" and entry.outcome != OK
+    ]
+    pairs = {
+        (mine, rival.name): found
+        for mine in dict.fromkeys((base, best))
+        for rival in rivals
+        if (found := ratio(rounds, rival.name, mine))
     }
-    failed = any(f.outcome == FAILED for f in report.first_tokens if f.contestant in peers)
-    for whom, theirs in _opponents(seconds, peers, min, known=not failed):
-        found[f"first_token_{label}_vs_{whom}"] = seconds[OURS] / theirs
-    return found
+    alike = {c.name for c in rivals if c.is_float32}
+    for label, mine, names, away in (
+        ("best", best, {c.name for c in rivals}, missing),
+        ("float32", OURS, alike, [c for c in missing if c.is_float32]),
+    ):
+        medians = {rival: pair.median for (us, rival), pair in pairs.items() if us == mine}
+        if here := names & medians.keys():
+            theirs = min(here, key=medians.__getitem__)
+            without = (*(c.name for c in away), *([_NOT_NAMED] if plan.asked_for else []))
+            yield Ratio(f"{cell.key}_{label}", theirs, mine, pairs[mine, theirs], without)
+    for (mine, theirs), pair in pairs.items():
+        yield Ratio(f"{cell.key}_{mine}_vs_{theirs}", theirs, mine, pair)
+    if not cell.first_token:
+        yield from _of_state(known, result)
+    if at_1k := ratio(rounds, OURS, OURS_1K):
+        yield Ratio(f"step_64k_over_1k_span_256_{cell.streams}", OURS, OURS_1K, at_1k)
+    for check in (c for c in able if is_check(c, cell)):
+        engine = check.name.removesuffix("-graph")
+        if held := ratio(rounds, check.name, engine):
+            name = f"check_{cell.key.removeprefix('decode_')}_{check.name}"
+            yield Ratio(name, check.name, engine, held)
 
 
-def _opponents(
-    figures: dict[str, float],
-    peers: Mapping[str, Contestant],
-    best: Callable[[Iterable[float]], float],
-    *,
-    known: bool,
-) -> Iterable[tuple[str, float]]:
-    """The figures to compare ours with: our own full attention, each peer, and the best."""
-    if OURS not in figures:
-        return
-    theirs = {name: figure for name, figure in figures.items() if name in {*peers, OURS_FULL}}
-    yield from theirs.items()
-    if theirs and known:
-        yield "best", best(theirs.values())
-    alike = [figures[name] for name in theirs if name not in peers or peers[name].float32]
-    if alike and known:
-        yield "best_f32", best(alike)
+def _of_state(known: Mapping[str, Contestant], result: CellResult) -> Iterator[Ratio]:
+    """Smallest states, of what a contestant offers: whether it ran does not matter."""
+    sizes = {e.name: e.cache_bytes for e in result.entries}
+    ours = [name for name in sizes if known[name].role == "ours"]
+    rivals = [name for name in sizes if known[name].role == "rival"]
+    full = [name for name in rivals if known[name].is_float32]
+    for label, theirs in (("full_float32", full), ("smallest_rival", rivals)):
+        if ours and theirs:
+            under = min(theirs, key=sizes.__getitem__)
+            over = min(ours, key=sizes.__getitem__)
+            share = sizes[over] / sizes[under]
+            name = f"cache_{tokens_label(result.cell.context)}_smallest_vs_{label}"
+            if label == "full_float32" or under not in full:
+                yield Ratio(name, over, under, Spread(share, share, share, 1))
 
 
-def as_json(report: Report, machine: dict[str, object]) -> dict[str, object]:
+def doubts(report: Report) -> list[str]:
+    """What keeps the figures from being taken at their word, a sentence each."""
+    found = []
+    for result in report.results:
+        rounds = all_rounds(result)
+        for moved in movements(rounds):
+            found.append(f"{result.cell}: the machine moved too much: {moved}")
+        for group in result.groups:
+            if len(group.rounds) < _FEWEST_ROUNDS:
+                found.append(
+                    f"{result.cell}: {len(group.rounds)} rounds are too few for a spread: "
+                    f"--rounds {_FEWEST_ROUNDS} or more"
+                )
+        if result.others > _MOST_OTHERS:
+            found.append(
+                f"{result.cell}: other programs kept {result.others:.2g} cores busy (limit "
+                f"{_MOST_OTHERS}), from which engines suffer in different degrees: repeat it alone"
+            )
+        for entry in result.entries:
+            if entry.busy_while_waiting > _MOST_BUSY:
+                found.append(
+                    f"{result.cell}: {entry.name} computed {entry.busy_while_waiting:.0%} of the "
+                    f"time of another's window (limit {_MOST_BUSY:.0%}): its threads do not sleep"
+                )
+    for each in ratios(report):
+        target = TARGETS.get(each.name)
+        if each.name.startswith("check_") and target and not target.met(each.spread.median):
+            found.append(
+                f"{each.over} takes {each.spread.median:.3g} times as long as {each.under}: its "
+                "figures do not stand for those of the engine"
+            )
+    return list(dict.fromkeys(found))
+
+
+def absent(report: Report) -> list[str]:
+    """What was not measured, and why, a sentence each."""
+    titles = {c.name: c.title for c in report.plan.contestants}
+    lines: dict[str, list[str]] = {}
+    for result in report.results:
+        for entry in result.entries:
+            if entry.outcome != OK:
+                reason = f"{titles[entry.name]}: not measured: {entry.outcome}: {entry.detail}"
+                lines.setdefault(reason, []).append(str(result.cell))
+    return [f"{reason} ({', '.join(cells)})" for reason, cells in lines.items()]
+
+
+def versions(report: Report) -> list[str]:
+    """What computed, by engine."""
+    titles = {c.name: c.title for c in report.plan.contestants}
+    found = [
+        f"{titles[entry.name]}: {entry.versions}"
+        for result in report.results
+        for entry in result.entries
+        if entry.versions
+    ]
+    return list(dict.fromkeys(found))
+
+
+def tokens_per_s(cell: Cell, rounds: Sequence[Round], name: str) -> Spread | None:
+    """Tokens/s of all streams together."""
+    steps = step_seconds(rounds, name)
+    if steps is None:
+        return None
+    low, median, high = (cell.streams / s for s in (steps.high, steps.median, steps.low))
+    return Spread(low, median, high, steps.count)
+
+
+def as_json(report: Report, machine: Mapping[str, object]) -> dict[str, Any]:
     """Everything, ready for `json.dumps`."""
-    plan = asdict(report.plan)
-    compared = ratios(report)
+    figures = [
+        {
+            "cell": str(result.cell),
+            "contestant": entry.name,
+            "step_ms": _milliseconds(all_rounds(result), entry.name),
+        }
+        for result in report.results
+        for entry in result.entries
+        if entry.outcome == OK
+    ]
     return {
         "format": FORMAT,
-        "machine": machine,
-        "plan": plan,
-        "cells": [asdict(result) for result in report.results],
-        "first_tokens": [asdict(first) for first in report.first_tokens],
-        "ratios": compared,
-        "targets": {
-            name: {"target": str(target), "met": target.met(compared[name])}
-            for name, target in TARGETS.items()
-            if name in compared
-        },
+        "machine": dict(machine),
+        **asdict(report),
+        "figures": figures,
+        "ratios": [{**asdict(r), "verdict": r.verdict} for r in ratios(report)],
+        "targets": {name: str(target) for name, target in TARGETS.items()},
+        "doubts": doubts(report),
+        "absent": absent(report),
     }
 
 
-def render(report: Report) -> RenderableType:
-    """Tokens/s and state of every cell, seconds to the first token, and the ratios with targets."""
-    parts: list[RenderableType] = [_cells(report)]
-    if report.first_tokens:
-        parts.append(_first_tokens(report))
-    parts += [_ratios(ratios(report)), *_remarks(report)]
-    return Group(*parts)
+def _milliseconds(rounds: Sequence[Round], name: str) -> dict[str, float]:
+    steps = step_seconds(rounds, name)
+    if steps is None:
+        return {}
+    return {key: getattr(steps, key) * 1e3 for key in ("low", "median", "high")}
 
 
-def _cells(report: Report) -> Table:
-    table = Table(
-        title="Tokens/s of all streams together (MB of state of one)", title_justify="left"
+def from_json(text: Mapping[str, Any]) -> Report:
+    """The report in what `as_json` gave. Raises ValueError for another format."""
+    if text.get("format") != FORMAT:
+        raise ValueError(f"format is {text.get('format')}: this version reads {FORMAT}")
+    plan = dict(text["plan"])
+    contestants = tuple(
+        Contestant(**{**c, "cells": tuple(Cell(**cell) for cell in c["cells"])})
+        for c in plan["contestants"]
     )
-    table.add_column("context x streams")
-    present = {result.contestant for result in report.results}
-    contestants = [c for c in report.plan.contestants if c.name in present]
-    for contestant in contestants:
-        table.add_column(contestant.name, justify="right")
-    at = {(r.contestant, r.context, r.streams): r for r in report.results}
-    for cell in report.plan.cells:
-        row = (at.get((c.name, cell.context, cell.streams)) for c in contestants)
-        table.add_row(str(cell), *(_cell(result) for result in row))
-    return table
-
-
-def _cell(result: Result | None) -> str:
-    if result is None:
-        return ""
-    if result.outcome != OK or result.tokens_per_s is None:
-        return result.outcome
-    return f"{result.tokens_per_s:,.0f} ({result.cache_bytes / 1e6:,.1f})"
-
-
-def _first_tokens(report: Report) -> Table:
-    table = Table(
-        title=f"Seconds to the first token of a prompt of {report.plan.prompt:,}",
-        title_justify="left",
+    plan |= {
+        "cells": tuple(Cell(**cell) for cell in plan["cells"]),
+        "contestants": contestants,
+        "shape": Shape(**plan["shape"]),
+    }
+    results = tuple(
+        CellResult(
+            Cell(**result["cell"]),
+            tuple(Entry(**entry) for entry in result["entries"]),
+            tuple(
+                Group(
+                    tuple(group["names"]),
+                    tuple({n: (w[0], w[1]) for n, w in r.items()} for r in group["rounds"]),
+                )
+                for group in result["groups"]
+            ),
+            result["others"],
+        )
+        for result in text["results"]
     )
-    table.add_column("engine")
-    table.add_column("seconds", justify="right")
-    titles = {c.name: c.title for c in report.plan.contestants}
-    for first in report.first_tokens:
-        table.add_row(titles[first.contestant], _seconds(first))
-    return table
-
-
-def _seconds(first: FirstToken) -> str:
-    return first.outcome if first.seconds is None else f"{first.seconds:.2f}"
-
-
-def _ratios(found: dict[str, float]) -> Table:
-    table = Table(title="Ratios", title_justify="left")
-    for column in ("ratio", "is", "target", ""):
-        table.add_column(column)
-    for name, ratio in found.items():
-        target = TARGETS.get(name)
-        verdict = "" if target is None else "met" if target.met(ratio) else "MISSED"
-        table.add_row(name, f"{ratio:.4g}", str(target or ""), verdict)
-    return table
-
-
-def _remarks(report: Report) -> list[RenderableType]:
-    """Why cells are empty, one line for each contestant and reason."""
-    titles = {c.name: c.title for c in report.plan.contestants}
-    everything: tuple[Result | FirstToken, ...] = (*report.results, *report.first_tokens)
-    lines = dict.fromkeys(
-        f"{titles[each.contestant]}: {each.outcome}: {each.detail}"
-        for each in everything
-        if each.outcome != OK
-    )
-    return [Text(line) for line in lines]
+    return Report(Plan(**{f.name: plan[f.name] for f in fields(Plan)}), results)

@@ -1,63 +1,68 @@
-"""Carries out a plan: one process at a time, contestants in turns, a median for every cell."""
+"""Carries out a plan: in each cell, all contestants open at once and their windows in turns."""
 
 from __future__ import annotations
 
-import statistics
-import subprocess
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import loadtest
+from loadtest.bench.contestants import INSTALL, OURS
 from loadtest.bench.plan import (
     ROOM,
     Cell,
     Contestant,
     Plan,
     cache_bytes,
+    entrants,
+    fits,
     needed_bytes,
-    rounds_of,
+    pack,
     span_of,
-    takes_part,
 )
-from loadtest.bench.worker import FAILED, NOT_INSTALLED, OK, OUT_OF_MEMORY, Job, Outcome
+from loadtest.bench.process import Clock, Contender, Open
+from loadtest.bench.rounds import Round, fastest, turns
+from loadtest.bench.worker import NOT_INSTALLED, OK, OUT_OF_MEMORY, Answer, Job
 
-# Our folders come last, so that the peers' own packages are found first.
-_BOOT = (
-    "import runpy, sys; sys.path += {paths!r}; "
-    "runpy.run_module('loadtest.bench.worker', run_name='__main__', alter_sys=True)"
-)
+_OPENING = 0.3
+"""Share of a group's time that passes until all have their context."""
 
 
 @dataclass(frozen=True)
-class Result:
-    """Figures of a contestant in a cell, over all rounds."""
+class Entry:
+    """A contestant in a cell."""
 
-    contestant: str
-    context: int
-    streams: int
-    span: int | None
+    name: str
     outcome: str
     detail: str
-    tokens_per_s: float | None
-    """Median over the windows of all rounds."""
-    windows: tuple[float, ...]
     cache_bytes: int
     """Held for one stream; computed where nothing ran."""
+    steps: int = 0
+    """Of a window."""
+    peak_bytes: int = 0
+    busy_while_waiting: float = 0.0
+    """Most processor time that it took in another's window, as a share of that window."""
+    versions: str = ""
+    """Of what computed."""
 
 
 @dataclass(frozen=True)
-class FirstToken:
-    """Seconds from a prompt to its first token, over all rounds."""
+class Group:
+    """Contestants that were open at once, and their rounds."""
 
-    contestant: str
-    prompt: int
-    outcome: str
-    detail: str
-    seconds: float | None
-    """Median."""
-    runs: tuple[float, ...]
+    names: tuple[str, ...]
+    rounds: tuple[Round, ...]
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """All that was measured in a cell."""
+
+    cell: Cell
+    entries: tuple[Entry, ...]
+    groups: tuple[Group, ...]
+    others: float = 0.0
+    """Cores that other programs used during the windows, on average."""
 
 
 @dataclass(frozen=True)
@@ -65,145 +70,250 @@ class Report:
     """All measurements of a run."""
 
     plan: Plan
-    results: tuple[Result, ...]
-    first_tokens: tuple[FirstToken, ...]
+    results: tuple[CellResult, ...]
 
 
-Measure = Callable[[Contestant, Job], Outcome]
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands, for whoever waits."""
+
+    cell: int
+    """Index of the cell."""
+    what: str
+    share: float
+    """Of the cell, about."""
 
 
-def run(plan: Plan, measure: Measure, folder: Path, on_job: Callable[[str], None]) -> Report:
-    """Measure everything in `plan` with models below `folder`.
+@dataclass
+class _Table:
+    """A cell while it is measured."""
 
-    A contestant that is not installed, or failed in a cell, is not tried there again.
+    plan: Plan
+    cell: Cell
+    open_contender: Open
+    folder: Path
+    on_progress: Callable[[str, float], None]
+    clock: Clock
+    answers: dict[str, Answer] = field(default_factory=dict)
+    """What last came from each contestant."""
+    busy: dict[str, float] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    windows_s: float = 0.0
+    others_s: float = 0.0
+
+
+def run(
+    plan: Plan,
+    open_contender: Open,
+    folder: Path,
+    on_progress: Callable[[Progress], None],
+    clock: Clock | None = None,
+    on_cell: Callable[[Report], None] = lambda report: None,
+) -> Report:
+    """Measure everything in `plan`, with models below `folder`.
+
+    A contestant that dies, hangs or is not there fails in its cell, and the others go on. on_cell
+    gets what there is after each cell.
     """
-    results = []
-    for cell in plan.cells:
-        here = [c for c in plan.contestants if takes_part(c, cell.context)]
-        outcomes = _in_turns(plan, here, cell, "decode", measure, folder, on_job)
-        results += [_result(plan, c, cell, outcomes[c.name]) for c in here]
-    firsts: list[FirstToken] = []
-    if plan.first_token:
-        here = [c for c in plan.contestants if c.first_token]
-        cell = Cell(plan.prompt, 1)
-        outcomes = _in_turns(plan, here, cell, "first_token", measure, folder, on_job)
-        firsts = [_first_token(c, plan.prompt, outcomes[c.name]) for c in here]
-    return Report(plan, tuple(results), tuple(firsts))
+    results: list[CellResult] = []
+    for index, cell in enumerate(plan.cells):
+
+        def say(what: str, share: float, index: int = index) -> None:
+            on_progress(Progress(index, what, share))
+
+        table = _Table(plan, cell, open_contender, folder, say, clock or Clock())
+        results.append(_measure(table))
+        on_cell(Report(plan, tuple(results)))
+    return Report(plan, tuple(results))
 
 
-def in_process(peer_python: str, limit_s: float) -> Measure:
-    """Measures in processes: ours with this Python, the peers with `peer_python`."""
+def _measure(table: _Table) -> CellResult:
+    contestants = entrants(table.plan, table.cell)
+    for contestant in contestants:
+        table.on_progress(f"model of {contestant.name}", 0.0)
+        prepared = _prepare(table, contestant)
+        table.answers[contestant.name] = prepared
+        table.versions[contestant.name] = prepared.versions
+    able = [c for c in contestants if table.answers[c.name].outcome == OK]
+    groups: list[Group] = []
+    if fits(table.plan, table.cell, able):
+        groups.append(_in_turns(table, able, (0.0, 1.0)))
+    elif able:
+        groups += _in_parts(table, able)
+    return CellResult(
+        table.cell,
+        tuple(_entry(table, each) for each in contestants),
+        tuple(groups),
+        table.others_s / table.windows_s if table.windows_s else 0.0,
+    )
 
-    def measure(contestant: Contestant, job: Job) -> Outcome:
-        paths = [str(Path(path).parent) for path in loadtest.__path__]
-        command = [peer_python, "-c", _BOOT.format(paths=paths), str(job)]
-        if not contestant.is_peer:
-            command = [sys.executable, "-m", "loadtest.bench.worker", str(job)]
-        try:
-            ran = subprocess.run(command, capture_output=True, text=True, timeout=limit_s)
-        except subprocess.TimeoutExpired:
-            return Outcome(FAILED, f"took more than {limit_s:.0f} s")
-        except OSError as error:
-            return Outcome(FAILED, f"{peer_python}: {error.strerror}")
-        lines = ran.stdout.strip().splitlines()
-        if ran.returncode == 0 and lines:
-            return Outcome.parse(lines[-1])
-        if ran.returncode == -9 or "bad_alloc" in ran.stderr:
-            return Outcome(OUT_OF_MEMORY, "the process was killed")
-        last = (ran.stderr.strip().splitlines() or [""])[-1]
-        return Outcome(FAILED, f"exit code {ran.returncode}: {last[:300]}")
 
-    return measure
+def _in_parts(table: _Table, able: list[Contestant]) -> list[Group]:
+    """First our own settings, then the others, each beside our float32 and our best."""
+    ours = [c for c in able if c.role == "ours"]
+    others = [c for c in able if c.role != "ours"]
+    small, parts = [], pack(table.plan, table.cell, ours, ())
+    for part in parts:
+        small.append(_in_turns(table, part, (0.0, 0.2)))
+    anchors = _anchors(ours, small, table)
+    for contestant in others:
+        if not fits(table.plan, table.cell, [*anchors[-1:], contestant]):
+            table.answers[contestant.name] = _no_room(table, contestant)
+    others = [c for c in others if table.answers[c.name].outcome == OK]
+    parts = pack(table.plan, table.cell, others, anchors)
+    groups = list(small)
+    for index, part in enumerate(parts):
+        begin, step = 0.2 + 0.8 * index / len(parts), 0.8 / len(parts)
+        groups.append(_in_turns(table, part, (begin, begin + step)))
+    return groups
+
+
+def _anchors(ours: list[Contestant], groups: list[Group], table: _Table) -> list[Contestant]:
+    """Our float32 and our best, in this order; the best alone where that is float32."""
+    open_ones = {c.name: c for c in ours if table.answers[c.name].outcome == OK}
+    base = OURS if OURS in open_ones else next(iter(open_ones), "")
+    rounds = [each for group in groups for each in group.rounds]
+    best = fastest(rounds, list(open_ones), base)
+    return [open_ones[name] for name in dict.fromkeys((base, best)) if name in open_ones]
 
 
 def _in_turns(
-    plan: Plan,
-    contestants: list[Contestant],
-    cell: Cell,
-    task: str,
-    measure: Measure,
-    folder: Path,
-    on_job: Callable[[str], None],
-) -> dict[str, list[Outcome]]:
-    outcomes: dict[str, list[Outcome]] = {}
-    for contestant in contestants:
-        on_job(f"{contestant.title}, {cell}, model")
-        job = _job(plan, contestant, cell, "prepare", folder)
-        outcomes[contestant.name] = _refusal(plan, contestant, cell, measure(contestant, job))
-    for number in range(plan.rounds):
-        # Every other round in reverse, so that none always follows the same one.
-        for contestant in contestants[:: -1 if number % 2 else 1]:
-            seen = outcomes[contestant.name]
-            left = number < rounds_of(plan, contestant, cell)
-            if left and all(outcome.outcome == OK for outcome in seen):
-                on_job(f"{contestant.title}, {cell}, {task.replace('_', ' ')}, round {number + 1}")
-                seen.append(measure(contestant, _job(plan, contestant, cell, task, folder)))
-    return outcomes
+    table: _Table,
+    contestants: Sequence[Contestant],
+    share: tuple[float, float],
+) -> Group:
+    """Open all, then go round; who fails leaves the round and is not asked again."""
+    begin, end = share
+    plan, rounds = table.plan, list[Round]()
+    with ExitStack() as stack:
+        contenders: dict[str, Contender] = {}
+        for index, contestant in enumerate(contestants):
+            done = begin + (end - begin) * _OPENING * index / len(contestants)
+            table.on_progress(f"{contestant.name} computes its context", done)
+            contender = _open(table, contestant, stack)
+            if contender is not None:
+                contenders[contestant.name] = contender
+        wanted = plan.rounds_of(table.cell)
+        for number in range(wanted):
+            done = begin + (end - begin) * (_OPENING + (1 - _OPENING) * number / wanted)
+            table.on_progress(f"round {number + 1} of {wanted}", done)
+            windows: dict[str, list[float]] = {}
+            # Every other round the other way round: a window that is short of time or memory right
+            # after another's is not always the same one's.
+            names = list(contenders)[:: -1 if number % 2 else 1]
+            for name in turns(names):
+                if name not in contenders:
+                    continue
+                table.clock.sleep(plan.settle_s)
+                answer = _window(table, name, contenders)
+                if answer.outcome == OK:
+                    windows.setdefault(name, []).append(answer.step_s)
+                else:
+                    contenders.pop(name).close()
+                    table.answers[name] = answer
+            rounds.append({n: (w[0], w[1]) for n, w in windows.items() if len(w) == 2})
+    return Group(tuple(c.name for c in contestants), tuple(rounds))
 
 
-def _refusal(plan: Plan, contestant: Contestant, cell: Cell, prepared: Outcome) -> list[Outcome]:
-    """Why a contestant cannot run, as its only outcome; nothing when it can."""
-    if prepared.outcome != OK:
-        return [prepared]
-    needed = needed_bytes(plan.shape, contestant, cell)
-    if needed <= plan.memory_bytes:
-        return []
-    gigabytes = f"needs about {needed / 1e9:.1f} GB, may take {plan.memory_bytes / 1e9:.1f} GB"
-    return [Outcome(OUT_OF_MEMORY, gigabytes)]
+def _window(table: _Table, name: str, contenders: Mapping[str, Contender]) -> Answer:
+    """One window, and what all others used of the processors meanwhile."""
+    before = {each: contender.cpu_s() for each, contender in contenders.items()}
+    busy, began = table.clock.busy_s(), table.clock.now()
+    answer = contenders[name].ask("window", table.plan.window_limit_s)
+    took = table.clock.now() - began
+    busy = table.clock.busy_s() - busy
+    used = {each: contenders[each].cpu_s() - before[each] for each in contenders}
+    if answer.outcome != OK:
+        return answer
+    table.windows_s += took
+    table.others_s += max(0.0, busy - sum(used.values()))
+    for other in used.keys() - {name}:
+        table.busy[other] = max(table.busy.get(other, 0.0), used[other] / took)
+    kept = table.answers[name]
+    table.answers[name] = replace(kept, peak_bytes=max(kept.peak_bytes, answer.peak_bytes))
+    return answer
 
 
-def _job(plan: Plan, contestant: Contestant, cell: Cell, task: str, folder: Path) -> Job:
-    span = span_of(contestant, cell.context)
-    model = "-".join([contestant.adapter, contestant.variant])
-    if not contestant.is_peer:  # a bundle has a context
-        model = f"{contestant.adapter}-{cell.context}-{span or 'full'}"
+def _open(table: _Table, contestant: Contestant, stack: ExitStack) -> Contender | None:
+    """The contestant at its context; None, and its answer noted, if it does not get there."""
+    try:
+        contender = table.open_contender(job_of(table.plan, table.cell, contestant, table.folder))
+    except OSError as error:
+        table.answers[contestant.name] = _not_started(error)
+        return None
+    stack.callback(contender.close)
+    request = "open_prompt" if table.cell.first_token else "open"
+    answer = contender.ask(request, table.plan.open_s)
+    table.answers[contestant.name] = answer
+    if answer.outcome == OK:
+        return contender
+    contender.close()
+    return None
+
+
+def _prepare(table: _Table, contestant: Contestant) -> Answer:
+    if not fits(table.plan, table.cell, [contestant]):
+        return _no_room(table, contestant)
+    try:
+        contender = table.open_contender(job_of(table.plan, table.cell, contestant, table.folder))
+    except OSError as error:
+        return _not_started(error)
+    try:
+        return contender.ask("prepare", table.plan.open_s)
+    finally:
+        contender.close()
+
+
+def _not_started(error: OSError) -> Answer:
+    return Answer(NOT_INSTALLED, f"{error.filename}: {error.strerror}")
+
+
+def _no_room(table: _Table, contestant: Contestant) -> Answer:
+    needed = needed_bytes(table.plan.shape, contestant, table.cell)
+    return Answer(
+        OUT_OF_MEMORY,
+        f"needs about {needed / 1e9:.1f} GB; all that is open at once may take "
+        f"{table.plan.memory_bytes / 1e9:.1f} GB (--memory)",
+    )
+
+
+def job_of(plan: Plan, cell: Cell, contestant: Contestant, folder: Path) -> Job:
+    """What a contestant's process is for in a cell."""
+    context = contestant.at or cell.context
+    span = span_of(contestant, context)
+    model = [contestant.adapter, contestant.weights]
+    if contestant.is_ours:  # a bundle has a context
+        model += [contestant.state, str(context), str(span or "full")]
     return Job(
-        task=task,
         adapter=contestant.adapter,
-        variant=contestant.variant,
-        packages=contestant.packages,
-        folder=str(folder / model.rstrip("-")),
+        mode=contestant.mode,
+        weights=contestant.weights,
+        state=contestant.state,
+        folder=str(folder / "-".join(model)),
         shape=plan.shape,
-        context=cell.context,
+        context=context,
         streams=cell.streams,
         span=span,
         room=ROOM,
         threads=plan.threads,
-        windows=plan.windows,
         window_s=plan.window_s,
         memory_bytes=plan.memory_bytes,
+        open_s=plan.open_s,
     )
 
 
-def _result(plan: Plan, contestant: Contestant, cell: Cell, outcomes: list[Outcome]) -> Result:
-    last = outcomes[-1]
-    windows = tuple(rate for outcome in outcomes for rate in outcome.tokens_per_s)
-    held = last.cache_bytes or cache_bytes(plan.shape, contestant, cell.context)
-    return Result(
+def _entry(table: _Table, contestant: Contestant) -> Entry:
+    answer = table.answers[contestant.name]
+    detail = answer.detail
+    if answer.outcome == NOT_INSTALLED and contestant.adapter in INSTALL:
+        detail = f"{detail}; {INSTALL[contestant.adapter]}"
+    return Entry(
         contestant.name,
-        cell.context,
-        cell.streams,
-        span_of(contestant, cell.context),
-        last.outcome,
-        _detail(contestant, last),
-        statistics.median(windows) if windows else None,
-        windows,
-        held,
+        answer.outcome,
+        detail,
+        answer.cache_bytes or cache_bytes(table.plan.shape, contestant, table.cell.context),
+        answer.steps,
+        answer.peak_bytes,
+        table.busy.get(contestant.name, 0.0),
+        table.versions.get(contestant.name, ""),
     )
-
-
-def _first_token(contestant: Contestant, prompt: int, outcomes: list[Outcome]) -> FirstToken:
-    last = outcomes[-1]
-    runs = tuple(o.first_token_s for o in outcomes if o.first_token_s is not None)
-    return FirstToken(
-        contestant.name,
-        prompt,
-        last.outcome,
-        _detail(contestant, last),
-        statistics.median(runs) if runs else None,
-        runs,
-    )
-
-
-def _detail(contestant: Contestant, outcome: Outcome) -> str:
-    return contestant.install if outcome.outcome == NOT_INSTALLED else outcome.detail

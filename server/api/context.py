@@ -11,10 +11,12 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Protocol, TypeVar
 
 import grpc
+from google.protobuf.message import Message
 
 from concertina.shown import listed, shown
 from concertina.v1 import generation_service_pb2 as pb
 from server.api.details import refusal_metadata
+from server.api.limits import require_within_limits
 from server.auth.api_keys import Caller, Callers
 from server.errors import PermissionDenied, RequestError, StepFailed, UnknownModel
 from server.sessions.served_model import ServedModel
@@ -44,6 +46,21 @@ class Context(Protocol):
 def caller_of(callers: Callers, context: Context) -> Caller:
     """The caller, from the metadata of the call. Raises Unauthenticated."""
     return callers.of(context.invocation_metadata())
+
+
+def admitted(callers: Callers, context: Context, request: Message) -> Caller:
+    """The caller of a call whose request is within its limits. Every handler begins with this.
+
+    Raises Unauthenticated, and InvalidRequest with field, value and limit.
+    """
+    caller = caller_of(callers, context)
+    require_within_limits(request)
+    return caller
+
+
+async def off_loop(is_long: bool, work: Callable[..., _Response], *arguments: Any) -> _Response:
+    """What `work` returns. If it is long, another thread does it, so that the loop goes on."""
+    return await asyncio.to_thread(work, *arguments) if is_long else work(*arguments)
 
 
 def visible(models: Mapping[str, ServedModel], caller: Caller) -> dict[str, ServedModel]:

@@ -14,9 +14,18 @@ import numpy as np
 
 from concertina.v1 import generation_service_pb2 as pb
 from concertina.v1 import generation_service_pb2_grpc as generation_grpc
-from server.api.context import INTERNAL, Context, answer, caller_of, find, refuse, to_the_end
+from server.api.context import (
+    INTERNAL,
+    Context,
+    admitted,
+    answer,
+    find,
+    off_loop,
+    refuse,
+    to_the_end,
+)
 from server.api.convert import accepted_message, error_message, response_message
-from server.api.validate import generate_request, keep_s, resume_request, score_request
+from server.api.validate import generate_request, keep_s, resume_request, score_request, takes_long
 from server.auth.api_keys import Callers
 from server.engine.updates import HandedOver, Scored
 from server.errors import EngineStopped, RequestError, StepFailed
@@ -49,7 +58,8 @@ class GenerationServicer(generation_grpc.GenerationServiceServicer):
         self, request: pb.ResumeRequest, context: Context
     ) -> AsyncIterator[pb.GenerateResponse]:
         """Send the rest of a stream."""
-        attaching, sequence = self._resume(request, context), request.after_sequence
+        # In place of a request that is too large to be parsed there is an error, without a number.
+        attaching, sequence = self._resume(request, context), getattr(request, "after_sequence", 0)
         async with aclosing(stream(self._registry, attaching, context, sequence)) as responses:
             async for response in responses:
                 yield response
@@ -59,11 +69,13 @@ class GenerationServicer(generation_grpc.GenerationServiceServicer):
         return await answer(context, self._score(request, context))
 
     async def _open(self, request: pb.GenerateRequest, context: Context) -> Attachment:
-        caller = caller_of(self._callers, context)
+        caller = admitted(self._callers, context, request)
         model = find(self._registry.models, caller, request.model, request.prompt)
         if not request.idempotency_key:  # a key may name a stream that exists already
             model.require_room()  # the cheapest check first: under overload, most requests end here
-        requests = generate_request(model.bundle, request, model.config)
+        requests = await off_loop(
+            takes_long(request), generate_request, model.bundle, request, model.config
+        )
         return await self._opener.start(
             model,
             requests,
@@ -74,16 +86,17 @@ class GenerationServicer(generation_grpc.GenerationServiceServicer):
         )
 
     async def _resume(self, request: pb.ResumeRequest, context: Context) -> Attachment:
-        caller = caller_of(self._callers, context)
-        cursors = resume_request(request)
+        caller = admitted(self._callers, context, request)
+        cursors = await off_loop(takes_long(request), resume_request, request)
         return await resume(self._registry, request.stream_id, caller, cursors)
 
     async def _score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
-        caller = caller_of(self._callers, context)
+        caller = admitted(self._callers, context, request)
         model = find(self._registry.models, caller, request.model, request.prompt)
         model.require_room()
+        wanted = await off_loop(takes_long(request), score_request, model.bundle, request)
         with self._registry.reserving(caller, 1):
-            session = model.submit(score_request(model.bundle, request), caller.name)
+            session = model.submit(wanted, caller.name)
         try:
             async for _, event in model.events(session):
                 if isinstance(event, RequestError):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from concertina.v1 import model_service_pb2 as pb
 from concertina.v1 import model_service_pb2_grpc as model_grpc
-from server.api.context import Context, answer, caller_of, find, visible
+from server.api.context import Context, admitted, answer, find, visible
 from server.auth.api_keys import Callers
 from server.sessions.served_model import ServedModel
 
@@ -24,7 +24,7 @@ class ModelServicer(model_grpc.ModelServiceServicer):
         """All models that the caller may use, ordered by name."""
 
         async def list_models() -> pb.ListModelsResponse:
-            seen = visible(self._models, caller_of(self._callers, context))
+            seen = visible(self._models, admitted(self._callers, context, request))
             models = [_model(model) for _, model in sorted(seen.items())]
             return pb.ListModelsResponse(models=models)
 
@@ -36,7 +36,7 @@ class ModelServicer(model_grpc.ModelServiceServicer):
         """One model."""
 
         async def get_model() -> pb.GetModelResponse:
-            caller = caller_of(self._callers, context)
+            caller = admitted(self._callers, context, request)
             return pb.GetModelResponse(model=_model(find(self._models, caller, request.model)))
 
         return await answer(context, get_model())

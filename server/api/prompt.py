@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Final
+
 import numpy as np
 import numpy.typing as npt
 
@@ -14,7 +17,7 @@ from server.bundles.bundle import Bundle
 from server.errors import InvalidRequest
 from server.request import Prompt, prompt_of
 
-_MAX_PNG_BYTES = 1 << 20
+_AT_ONCE: Final = 16 * 1024
 
 
 def prompt_tokens(bundle: Bundle, prompt: pb.Prompt, *, room: int) -> Prompt:
@@ -26,9 +29,9 @@ def prompt_tokens(bundle: Bundle, prompt: pb.Prompt, *, room: int) -> Prompt:
     content = prompt.WhichOneof("content")
     ids: npt.NDArray[np.int64]
     if content == "text":
-        ids = _from_text(bundle, prompt.text)
+        ids = _from_text(bundle, prompt.text, room)
     elif content == "tokens":
-        ids = _from_ids(bundle, prompt.tokens.ids)
+        ids = _from_ids(bundle, prompt.tokens.ids, room)
     elif content == "image":
         ids = _from_image(bundle, prompt.image)
     elif prompt.HasField("label"):
@@ -39,16 +42,20 @@ def prompt_tokens(bundle: Bundle, prompt: pb.Prompt, *, room: int) -> Prompt:
             "to start from nothing",
             field="prompt",
         )
+    _require_room(bundle, len(ids), room)
+    return prompt_of(_start_token(bundle, prompt), ids, bundle.typecode)
+
+
+def _require_room(bundle: Bundle, tokens: int, room: int) -> None:
     limit = bundle.context - room
-    if len(ids) > limit:
+    if tokens > limit:
         kept = f" and {room} of them must be left to generate" if room else ""
         raise InvalidRequest(
-            f"prompt has {len(ids)} tokens, the limit is {limit}: "
+            f"prompt has {tokens} tokens, the limit is {limit}: "
             f"{bundle.name} has a context of {bundle.context} tokens{kept}",
             field="prompt",
             limit=limit,
         )
-    return prompt_of(_start_token(bundle, prompt), ids, bundle.typecode)
 
 
 def _start_token(bundle: Bundle, prompt: pb.Prompt) -> int:
@@ -65,7 +72,7 @@ def _start_token(bundle: Bundle, prompt: pb.Prompt) -> int:
     return start + 1 + labels.index(prompt.label)
 
 
-def _from_text(bundle: Bundle, text: str) -> Ints:
+def _from_text(bundle: Bundle, text: str, room: int) -> Ints:
     if bundle.is_image:
         raise InvalidRequest(
             f"prompt.text was given, but {bundle.name} makes images: give an image",
@@ -77,17 +84,22 @@ def _from_text(bundle: Bundle, text: str) -> Ints:
             "leave prompt out to start from nothing",
             field="prompt.text",
         )
-    return np.frombuffer(text.encode(), np.uint8).astype(np.int64)
+    encoded = text.encode()
+    _require_room(bundle, len(encoded), room)  # before anything is computed from them
+    return np.frombuffer(encoded, np.uint8).astype(np.int64)
 
 
-def _from_ids(bundle: Bundle, ids: object) -> Ints:
-    tokens = np.array(ids, np.int64)
-    if not len(tokens):
+def _from_ids(bundle: Bundle, ids: Sequence[int], room: int) -> Ints:
+    if not ids:
         raise InvalidRequest(
             "prompt.tokens.ids is empty: it must hold at least 1 id; "
             "leave prompt out to start from nothing",
             field="prompt.tokens.ids",
         )
+    _require_room(bundle, len(ids), room)
+    tokens = np.empty(len(ids), np.int64)
+    for at in range(0, len(ids), _AT_ONCE):  # other threads have their turn in between
+        tokens[at : at + _AT_ONCE] = ids[at : at + _AT_ONCE]
     vocabulary = bundle.vocabulary
     wrong = np.flatnonzero(tokens >= vocabulary)
     if len(wrong):
@@ -115,23 +127,24 @@ def _from_image(bundle: Bundle, image: pb.ImageRows) -> Ints:
 def _from_png(bundle: Bundle, png: bytes) -> Colours:
     """Pixels `[n, 3]` on white, without the fully transparent rows at the bottom."""
     field, form = "prompt.image.png", bundle.manifest.image
-    if len(png) > _MAX_PNG_BYTES:
-        raise InvalidRequest(f"{field} has {len(png)} bytes, the limit is {_MAX_PNG_BYTES}")
     try:
         rgba = open_image(png, ("PNG",), most_pixels=form.width * form.height)
         size = rgba.size
     except ImageTooLarge as error:
         size = error.size
     except ImageError as error:
-        raise InvalidRequest(f"{field} has {len(png)} bytes and {error}") from None
+        raise InvalidRequest(f"{field} has {len(png)} bytes and {error}", field=field) from None
     if size[0] != form.width or size[1] > form.height:
         raise InvalidRequest(
             f"{field} is {size[0]}x{size[1]} pixels; {bundle.name} takes images {form.width} wide "
-            f"and at most {form.height} high"
+            f"and at most {form.height} high",
+            field=field,
         )
     rows = shown_rows(rgba)
     if rows is None:
-        raise InvalidRequest(f"{field} is wholly transparent: at least 1 row must show")
+        raise InvalidRequest(
+            f"{field} is wholly transparent: at least 1 row must show", field=field
+        )
     return on_white(rows)
 
 
@@ -141,6 +154,7 @@ def _from_rgb(bundle: Bundle, rgb: bytes) -> Colours:
     if not rgb or len(rgb) % row or len(rgb) > row * form.height:
         raise InvalidRequest(
             f"prompt.image.rgb has {len(rgb)} bytes; {bundle.name} takes 1 to {form.height} rows "
-            f"of {row} bytes"
+            f"of {row} bytes",
+            field="prompt.image.rgb",
         )
     return np.frombuffer(rgb, np.uint8).reshape(-1, 3)

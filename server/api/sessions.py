@@ -10,9 +10,19 @@ from contextlib import aclosing, suppress
 from concertina.v1 import generation_service_pb2 as generation_pb
 from concertina.v1 import session_service_pb2 as pb
 from concertina.v1 import session_service_pb2_grpc as session_grpc
-from server.api.context import Context, answer, caller_of, refuse, to_the_end
+from server.api.context import (
+    Context,
+    admitted,
+    answer,
+    caller_of,
+    off_loop,
+    refuse,
+    to_the_end,
+)
 from server.api.continuation import continued
 from server.api.generation import stream
+from server.api.limits import require_within_limits
+from server.api.validate import takes_long
 from server.auth.api_keys import Caller, Callers
 from server.checkpoint import Finish
 from server.errors import (
@@ -30,15 +40,15 @@ from server.sessions.table import Session
 from server.snapshots.claims import AlreadyClaimed
 from server.snapshots.writer import SnapshotWriter
 
-_MOST_COPIES = 128
 _TRIES = 3  # another server may take the stream over meanwhile
-_PAGE, _LARGEST_PAGE = 100, 1000
+_PAGE = 100
+_QUICK_TOKENS = 4096
 
 
 class SessionServicer(session_grpc.SessionServiceServicer):
     """See session_service.proto.
 
-    part_bytes: largest part of an exported or imported snapshot, in bytes.
+    part_bytes: largest part of an exported snapshot, in bytes.
     """
 
     part_bytes = 1024 * 1024
@@ -52,7 +62,7 @@ class SessionServicer(session_grpc.SessionServiceServicer):
         """Stop a stream and keep its state."""
 
         async def pause() -> pb.PauseResponse:
-            caller = self._caller(context)
+            caller = admitted(self._callers, context, request)
             for _ in range(_TRIES):
                 model, session = await self._find(request.stream_id, caller)
                 if not session.lease.keep_s:
@@ -77,13 +87,7 @@ class SessionServicer(session_grpc.SessionServiceServicer):
         """Copy a paused or finished session."""
 
         async def fork() -> pb.ForkResponse:
-            caller = self._caller(context)
-            if not 1 <= request.n <= _MOST_COPIES:
-                raise InvalidRequest(
-                    f"n is {request.n}; it must be between 1 and {_MOST_COPIES}",
-                    field="n",
-                    limit=_MOST_COPIES if request.n else 1,
-                )
+            caller = admitted(self._callers, context, request)
             model, session = await self._find(request.stream_id, caller)
             _require_ended(session)
             copies = await self._opener.copy(model, session, caller, request.n)
@@ -96,7 +100,9 @@ class SessionServicer(session_grpc.SessionServiceServicer):
     ) -> AsyncIterator[pb.ExportResponse]:
         """Send the sealed snapshot of a paused or finished session, in parts."""
         try:
-            model, session = await self._find(request.stream_id, self._caller(context))
+            model, session = await self._find(
+                request.stream_id, admitted(self._callers, context, request)
+            )
             _require_ended(session)
             snapshots, checkpoints = self._snapshots(), session.checkpoints
             sealed = await asyncio.to_thread(
@@ -116,7 +122,7 @@ class SessionServicer(session_grpc.SessionServiceServicer):
         """Make a session from an exported snapshot."""
 
         async def adopt() -> pb.ImportResponse:
-            caller, snapshots = self._caller(context), self._snapshots()
+            caller, snapshots = caller_of(self._callers, context), self._snapshots()
             sealed = await self._received(requests)
             snapshot = await asyncio.to_thread(snapshots.import_, sealed, caller.name)
             _require_model(caller, snapshot.model)
@@ -129,7 +135,8 @@ class SessionServicer(session_grpc.SessionServiceServicer):
         """Delete a session."""
 
         async def delete() -> pb.DeleteResponse:
-            await self._registry.delete(request.stream_id, self._caller(context).name)
+            caller = admitted(self._callers, context, request)
+            await self._registry.delete(request.stream_id, caller.name)
             return pb.DeleteResponse()
 
         return await answer(context, to_the_end(delete()))
@@ -140,14 +147,8 @@ class SessionServicer(session_grpc.SessionServiceServicer):
         """A page of the caller's sessions."""
 
         async def list_sessions() -> pb.ListSessionsResponse:
-            caller = self._caller(context)
+            caller = admitted(self._callers, context, request)
             size = request.page_size or _PAGE
-            if size > _LARGEST_PAGE:
-                raise InvalidRequest(
-                    f"page_size is {size}; it must be at most {_LARGEST_PAGE}",
-                    field="page_size",
-                    limit=_LARGEST_PAGE,
-                )
             found = {
                 session.lease.stream_id: session_message(model, session)
                 for model in self._registry.holders
@@ -164,9 +165,6 @@ class SessionServicer(session_grpc.SessionServiceServicer):
 
         return await answer(context, list_sessions())
 
-    def _caller(self, context: Context) -> Caller:
-        return caller_of(self._callers, context)
-
     def _snapshots(self) -> SnapshotWriter:
         if self._registry.snapshots is None:
             raise Unsuitable("this server has no snapshot store: start it with --snapshots URI")
@@ -178,7 +176,7 @@ class SessionServicer(session_grpc.SessionServiceServicer):
         return model, session
 
     async def _continue(self, request: pb.ContinueRequest, context: Context) -> Attachment:
-        caller = self._caller(context)
+        caller = admitted(self._callers, context, request)
         for _ in range(_TRIES):
             await self._find(request.stream_id, caller)  # it is held here from now on
             async with self._registry.alone(request.stream_id):
@@ -187,7 +185,9 @@ class SessionServicer(session_grpc.SessionServiceServicer):
                     continue  # deleted, or moved to another server meanwhile
                 model, session = held
                 _require_ended(session)
-                lease, checkpoint = continued(model, session, request)
+                lease, checkpoint = await off_loop(
+                    takes_long(request) or _is_deep(session), continued, model, session, request
+                )
                 with suppress(AlreadyClaimed), self._registry.reserving(caller, 1):
                     return await self._opener.open(model, lease, [checkpoint])
         raise _unsteady()
@@ -197,18 +197,21 @@ class SessionServicer(session_grpc.SessionServiceServicer):
         largest = max((model.largest_snapshot for model in models), default=0)
         parts, size, digest = [], 0, b""
         async for request in requests:
+            require_within_limits(request)
             size += len(request.part)
-            if len(request.part) > self.part_bytes or size > largest:
+            if size > largest:
                 raise InvalidRequest(
-                    f"a part may have {self.part_bytes} bytes, and a snapshot {largest}: "
-                    f"this is a part of {len(request.part)}, and {size} in all"
+                    f"part brings the snapshot to {size} bytes; the largest has {largest}",
+                    field="part",
+                    limit=largest,
                 )
             parts.append(request.part)
             digest = request.sha256
         sealed = b"".join(parts)
         if digest != hashlib.sha256(sealed).digest():
             raise InvalidRequest(
-                f"sha256 of the last part does not match the {size} bytes received: try again"
+                f"sha256 of the last part does not match the {size} bytes received: try again",
+                field="sha256",
             )
         return sealed
 
@@ -235,6 +238,12 @@ def _phase(session: Session) -> pb.SessionPhase:
         return pb.SESSION_PHASE_RUNNING
     paused = any(stream.was_paused for stream in session.streams)
     return pb.SESSION_PHASE_PAUSED if paused else pb.SESSION_PHASE_FINISHED
+
+
+def _is_deep(session: Session) -> bool:
+    """Whether a session has so many tokens that to go through them takes a millisecond."""
+    stream = session.streams[0]
+    return len(stream.request.prompt) + len(stream.history) > _QUICK_TOKENS
 
 
 def _unsteady() -> Displaced:

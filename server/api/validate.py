@@ -1,8 +1,10 @@
-"""Checks requests against their bundle, and fills in all defaults."""
+"""Checks requests against their bundle, and fills in all defaults.
+
+What can be checked without a bundle was checked before: see `server.api.limits`.
+"""
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,38 +12,40 @@ from dataclasses import replace
 from google.protobuf.message import Message
 
 from concertina.v1 import generation_service_pb2 as pb
+from concertina.v1 import session_service_pb2 as session_pb
 from server.api.prompt import prompt_tokens
 from server.bundles.bundle import Bundle
 from server.config import EngineConfig
 from server.engine.restore import BEGINNING, ResumeCursor
 from server.errors import InvalidRequest
 from server.request import (
-    LONGEST_BAD_WORD,
-    LONGEST_KEEP_S,
     LogitsProcessors,
     Request,
     SamplingParameters,
     prompt_of,
 )
 
-_MAX_STOPS = 16
-_MAX_STOP_BYTES = 256
-_MAX_WORDS = 128
-_MAX_BIAS = 100
-_MAX_PENALTY = 2
-_MAX_OUTPUTS = 128
-_MAX_KEY_BYTES = 128
-_MAX_LAST_IDS = 4096
-_MAX_COUNT = 1 << 40
-_MAX_TOP_LOGPROBS = 20
-_MAX_PRIORITY = 100
-_MAX_SECONDS = 315_576_000_000  # what google.protobuf.Duration allows
+_QUICK_ITEMS = 4096
+
+
+def takes_long(request: Message) -> bool:
+    """Whether to check a request may take more than a millisecond, so not on an event loop."""
+    if isinstance(request, pb.ResumeRequest):
+        return sum(len(cursor.last_ids) for cursor in request.cursors) > _QUICK_ITEMS
+    assert isinstance(request, pb.GenerateRequest | pb.ScoreRequest | session_pb.ContinueRequest)
+    prompt = request.prompt
+    if prompt.WhichOneof("content") == "image":
+        return True
+    items = len(prompt.tokens.ids) + len(prompt.text)
+    if not isinstance(request, pb.ScoreRequest):
+        items += len(request.sampling.allowed_token_ids)
+    return items > _QUICK_ITEMS
 
 
 def generate_request(
     bundle: Bundle, request: pb.GenerateRequest, config: EngineConfig
 ) -> tuple[Request, ...]:
-    """The outputs of a `GenerateRequest`. They share one prompt.
+    """The outputs of a `GenerateRequest` within its limits. They share one prompt.
 
     Raises InvalidRequest with field, value and limit.
     """
@@ -49,7 +53,10 @@ def generate_request(
         prompt = prompt_tokens(bundle, request.prompt, room=1)
     else:
         prompt = prompt_of(bundle.vocabulary, [], bundle.typecode)
-    _check_keep(request)
+    if request.idempotency_key and not keep_s(request):
+        raise InvalidRequest(
+            "idempotency_key needs keep: without it there is nothing to attach to", field="keep"
+        )
     stopping, manifest, options = request.stopping, bundle.manifest, request.output
     left = bundle.context - len(prompt)
     max_tokens = stopping.max_tokens if stopping.HasField("max_tokens") else left
@@ -79,11 +86,11 @@ def generate_request(
         end_token=manifest.end_token if ends else None,
         time_limit_s=_time_limit(stopping),
         complete_at=bundle.context if bundle.is_image else None,
-        prompt_logprobs=_top_logprobs(options, "prompt_logprobs"),
+        prompt_logprobs=options.prompt_logprobs if options.HasField("prompt_logprobs") else None,
         stream_interval=_count(options, "stream_interval", config.stream_buffer),
-        priority=_priority(request),
+        priority=request.priority,
     )
-    outputs = _count(options, "n", min(_MAX_OUTPUTS, config.slots + config.queue_limit))
+    outputs = _count(options, "n", config.slots + config.queue_limit)
     return first, *(
         replace(first, sampling=replace(first.sampling, output=output), prompt_logprobs=None)
         for output in range(1, outputs)
@@ -91,27 +98,24 @@ def generate_request(
 
 
 def resume_request(request: pb.ResumeRequest) -> tuple[ResumeCursor, ...]:
-    """The resume cursors of a `ResumeRequest`, by output index.
+    """The resume cursors of a `ResumeRequest` within its limits, by output index.
 
     Raises InvalidRequest with field, value and limit.
     """
-    _check_counts("", request, ("after_sequence",))
     cursors: dict[int, ResumeCursor] = {}
-    for given in request.cursors:
-        _check_counts("cursors.", given, ("tokens", "characters", "prompt_logprobs"))
-        if given.output >= _MAX_OUTPUTS or given.output in cursors:
+    for index, given in enumerate(request.cursors):
+        if given.output in cursors:
             raise InvalidRequest(
-                f"cursors names output {given.output}; each may be named once, up to "
-                f"{_MAX_OUTPUTS - 1}",
-                field="cursors",
-                limit=_MAX_OUTPUTS - 1,
+                f"cursors[{index}].output is {given.output}, as in another cursor; each "
+                "output may be named once",
+                field=f"cursors[{index}].output",
             )
-        if len(given.last_ids) > min(_MAX_LAST_IDS, given.tokens):
+        if len(given.last_ids) > given.tokens:
             raise InvalidRequest(
-                f"cursors.last_ids has {len(given.last_ids)} ids; it may have "
-                f"{min(_MAX_LAST_IDS, given.tokens)}",
-                field="cursors.last_ids",
-                limit=min(_MAX_LAST_IDS, given.tokens),
+                f"cursors[{index}].last_ids has {len(given.last_ids)} ids; it may have "
+                f"{given.tokens}, which is tokens",
+                field=f"cursors[{index}].last_ids",
+                limit=given.tokens,
             )
         cursors[given.output] = ResumeCursor(
             given.tokens,
@@ -121,24 +125,6 @@ def resume_request(request: pb.ResumeRequest) -> tuple[ResumeCursor, ...]:
             tuple(given.last_ids),
         )
     return tuple(cursors.get(output, BEGINNING) for output in range(max(cursors, default=-1) + 1))
-
-
-def _out_of_range(field: str, value: float, lowest: float, highest: float) -> InvalidRequest:
-    return InvalidRequest(
-        f"{field} is {value}; it must be between {lowest} and {highest}",
-        field=field,
-        limit=highest if value > highest else lowest,
-    )
-
-
-def _check_counts(prefix: str, message: Message, names: Sequence[str]) -> None:
-    for name in names:
-        if (value := getattr(message, name)) > _MAX_COUNT:
-            raise InvalidRequest(
-                f"{prefix}{name} is {value}; it must be at most {_MAX_COUNT}",
-                field=f"{prefix}{name}",
-                limit=_MAX_COUNT,
-            )
 
 
 def score_request(bundle: Bundle, request: pb.ScoreRequest) -> Request:
@@ -151,39 +137,22 @@ def score_request(bundle: Bundle, request: pb.ScoreRequest) -> Request:
 
 
 def _sampling(bundle: Bundle, request: pb.GenerateRequest) -> SamplingParameters:
-    sampling = request.sampling
+    sampling, output = request.sampling, request.output
     defaults = SamplingParameters(seed=secrets.randbits(63))
 
     def given(name: str) -> float:
         value = getattr(sampling if sampling.HasField(name) else defaults, name)
         return float(value)
 
-    temperature, top_p, min_p = given("temperature"), given("top_p"), given("min_p")
-    typical_p = given("typical_p")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise InvalidRequest(
-            f"sampling.temperature is {temperature}; it must be finite and >= 0",
-            field="sampling.temperature",
-            limit=0,
-        )
-    for name, value in (("top_p", top_p), ("typical_p", typical_p)):
-        if not 0 < value <= 1:
-            raise InvalidRequest(
-                f"sampling.{name} is {value}; it must be above 0 and at most 1",
-                field=f"sampling.{name}",
-                limit=1 if value > 1 else 0,
-            )
-    if not 0 <= min_p <= 1:
-        raise _out_of_range("sampling.min_p", min_p, 0, 1)
     processors = _processors(bundle, request)
     return SamplingParameters(
-        temperature=temperature,
+        temperature=given("temperature"),
         top_k=sampling.top_k,
-        top_p=top_p,
-        min_p=min_p,
+        top_p=given("top_p"),
+        min_p=given("min_p"),
         seed=sampling.seed if sampling.HasField("seed") else defaults.seed,
-        typical_p=typical_p,
-        logprobs=_top_logprobs(request.output, "logprobs"),
+        typical_p=given("typical_p"),
+        logprobs=output.logprobs if output.HasField("logprobs") else None,
         processors=None if processors == LogitsProcessors() else processors,
     )
 
@@ -191,16 +160,6 @@ def _sampling(bundle: Bundle, request: pb.GenerateRequest) -> SamplingParameters
 def _processors(bundle: Bundle, request: pb.GenerateRequest) -> LogitsProcessors:
     sampling, stopping = request.sampling, request.stopping
     repetition = sampling.repetition_penalty if sampling.HasField("repetition_penalty") else 1.0
-    if not (math.isfinite(repetition) and repetition > 0):
-        raise InvalidRequest(
-            f"sampling.repetition_penalty is {repetition}; it must be finite and above 0",
-            field="sampling.repetition_penalty",
-            limit=0,
-        )
-    frequency, presence = sampling.frequency_penalty, sampling.presence_penalty
-    for name, value in (("frequency_penalty", frequency), ("presence_penalty", presence)):
-        if not -_MAX_PENALTY <= value <= _MAX_PENALTY:
-            raise _out_of_range(f"sampling.{name}", value, -_MAX_PENALTY, _MAX_PENALTY)
     ending = {*stopping.stop_token_ids}
     if bundle.manifest.HasField("end_token") and not stopping.ignore_eos:
         ending.add(bundle.manifest.end_token)
@@ -211,8 +170,8 @@ def _processors(bundle: Bundle, request: pb.GenerateRequest) -> LogitsProcessors
         min_tokens=stopping.min_tokens if ending else 0,
         withheld=tuple(sorted(ending)) if stopping.min_tokens else (),
         repetition_penalty=repetition,
-        frequency_penalty=frequency,
-        presence_penalty=presence,
+        frequency_penalty=sampling.frequency_penalty,
+        presence_penalty=sampling.presence_penalty,
     )
     forbidden = {*processors.withheld} | {w[0] for w in processors.bad_words if len(w) == 1}
     if not set(processors.allowed or range(bundle.vocabulary)) - forbidden:
@@ -226,7 +185,7 @@ def _processors(bundle: Bundle, request: pb.GenerateRequest) -> LogitsProcessors
 
 
 def _bias(bundle: Bundle, sampling: pb.SamplingParameters) -> tuple[tuple[int, float], ...]:
-    for token, bias in sampling.logit_bias.items():
+    for token in sampling.logit_bias:
         if token >= bundle.vocabulary:
             raise InvalidRequest(
                 f"sampling.logit_bias has id {token}; "
@@ -234,8 +193,6 @@ def _bias(bundle: Bundle, sampling: pb.SamplingParameters) -> tuple[tuple[int, f
                 field="sampling.logit_bias",
                 limit=bundle.vocabulary - 1,
             )
-        if not -_MAX_BIAS <= bias <= _MAX_BIAS:
-            raise _out_of_range(f"sampling.logit_bias[{token}]", bias, -_MAX_BIAS, _MAX_BIAS)
     return tuple(sorted(sampling.logit_bias.items()))
 
 
@@ -246,7 +203,6 @@ def _bad_words(bundle: Bundle, sampling: pb.SamplingParameters) -> tuple[tuple[i
             "give allowed_token_ids or logit_bias",
             field="sampling.bad_words",
         )
-    _check_strings("sampling.bad_words", sampling.bad_words, _MAX_WORDS, LONGEST_BAD_WORD)
     return tuple(tuple(word.encode()) for word in sampling.bad_words)
 
 
@@ -255,27 +211,17 @@ def _stop_strings(bundle: Bundle, stopping: pb.StoppingCriteria) -> tuple[str, .
         raise InvalidRequest(
             f"stopping.stop was given, but {bundle.name} makes images", field="stopping.stop"
         )
-    _check_strings("stopping.stop", stopping.stop, _MAX_STOPS, _MAX_STOP_BYTES)
     return tuple(stopping.stop)
-
-
-def _check_strings(field: str, strings: Sequence[str], most: int, longest: int) -> None:
-    if len(strings) > most:
-        raise InvalidRequest(
-            f"{field} has {len(strings)} strings, the limit is {most}", field=field, limit=most
-        )
-    for index, string in enumerate(strings):
-        size = len(string.encode())
-        if not 1 <= size <= longest:
-            raise InvalidRequest(
-                f"{field}[{index}] has {size} bytes; it must have 1 to {longest}",
-                field=f"{field}[{index}]",
-                limit=longest if size else 1,
-            )
 
 
 def _ids(bundle: Bundle, field: str, ids: Sequence[int]) -> tuple[int, ...]:
     """The token ids, sorted and without duplicates."""
+    if len(ids) > bundle.vocabulary:
+        raise InvalidRequest(
+            f"{field} has {len(ids)} ids; {bundle.name} has {bundle.vocabulary}: name each once",
+            field=field,
+            limit=bundle.vocabulary,
+        )
     for index, token in enumerate(ids):
         if token >= bundle.vocabulary:
             raise InvalidRequest(
@@ -290,60 +236,21 @@ def _ids(bundle: Bundle, field: str, ids: Sequence[int]) -> tuple[int, ...]:
 def _count(options: pb.OutputOptions, name: str, most: int) -> int:
     """An output option of at least 1, which is also the default."""
     value: int = getattr(options, name) if options.HasField(name) else 1
-    if not 1 <= value <= most:
-        raise _out_of_range(f"output.{name}", value, 1, most)
-    return value
-
-
-def _top_logprobs(options: pb.OutputOptions, name: str) -> int | None:
-    if not options.HasField(name):
-        return None
-    value: int = getattr(options, name)
-    if value > _MAX_TOP_LOGPROBS:
+    if value > most:
         raise InvalidRequest(
-            f"output.{name} is {value}; it must be at most {_MAX_TOP_LOGPROBS}",
+            f"output.{name} is {value}; it must be between 1 and {most} on this server",
             field=f"output.{name}",
-            limit=_MAX_TOP_LOGPROBS,
+            limit=most,
         )
     return value
-
-
-def _priority(request: pb.GenerateRequest) -> int:
-    if not -_MAX_PRIORITY <= request.priority <= _MAX_PRIORITY:
-        raise _out_of_range("priority", request.priority, -_MAX_PRIORITY, _MAX_PRIORITY)
-    return request.priority
 
 
 def _time_limit(stopping: pb.StoppingCriteria) -> float | None:
     if not stopping.HasField("time_limit"):
         return None
-    seconds = stopping.time_limit.seconds + stopping.time_limit.nanos / 1e9
-    if not 0 < seconds <= _MAX_SECONDS:
-        raise InvalidRequest(
-            f"stopping.time_limit is {seconds} s; it must be above 0 and at most {_MAX_SECONDS}",
-            field="stopping.time_limit",
-            limit=_MAX_SECONDS if seconds > 0 else 0,
-        )
-    return seconds
+    return float(stopping.time_limit.seconds + stopping.time_limit.nanos / 1e9)
 
 
 def keep_s(request: pb.GenerateRequest) -> float:
     """Seconds that the stream is kept without a reader."""
     return float(request.keep.seconds + request.keep.nanos / 1e9)
-
-
-def _check_keep(request: pb.GenerateRequest) -> None:
-    keep = keep_s(request)
-    if not 0 <= keep <= LONGEST_KEEP_S:
-        raise _out_of_range("keep", keep, 0, LONGEST_KEEP_S)
-    size = len(request.idempotency_key.encode())
-    if size > _MAX_KEY_BYTES:
-        raise InvalidRequest(
-            f"idempotency_key has {size} bytes; the limit is {_MAX_KEY_BYTES}",
-            field="idempotency_key",
-            limit=_MAX_KEY_BYTES,
-        )
-    if size and not keep:
-        raise InvalidRequest(
-            "idempotency_key needs keep: without it there is nothing to attach to", field="keep"
-        )

@@ -48,7 +48,7 @@ class Weight:
     queue_tokens: int = 0
     """Tokens of prompts whose prefill has not begun."""
     state_bytes: int = 0
-    """Largest state in bytes that the streams can reach."""
+    """Largest state in bytes that the streams can reach, and the lists of their requests."""
 
     def __add__(self, other: Weight) -> Weight:
         return Weight(
@@ -102,13 +102,14 @@ class Pace:
 
 
 def weigh(bundle: Bundle, requests: Sequence[Request]) -> tuple[Weight, ...]:
-    """The weight of each output of one request. A prompt that they share counts once."""
+    """The weight of each output of one request. Prompt and lists, which they share, count once."""
     first = requests[0]
     return tuple(
         Weight(
             streams=1,
             queue_tokens=0 if r is not first and r.prompt is first.prompt else len(r.prompt),
-            state_bytes=bundle.peak_state_bytes(r.last_position),
+            state_bytes=bundle.peak_state_bytes(r.last_position)
+            + (r.lists_bytes if r is first else 0),
         )
         for r in requests
     )

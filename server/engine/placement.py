@@ -191,6 +191,8 @@ class Placement:
         saved = self._cache.save(self.running.index(stream))
         self._leave_row(stream)
         stream.saved = saved
+        if stream.penalties is not None:
+            stream.penalties.detach()
 
     def _leave_row(self, stream: Stream) -> None:
         row = self.running.index(stream)

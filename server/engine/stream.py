@@ -11,9 +11,8 @@ from server.engine.detokenizer import Detokenizer
 from server.engine.interfaces import Subscriber
 from server.engine.sampling.logits_processors import PenaltyState
 from server.engine.updates import Backlog, Ending
-from server.request import Lease, Request
+from server.request import NUMBER_BYTES, Lease, Request
 
-_NUMBER_BYTES = 32
 _LOGPROBS_BYTES, _TOP_BYTES = 256, 72  # of a TokenLogprobs, and of each token that it lists
 
 
@@ -90,8 +89,10 @@ class Stream:
         size = self.history.itemsize * len(self.history)
         size += len(self.logprobs) * _logprobs_bytes(self.request.sampling.logprobs)
         size += len(self.prompt_logprobs) * _logprobs_bytes(self.request.prompt_logprobs)
-        size += len(self.prompt_bits) * _NUMBER_BYTES
-        return size + (0 if self.output else _request_bytes(self.request))
+        size += len(self.prompt_bits) * NUMBER_BYTES
+        if self.output:
+            return size
+        return size + self.request.prompt.tokens.nbytes + self.request.lists_bytes
 
     @property
     def expires_at(self) -> float:
@@ -201,14 +202,6 @@ class Stream:
         if self.ended and matched is None and not paused:
             text += detokenizer.flush()
         return text
-
-
-def _request_bytes(request: Request) -> int:
-    numbers = len(request.stop_tokens)
-    if (given := request.sampling.processors) is not None:
-        numbers += 2 * len(given.bias) + len(given.allowed) + len(given.withheld)
-        numbers += sum(map(len, given.bad_words))
-    return request.prompt.tokens.nbytes + _NUMBER_BYTES * numbers
 
 
 def _logprobs_bytes(top: int | None) -> int:

@@ -13,15 +13,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from concertina.addresses import join
-from concertina.v1 import (
-    generation_service_pb2_grpc,
-    model_service_pb2_grpc,
-    session_service_pb2_grpc,
-)
 from server.api.health import SERVICES, all_alive
 from server.api.servicers import Servicers, make_servicers
+from server.api.wire import add_generation, add_models, add_sessions
 from server.auth.tls import server_credentials
-from server.config import ServeConfig
+from server.config import LARGEST_RESPONSE, ServeConfig
 from server.hosts.watcher import Watcher
 from server.ops.exporter import exporting
 from server.ops.logs import log_to_stderr
@@ -61,8 +57,8 @@ def make_server(config: ServeConfig, servicers: Servicers) -> grpc.aio.Server:
     """
     server = grpc.aio.server(
         options=[
-            ("grpc.max_receive_message_length", config.max_message_bytes),
-            ("grpc.max_send_message_length", config.max_message_bytes),
+            ("grpc.max_receive_message_length", config.max_request_bytes),
+            ("grpc.max_send_message_length", LARGEST_RESPONSE),
             ("grpc.so_reuseport", 0),
             # A caller that connects and says nothing, and one that has gone without a word.
             ("grpc.server_handshake_timeout_ms", round(1000 * handshake_seconds)),
@@ -70,11 +66,9 @@ def make_server(config: ServeConfig, servicers: Servicers) -> grpc.aio.Server:
             ("grpc.keepalive_timeout_ms", 20_000),
         ]
     )
-    generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(
-        servicers.generation, server
-    )
-    session_service_pb2_grpc.add_SessionServiceServicer_to_server(servicers.sessions, server)
-    model_service_pb2_grpc.add_ModelServiceServicer_to_server(servicers.models, server)
+    add_generation(servicers.generation, server)
+    add_sessions(servicers.sessions, server)
+    add_models(servicers.models, server)
     health_pb2_grpc.add_HealthServicer_to_server(servicers.health, server)
     if config.keys is None:
         health = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name

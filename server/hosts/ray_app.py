@@ -21,7 +21,7 @@ import ray
 from grpc_health.v1 import health_pb2
 from ray import serve as ray_serve
 from ray._common.tls_utils import add_port_to_grpc_server
-from ray.serve._private import default_impl
+from ray.serve._private import default_impl, grpc_util
 from ray.serve._private import replica as ray_replica
 from ray.serve._private.replica import Replica as RayReplica
 from ray.serve.exceptions import RayServeException
@@ -40,6 +40,7 @@ from server.hosts.ray_environment import (
     HAPROXY,
     LOOPBACK,
     PYTHON_PROXY,
+    REQUEST_BYTES,
     SERVICER_FUNCTIONS,
     STATS_PORT,
     data_path,
@@ -247,19 +248,20 @@ def bind_grpc_to_host() -> list[object]:
             raise RuntimeError(str(error)) from None
         server.add_insecure_port(join(host, port))
 
+    def add_inner_address(server: grpc.aio.Server, address: str) -> int:
+        return int(add_port_to_grpc_server(server, f"{LOOPBACK}:{address.rpartition(':')[2]}"))
+
     default_impl.add_grpc_address = add_address  # type: ignore[assignment]
-    ray_replica.add_port_to_grpc_server = _add_inner_address  # type: ignore[attr-defined]
+    received = ("grpc.max_receive_message_length", int(os.environ[REQUEST_BYTES]))
+    grpc_util.DEFAULT_GRPC_SERVER_OPTIONS.insert(0, received)  # type: ignore[attr-defined]
+    ray_replica.add_port_to_grpc_server = add_inner_address  # type: ignore[attr-defined]
     return []
-
-
-def _add_inner_address(server: grpc.aio.Server, address: str) -> int:
-    return int(add_port_to_grpc_server(server, f"{LOOPBACK}:{address.rpartition(':')[2]}"))
 
 
 def application(config: ServeConfig, metrics: Path) -> ray_serve.Application:
     """The Ray Serve application for `config`; its replicas write metrics to the given folder."""
-    bundles = len(config.bundles) or _MAX_WATCHED_BUNDLES
-    streams = bundles * (config.engine.slots + config.engine.queue_limit)
+    streams = config.engine.slots + config.engine.queue_limit
+    streams *= len(config.bundles) or _MAX_WATCHED_BUNDLES
     deployment = ray_serve.deployment(
         num_replicas=config.replicas,
         # The engines have lower limits, so that they refuse a request before Ray does.
@@ -289,8 +291,7 @@ def serve(config: ServeConfig, directory: Path, announce: Callable[[str], None])
     adopt_orphans()
     host = config.host if config.tls is None else LOOPBACK
     plain = replace(config, host=host, port=plain_port(config, os.environ))
-    is_healthy = partial(is_serving, plain.address)
-    with exporting(config.host, config.metrics_port, is_healthy, metrics):
+    with exporting(config.host, config.metrics_port, partial(is_serving, plain.address), metrics):
         try:
             _start(plain, metrics, path)
             announce(path)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from concertina.addresses import join
-from server.config import ConfigError, ServeConfig
+from server.config import LARGEST_RESPONSE, ConfigError, ServeConfig
 from server.hosts.haproxy import bind_address, haproxy_program, write_script
 from server.ops.ports import free_ports
 from server.ops.process import MALLOC_ARENAS
@@ -30,9 +30,9 @@ LONGEST_SILENCE_SECONDS: Final = 3600
 STREAMS_PER_CONNECTION: Final = 10_000
 
 SERVICER_FUNCTIONS: Final = (
-    "concertina.v1.generation_service_pb2_grpc.add_GenerationServiceServicer_to_server",
-    "concertina.v1.model_service_pb2_grpc.add_ModelServiceServicer_to_server",
-    "concertina.v1.session_service_pb2_grpc.add_SessionServiceServicer_to_server",
+    "server.api.wire.add_generation",
+    "server.api.wire.add_models",
+    "server.api.wire.add_sessions",
     "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
 )
 """What adds each service to a gRPC server of Ray Serve."""
@@ -47,6 +47,10 @@ _LONGEST_SOCKET: Final = "/ray/session_2026-11-28_21-13-47_332594_4194304/socket
 
 GRPC_HOST: Final = "CONCERTINA_GRPC_HOST"
 """Variable with the address on which proxies and replicas open their gRPC port."""
+
+REQUEST_BYTES: Final = "CONCERTINA_REQUEST_BYTES"
+"""Variable with the largest size of a request. Ray has one size for both directions; that which
+replicas and proxies add counts, since gRPC takes the first of two."""
 
 STATS_PORT: Final = "RAY_SERVE_HAPROXY_STATS_PORT"
 PLAIN_PORT: Final = "CONCERTINA_PLAIN_PORT"
@@ -76,8 +80,9 @@ def ray_environment(config: ServeConfig, directory: Path) -> dict[str, str]:
         "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
         "RAY_SERVE_LOG_TO_STDERR": "0",
         MALLOC_ARENAS: "1",
-        "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(config.max_message_bytes),
-        "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(config.max_message_bytes),
+        "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(LARGEST_RESPONSE),
+        "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(LARGEST_RESPONSE),
+        REQUEST_BYTES: str(config.max_request_bytes),
         "RAY_SERVE_HAPROXY_H2_FE_MAX_CONCURRENT_STREAMS": str(STREAMS_PER_CONNECTION),
         # If streams shared a connection, one that is not read would block the others.
         "RAY_SERVE_HAPROXY_H2_BE_MAX_CONCURRENT_STREAMS": "1",

@@ -68,6 +68,9 @@ class Runtime:
             moves = (_load(path, 1, provider) for path in (bundle.take_path, bundle.put_path))
             self.rows = DeviceRows(self._tensors, rows, DEVICES[provider], *moves)
         self._steps: dict[tuple[int, int], _Binding] = {}
+        # One for all batches: with a large vocabulary, one for each would take much memory.
+        vocabulary = {v.name: v for v in self._step_session.get_outputs()}[_LOGITS].shape[1]
+        self._logits: Floats = np.empty((rows, vocabulary), np.float32)
 
     @property
     def nbytes(self) -> int:
@@ -84,9 +87,8 @@ class Runtime:
         if self._pairs and batch % 2:
             tokens, positions, lengths = (_with_one(n) for n in (tokens, positions, lengths))
         rows = len(tokens)
-        binding = self._binding(0, rows)
-        logits = binding.run(tokens[:, None], positions[:, None], lengths + 1, np.arange(rows))
-        return logits[:batch]
+        columns = tokens[:, None], positions[:, None]
+        return self._run(0, *columns, lengths + 1, np.arange(rows))[:batch]
 
     def prefill(
         self, row: int, tokens: Ints, position: int, length: int, logits: bool = False
@@ -101,14 +103,15 @@ class Runtime:
             return self._push(row, tokens, position, length, logits)
         if time == 1:
             return self._push_one(row, tokens, position, length, logits)
-        before = self._push(row, tokens[:-1], position, length, logits)
+        before = self._push(row, tokens[:-1], position, length, logits).copy()
         position, length = position + time - 1, length + time - 1
         last = self._push_one(row, tokens[-1:], position, length, logits)
         return np.concatenate((before, last))
 
     def _push(self, row: int, tokens: Ints, position: int, length: int, logits: bool) -> Floats:
         time = len(tokens)
-        return self._binding(row, 1).run(
+        return self._run(
+            row,
             tokens[None],
             np.arange(position, position + time)[None],
             np.array([length + time]),
@@ -117,7 +120,8 @@ class Runtime:
 
     def _push_one(self, row: int, token: Ints, position: int, length: int, logits: bool) -> Floats:
         """Push `token[1]` into `row`, together with any token into the row after it."""
-        out = self._binding(row, 2).run(
+        out = self._run(
+            row,
             _with_one(token)[:, None],
             np.array([[position], [0]]),
             np.array([length + 1, 1]),
@@ -147,12 +151,17 @@ class Runtime:
         """Write tensors of a state of length `end` into `row`."""
         self.rows.write(row, end, state)
 
-    def _binding(self, first: int, batch: int) -> _Binding:
-        binding = self._steps.get((first, batch))
-        if binding is None:
-            binding = _Binding(self._step_session, self._tensors, self.rows, first, batch)
-            self._steps[first, batch] = binding
-        return binding
+    def _run(self, first: int, tokens: Ints, positions: Ints, lengths: Ints, rows: Ints) -> Floats:
+        """Run the step graph over the rows from `first` on; see `_Binding.run`."""
+        if len(rows) > len(self._logits):
+            self._logits = np.empty((len(rows), self._logits.shape[1]), np.float32)
+            self._steps.clear()  # they are bound to the old one
+        place = first, len(tokens)
+        if place not in self._steps:
+            self._steps[place] = _Binding(self._step_session, self._tensors, self.rows, *place)
+        logits = self._logits[: len(rows)]
+        self._steps[place].run(tokens, positions, lengths, rows, logits)
+        return logits
 
 
 class _Binding:
@@ -175,7 +184,6 @@ class _Binding:
         self._io = session.io_binding()
         self._inputs = {value.name for value in session.get_inputs()}
         outputs = {value.name: value for value in session.get_outputs()}
-        self._vocabulary: int = outputs[_LOGITS].shape[1]
         self._logits: Floats | None = None
         self._bound: dict[str, npt.NDArray[np.generic]] = {}
         for tensor in tensors:
@@ -186,10 +194,11 @@ class _Binding:
             if NEXT + tensor.name in outputs:
                 self._io.bind_output(NEXT + tensor.name, *buffer)
 
-    def run(self, tokens: Ints, positions: Ints, lengths: Ints, rows: Ints) -> Floats:
+    def run(self, tokens: Ints, positions: Ints, lengths: Ints, rows: Ints, logits: Floats) -> None:
         """Push `tokens[B, T]` at `positions[B, T]`; `lengths[B]` are those after the push.
 
-        Returns the logits of the tokens with index `rows[R]`, `[R, vocabulary]`.
+        The logits of the tokens with index `rows[R]` go to `logits[R, vocabulary]`, which begins
+        at the same address in each call.
         """
         feeds = {"tokens": tokens, "positions": positions, "rows": rows}
         if "longest" in self._inputs:
@@ -202,11 +211,10 @@ class _Binding:
                 bound = self._bound[name] = np.empty_like(values, order="C")
                 self._io.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(bound))
             bound[...] = values
-        if self._logits is None or len(self._logits) != len(rows):
-            self._logits = np.empty((len(rows), self._vocabulary), np.float32)
-            self._io.bind_ortvalue_output(_LOGITS, ort.OrtValue.ortvalue_from_numpy(self._logits))
+        if self._logits is None or len(self._logits) != len(logits):
+            self._logits = logits
+            self._io.bind_ortvalue_output(_LOGITS, ort.OrtValue.ortvalue_from_numpy(logits))
         self._session.run_with_iobinding(self._io)
-        return self._logits
 
 
 def _with_one(values: Ints) -> Ints:

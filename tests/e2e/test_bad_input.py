@@ -20,7 +20,7 @@ from tests.e2e.servers import Server
 TEXT, IMAGE = "long-text", "tiny-image"
 SOON = 20.0
 INVALID, NOT_FOUND = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND
-JUNK = bytes(range(256)) * 40_000
+JUNK = bytes(range(256)) * 16_000
 LEAK = re.compile(r"Traceback|File \"|\.py\b|pid[ =]|\x1b|0x[0-9a-f]{6}|(?<!\w)/(?:\w+/)+\w")
 
 
@@ -86,10 +86,14 @@ BAD = {
         INVALID,
         f"max_tokens is {CONTEXT + 1}.*{CONTEXT}",
     ),
-    "10 MB of text": (prompt(text("junk" * 2_500_000)), INVALID, f"10000000.*{CONTEXT - 1}"),
-    "10 MB of png": (prompt(image(png=JUNK), IMAGE), INVALID, "prompt.image.png"),
-    "10 MB of rgb": (prompt(image(rgb=JUNK), IMAGE), INVALID, "prompt"),
-    "10 MB of name": (pb.GenerateRequest(model="m" * 10_000_000), NOT_FOUND, "model 'mmm"),
+    "1 MB of text": (prompt(text("junk" * 250_000)), INVALID, f"1000000.*{CONTEXT - 1}"),
+    "4 MB of text": (prompt(text("junk" * 1_000_000)), INVALID, r"prompt.text.*4000000.*1048576"),
+    "4 MB of ids": (prompt(tokens(*[1] * 4_000_000)), INVALID, "ids has 4000000.*1048576"),
+    "4 MB of png": (prompt(image(png=JUNK), IMAGE), INVALID, "prompt.image.png.*1048576"),
+    "1 MB of png": (prompt(image(png=JUNK[:1_000_000]), IMAGE), INVALID, "prompt.image.png"),
+    "4 MB of rgb": (prompt(image(rgb=JUNK), IMAGE), INVALID, "prompt.image.rgb.*3145728"),
+    "4 MB of name": (pb.GenerateRequest(model="m" * 4_000_000), INVALID, "model has 4000000.*256"),
+    "a long name": (pb.GenerateRequest(model="m" * 256), NOT_FOUND, "model 'mmm"),
 }
 
 

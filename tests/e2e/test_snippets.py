@@ -52,6 +52,8 @@ NOT_RUN = {
     "cp -r": "changes a folder that is watched; tests/server/hosts/test_watcher.py",
     "mv bundles": "the same",
     "rm -r": "the same",
+    "cd examples/node && npm ci": "installs; tests/examples does so, too",
+    "node": "tests/examples runs it",
     "export CONCERTINA_SNAPSHOT_KEY": "the fixture sets it",
     "grpcurl": "is not ours",
     "helm install": "needs a cluster; tests/helm",

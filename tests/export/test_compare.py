@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -12,13 +14,23 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from export.compare import RESULTS, Entry, Result, Variant, compare, configure, run_folder
+from concertina.cli.main import main
+from export.compare import (
+    RESULTS,
+    Entry,
+    Result,
+    Variant,
+    check_memories,
+    compare,
+    configure,
+    run_folder,
+)
 from export.comparison import table, write_report
 from model.config import ModelConfig
-from model.data import Dataset, DatasetInfo
+from model.data import Dataset, DatasetInfo, save_dataset
 from model.decoder import Decoder
 from model.patterns import PATTERNS
-from model.run import TrainConfig, read_log
+from model.run import RunError, TrainConfig, read_log
 
 BASE = ModelConfig(16, context=64, width=32, layers=2, heads=4, mlp=64, span=8)
 Trained = tuple[Path, list[Result]]
@@ -154,3 +166,48 @@ def test_the_report_has_two_pictures_that_name_every_pattern(
             assert f"<!-- {variant} -->" in picture
     write_report(tmp_path, results, "bits/byte")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == first
+
+
+def test_memory_is_looked_at_before_it_starts(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    out, _ = trained
+    monkeypatch.setattr("model.memory.available", lambda: 10_000)
+    entries = [Entry.parse("fixed@2"), Entry.parse("logsparse")]
+    check_memories(BASE, BUDGET, entries[:1], out)  # its runs are finished
+    for folder, pattern in ((out, "logsparse"), (tmp_path, "fixed")):
+        with pytest.raises(RunError, match=rf"^{pattern}: training needs about .* --force to try"):
+            check_memories(BASE, BUDGET, entries, folder)
+    longer = dataclasses.replace(BUDGET, tokens=2 * BUDGET.tokens)
+    monkeypatch.setattr("model.memory.available", lambda: 1 << 40)
+    check_memories(BASE, longer, entries, tmp_path)
+
+
+def test_without_a_terminal_the_command_says_how_far_it_is(
+    dataset: Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    save_dataset(tmp_path / "data", dataset)
+    out = tmp_path / "compared"
+    sizes = "--context 64 --span 8 --width 32 --layers 1 --mlp 64 --rows 2 --evaluations 1"
+    arguments = [str(tmp_path / "data"), str(out), "fixed", "full", "--tokens", "512"]
+
+    def run(free: int = 1 << 40) -> tuple[object, str]:
+        monkeypatch.setattr("model.memory.available", lambda: free)
+        monkeypatch.setattr(sys, "argv", ["concertina", "compare", *arguments, *sizes.split()])
+        with pytest.raises(SystemExit) as exit:
+            main()
+        return exit.value.code, capsys.readouterr().err
+
+    code, said = run(free=10_000)
+    assert code == 1 and "fixed: training needs" in said and not out.exists()
+    code, said = run()
+    assert code == 0
+    for name in ("fixed", "full"):
+        assert f"{name}, seed 0: 4 steps from the beginning\n{name}, seed 0: step 1 of 4: " in said
+        assert re.search(rf"^{name}, seed 0: step 4 of 4: .* bits/byte held out", said, re.M)
+    code, said = run(free=10_000)
+    assert code == 0
+    assert "fixed, seed 0: all 4 steps are done already\n" in said

@@ -20,7 +20,7 @@ from PIL import Image
 from concertina.cli.main import main
 from model.config import ModelConfig
 from model.data import Dataset, DatasetInfo, save_dataset
-from model.report import REPORT, draw_samples, write_report
+from model.report import REPORT, draw_samples, round_numbers, write_report
 from model.run import TrainConfig, load_checkpoint, read_log
 from model.train import train
 from tests.checkpoints import write_checkpoint
@@ -80,6 +80,36 @@ def test_lower_bits_are_lower_on_the_curve(run: Path) -> None:
     heldout = [done.heldout or 0 for done in read_log(run)]
     assert [x for x, _ in points] == sorted(x for x, _ in points)
     assert np.argsort([-y for _, y in points]).tolist() == np.argsort(heldout).tolist()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[1.9], [4.7, 1.73, 2.2], [0.0232, 0.0525], [0.0, 0.0], [8.0, 7.9999], [1234.5, 3.25], [2, 3]],
+)
+def test_the_numbers_of_the_axis_are_round_and_hold_the_curve(values: list[float]) -> None:
+    ticks = round_numbers(values)
+    numbers = [float(tick) for tick in ticks]
+    assert 2 <= len(ticks) == len(set(ticks)) <= 8
+    assert numbers[0] <= min(values) and max(values) <= numbers[-1]
+    assert np.allclose(np.diff(numbers), numbers[1] - numbers[0])
+    assert max(map(len, ticks)) <= 6
+
+
+def test_one_evaluation_is_no_curve(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    train(folder, MODEL, replace(RUN, evaluate_every=100), text())
+    write_report(folder, text().info)
+    page = (folder / REPORT).read_text()
+    assert "<svg" not in page and "Evaluations" in page
+
+
+def test_settings_are_apart_and_readable(run: Path) -> None:
+    write_report(run, replace(text().info, labels=("a", "b")))
+    words = Words((run / REPORT).read_text()).cells
+    places = [words.index(part) for part in ("Model", "context", "Training", "tokens", "Data")]
+    assert places == sorted(places)
+    assert words[words.index("bfloat16") + 1] == "yes"
+    assert "Begins with" not in words
 
 
 def test_samples_are_what_the_model_draws(tmp_path: Path) -> None:

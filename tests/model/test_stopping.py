@@ -25,6 +25,7 @@ import model.train
 from concertina.cli.main import main
 from model.config import ModelConfig
 from model.data import Dataset, DatasetInfo, save_dataset
+from model.initial import Initial
 from model.run import CHECKPOINT, CONFIG, LOG, Progress, RunError, TrainConfig, read_log
 from model.stopping import on_signals
 from model.train import Diverged, Stopped, train
@@ -132,7 +133,7 @@ def test_a_run_asked_to_stop_is_saved(calls: int, uninterrupted: Path, tmp_path:
         train(tmp_path, MODEL, RUN, text(), lambda p: seen.append(p.step), stop=stop_after(calls))
     step = int(str(stop.value).split()[3])
     assert step in (len(seen), len(seen) + 1)  # a step that is not evaluated yet is not shown
-    train(tmp_path, MODEL, RUN, text(), on_start=started.append)
+    train(tmp_path, MODEL, RUN, text(), on_start=lambda step, _: started.append(step))
     assert started == [step]
     assert_same(tmp_path, uninterrupted)
     assert [p.step for p in read_log(tmp_path)] == [4, 8, 12]
@@ -150,7 +151,7 @@ def test_checkpoints_come_with_time(uninterrupted: Path, tmp_path: Path) -> None
         with pytest.raises(Crash):
             train(tmp_path, MODEL, RUN, text(), crash_at(step), save_every_s=0)
     started: list[int] = []
-    train(tmp_path, MODEL, RUN, text(), on_start=started.append)
+    train(tmp_path, MODEL, RUN, text(), on_start=lambda step, _: started.append(step))
     assert started == [7]
     assert_same(tmp_path, uninterrupted)
 
@@ -293,7 +294,7 @@ def test_a_folder_of_something_else_is_not_touched(
 
 
 def test_a_start_that_was_killed_does_not_bind_the_next(tmp_path: Path) -> None:
-    def killed(step: int) -> None:
+    def killed(step: int, initial: Initial | None) -> None:
         (tmp_path / "copy").mkdir()
         config = (tmp_path / "run" / CONFIG).read_text()
         (tmp_path / "copy" / CONFIG).write_text(config)

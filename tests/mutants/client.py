@@ -28,6 +28,16 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
     ),
     *bugs(
+        "protos/concertina/client/pictures.py",
+        "tests/concertina/client/test_pictures.py",
+        ("a picture file is taken for raw pixels", "    if name:\n", "    if False:\n"),
+        (
+            "three bytes make a JPEG",
+            'return "JPEG" if _MARKER.match(data, after) else ""',
+            'return "JPEG"',
+        ),
+    ),
+    *bugs(
         "protos/concertina/client/statuses.py",
         _ARGUMENTS,
         (
@@ -56,6 +66,21 @@ MUTANTS: tuple[Mutant, ...] = (
         ("a table is cut where nothing limits it", "if not console.is_terminal:", "if False:"),
         ("what cannot be shown ends a stream", 'errors="replace"', 'errors="strict"'),
         ("a name is markup", "markup=False, emoji=False, highlight", "highlight"),
+    ),
+    *bugs(
+        "protos/concertina/cli/windows.py",
+        "tests/concertina/cli/test_windows.py",
+        ("windows are asked for one by one", "len(running) < most:", "not running:"),
+        (
+            "scores are in the order in which they came",
+            "[scores[at] for at in range(len(windows))]",
+            "list(scores.values())",
+        ),
+        (
+            "a quota ends a score of windows",
+            "if len(refused) == len(done) and not running:",
+            "if True:",
+        ),
     ),
     *bugs(
         "protos/concertina/machine.py",

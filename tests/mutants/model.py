@@ -131,4 +131,18 @@ MUTANTS = (
         ("yarn does not sharpen", "0.1 * weight * math.log(factor) + 1.0", "1.0"),
         ("slow pairs turn as before", "plain / factor, plain)", "plain, plain)"),
     ),
+    *bugs(
+        "model/initial.py",
+        "tests/model/test_initial.py",
+        (
+            "a matrix of a bundle stays transposed",
+            "values.T if transposed else values",
+            "values.T if transposed and len(values.T) != len(values) else values",
+        ),
+        (
+            "training goes on from few bits",
+            'if any(node.op_type == "MatMulNBits"',
+            'if False and any(node.op_type == "MatMulNBits"',
+        ),
+    ),
 )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Mutant:
-    """A bug: `old` becomes `new` in `file`, and `test` has to fail."""
+    """A bug: `old` becomes `new` in `file`, and `test`, a file or one test, has to fail."""
 
     name: str
     file: str
@@ -16,6 +16,12 @@ class Mutant:
     test: str
 
 
-def bugs(file: str, test: str, *planted: tuple[str, str, str]) -> list[Mutant]:
-    """Name, old and new of each bug that is planted into `file` and noticed by `test`."""
-    return [Mutant(name, file, old, new, test) for name, old, new in planted]
+def bugs(file: str, test: str, *planted: tuple[str, ...]) -> list[Mutant]:
+    """Name, old and new of each bug that is planted into `file` and noticed by `test`.
+
+    A fourth item names the test of that file that notices it: the others need not run.
+    """
+    return [
+        Mutant(name, file, old, new, "::".join([test, *noticing]))
+        for name, old, new, *noticing in planted
+    ]

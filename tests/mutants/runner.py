@@ -19,7 +19,10 @@ from pathlib import Path
 from tests.mutants.mutant import Mutant
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("model", "export", "server", "protos", "tests", "pyproject.toml")
+SOURCES = (
+    *("model", "export", "server", "loadtest", "protos", "examples", "tests"),
+    "pyproject.toml",
+)
 TIME_LIMIT_S = 600
 
 
@@ -42,7 +45,7 @@ def copy_tree(root: Path, target: Path) -> None:
     target.mkdir()
     for name in SOURCES:
         if (root / name).is_dir():
-            ignore = shutil.ignore_patterns("__pycache__")
+            ignore = shutil.ignore_patterns("__pycache__", "node_modules")
             shutil.copytree(root / name, target / name, ignore=ignore)
         else:
             shutil.copy2(root / name, target / name)
@@ -58,7 +61,8 @@ def plant(tree: Path, mutant: Mutant) -> None:
             "bring its entry in tests/mutants up to date"
         )
     mutated = source.replace(mutant.old, mutant.new)
-    compile(mutated, mutant.file, "exec")
+    if path.suffix == ".py":
+        compile(mutated, mutant.file, "exec")
     path.write_text(mutated, encoding="utf-8")
 
 
@@ -102,9 +106,9 @@ def try_mutant(root: Path, work: Path, mutant: Mutant, sound: Future[Outcome]) -
     tree = work / mutant.name.replace(" ", "-")
     copy_tree(root, tree)
     plant(tree, mutant)
-    if not mutant.file.startswith(("server/", "protos/")):
+    if not mutant.file.startswith(("server/", "protos/", "loadtest/")):
         return run_tests(tree, [mutant.test])
-    sound.result()  # what the server reads is not what was mutated
+    sound.result()  # what is read is not what was mutated
     return run_tests(tree, [mutant.test], work / "bundles")
 
 

@@ -13,12 +13,23 @@ MUTANTS = (
     *bugs(
         "server/runtime/onnx_session.py",
         _FEW_BITS,
-        ("an odd batch stays odd", "if self._pairs and batch % 2:", "if False:"),
-        ("an odd chunk stays odd", "if not (self._pairs and time % 2):", "if True:"),
+        (
+            "an odd batch stays odd",
+            "if self._pairs and batch % 2:",
+            "if False:",
+            "test_the_size_of_the_batch_changes_no_bit",
+        ),
+        (
+            "an odd chunk stays odd",
+            "if not (self._pairs and time % 2):",
+            "if True:",
+            "test_the_chunks_of_a_prompt_change_no_bit",
+        ),
         (
             "the last token of an odd chunk overwrites the one before it",
             "position, length = position + time - 1, length + time - 1",
             "position, length = position + time - 2, length + time - 2",
+            "test_the_chunks_of_a_prompt_change_no_bit",
         ),
     ),
     *bugs(
@@ -28,26 +39,31 @@ MUTANTS = (
             "an odd batch overwrites the prefill slot",
             "return slots + slots % 2 if bundle.pairs_rows else slots",
             "return slots",
+            "test_a_full_batch_and_the_prefill_slot_leave_each_other_alone",
         ),
         (
             "odd chunks of a prompt",
             "max(2, limit - limit % 2))",
             "max(2, limit))",
+            "test_the_chunks_of_a_prompt_change_no_bit",
         ),
         (
             "a prompt in chunks of one token",
             "max(2, limit - limit % 2))",
             "max(1, limit - limit % 2))",
+            "test_the_chunks_of_a_prompt_change_no_bit",
         ),
         (
             "chunks of a block",
             "if self._bundle.span is not None:",
             "if False:",
+            "test_rows_come_in_pairs_only_where_it_matters",
         ),
         (
             "tokens that were stepped become a block of a prompt",
             "known = _NEVER if self._bundle.pairs_rows else blocks",
             "known = blocks",
+            "test_what_was_pushed_one_by_one_is_no_block_of_another_prompt",
         ),
     ),
     *bugs(

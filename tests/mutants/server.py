@@ -17,16 +17,19 @@ MUTANTS = (
             "a carry takes an entry too few",
             "return rows.bit_length(), rows",
             "return max(1, rows.bit_length() - 1), rows",
+            "test_prefill_in_any_chunks",
         ),
         (
             "a carry takes half of its tokens",
             "return rows.bit_length(), rows",
             "return rows.bit_length(), rows // 2",
+            "test_prefill_in_any_chunks",
         ),
         (
             "a counter folds as blocks do",
             "if manifest.fold.binary:\n        rows",
             "if False:\n        rows",
+            "test_prefill_in_any_chunks",
         ),
     ),
     *bugs(
@@ -36,13 +39,25 @@ MUTANTS = (
             "positions begin anew in every chunk",
             "np.arange(position, position + time)",
             "np.arange(time)",
+            "test_prefill_in_any_chunks",
         ),
-        ("a step's lengths off by one", "lengths + 1, np", "lengths, np"),
-        ("a step reads a dead entry", "lengths + 1, np", "lengths + 2, np"),
+        (
+            "a step's lengths off by one",
+            "lengths + 1, np",
+            "lengths, np",
+            "test_a_stream_that_begins_in_the_batch",
+        ),
+        (
+            "a step reads a dead entry",
+            "lengths + 1, np",
+            "lengths + 2, np",
+            "test_a_stream_that_begins_in_the_batch",
+        ),
         (
             "a chunk reads a dead entry",
             "np.array([length + time])",
             "np.array([length + time + 1])",
+            "test_prefill_in_any_chunks",
         ),
     ),
     *bugs(
@@ -52,6 +67,7 @@ MUTANTS = (
             "a move leaves the query maximum behind",
             "part[...] = self._part(tensor, source, EMPTY, length)",
             "part[...] = part if part.ndim == 2 else self._part(tensor, source, EMPTY, length)",
+            "test_any_prefix_in_the_prefill_slot_and_the_rest_in_the_batch",
         ),
         (
             "query maximum not reset between blocks (server)",
@@ -59,12 +75,19 @@ MUTANTS = (
             "            at = indices[name]\n"
             "            if self._tensors[name].kind == StateKind.RECURRENT:\n"
             "                continue\n",
+            "test_prefill_in_any_chunks",
         ),
-        ("a parked state is no copy", ".copy() for t", " for t"),
+        (
+            "a parked state is no copy",
+            ".copy() for t",
+            " for t",
+            "test_a_parked_stream_continues_to_the_bit",
+        ),
         (
             "histories read a row late",
             "buffer[begin.tokens : end.tokens]",
             "buffer[begin.tokens + 1 : end.tokens + 1]",
+            "test_any_prefix_in_the_prefill_slot_and_the_rest_in_the_batch",
         ),
         (
             "a row's summaries not written into its history",
@@ -72,6 +95,7 @@ MUTANTS = (
             "            at = indices[name]\n"
             "            if self._tensors[name].kind == StateKind.HISTORY:\n"
             "                continue\n",
+            "test_prefill_in_any_chunks",
         ),
     ),
     *bugs(
@@ -81,6 +105,7 @@ MUTANTS = (
             "a fold writes into its neighbours",
             "stack * length + np.array(first)[:, None]",
             "stack * length + first[0]",
+            "test_any_order_of_operations",
         ),
         *(
             (
@@ -95,6 +120,7 @@ MUTANTS = (
             "of many folds only the first are done",
             "range(0, len(rows), together)",
             "range(0, together, together)",
+            "test_any_order_of_operations",
         ),
     ),
     *bugs(
@@ -104,27 +130,37 @@ MUTANTS = (
             "positions begin anew after prefill",
             "self._append(self.prefill_pushed)",
             "self._append(0)",
+            "test_any_prefix_in_the_prefill_slot_and_the_rest_in_the_batch",
         ),
         (
             "a block folds before its last token attends",
             "fold_size(tokens)",
             "fold_size(tokens + 1)",
+            "test_prefill_in_any_chunks",
         ),
-        ("a block folds one token late", "fold_size(tokens)", "fold_size(tokens - 1)"),
+        (
+            "a block folds one token late",
+            "fold_size(tokens)",
+            "fold_size(tokens - 1)",
+            "test_prefill_in_any_chunks",
+        ),
         (
             "a fold at the wrong base",
             "self._bundle.entries(tokens - 1) + 1",
             "self._bundle.entries(tokens - 1) + 2",
+            "test_prefill_in_any_chunks",
         ),
         (
             "a move leaves the newest entry behind",
             "self._prefill_row, row, self._length(self.prefill_pushed)",
             "self._prefill_row, row, self._length(self.prefill_pushed - 1)",
+            "test_any_prefix_in_the_prefill_slot_and_the_rest_in_the_batch",
         ),
         (
             "a history's newest row forgotten",
             "return StateLength(self._bundle.entries(pushed), pushed)",
             "return StateLength(self._bundle.entries(pushed), pushed - 1)",
+            "test_any_prefix_in_the_prefill_slot_and_the_rest_in_the_batch",
         ),
     ),
     *bugs(
@@ -134,17 +170,25 @@ MUTANTS = (
             "the prefill slot keeps the last stream's query maximum",
             "self._runtime.reset(self._prefill_row)",
             "pass",
+            "test_any_order_of_operations",
         ),
-        ("a row keeps the last stream's query maximum", "self._runtime.reset(row)", "pass"),
+        (
+            "a row keeps the last stream's query maximum",
+            "self._runtime.reset(row)",
+            "pass",
+            "test_any_order_of_operations",
+        ),
         (
             "the last row's books not moved when one leaves",
             "self._pushed[row] = self._pushed[last]",
             "pass",
+            "test_any_order_of_operations",
         ),
         (
             "the last row not moved when one leaves",
             "self._runtime.move(last, row, self._length(int(self._pushed[last])))",
             "pass",
+            "test_any_order_of_operations",
         ),
     ),
     *bugs(

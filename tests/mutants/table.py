@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from tests.mutants import client, export, model, patterns, pixels, same_bits, server, snapshots
+from tests.mutants import (
+    bench,
+    client,
+    examples,
+    export,
+    limits,
+    model,
+    patterns,
+    pixels,
+    same_bits,
+    sampling,
+    server,
+    snapshots,
+)
 
 MUTANTS = (
     *patterns.MUTANTS,
@@ -10,7 +23,11 @@ MUTANTS = (
     *pixels.MUTANTS,
     *export.MUTANTS,
     *client.MUTANTS,
+    *examples.MUTANTS,
     *server.MUTANTS,
+    *limits.MUTANTS,
     *same_bits.MUTANTS,
+    *sampling.MUTANTS,
     *snapshots.MUTANTS,
+    *bench.MUTANTS,
 )

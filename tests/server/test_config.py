@@ -54,7 +54,7 @@ def test_engine_settings_have_ranges(settings: dict[str, Any], named: str) -> No
         ({"metrics_port": -1}, "metrics_port is -1"),
         ({"port": 77, "metrics_port": 77}, "metrics_port is 77: it must differ from port"),
         ({"replicas": 0}, "replicas is 0"),
-        ({"max_message_bytes": 10}, "max_message_bytes is 10"),
+        ({"max_request_bytes": 10}, "max_request_bytes is 10"),
         ({"drain_seconds": -1}, "drain_seconds is -1"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -14,7 +16,6 @@ class Setting:
     """What an engine is opened with."""
 
     shape: Shape
-    variant: str
     folder: Path
     """Where `prepare` left the model."""
     context: int
@@ -24,6 +25,17 @@ class Setting:
     threads: int
     room: int
     """Tokens that a stream may decode after its context."""
+    open_s: float = math.inf
+    """Most seconds that computing the context may take."""
+    mode: str = ""
+    """What of the engine runs; empty for all of it."""
+    weights: str = "float32"
+    state: str = "float32"
+    """Types of what is stored."""
+
+
+class TooLong(Exception):
+    """The context would take longer to compute than is allowed."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +63,10 @@ class Session(Protocol):
         ...
 
 
+FirstToken = Callable[[], float]
+"""Seconds from a prompt of `context` random tokens to the first token after it, anew each call."""
+
+
 class Adapter(Protocol):
     """A module of this package."""
 
@@ -59,9 +75,12 @@ class Adapter(Protocol):
         ...
 
     def open_session(self, setting: Setting) -> Session:
-        """An engine at the setting's context, without computing that context where possible."""
+        """An engine at the setting's context, without computing that context where possible.
+
+        Raises TooLong where computing it takes longer than `open_s`.
+        """
         ...
 
-    def first_token_s(self, setting: Setting) -> float:
-        """Seconds from a prompt of `context` random tokens to the first token after it."""
+    def open_prompt(self, setting: Setting) -> FirstToken:
+        """An engine without any context, which keeps nothing of a prompt for the next one."""
         ...

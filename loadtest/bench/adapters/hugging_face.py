@@ -7,7 +7,7 @@ import time
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
-from loadtest.bench.adapters.adapter import Session, Setting, Window
+from loadtest.bench.adapters.adapter import FirstToken, Session, Setting, Window
 from loadtest.bench.plan import Shape
 
 _POSITIONS = 1 << 17
@@ -43,16 +43,20 @@ def open_session(setting: Setting) -> Session:
     return _Static(setting, setting.context)
 
 
-def first_token_s(setting: Setting) -> float:
+def open_prompt(setting: Setting) -> FirstToken:
     """See Adapter. The prompt goes in by chunks of 2,048 tokens."""
     session = _Static(setting, context=0)
     session.decode(1)
-    prompt = torch.randint(setting.shape.vocabulary, (1, setting.context))
-    began = time.perf_counter()
-    session.rewind()
-    for chunk in prompt.split(_PREFILL_CHUNK, dim=1):
-        session.push(chunk)
-    return time.perf_counter() - began
+
+    def first_token() -> float:
+        prompt = torch.randint(setting.shape.vocabulary, (1, setting.context))
+        began = time.perf_counter()
+        session.rewind()
+        for chunk in prompt.split(_PREFILL_CHUNK, dim=1):
+            session.push(chunk)
+        return time.perf_counter() - began
+
+    return first_token
 
 
 class _Static:

@@ -1,4 +1,4 @@
-"""llama.cpp through llama-cpp-python: a random GGUF of our size, in f32 or q8_0."""
+"""llama.cpp through llama-cpp-python: a random GGUF of our size, in f32, q8_0 or q4_0."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import llama_cpp
 import numpy as np
 from gguf.quants import quantize
 
-from loadtest.bench.adapters.adapter import Session, Setting, Window
+from loadtest.bench.adapters.adapter import FirstToken, Session, Setting, TooLong, Window
 
 _EPSILON = 1e-5
 _PREFILL_CHUNK = 512
+_PROBE_CHUNKS = 4
+_KINDS = {"q8_0": gguf.GGMLQuantizationType.Q8_0, "q4_0": gguf.GGMLQuantizationType.Q4_0}
 
 
 def prepare(setting: Setting) -> None:
@@ -34,8 +36,8 @@ def prepare(setting: Setting) -> None:
 
     def matrix(name: str, rows: int, columns: int) -> None:
         weights = random.normal(0, columns**-0.5, (rows, columns)).astype(np.float32)
-        if setting.variant == "q8_0":
-            kind = gguf.GGMLQuantizationType.Q8_0
+        if setting.weights in _KINDS:
+            kind = _KINDS[setting.weights]
             writer.add_tensor(name, quantize(weights, kind), raw_dtype=kind)
         else:
             writer.add_tensor(name, weights)
@@ -67,14 +69,18 @@ def open_session(setting: Setting) -> Session:
     return session
 
 
-def first_token_s(setting: Setting) -> float:
+def open_prompt(setting: Setting) -> FirstToken:
     """See Adapter."""
     session = _Context(setting)
+
+    def first_token() -> float:
+        session.clear()
+        began = time.perf_counter()
+        session.prefill(setting.context)
+        return time.perf_counter() - began
+
     session.prefill(8)
-    session.clear()
-    began = time.perf_counter()
-    session.prefill(setting.context)
-    return time.perf_counter() - began
+    return first_token
 
 
 class _Context:
@@ -92,7 +98,7 @@ class _Context:
         parameters.n_batch = parameters.n_ubatch = _PREFILL_CHUNK
         parameters.n_threads = parameters.n_threads_batch = setting.threads
         parameters.kv_unified = False
-        if setting.variant == "f32":
+        if setting.state == "float32":
             parameters.type_k = parameters.type_v = llama_cpp.GGML_TYPE_F32
         self._context = llama_cpp.llama_init_from_model(self._model, parameters)
         if not self._context:
@@ -103,9 +109,8 @@ class _Context:
     @property
     def cache_bytes(self) -> int:
         """See Session."""
-        element = 4 if self._setting.variant == "f32" else 2
         entries = self._setting.context + self._setting.room
-        return self._setting.shape.entry_bytes * entries * element // 4
+        return self._setting.shape.entry_bytes(self._setting.state) * entries
 
     def clear(self) -> None:
         """Forget everything."""
@@ -114,10 +119,20 @@ class _Context:
     def prefill(self, tokens: int) -> None:
         """Push a random prompt of `tokens` to the first stream, and copy it to the others."""
         ids = np.random.default_rng(0).integers(2, self._setting.shape.vocabulary, size=tokens)
-        for begin in range(0, tokens, _PREFILL_CHUNK):
+        began = time.perf_counter()
+        for number, begin in enumerate(range(0, tokens, _PREFILL_CHUNK)):
             chunk = ids[begin : begin + _PREFILL_CHUNK].tolist()
             last = begin + len(chunk) == tokens
             self._push([(t, begin + i, 0) for i, t in enumerate(chunk)], [len(chunk) - 1] * last)
+            if number == _PROBE_CHUNKS:
+                took = time.perf_counter() - began
+                # Attention, which is what takes long, grows with the square.
+                whole = took * (tokens / (begin + len(chunk))) ** 2 / 2
+                if whole > self._setting.open_s:
+                    raise TooLong(
+                        f"its context would take about {whole / 60:.0f} min to compute, and may "
+                        f"take {self._setting.open_s / 60:.0f} (--open-limit)"
+                    )
         for stream in range(1, self._setting.streams):
             llama_cpp.llama_memory_seq_cp(self._memory, 0, stream, -1, -1)
 

@@ -10,12 +10,13 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from loadtest.bench.adapters.adapter import Session, Setting, Window
+from loadtest.bench.adapters.adapter import FirstToken, Session, Setting, Window
 from server.arrays import State
 from server.bundles.bundle import Bundle, load_bundle
 from server.bundles.state import StateKind
@@ -28,30 +29,41 @@ from server.sessions.served_model import ServedModel
 from server.sessions.subscriber import Delta
 from server.sessions.table import Session as Streams
 
+_WARM_UP_TOKENS = 64
 _FILLER = np.float32(0.01)
 
 
 def prepare(setting: Setting) -> None:
     """See Adapter."""
-    from loadtest.bench.bundles import make_bundle  # needs torch, which nothing else here does
+    from loadtest.bench.adapters.bundles import (
+        make_bundle,
+    )  # needs torch, which nothing else here does
 
-    make_bundle(setting.folder, setting.shape, setting.context + setting.room, setting.span)
+    make_bundle(
+        setting.folder,
+        setting.shape,
+        setting.context + setting.room,
+        setting.span,
+        setting.weights,
+        setting.state,
+    )
 
 
 def open_session(setting: Setting) -> Session:
     """See Adapter."""
     bundle = load_bundle(setting.folder)
-    if setting.variant == "steps":
+    if setting.mode == "steps":
         return _Steps(bundle, setting)
     return _Streams(bundle, setting)
 
 
-def first_token_s(setting: Setting) -> float:
-    """See Adapter."""
-    with open_engine(setting.folder, slots=1, threads=setting.threads) as model:
-        asyncio.run(_generate(model, setting.span or 64))
-        arrivals = asyncio.run(_generate(model, setting.context))
-    return arrivals[0][0]
+def open_prompt(setting: Setting) -> FirstToken:
+    """See Adapter. Every prompt is another one: the engine keeps the blocks of prompts."""
+    config = EngineConfig(slots=1, threads=setting.threads)
+    model = ServedModel(load_bundle(setting.folder), config)
+    asyncio.run(_generate(model, min(_WARM_UP_TOKENS, setting.context), seed=0))
+    seeds = count(1)
+    return lambda: asyncio.run(_generate(model, setting.context, next(seeds)))[0][0]
 
 
 @contextmanager
@@ -172,13 +184,14 @@ def _made_up(bundle: Bundle, context: int) -> SavedState:
         if tensor.kind is StateKind.STACK:
             shape[1] = bundle.entries(context)
         value = tensor.initial if tensor.kind is StateKind.RECURRENT else _FILLER
-        state[tensor.name] = np.broadcast_to(np.float32(value), shape)
+        state[tensor.name] = np.broadcast_to(np.asarray(value, tensor.element), shape)
     return SavedState(state, context)
 
 
-async def _generate(model: ServedModel, prompt: int) -> list[tuple[float, int]]:
+async def _generate(model: ServedModel, prompt: int, seed: int) -> list[tuple[float, int]]:
+    ids = random_prompt(model, prompt, seed)
     epoch = time.perf_counter()
-    return await _arrivals(generate(model, random_prompt(model, prompt), tokens=1), epoch)
+    return await _arrivals(generate(model, ids, tokens=1), epoch)
 
 
 async def _arrivals(

@@ -5,12 +5,24 @@ from __future__ import annotations
 import io
 import os
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Final
 
 from rich.console import Console, RenderableType
 from rich.measure import Measurement
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 _WIDEST: Final = 10_000
+LINE_EVERY_S: Final = 10.0
 _STANDARD: Final = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
 
 
@@ -26,6 +38,34 @@ def print_whole(shown: RenderableType) -> None:
         widest = console.options.update(max_width=_WIDEST)
         console.width = max(console.width, Measurement.get(console, widest, shown).maximum)
     console.print(shown, soft_wrap=False)
+
+
+@contextmanager
+def counted(total: int, what: str) -> Iterator[Callable[[str], None]]:
+    """Shows on standard error how many of `total` are done: each call counts one, with a note.
+
+    A terminal has a bar, which goes when all is done; anything else a line every ten seconds.
+    """
+    console = plain_console(stderr=True)
+    if console.is_terminal:
+        columns = (MofNCompleteColumn(), TextColumn("{task.description}", markup=False))
+        with Progress(
+            *columns, BarColumn(), TimeRemainingColumn(), console=console, transient=True
+        ) as bar:
+            task = bar.add_task(what, total=total)
+            yield lambda note: bar.update(task, advance=1, description=f"{what}, {note}")
+        return
+    done, began = 0, time.monotonic()
+    said = began
+
+    def count(note: str) -> None:
+        nonlocal done, said
+        done, now = done + 1, time.monotonic()
+        if now - said >= LINE_EVERY_S:
+            said, left = now, timedelta(seconds=round((total - done) * (now - began) / done))
+            console.print(f"{done:,} of {total:,} {what}, {note}, {left} left")
+
+    yield count
 
 
 def open_standard_streams() -> None:

@@ -25,15 +25,17 @@ from concertina.cli.options import (
     access,
     file_or_dataset,
 )
+from concertina.cli.output import counted
 from concertina.cli.windows import (
     HeldOut,
     Window,
     heldout_windows,
     read_heldout,
+    score_all,
     spread,
     text_windows,
 )
-from concertina.client import DEFAULT_ADDRESS, Client, InvalidRequest, Model
+from concertina.client import DEFAULT_ADDRESS, Client, InvalidRequest, Model, Score
 from concertina.client.requests import PromptLike
 
 
@@ -71,7 +73,8 @@ def score(
 
     A text longer than the model's context is scored in windows, and so is the held-out part of a
     dataset; the bits are those of all tokens, each counted once. With a --stride below the context,
-    windows overlap: a token sees more of what is before it, and it takes longer.
+    windows overlap: a token sees more of what is before it, and it takes longer. What takes long
+    says on stderr how far it is.
 
     Examples:
     concertina score main.py
@@ -118,13 +121,24 @@ def _score_windows(
     timeout: float | None,
     json_output: bool,
 ) -> None:
-    bits, tokens, fingerprint = 0.0, 0, ""
-    for window in windows:
-        result = client.score(
+    def ask(window: Window) -> Score:
+        return client.score(
             window.tokens, model=model.name, label=window.label or label, timeout=timeout
         )
-        bits += sum(result.bits[-window.new :])
-        tokens, fingerprint = tokens + window.new, result.fingerprint
+
+    with counted(len(windows), "windows") as count:
+        so_far = [0.0, 0]
+
+        def note(window: Window, result: Score) -> None:
+            so_far[0] += sum(result.bits[-window.new :])
+            so_far[1] += window.new
+            count(f"{so_far[0] / so_far[1]:.4f} {_unit(model)} so far")
+
+        scores = score_all(windows, ask, note)
+    bits = sum(
+        sum(result.bits[-window.new :]) for window, result in zip(windows, scores, strict=True)
+    )
+    tokens, fingerprint = sum(window.new for window in windows), scores[-1].fingerprint
     if json_output:
         found = {"model": model.name, "fingerprint": fingerprint, "bits_per_token": bits / tokens}
         print(json.dumps({**found, "tokens": tokens, "windows": len(windows)}))

@@ -1,20 +1,24 @@
-"""Cuts what is longer than a model's context, and whole datasets, into windows to score."""
+"""Cuts what is longer than a model's context, and whole datasets, into windows, and scores them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from concertina.client import Model
+from concertina.client import Model, Overloaded, Score
 from concertina.client.errors import InvalidRequest
 
 DATASET = "dataset.json"
+AT_ONCE: Final = 4
+"""Windows that are asked for side by side: a server scores one while the next are on their way."""
 
 
 @dataclass(frozen=True)
@@ -99,3 +103,41 @@ def spread(windows: Sequence[Window], limit: int | None) -> list[Window]:
     if limit is None or len(windows) <= limit:
         return list(windows)
     return [windows[int(at)] for at in np.linspace(0, len(windows) - 1, limit)]
+
+
+def score_all(
+    windows: Sequence[Window],
+    score: Callable[[Window], Score],
+    on_score: Callable[[Window, Score], None],
+) -> list[Score]:
+    """The scores of the windows, in their order. `on_score` is called for each as it comes.
+
+    Several are asked for at once. When the server, or the quota of the key, has no room for so
+    many, fewer are. Raises what `score` raises.
+    """
+    scores: dict[int, Score] = {}
+    left, running, most = deque(range(len(windows))), dict[Future[Score], int](), AT_ONCE
+    pool = ThreadPoolExecutor(AT_ONCE)
+    try:
+        while left or running:
+            while left and len(running) < most:
+                at = left.popleft()
+                running[pool.submit(score, windows[at])] = at
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            refused: list[Overloaded] = []
+            for future in done:
+                at = running.pop(future)
+                try:
+                    scores[at] = future.result()
+                except Overloaded as error:
+                    refused.append(error)
+                    left.appendleft(at)
+                else:
+                    on_score(windows[at], scores[at])
+            if refused:
+                if len(refused) == len(done) and not running:
+                    raise refused[0]  # it is others who take the room
+                most = max(1, len(running))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # closing the client ends what still runs
+    return [scores[at] for at in range(len(windows))]

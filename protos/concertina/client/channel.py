@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import grpc
+from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 
 from concertina.addresses import host_of, is_loopback
 from concertina.client.errors import InvalidRequest
 from concertina.client.times import timeout_seconds
 from concertina.shown import shown
+from concertina.v1 import limits_pb2
 
 KEY_VARIABLE: Final = "CONCERTINA_KEY"
 _MAX_KEY_CHARACTERS: Final = 4096  # gRPC refuses headers of 8 KiB and more
-_MAX_MESSAGE_BYTES: Final = 16 * 1024 * 1024
+_LARGEST_ANSWER: Final = 16 * 1024 * 1024
 _OPTIONS: Final = (
-    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", _LARGEST_ANSWER),
     # gRPC servers close connections that ping more often than every five minutes.
     ("grpc.keepalive_time_ms", 330_000),
     ("grpc.keepalive_timeout_ms", 20_000),
@@ -111,12 +113,43 @@ def channel_options(address: str) -> tuple[tuple[str, int], ...]:
 
 def _checked(call: Any, metadata: tuple[tuple[str, str], ...] | None) -> Callable[..., Any]:
     def make(request: Any, timeout: float | None = None) -> Any:
-        if isinstance(request, Message) and (size := request.ByteSize()) > _MAX_MESSAGE_BYTES:
-            raise InvalidRequest(
-                f"the request has {size:,} bytes, the limit is {_MAX_MESSAGE_BYTES:,}: "
-                "send a shorter prompt or shorter lists",
-                limit=_MAX_MESSAGE_BYTES,
-            )
+        if isinstance(request, Message):
+            _require_size(request)
         return call(request, timeout=timeout_seconds(timeout), metadata=metadata)
 
     return make
+
+
+def _require_size(request: Message) -> None:
+    """Raise InvalidRequest for a request that no server takes, because of its size."""
+    size, most = request.ByteSize(), _largest_bytes(request.DESCRIPTOR)
+    if most and size > most:
+        raise InvalidRequest(
+            f"the request has {size:,} bytes, the limit is {most:,}: "
+            "send a shorter prompt or shorter lists",
+            field=_largest_field(request),
+            limit=most,
+        )
+
+
+@cache
+def _largest_bytes(kind: Descriptor) -> int:
+    """Most bytes of a request of this type; 0 if it is not known."""
+    options: Any = kind.GetOptions()
+    return int(options.Extensions[limits_pb2.largest_bytes])
+
+
+def _largest_field(message: Message) -> str:
+    """The name of the field that takes the most bytes, such as `prompt.text`."""
+    fields = message.ListFields()
+    if not fields:
+        return ""
+    field, value = max(fields, key=lambda given: _size(given[1]))
+    inner = _largest_field(value) if isinstance(value, Message) else ""
+    return f"{field.name}.{inner}" if inner else field.name
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, Message):
+        return value.ByteSize()
+    return len(value) if isinstance(value, Sized) else 8

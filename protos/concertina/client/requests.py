@@ -2,44 +2,27 @@
 
 from __future__ import annotations
 
-import io
 import secrets
-import struct
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
-from typing import IO, Any, Final, Protocol, TypeAlias, TypedDict, TypeVar, runtime_checkable
+from typing import Final, TypeAlias, TypedDict, TypeVar
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
 from concertina.client.errors import InvalidRequest
+from concertina.client.pictures import (
+    PNG,
+    PillowImage,
+    PixelArray,
+    check_raw,
+    png_of_array,
+    png_of_image,
+)
 from concertina.client.times import finite_seconds
 from concertina.shown import cut, shown
 from concertina.v1 import generation_service_pb2 as pb
 from concertina.v1 import session_service_pb2 as session_pb
-
-
-@runtime_checkable
-class PillowImage(Protocol):
-    """The part of `PIL.Image.Image` that a prompt needs: the client works without Pillow."""
-
-    def save(self, fp: IO[bytes], format: str | None = ..., *, exif: bytes = ...) -> None: ...
-
-    def getexif(self) -> Mapping[int, object]: ...
-
-
-class PixelArray(Protocol):
-    """The part of a NumPy array that a prompt needs: the client works without NumPy."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def dtype(self) -> Any: ...
-
-    def tobytes(self) -> bytes: ...
-
 
 PromptLike: TypeAlias = str | bytes | Sequence[int] | PillowImage | PixelArray
 """Text; a PNG, or three bytes per pixel in raster order; token ids; a Pillow image; a NumPy array.
@@ -50,9 +33,6 @@ is a picture.
 
 _Message = TypeVar("_Message", bound=Message)
 _KEY_BYTES = 16
-_PNG = b"\x89PNG\r\n\x1a\n"
-_ORIENTATION: Final = 0x0112
-_PNG_COLOURS: Final = {1: 0, 2: 4, 3: 2, 4: 6}  # by the number of channels
 _MOST_REASON: Final = 200
 # Keyword arguments of the calls that are no parameters of the request.
 _OF_THE_CALL: Final = ("prompt", "timeout", "keep", "resume_for")
@@ -189,62 +169,22 @@ def prompt_message(prompt: PromptLike | None, label: str | None) -> pb.Prompt | 
     if isinstance(prompt, str):
         return message(pb.Prompt, text=prompt, label=label)
     if isinstance(prompt, bytes):
-        rows = pb.ImageRows(png=prompt) if prompt.startswith(_PNG) else pb.ImageRows(rgb=prompt)
-        return message(pb.Prompt, image=rows, label=label)
+        if prompt.startswith(PNG):
+            return message(pb.Prompt, image=pb.ImageRows(png=prompt), label=label)
+        check_raw(prompt)
+        return message(pb.Prompt, image=pb.ImageRows(rgb=prompt), label=label)
     if len(getattr(prompt, "shape", ())) > 1:
-        rows = pb.ImageRows(png=_png_of_array(prompt))  # type: ignore[arg-type]  # an array, by its shape
+        rows = pb.ImageRows(png=png_of_array(prompt))  # type: ignore[arg-type]  # an array, by its shape
         return message(pb.Prompt, image=rows, label=label)
     if isinstance(prompt, Iterable):
         return message(pb.Prompt, tokens=message(pb.TokenIds, ids=prompt), label=label)
     if isinstance(prompt, PillowImage):
-        return message(pb.Prompt, image=pb.ImageRows(png=_png_of_image(prompt)), label=label)
+        return message(pb.Prompt, image=pb.ImageRows(png=png_of_image(prompt)), label=label)
     raise InvalidRequest(
         f"a prompt is text, token ids, PNG or RGB bytes, a Pillow image or a NumPy array; "
         f"got {type(prompt).__name__}",
         field="prompt",
     )
-
-
-def _png_of_array(array: PixelArray) -> bytes:
-    """A picture as PNG, which says how wide it is: bytes alone do not. Raises InvalidRequest."""
-    height, width, *channels = array.shape
-    items = str(array.dtype)
-    if items != "uint8" or len(channels) > 1 or (channels or [1])[0] not in _PNG_COLOURS:
-        raise InvalidRequest(
-            f"prompt is an array of {items} with the shape {shown(tuple(array.shape))}: a picture "
-            "is of uint8, [height, width] or [height, width, channels], with 1 to 4 channels",
-            field="prompt",
-        )
-    if not height or not width:
-        raise InvalidRequest(f"prompt is a picture of {width}x{height} pixels", field="prompt")
-    depth = (channels or [1])[0]
-    data, row = array.tobytes(), width * depth
-    lines = b"".join(b"\0" + data[at : at + row] for at in range(0, len(data), row))
-    header = struct.pack(">IIBBBBB", width, height, 8, _PNG_COLOURS[depth], 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b""))
-    return _PNG + b"".join(
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        for kind, body in chunks
-    )
-
-
-def _png_of_image(image: PillowImage) -> bytes:
-    """An image as PNG. Its orientation goes with it, since the server turns images upright."""
-    orientation = image.getexif().get(_ORIENTATION)
-    exif = b""
-    if isinstance(orientation, int) and 1 < orientation <= 8:
-        # One big-endian table of EXIF with one entry: the orientation, a 16-bit integer.
-        entry = struct.pack(">HHIHH", _ORIENTATION, 3, 1, orientation, 0)
-        exif = b"Exif\0\0" + struct.pack(">2sHIH", b"MM", 42, 8, 1) + entry + bytes(4)
-    png = io.BytesIO()
-    try:
-        image.save(png, format="PNG", exif=exif)
-    except (OSError, ValueError) as error:
-        raise InvalidRequest(
-            f"the image cannot be sent as PNG ({error}): convert it first, for example with "
-            'image.convert("RGB")'
-        ) from None
-    return png.getvalue()
 
 
 def _sampling(parameters: ContinueParameters) -> pb.SamplingParameters:

@@ -6,6 +6,7 @@ transport mean what their words say, not what our server means by the same code.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Final
 
@@ -49,6 +50,7 @@ _OTHER_NAME = "hostname verification check failed"
 _NO_CONNECTION = ("failed to connect", "dns resolution failed", "connection refused")
 # Of gRPC itself, here or there; what our server refuses has other words.
 _TOO_LARGE = ("message larger than max", "metadata size exceeds")
+_LIMIT: Final = re.compile(r" vs\. (\d+)\)")
 _ANSWER_TOO_LARGE = "client: received message larger than max"
 # In a NOT_FOUND of Ray's own proxy, which answers while no replica of ours does.
 _RAY_WITHOUT_US = "RayServeAPIService"
@@ -128,7 +130,12 @@ def status_error(
     if is_too_large(code, details):
         if _ANSWER_TOO_LARGE in details.lower():
             return ServerError(f"the answer of {at} is too large to be read ({details})")
-        return InvalidRequest(f"the request is too large for {at} ({details})", code=code.name)
+        limit = _LIMIT.search(details)
+        return InvalidRequest(
+            f"the request is too large for {at} ({details})",
+            code=code.name,
+            limit=int(limit[1]) if limit else None,
+        )
     if code.name == "UNAVAILABLE":
         return refusal(code.name, _unavailable(address, at, details), told)
     if code.name == "UNAUTHENTICATED":

@@ -1,5 +1,6 @@
 import datetime
 
+from concertina.v1 import limits_pb2 as _limits_pb2
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper

@@ -23,25 +23,32 @@ _sym_db = _symbol_database.Default()
 
 
 from concertina.v1 import bundle_pb2 as concertina_dot_v1_dot_bundle__pb2
+from concertina.v1 import limits_pb2 as concertina_dot_v1_dot_limits__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!concertina/v1/model_service.proto\x12\rconcertina.v1\x1a\x1a\x63oncertina/v1/bundle.proto\"\x13\n\x11ListModelsRequest\":\n\x12ListModelsResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.concertina.v1.Model\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"7\n\x10GetModelResponse\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.concertina.v1.Model\"o\n\x05Model\x12)\n\x08manifest\x18\x01 \x01(\x0b\x32\x17.concertina.v1.Manifest\x12\r\n\x05slots\x18\x02 \x01(\r\x12\x13\n\x0bqueue_limit\x18\x03 \x01(\r\x12\x17\n\x0fmax_state_bytes\x18\x04 \x01(\x04\x32\xae\x01\n\x0cModelService\x12Q\n\nListModels\x12 .concertina.v1.ListModelsRequest\x1a!.concertina.v1.ListModelsResponse\x12K\n\x08GetModel\x12\x1e.concertina.v1.GetModelRequest\x1a\x1f.concertina.v1.GetModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!concertina/v1/model_service.proto\x12\rconcertina.v1\x1a\x1a\x63oncertina/v1/bundle.proto\x1a\x1a\x63oncertina/v1/limits.proto\"\x1a\n\x11ListModelsRequest:\x05\xa8\xbb\x18\x80 \":\n\x12ListModelsResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.concertina.v1.Model\"0\n\x0fGetModelRequest\x12\x16\n\x05model\x18\x01 \x01(\tB\x07\xa2\xbb\x18\x03\x30\x80\x02:\x05\xa8\xbb\x18\x80 \"7\n\x10GetModelResponse\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.concertina.v1.Model\"o\n\x05Model\x12)\n\x08manifest\x18\x01 \x01(\x0b\x32\x17.concertina.v1.Manifest\x12\r\n\x05slots\x18\x02 \x01(\r\x12\x13\n\x0bqueue_limit\x18\x03 \x01(\r\x12\x17\n\x0fmax_state_bytes\x18\x04 \x01(\x04\x32\xae\x01\n\x0cModelService\x12Q\n\nListModels\x12 .concertina.v1.ListModelsRequest\x1a!.concertina.v1.ListModelsResponse\x12K\n\x08GetModel\x12\x1e.concertina.v1.GetModelRequest\x1a\x1f.concertina.v1.GetModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'concertina.v1.model_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LISTMODELSREQUEST']._serialized_start=80
-  _globals['_LISTMODELSREQUEST']._serialized_end=99
-  _globals['_LISTMODELSRESPONSE']._serialized_start=101
-  _globals['_LISTMODELSRESPONSE']._serialized_end=159
-  _globals['_GETMODELREQUEST']._serialized_start=161
-  _globals['_GETMODELREQUEST']._serialized_end=193
-  _globals['_GETMODELRESPONSE']._serialized_start=195
-  _globals['_GETMODELRESPONSE']._serialized_end=250
-  _globals['_MODEL']._serialized_start=252
-  _globals['_MODEL']._serialized_end=363
-  _globals['_MODELSERVICE']._serialized_start=366
-  _globals['_MODELSERVICE']._serialized_end=540
+  _globals['_LISTMODELSREQUEST']._loaded_options = None
+  _globals['_LISTMODELSREQUEST']._serialized_options = b'\250\273\030\200 '
+  _globals['_GETMODELREQUEST'].fields_by_name['model']._loaded_options = None
+  _globals['_GETMODELREQUEST'].fields_by_name['model']._serialized_options = b'\242\273\030\0030\200\002'
+  _globals['_GETMODELREQUEST']._loaded_options = None
+  _globals['_GETMODELREQUEST']._serialized_options = b'\250\273\030\200 '
+  _globals['_LISTMODELSREQUEST']._serialized_start=108
+  _globals['_LISTMODELSREQUEST']._serialized_end=134
+  _globals['_LISTMODELSRESPONSE']._serialized_start=136
+  _globals['_LISTMODELSRESPONSE']._serialized_end=194
+  _globals['_GETMODELREQUEST']._serialized_start=196
+  _globals['_GETMODELREQUEST']._serialized_end=244
+  _globals['_GETMODELRESPONSE']._serialized_start=246
+  _globals['_GETMODELRESPONSE']._serialized_end=301
+  _globals['_MODEL']._serialized_start=303
+  _globals['_MODEL']._serialized_end=414
+  _globals['_MODELSERVICE']._serialized_start=417
+  _globals['_MODELSERVICE']._serialized_end=591
 # @@protoc_insertion_point(module_scope)

@@ -23,46 +23,81 @@ _sym_db = _symbol_database.Default()
 
 
 from concertina.v1 import generation_service_pb2 as concertina_dot_v1_dot_generation__service__pb2
+from concertina.v1 import limits_pb2 as concertina_dot_v1_dot_limits__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#concertina/v1/session_service.proto\x12\rconcertina.v1\x1a&concertina/v1/generation_service.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xdb\x01\n\x07Session\x12\x11\n\tstream_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12*\n\x05phase\x18\x03 \x01(\x0e\x32\x1b.concertina.v1.SessionPhase\x12\x0f\n\x07outputs\x18\x04 \x01(\r\x12\x15\n\rprompt_tokens\x18\x05 \x01(\x04\x12\x18\n\x10generated_tokens\x18\x06 \x01(\x04\x12\x13\n\x0bstate_bytes\x18\x07 \x01(\x04\x12+\n\x07\x65xpires\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"!\n\x0cPauseRequest\x12\x11\n\tstream_id\x18\x01 \x01(\t\"8\n\rPauseResponse\x12\'\n\x07session\x18\x01 \x01(\x0b\x32\x16.concertina.v1.Session\"\xb3\x01\n\x0f\x43ontinueRequest\x12\x11\n\tstream_id\x18\x01 \x01(\t\x12%\n\x06prompt\x18\x02 \x01(\x0b\x32\x15.concertina.v1.Prompt\x12\x31\n\x08stopping\x18\x03 \x01(\x0b\x32\x1f.concertina.v1.StoppingCriteria\x12\x33\n\x08sampling\x18\x04 \x01(\x0b\x32!.concertina.v1.SamplingParameters\"+\n\x0b\x46orkRequest\x12\x11\n\tstream_id\x18\x01 \x01(\t\x12\t\n\x01n\x18\x02 \x01(\r\"\"\n\x0c\x46orkResponse\x12\x12\n\nstream_ids\x18\x01 \x03(\t\"\"\n\rExportRequest\x12\x11\n\tstream_id\x18\x01 \x01(\t\".\n\x0e\x45xportResponse\x12\x0c\n\x04part\x18\x01 \x01(\x0c\x12\x0e\n\x06sha256\x18\x02 \x01(\x0c\"-\n\rImportRequest\x12\x0c\n\x04part\x18\x01 \x01(\x0c\x12\x0e\n\x06sha256\x18\x02 \x01(\x0c\"9\n\x0eImportResponse\x12\'\n\x07session\x18\x01 \x01(\x0b\x32\x16.concertina.v1.Session\"\"\n\rDeleteRequest\x12\x11\n\tstream_id\x18\x01 \x01(\t\"\x10\n\x0e\x44\x65leteResponse\"<\n\x13ListSessionsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"Y\n\x14ListSessionsResponse\x12(\n\x08sessions\x18\x01 \x03(\x0b\x32\x16.concertina.v1.Session\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t*\x98\x01\n\x0cSessionPhase\x12\x1d\n\x19SESSION_PHASE_UNSPECIFIED\x10\x00\x12\x19\n\x15SESSION_PHASE_RUNNING\x10\x01\x12\x18\n\x14SESSION_PHASE_PAUSED\x10\x02\x12\x1a\n\x16SESSION_PHASE_FINISHED\x10\x03\x12\x18\n\x14SESSION_PHASE_STORED\x10\x04\x32\x96\x04\n\x0eSessionService\x12\x42\n\x05Pause\x12\x1b.concertina.v1.PauseRequest\x1a\x1c.concertina.v1.PauseResponse\x12M\n\x08\x43ontinue\x12\x1e.concertina.v1.ContinueRequest\x1a\x1f.concertina.v1.GenerateResponse0\x01\x12?\n\x04\x46ork\x12\x1a.concertina.v1.ForkRequest\x1a\x1b.concertina.v1.ForkResponse\x12G\n\x06\x45xport\x12\x1c.concertina.v1.ExportRequest\x1a\x1d.concertina.v1.ExportResponse0\x01\x12G\n\x06Import\x12\x1c.concertina.v1.ImportRequest\x1a\x1d.concertina.v1.ImportResponse(\x01\x12\x45\n\x06\x44\x65lete\x12\x1c.concertina.v1.DeleteRequest\x1a\x1d.concertina.v1.DeleteResponse\x12W\n\x0cListSessions\x12\".concertina.v1.ListSessionsRequest\x1a#.concertina.v1.ListSessionsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#concertina/v1/session_service.proto\x12\rconcertina.v1\x1a&concertina/v1/generation_service.proto\x1a\x1a\x63oncertina/v1/limits.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xdb\x01\n\x07Session\x12\x11\n\tstream_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12*\n\x05phase\x18\x03 \x01(\x0e\x32\x1b.concertina.v1.SessionPhase\x12\x0f\n\x07outputs\x18\x04 \x01(\r\x12\x15\n\rprompt_tokens\x18\x05 \x01(\x04\x12\x18\n\x10generated_tokens\x18\x06 \x01(\x04\x12\x13\n\x0bstate_bytes\x18\x07 \x01(\x04\x12+\n\x07\x65xpires\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"1\n\x0cPauseRequest\x12\x1a\n\tstream_id\x18\x01 \x01(\tB\x07\xa2\xbb\x18\x03\x30\x80\x01:\x05\xa8\xbb\x18\x80 \"8\n\rPauseResponse\x12\'\n\x07session\x18\x01 \x01(\x0b\x32\x16.concertina.v1.Session\"\xc5\x01\n\x0f\x43ontinueRequest\x12\x1a\n\tstream_id\x18\x01 \x01(\tB\x07\xa2\xbb\x18\x03\x30\x80\x01\x12%\n\x06prompt\x18\x02 \x01(\x0b\x32\x15.concertina.v1.Prompt\x12\x31\n\x08stopping\x18\x03 \x01(\x0b\x32\x1f.concertina.v1.StoppingCriteria\x12\x33\n\x08sampling\x18\x04 \x01(\x0b\x32!.concertina.v1.SamplingParameters:\x07\xa8\xbb\x18\x80\x80\x80\x02\"S\n\x0b\x46orkRequest\x12\x1a\n\tstream_id\x18\x01 \x01(\tB\x07\xa2\xbb\x18\x03\x30\x80\x01\x12!\n\x01n\x18\x02 \x01(\rB\x16\xa2\xbb\x18\x12\t\x00\x00\x00\x00\x00\x00\xf0?\x19\x00\x00\x00\x00\x00\x00`@:\x05\xa8\xbb\x18\x80 \"\"\n\x0c\x46orkResponse\x12\x12\n\nstream_ids\x18\x01 \x03(\t\"2\n\rExportRequest\x12\x1a\n\tstream_id\x18\x01 \x01(\tB\x07\xa2\xbb\x18\x03\x30\x80\x01:\x05\xa8\xbb\x18\x80 \".\n\x0e\x45xportResponse\x12\x0c\n\x04part\x18\x01 \x01(\x0c\x12\x0e\n\x06sha256\x18\x02 \x01(\x0c\"s\n\rImportRequest\x12\x42\n\x04part\x18\x01 \x01(\x0c\x42\x34\xa2\xbb\x18\x30\x30\x80\x80@B*all parts: the largest snapshot of a model\x12\x16\n\x06sha256\x18\x02 \x01(\x0c\x42\x06\xa2\xbb\x18\x02\x30 :\x06\xa8\xbb\x18\x80\xa0@\"9\n\x0eImportResponse\x12\'\n\x07session\x18\x01 \x01(\x0b\x32\x16.concertina.v1.Session\"2\n\rDeleteRequest\x12\x1a\n\tstream_id\x18\x01 \x01(\tB\x07\xa2\xbb\x18\x03\x30\x80\x01:\x05\xa8\xbb\x18\x80 \"\x10\n\x0e\x44\x65leteResponse\"[\n\x13ListSessionsRequest\x12 \n\tpage_size\x18\x01 \x01(\rB\r\xa2\xbb\x18\t\x19\x00\x00\x00\x00\x00@\x8f@\x12\x1b\n\npage_token\x18\x02 \x01(\tB\x07\xa2\xbb\x18\x03\x30\x80\x01:\x05\xa8\xbb\x18\x80 \"Y\n\x14ListSessionsResponse\x12(\n\x08sessions\x18\x01 \x03(\x0b\x32\x16.concertina.v1.Session\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t*\x98\x01\n\x0cSessionPhase\x12\x1d\n\x19SESSION_PHASE_UNSPECIFIED\x10\x00\x12\x19\n\x15SESSION_PHASE_RUNNING\x10\x01\x12\x18\n\x14SESSION_PHASE_PAUSED\x10\x02\x12\x1a\n\x16SESSION_PHASE_FINISHED\x10\x03\x12\x18\n\x14SESSION_PHASE_STORED\x10\x04\x32\x96\x04\n\x0eSessionService\x12\x42\n\x05Pause\x12\x1b.concertina.v1.PauseRequest\x1a\x1c.concertina.v1.PauseResponse\x12M\n\x08\x43ontinue\x12\x1e.concertina.v1.ContinueRequest\x1a\x1f.concertina.v1.GenerateResponse0\x01\x12?\n\x04\x46ork\x12\x1a.concertina.v1.ForkRequest\x1a\x1b.concertina.v1.ForkResponse\x12G\n\x06\x45xport\x12\x1c.concertina.v1.ExportRequest\x1a\x1d.concertina.v1.ExportResponse0\x01\x12G\n\x06Import\x12\x1c.concertina.v1.ImportRequest\x1a\x1d.concertina.v1.ImportResponse(\x01\x12\x45\n\x06\x44\x65lete\x12\x1c.concertina.v1.DeleteRequest\x1a\x1d.concertina.v1.DeleteResponse\x12W\n\x0cListSessions\x12\".concertina.v1.ListSessionsRequest\x1a#.concertina.v1.ListSessionsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'concertina.v1.session_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SESSIONPHASE']._serialized_start=1103
-  _globals['_SESSIONPHASE']._serialized_end=1255
-  _globals['_SESSION']._serialized_start=128
-  _globals['_SESSION']._serialized_end=347
-  _globals['_PAUSEREQUEST']._serialized_start=349
-  _globals['_PAUSEREQUEST']._serialized_end=382
-  _globals['_PAUSERESPONSE']._serialized_start=384
-  _globals['_PAUSERESPONSE']._serialized_end=440
-  _globals['_CONTINUEREQUEST']._serialized_start=443
-  _globals['_CONTINUEREQUEST']._serialized_end=622
-  _globals['_FORKREQUEST']._serialized_start=624
-  _globals['_FORKREQUEST']._serialized_end=667
-  _globals['_FORKRESPONSE']._serialized_start=669
-  _globals['_FORKRESPONSE']._serialized_end=703
-  _globals['_EXPORTREQUEST']._serialized_start=705
-  _globals['_EXPORTREQUEST']._serialized_end=739
-  _globals['_EXPORTRESPONSE']._serialized_start=741
-  _globals['_EXPORTRESPONSE']._serialized_end=787
-  _globals['_IMPORTREQUEST']._serialized_start=789
-  _globals['_IMPORTREQUEST']._serialized_end=834
-  _globals['_IMPORTRESPONSE']._serialized_start=836
-  _globals['_IMPORTRESPONSE']._serialized_end=893
-  _globals['_DELETEREQUEST']._serialized_start=895
-  _globals['_DELETEREQUEST']._serialized_end=929
-  _globals['_DELETERESPONSE']._serialized_start=931
-  _globals['_DELETERESPONSE']._serialized_end=947
-  _globals['_LISTSESSIONSREQUEST']._serialized_start=949
-  _globals['_LISTSESSIONSREQUEST']._serialized_end=1009
-  _globals['_LISTSESSIONSRESPONSE']._serialized_start=1011
-  _globals['_LISTSESSIONSRESPONSE']._serialized_end=1100
-  _globals['_SESSIONSERVICE']._serialized_start=1258
-  _globals['_SESSIONSERVICE']._serialized_end=1792
+  _globals['_PAUSEREQUEST'].fields_by_name['stream_id']._loaded_options = None
+  _globals['_PAUSEREQUEST'].fields_by_name['stream_id']._serialized_options = b'\242\273\030\0030\200\001'
+  _globals['_PAUSEREQUEST']._loaded_options = None
+  _globals['_PAUSEREQUEST']._serialized_options = b'\250\273\030\200 '
+  _globals['_CONTINUEREQUEST'].fields_by_name['stream_id']._loaded_options = None
+  _globals['_CONTINUEREQUEST'].fields_by_name['stream_id']._serialized_options = b'\242\273\030\0030\200\001'
+  _globals['_CONTINUEREQUEST']._loaded_options = None
+  _globals['_CONTINUEREQUEST']._serialized_options = b'\250\273\030\200\200\200\002'
+  _globals['_FORKREQUEST'].fields_by_name['stream_id']._loaded_options = None
+  _globals['_FORKREQUEST'].fields_by_name['stream_id']._serialized_options = b'\242\273\030\0030\200\001'
+  _globals['_FORKREQUEST'].fields_by_name['n']._loaded_options = None
+  _globals['_FORKREQUEST'].fields_by_name['n']._serialized_options = b'\242\273\030\022\t\000\000\000\000\000\000\360?\031\000\000\000\000\000\000`@'
+  _globals['_FORKREQUEST']._loaded_options = None
+  _globals['_FORKREQUEST']._serialized_options = b'\250\273\030\200 '
+  _globals['_EXPORTREQUEST'].fields_by_name['stream_id']._loaded_options = None
+  _globals['_EXPORTREQUEST'].fields_by_name['stream_id']._serialized_options = b'\242\273\030\0030\200\001'
+  _globals['_EXPORTREQUEST']._loaded_options = None
+  _globals['_EXPORTREQUEST']._serialized_options = b'\250\273\030\200 '
+  _globals['_IMPORTREQUEST'].fields_by_name['part']._loaded_options = None
+  _globals['_IMPORTREQUEST'].fields_by_name['part']._serialized_options = b'\242\273\03000\200\200@B*all parts: the largest snapshot of a model'
+  _globals['_IMPORTREQUEST'].fields_by_name['sha256']._loaded_options = None
+  _globals['_IMPORTREQUEST'].fields_by_name['sha256']._serialized_options = b'\242\273\030\0020 '
+  _globals['_IMPORTREQUEST']._loaded_options = None
+  _globals['_IMPORTREQUEST']._serialized_options = b'\250\273\030\200\240@'
+  _globals['_DELETEREQUEST'].fields_by_name['stream_id']._loaded_options = None
+  _globals['_DELETEREQUEST'].fields_by_name['stream_id']._serialized_options = b'\242\273\030\0030\200\001'
+  _globals['_DELETEREQUEST']._loaded_options = None
+  _globals['_DELETEREQUEST']._serialized_options = b'\250\273\030\200 '
+  _globals['_LISTSESSIONSREQUEST'].fields_by_name['page_size']._loaded_options = None
+  _globals['_LISTSESSIONSREQUEST'].fields_by_name['page_size']._serialized_options = b'\242\273\030\t\031\000\000\000\000\000@\217@'
+  _globals['_LISTSESSIONSREQUEST'].fields_by_name['page_token']._loaded_options = None
+  _globals['_LISTSESSIONSREQUEST'].fields_by_name['page_token']._serialized_options = b'\242\273\030\0030\200\001'
+  _globals['_LISTSESSIONSREQUEST']._loaded_options = None
+  _globals['_LISTSESSIONSREQUEST']._serialized_options = b'\250\273\030\200 '
+  _globals['_SESSIONPHASE']._serialized_start=1338
+  _globals['_SESSIONPHASE']._serialized_end=1490
+  _globals['_SESSION']._serialized_start=156
+  _globals['_SESSION']._serialized_end=375
+  _globals['_PAUSEREQUEST']._serialized_start=377
+  _globals['_PAUSEREQUEST']._serialized_end=426
+  _globals['_PAUSERESPONSE']._serialized_start=428
+  _globals['_PAUSERESPONSE']._serialized_end=484
+  _globals['_CONTINUEREQUEST']._serialized_start=487
+  _globals['_CONTINUEREQUEST']._serialized_end=684
+  _globals['_FORKREQUEST']._serialized_start=686
+  _globals['_FORKREQUEST']._serialized_end=769
+  _globals['_FORKRESPONSE']._serialized_start=771
+  _globals['_FORKRESPONSE']._serialized_end=805
+  _globals['_EXPORTREQUEST']._serialized_start=807
+  _globals['_EXPORTREQUEST']._serialized_end=857
+  _globals['_EXPORTRESPONSE']._serialized_start=859
+  _globals['_EXPORTRESPONSE']._serialized_end=905
+  _globals['_IMPORTREQUEST']._serialized_start=907
+  _globals['_IMPORTREQUEST']._serialized_end=1022
+  _globals['_IMPORTRESPONSE']._serialized_start=1024
+  _globals['_IMPORTRESPONSE']._serialized_end=1081
+  _globals['_DELETEREQUEST']._serialized_start=1083
+  _globals['_DELETEREQUEST']._serialized_end=1133
+  _globals['_DELETERESPONSE']._serialized_start=1135
+  _globals['_DELETERESPONSE']._serialized_end=1151
+  _globals['_LISTSESSIONSREQUEST']._serialized_start=1153
+  _globals['_LISTSESSIONSREQUEST']._serialized_end=1244
+  _globals['_LISTSESSIONSRESPONSE']._serialized_start=1246
+  _globals['_LISTSESSIONSRESPONSE']._serialized_end=1335
+  _globals['_SESSIONSERVICE']._serialized_start=1493
+  _globals['_SESSIONSERVICE']._serialized_end=2027
 # @@protoc_insertion_point(module_scope)

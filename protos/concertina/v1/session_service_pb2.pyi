@@ -1,6 +1,7 @@
 import datetime
 
 from concertina.v1 import generation_service_pb2 as _generation_service_pb2
+from concertina.v1 import limits_pb2 as _limits_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper

@@ -7,17 +7,20 @@ same tokens in any batch, and also when it is resumed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from server.arrays import Bools, Doubles, Floats, Ints
+from server.arrays import Doubles, Floats, Ints
 from server.checkpoint import TokenLogprobs
+from server.engine.sampling import long_rows, whole_rows
+from server.engine.sampling.estimates import Scratch
 from server.engine.sampling.logits_processors import PenaltyState, ProcessorBatch
-from server.engine.sampling.logprobs import token_logprobs
+from server.engine.sampling.logprobs import long_logprobs, token_logprobs
+from server.engine.sampling.long_rows import LONG_ROW
+from server.engine.sampling.whole_rows import Filters
 from server.errors import InvalidRequest, RequestError, StepFailed
 from server.request import SamplingParameters
 
@@ -68,17 +71,16 @@ class RandomNumbers:
 class SamplingBatch:
     """The sampling parameters of a batch, one array `[B]` for each."""
 
-    temperature: Doubles
-    top_k: Ints
-    top_p: Doubles
-    min_p: Doubles
-    typical_p: Doubles
+    parameters: tuple[SamplingParameters, ...]
+    """Those of each row, `[B]`."""
+    filters: Filters
     numbers: RandomNumbers
     processors: ProcessorBatch | None
     reported: Ints
     """Rows that report log-probabilities, `[R]`."""
     top: tuple[int, ...]
     """Number of most likely tokens that each of them reports."""
+    made: dict[int, Scratch] = field(default_factory=dict, repr=False)
 
     @staticmethod
     def of(
@@ -90,11 +92,8 @@ class SamplingBatch:
         """
         reports = [(row, p.logprobs) for row, p in enumerate(parameters) if p.logprobs is not None]
         return SamplingBatch(
-            np.array([p.temperature for p in parameters], np.float64),
-            np.array([p.top_k for p in parameters], np.int64),
-            np.array([p.top_p for p in parameters], np.float64),
-            np.array([p.min_p for p in parameters], np.float64),
-            np.array([p.typical_p for p in parameters], np.float64),
+            tuple(parameters),
+            Filters.of(parameters),
             RandomNumbers(
                 np.array([p.seed for p in parameters], np.uint64),
                 np.array([p.output for p in parameters], np.uint64),
@@ -104,30 +103,11 @@ class SamplingBatch:
             tuple(top for _, top in reports),
         )
 
-    @cached_property
-    def greedy(self) -> Ints:
-        """Rows that take the most likely token."""
-        return np.flatnonzero(self.temperature == 0)
-
-    @cached_property
-    def divisors(self) -> Doubles:
-        """Divisors of the logits, `[B, 1]`."""
-        return np.where(self.temperature == 0, 1.0, self.temperature)[:, None]
-
-    @cached_property
-    def limited(self) -> Ints:
-        """Rows with a top_k or a top_p."""
-        return np.flatnonzero((self.top_k > 0) | (self.top_p < 1))
-
-    @cached_property
-    def floored(self) -> bool:
-        """Whether any row has a min_p."""
-        return bool(self.min_p.any())
-
-    @cached_property
-    def typical(self) -> Ints:
-        """Rows with a typical_p."""
-        return np.flatnonzero(self.typical_p < 1)
+    def scratch(self, vocabulary: int) -> Scratch:
+        """Memory for drawing from rows of `vocabulary` tokens, kept for the next step."""
+        if vocabulary not in self.made:
+            self.made[vocabulary] = Scratch.of(vocabulary)
+        return self.made[vocabulary]
 
     def remember(self, tokens: Ints) -> None:
         """Add the drawn `tokens[B]` to the penalty states."""
@@ -139,7 +119,12 @@ class SamplingBatch:
         rows = self.reported
         if not len(rows):
             return {}
-        logprobs = token_logprobs(logits[rows], tokens[rows], self.top)
+        if logits.shape[1] >= LONG_ROW:
+            scratch = self.scratch(logits.shape[1]).weights
+            ours = [logits[row] for row in rows.tolist()]
+            logprobs = long_logprobs(ours, tokens[rows].tolist(), self.top, scratch)
+        else:
+            logprobs = token_logprobs(logits[rows], tokens[rows], self.top)
         return dict(zip(rows.tolist(), logprobs, strict=True))
 
 
@@ -150,6 +135,8 @@ def sample(logits: Floats, batch: SamplingBatch, positions: Ints) -> Ints:
     filters what the one before it keeps. Ties with the last token kept are kept, too. A row without
     any token left gets `NO_TOKEN_LEFT`.
     """
+    if logits.shape[1] >= LONG_ROW:
+        return _draw_long(logits, batch, positions)
     if batch.processors is None:
         return _draw(logits, batch, positions)
     changed = batch.processors.apply(logits, positions)
@@ -158,21 +145,27 @@ def sample(logits: Floats, batch: SamplingBatch, positions: Ints) -> Ints:
 
 
 def _draw(logits: Floats | Doubles, batch: SamplingBatch, positions: Ints) -> Ints:
-    greedy = batch.greedy
-    if len(greedy) == len(logits):
+    if len(batch.filters.greedy) == len(logits):
         likeliest: Ints = logits.argmax(axis=1)
         return likeliest
-    weights = _exponentials(logits, batch.divisors)
-    _keep(weights, batch.limited, _likeliest, batch.top_k, batch.top_p)
-    if batch.floored:
-        weights[weights < batch.min_p[:, None]] = 0  # the most likely token has weight 1
-    _keep(weights, batch.typical, _typical, batch.typical_p)
-    cumulated = weights.cumsum(axis=1)
-    drawn = batch.numbers.at(positions) * cumulated[:, -1]
-    picked: Ints = (cumulated > drawn[:, None]).argmax(axis=1)
-    if len(greedy):
-        picked[greedy] = logits[greedy].argmax(axis=1)
-    return picked
+    return whole_rows.draw(logits, batch.filters, batch.numbers.at(positions))
+
+
+def _draw_long(logits: Floats, batch: SamplingBatch, positions: Ints) -> Ints:
+    processors, tokens = batch.processors, np.empty(len(logits), np.int64)
+    scratch = batch.scratch(logits.shape[1])
+    numbers = batch.numbers.at(positions).tolist()
+    owners = {} if processors is None else processors.owners
+    for row, (parameters, number) in enumerate(zip(batch.parameters, numbers, strict=True)):
+        ours: Floats | Doubles = logits[row]
+        if processors is not None and row in owners:
+            position = int(positions[row])
+            ours = processors.apply_to(owners[row], logits[row], position, scratch.row)
+            if ours.max() == -np.inf:
+                tokens[row] = NO_TOKEN_LEFT
+                continue
+        tokens[row] = long_rows.draw(ours, parameters, number, scratch)
+    return tokens
 
 
 def failures(logits: Floats, tokens: Ints, positions: Ints) -> dict[int, RequestError]:
@@ -212,55 +205,3 @@ def philox(
         product = even * _MULTIPLIERS
         even, odd = (product >> _HALF)[::-1] ^ odd ^ round_key, (product & _LOW)[::-1]
     return even[0], odd[0], even[1], odd[1]
-
-
-def _exponentials(logits: Floats | Doubles, divisors: Doubles) -> Doubles:
-    """Probabilities, scaled so that the most likely token of each row has 1."""
-    weights: Doubles = logits / divisors
-    with np.errstate(invalid="ignore"):  # `failures` reports rows that are not finite
-        weights -= weights.max(axis=1, keepdims=True)
-    return np.exp(weights, out=weights)
-
-
-def _keep(
-    weights: Doubles, rows: Ints, kept: Callable[..., Bools], *columns: Ints | Doubles
-) -> None:
-    """Set to 0, in `rows[R]`, the weights for which `kept(weights, *columns)` is false."""
-    if len(rows):
-        ours = weights[rows]
-        weights[rows] = np.where(kept(ours, *(column[rows] for column in columns)), ours, 0)
-
-
-def _likeliest(weights: Doubles, top_k: Ints, top_p: Doubles) -> Bools:
-    """Which tokens each row keeps after its top_k, then its top_p, `[B, vocabulary]`."""
-    return weights >= floors(weights, top_k, top_p)[:, None]
-
-
-def floors(weights: Doubles, top_k: Ints, top_p: Doubles) -> Doubles:
-    """Smallest weight that each row keeps after its top_k, then its top_p, `[B]`."""
-    size = weights.shape[1]
-    kept = np.where((top_k > 0) & (top_k < size), top_k, size)
-    most = int(kept.max())
-    falling = -np.sort(np.partition(-weights, most - 1)[:, :most])  # sorts no more than needed
-    floor = falling[np.arange(len(kept)), kept - 1]
-    whole = np.where(weights >= floor[:, None], weights, 0).sum(axis=1)
-    reached = falling.cumsum(axis=1) / whole[:, None]
-    # After `kept` there are only ties with the floor.
-    needed = np.minimum((reached < top_p[:, None]).sum(axis=1), kept - 1)
-    nucleus = falling[np.arange(len(kept)), needed]
-    both: Doubles = np.where(top_p < 1, nucleus, floor)
-    return both
-
-
-def _typical(weights: Doubles, typical_p: Doubles) -> Bools:
-    """Which tokens each row keeps after its typical_p, `[B, vocabulary]`."""
-    share = weights / weights.sum(axis=1, keepdims=True)
-    surprise = -np.log(share, out=np.full_like(share, -np.inf), where=share > 0)
-    entropy = np.multiply(share, surprise, out=np.zeros_like(share), where=share > 0).sum(axis=1)
-    distance = np.abs(surprise - entropy[:, None])
-    order = distance.argsort(axis=1, kind="stable")
-    reached = np.take_along_axis(share, order, axis=1).cumsum(axis=1)
-    needed = (reached < typical_p[:, None]).sum(axis=1, keepdims=True)
-    last = np.take_along_axis(order, needed.clip(max=weights.shape[1] - 1), axis=1)
-    closest: Bools = distance <= np.take_along_axis(distance, last, axis=1)
-    return closest

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,11 +13,12 @@ import numpy as np
 import pytest
 
 from concertina.cli.main import main
-from concertina.cli.windows import Window, spread, text_windows
+from concertina.cli.windows import AT_ONCE, Window, score_all, spread, text_windows
+from concertina.client import Overloaded, Score
 from concertina.client.errors import InvalidRequest
 from concertina.v1 import model_service_pb2
 from model.data import Dataset, DatasetInfo, save_dataset
-from tests.concertina.conftest import PALETTE, Fake, image_model, text_model
+from tests.concertina.conftest import PALETTE, WAIT, Fake, image_model, text_model
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -81,8 +84,81 @@ def test_a_long_text_is_scored_in_windows(
     code, out, _ = run(str(tmp_path / "long.txt"), *arguments)
     said = f"{bits / 20:.4f} bits/byte over 20 tokens in {count} windows (prose)\n"
     assert (code, out) == (0, said)
-    first = fake.requests[0].prompt
-    assert bytes(first.tokens.ids) == text.encode()[:8] and not first.HasField("label")
+    prompts = [request.prompt for request in fake.requests]  # in any order
+    assert sum(bytes(each.tokens.ids) == text.encode()[:8] for each in prompts) == 1
+    assert not any(each.HasField("label") for each in prompts)
+
+
+class Scoring:
+    """Scores windows, with room for so many at once. The first wait until all have asked."""
+
+    def __init__(self, room: int) -> None:
+        self.room, self.most, self.running = room, 0, 0
+        self.lock = threading.Lock()
+        self.refused = 0
+        self.enough = threading.Event()
+
+    def __call__(self, window: Window) -> Score:
+        with self.lock:
+            full = self.running == self.room
+            self.refused += full
+            self.running += not full
+            self.most = max(self.most, self.running)
+            if self.running + self.refused >= AT_ONCE:
+                self.enough.set()
+        if full:
+            raise Overloaded("full", code="RESOURCE_EXHAUSTED")
+        self.enough.wait(WAIT / 4)  # until as many have asked as may
+        self.enough.set()
+        with self.lock:
+            self.running -= 1
+        return Score("prose", "f0", float(window.tokens[0]), ())
+
+
+@pytest.mark.parametrize("room", [1, 2, 3, AT_ONCE, 100])
+def test_several_windows_are_asked_for_and_fewer_where_there_is_no_room(room: int) -> None:
+    scoring, seen = Scoring(room), set[int]()
+    windows = [Window((number,), 1) for number in range(30)]
+    scores = score_all(windows, scoring, lambda window, score: seen.add(window.tokens[0]))
+    assert [score.bits_per_token for score in scores] == list(range(30))
+    assert seen == set(range(30))
+    assert scoring.most == min(room, AT_ONCE)
+    assert scoring.refused == max(0, AT_ONCE - room)
+
+
+def test_a_refusal_that_others_cause_ends_it() -> None:
+    windows = [Window((number,), 1) for number in range(30)]
+    with pytest.raises(Overloaded, match="full"):
+        score_all(windows, Scoring(0), lambda window, score: None)
+
+
+def test_the_first_error_ends_it() -> None:
+    asked: list[int] = []
+
+    def fail(window: Window) -> Score:
+        asked.append(window.tokens[0])
+        raise InvalidRequest("no")
+
+    with pytest.raises(InvalidRequest, match="no"):
+        score_all([Window((number,), 1) for number in range(30)], fail, lambda *_: None)
+    assert len(asked) <= AT_ONCE
+
+
+def test_long_work_says_how_far_it_is(
+    fake: Fake, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake.models = [short_text_model()]
+    (tmp_path / "long.txt").write_text("äbcdefghijklmnopqrs")
+    assert run(str(tmp_path / "long.txt"))[2] == ""
+    monkeypatch.setattr("concertina.cli.output.LINE_EVERY_S", 0.0)
+    _, out, err = run(str(tmp_path / "long.txt"))
+    assert out == "3.1000 bits/byte over 20 tokens in 3 windows (prose)\n"
+    assert "1 of 3 windows, " in err and "bits/byte so far, 0:00:0" in err
+    assert "3 of 3 windows, 3.1000 bits/byte so far, 0:00:00 left" in err
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as rich takes it: a terminal
+    _, again, err = run(str(tmp_path / "long.txt"))
+    assert again == out
+    assert "3/3 windows, 3.1000 bits/byte so far" in re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", err)
 
 
 def test_a_text_as_long_as_the_context_is_one_prompt(fake: Fake, run: Run, tmp_path: Path) -> None:
@@ -108,7 +184,7 @@ def test_a_dataset_of_text_is_scored_on_what_was_held_out(
         "tokens": 20,
         "windows": 3,
     }
-    assert [list(request.prompt.tokens.ids) for request in fake.requests] == [
+    assert sorted(list(request.prompt.tokens.ids) for request in fake.requests) == [
         list(range(8)),
         list(range(8, 16)),
         list(range(16, 20)),
@@ -133,9 +209,12 @@ def test_a_dataset_of_images_is_scored_with_its_labels(
     code, out, _ = run(str(tmp_path))
     assert (code, out) == (0, "5.5000 bits/dim over 36 tokens in 3 windows (pictures)\n")
     prompts = [request.prompt for request in fake.requests]
-    assert [list(prompt.tokens.ids) for prompt in prompts] == data.heldout[:, 1:].tolist()
-    labels = [prompt.label if prompt.HasField("label") else None for prompt in prompts]
-    assert labels == ["Food & Drink", None, "Food & Drink"]
+    labels = {
+        tuple(prompt.tokens.ids): prompt.label if prompt.HasField("label") else None
+        for prompt in prompts
+    }
+    rows = map(tuple, data.heldout[:, 1:].tolist())
+    assert labels == dict(zip(rows, ["Food & Drink", None, "Food & Drink"], strict=True))
 
 
 @pytest.mark.parametrize(

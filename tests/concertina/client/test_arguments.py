@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ from concertina.client import (
 from concertina.client.statuses import status_error
 from tests.concertina.conftest import WAIT, Fake, Status
 
-MESSAGE_LIMIT = 16 * 1024 * 1024
+MESSAGE_LIMIT = 4 * 1024 * 1024
 SHORT = 1000
 
 Call = Callable[..., Any]
@@ -138,14 +139,20 @@ def test_a_stream_may_be_tried_for_ever(using: Call) -> None:
 
 
 def test_what_is_too_large_to_send_is_the_callers_fault(using: Call, fake: Fake) -> None:
-    for prompt in ("x" * MESSAGE_LIMIT, [2**31] * 4_000_000):
+    large = (("x" * MESSAGE_LIMIT, "prompt.text"), ([2**31] * 1_000_000, "prompt.tokens.ids"))
+    for prompt, field in large:
         for call in (
             lambda client, prompt=prompt: client.generate(prompt),
             lambda client, prompt=prompt: client.score(prompt),
         ):
-            with pytest.raises(InvalidRequest, match="the limit is 16,777,216") as raised:
+            with pytest.raises(InvalidRequest, match="the limit is 4,194,304") as raised:
                 using(call)
-            assert not raised.value.retryable
+            refused = raised.value
+            assert (refused.retryable, refused.field, refused.limit) == (
+                False,
+                field,
+                MESSAGE_LIMIT,
+            )
     assert not fake.requests
 
 
@@ -170,6 +177,8 @@ def test_a_status_of_the_transport_is_told_from_ours(details: str, kind: type) -
     error = status_error("127.0.0.1:1", grpc.StatusCode.RESOURCE_EXHAUSTED, details)
     assert type(error) is kind
     assert error.retryable is (kind is Overloaded)
+    sizes = re.search(r"vs. (\d+)", details)
+    assert error.limit == (int(sizes[1]) if sizes and kind is InvalidRequest else None)
 
 
 def test_a_size_limit_is_not_tried_again(fake: Fake) -> None:

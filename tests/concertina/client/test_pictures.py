@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from typing import Any
 
 import numpy as np
@@ -70,3 +71,69 @@ def test_an_array_that_is_no_picture_is_named(array: Any) -> None:
     with pytest.raises(InvalidRequest, match=r"^prompt is a") as raised:
         prompt_message(array, None)
     assert raised.value.field == "prompt"
+
+
+FORMATS = ("JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+
+
+def written(image: Image.Image, form: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format=form, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("size", [(1, 1), (8, 7), (300, 200)])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_file_of_another_format_is_no_raw_pixels(
+    form: str, size: tuple[int, int], mode: str
+) -> None:
+    noise = np.random.default_rng(1).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    data = written(Image.fromarray(noise).convert(mode), form)
+    name = {"WEBP": "WebP"}.get(form, form)
+    message = f"prompt is a {name} file of .* bytes, and .* PIL.Image.open"
+    with pytest.raises(InvalidRequest, match=message) as raised:
+        prompt_message(data, None)
+    assert raised.value.field == "prompt"
+    assert sent(Image.open(io.BytesIO(data))).size == size  # what the message says to do
+
+
+def test_files_as_other_programs_write_them_are_known() -> None:
+    image = Image.new("RGB", (9, 5), (1, 2, 3))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for data in (
+        written(image, "JPEG", exif=exif, progressive=True),
+        written(image, "JPEG", comment=b"hello"),
+        written(image, "TIFF", compression="tiff_lzw"),
+        written(image, "WEBP", lossless=True),
+        b"P6 # by hand\n9 # wide\n 5\n255\n" + image.tobytes(),
+    ):
+        with pytest.raises(InvalidRequest, match="prompt is a "):
+            prompt_message(data, None)
+
+
+@pytest.mark.parametrize(
+    "start",
+    [b"\xff\xd8\xff", b"\xff\xd8\xff\xe0\x00\x10", b"BM", b"II*\0", b"RIFF", b"GIF", b"P6", b""],
+)
+def test_raw_pixels_may_begin_with_any_colour(start: bytes) -> None:
+    for rest in (bytes(96), bytes(range(96)), start[:3] * 32):
+        rgb = (start + rest)[:96]
+        message = prompt_message(rgb, None)
+        assert message is not None
+        assert message.image.rgb == rgb
+
+
+def test_telling_is_quick_whatever_the_bytes_are() -> None:
+    data = b"P6 " + b"# " * 100_000 + b"\n# x" * 100_000
+    began = time.process_time()
+    assert prompt_message(data, None) is not None
+    assert time.process_time() - began < 1.0
+
+
+@given(st.binary(max_size=300).filter(lambda data: not data.startswith((b"GIF8", b"RIFF", b"P"))))
+def test_bytes_of_no_format_are_raw_pixels(data: bytes) -> None:
+    message = prompt_message(data, None)
+    assert message is not None
+    assert message.image.rgb == data

@@ -440,7 +440,7 @@ async def test_scoring_refuses_alike(serve: Serve) -> None:
     score = served.generation.Score
     status, details = await _refusal(score(pb.ScoreRequest(model=TEXT)))
     assert (status.name, "prompt is empty" in details) == ("INVALID_ARGUMENT", True)
-    status, details = await _refusal(score(pb.ScoreRequest(model="x" * 10_000)))
+    status, details = await _refusal(score(pb.ScoreRequest(model="x" * 256)))
     assert (status.name, len(details) < 300) == ("NOT_FOUND", True)
 
 
@@ -461,10 +461,14 @@ async def test_a_full_queue_refuses_at_once(serve: Serve) -> None:
         assert "at most 1 streams" in details
         scored = served.generation.Score(pb.ScoreRequest(prompt=pb.Prompt(text="x")))
         assert (await _refusal(scored))[0].name == "RESOURCE_EXHAUSTED"
-        # Without room, the request is refused before its fields are checked.
-        nonsense = pb.GenerateRequest(sampling=pb.SamplingParameters(temperature=-1))
+        # Without room, the request is refused before it is read for its model, but what no model
+        # takes is told at once.
+        nonsense = pb.GenerateRequest(prompt=pb.Prompt(tokens=pb.TokenIds(ids=[999])))
         event = await served.generation.Generate(nonsense).read()
         assert event.error.code == "RESOURCE_EXHAUSTED"
+        nonsense = pb.GenerateRequest(sampling=pb.SamplingParameters(temperature=-1))
+        status, details = await _refusal(served.generation.Generate(nonsense).read())
+        assert (status.name, "temperature is -1" in details) == ("INVALID_ARGUMENT", True)
     assert len(_ids(await running)) == 96
 
 

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from concertina.v1 import generation_service_pb2 as pb
 from concertina.v1 import generation_service_pb2_grpc as generation_grpc
 from concertina.v1 import session_service_pb2 as session_pb
+from server.api.limits import require_within_limits
 from server.api.servicers import make_servicers
 from server.api.validate import generate_request, resume_request, score_request
 from server.bundles.bundle import Bundle
@@ -55,6 +56,7 @@ def test_requests_are_checked_or_refused(form: str, text: Bundle, image: Bundle)
     def check(request: Message, pixels: bool) -> None:
         bundle = image if pixels else text
         try:
+            require_within_limits(request)
             match request:
                 case pb.GenerateRequest():
                     outputs = generate_request(bundle, request, CONFIG)

@@ -8,6 +8,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from concertina.v1 import bundle_pb2
 from concertina.v1 import generation_service_pb2 as pb
+from server.api.limits import require_within_limits
 from server.api.validate import generate_request as generate_requests
 from server.api.validate import score_request
 from server.bundles.bundle import Bundle
@@ -19,7 +20,8 @@ CONFIG = EngineConfig(slots=4, queue_limit=6, stream_buffer=32)
 
 
 def generate_request(bundle: Bundle, request: pb.GenerateRequest) -> Request:
-    """The only output of a request."""
+    """The only output of a request, checked as a call is."""
+    require_within_limits(request)
     (only,) = generate_requests(bundle, request, CONFIG)
     return only
 
@@ -156,9 +158,17 @@ LONGEST = 315_576_000_000  # largest number of seconds in a Duration
 @pytest.mark.parametrize(
     ("kind", "request_", "named"),
     [
-        ("text", _sampling(temperature=np.nan), ["sampling.temperature is nan", ">= 0"]),
+        (
+            "text",
+            _sampling(temperature=np.nan),
+            ["sampling.temperature is nan", "at least 0"],
+        ),
         ("text", _sampling(temperature=np.inf), ["sampling.temperature is inf", "finite"]),
-        ("text", _sampling(temperature=-0.5), ["sampling.temperature is -0.5", ">= 0"]),
+        (
+            "text",
+            _sampling(temperature=-0.5),
+            ["sampling.temperature is -0.5", "at least 0"],
+        ),
         ("text", _sampling(top_p=0), ["sampling.top_p is 0.0", "above 0 and at most 1"]),
         ("text", _sampling(top_p=1.5), ["sampling.top_p is 1.5", "at most 1"]),
         ("text", _sampling(top_p=-1), ["sampling.top_p is -1.0", "above 0"]),
@@ -203,15 +213,19 @@ LONGEST = 315_576_000_000  # largest number of seconds in a Duration
         ),
         ("text", _stopping(min_tokens=6, max_tokens=5), ["min_tokens is 6", "at most 5"]),
         ("text", _stopping(min_tokens=95), ["stopping.min_tokens is 95", "at most 94"]),
-        ("text", _output(n=0), ["output.n is 0", "between 1 and 10"]),
+        ("text", _output(n=0), ["output.n is 0", "between 1 and 128"]),
         ("text", _output(n=11), ["output.n is 11", "between 1 and 10"]),
         ("text", _output(logprobs=21), ["output.logprobs is 21", "at most 20"]),
         ("text", _output(prompt_logprobs=21), ["output.prompt_logprobs is 21", "at most 20"]),
         ("text", pb.GenerateRequest(priority=101), ["priority is 101", "between -100 and 100"]),
         ("text", pb.GenerateRequest(priority=-101), ["priority is -101", "between -100 and 100"]),
-        ("text", _output(stream_interval=0), ["output.stream_interval is 0", "between 1 and 32"]),
+        (
+            "text",
+            _output(stream_interval=0),
+            ["output.stream_interval is 0", "1 and 1000000"],
+        ),
         ("text", _output(stream_interval=33), ["output.stream_interval is 33", "1 and 32"]),
-        ("text", _stopping(max_tokens=0), ["stopping.max_tokens is 0", "between 1 and 94"]),
+        ("text", _stopping(max_tokens=0), ["stopping.max_tokens is 0", "at least 1"]),
         ("text", _stopping(max_tokens=95), ["stopping.max_tokens is 95", "prompt takes 2"]),
         (
             "image",
@@ -227,6 +241,7 @@ LONGEST = 315_576_000_000  # largest number of seconds in a Duration
             _stopping(stop_token_ids=[1, 256]),
             ["stopping.stop_token_ids[1] is 256", "below 256"],
         ),
+        ("image", _sampling(allowed_token_ids=[3] * 17), ["has 17 ids; tiny-image has 16"]),
         (
             "image",
             _stopping(stop_token_ids=[16]),

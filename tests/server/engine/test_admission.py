@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from server.config import EngineConfig
 from server.engine.admission import Ledger, Pace, Refusal, Weight, check, limits, weigh
 from server.engine.stream import Stream
 from server.errors import InvalidRequest, Overloaded
-from server.request import Lease, Request, prompt_of
+from server.request import Lease, LogitsProcessors, Request, SamplingParameters, prompt_of
 from server.sessions.subscriber import Deliveries, Subscriber
 from tests.server.engines import ask
 
@@ -50,6 +51,17 @@ def test_outputs_with_one_prompt_queue_it_once() -> None:
     prompt, other = (prompt_of(256, range(size), "B") for size in (5, 3))
     outputs = weigh(BUNDLE, [Request(prompt), Request(prompt), Request(other)])
     assert [weight.queue_tokens for weight in outputs] == [5, 0, 3]
+
+
+def test_the_lists_of_a_request_weigh_once() -> None:
+    """A kept stream holds them as long as its state: 150 MB of them must not go uncounted."""
+    lists = LogitsProcessors(allowed=tuple(range(1000, 2000)), bias=((5, 1.0),) * 100)
+    sampling = SamplingParameters(processors=lists)
+    first = Request(prompt_of(256, [1, 2, 3], "B"), sampling=sampling, stop=("x" * 100,))
+    bare, plain = weigh(BUNDLE, [Request(first.prompt)] * 2)
+    heavy, second = weigh(BUNDLE, [first, replace(first, sampling=replace(sampling, output=1))])
+    assert heavy.state_bytes - bare.state_bytes >= 1200 * 28 + 100
+    assert second.state_bytes == plain.state_bytes
 
 
 def test_limits_are_those_of_the_config_and_half_of_the_memory() -> None:

@@ -265,7 +265,7 @@ async def test_health_is_for_everyone_and_reflection_is_not(
 
 
 async def test_messages_have_a_limit(serve: Serve, connect: Any) -> None:
-    served = await serve(max_message_bytes=MEBIBYTE)
+    served = await serve(max_request_bytes=MEBIBYTE)
     async with grpc.aio.insecure_channel(served.config.address) as channel:
         stub: Any = generation_grpc.GenerationServiceStub(channel)
         request = pb.ScoreRequest(prompt=pb.Prompt(text="x" * MEBIBYTE))

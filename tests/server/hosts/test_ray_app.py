@@ -5,13 +5,16 @@ from __future__ import annotations
 import socket
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import grpc
 import pytest
 
 from concertina.v1 import generation_service_pb2 as pb
 from concertina.v1 import model_service_pb2 as model_pb
-from server.hosts.ray_environment import GRPC_HOST
+from server.api.wire import add_generation
+from server.errors import InvalidRequest
+from server.hosts.ray_environment import GRPC_HOST, REQUEST_BYTES
 from server.ops.ports import free_ports
 
 app: Any = pytest.importorskip("server.hosts.ray_app")
@@ -53,13 +56,17 @@ async def test_ray_gets_a_response_even_for_a_refused_call() -> None:
 @pytest.fixture
 def add_address(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The patched method that opens the port of a gRPC server in Ray's processes."""
-    from ray.serve._private import default_impl
+    from ray.serve._private import default_impl, grpc_util
     from ray.serve._private import replica as replica_module
 
     monkeypatch.setattr(default_impl, "add_grpc_address", default_impl.add_grpc_address)
     opens = replica_module.add_port_to_grpc_server
     monkeypatch.setattr(replica_module, "add_port_to_grpc_server", opens)
     monkeypatch.setenv(GRPC_HOST, "127.0.0.1")
+    monkeypatch.setenv(REQUEST_BYTES, "4194304")
+    monkeypatch.setattr(
+        grpc_util, "DEFAULT_GRPC_SERVER_OPTIONS", [*grpc_util.DEFAULT_GRPC_SERVER_OPTIONS]
+    )
     assert app.bind_grpc_to_host() == []
     return default_impl.add_grpc_address
 
@@ -69,6 +76,36 @@ def test_ray_opens_its_port_on_our_address(add_address: Any) -> None:
     opened: list[str] = []
     add_address(SimpleNamespace(add_insecure_port=opened.append), f"[::]:{port}")
     assert opened == [f"127.0.0.1:{port}"]
+
+
+async def test_ray_receives_what_we_do(add_address: Any) -> None:
+    """What is too large for gRPC never arrives; what is too large for us arrives as an error."""
+    from ray.serve._private.grpc_util import gRPCGenericServer
+
+    received: list[object] = []
+
+    async def handle(request: object, context: object) -> bytes:
+        received.append(request)
+        return b""
+
+    server = gRPCGenericServer(lambda **_: handle)
+    add_generation(Mock(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            score: Any = channel.unary_unary("/concertina.v1.GenerationService/Score")
+            for size in (10, 4_000_000):
+                asked = pb.ScoreRequest(prompt=pb.Prompt(text="x" * size))
+                await score(asked.SerializeToString())
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await score(bytes(4 * 1024 * 1024 + 1))
+    finally:
+        await server.stop(None)
+    assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    fine, refused = received
+    assert isinstance(fine, pb.ScoreRequest) and len(fine.prompt.text) == 10
+    assert isinstance(refused, InvalidRequest) and refused.field == "prompt.text"
 
 
 def test_the_second_port_of_a_replica_is_on_loopback(add_address: Any) -> None:

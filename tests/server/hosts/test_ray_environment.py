@@ -97,9 +97,10 @@ def test_tls_needs_haproxy(
 
 
 def test_messages_have_the_configured_size(tmp_path: Path) -> None:
-    config = ServeConfig(CONFIG.bundles, max_message_bytes=3 * MEBIBYTE)
+    config = ServeConfig(CONFIG.bundles, max_request_bytes=3 * MEBIBYTE)
     values = environment.ray_environment(config, tmp_path)
-    assert values["RAY_SERVE_GRPC_MAX_MESSAGE_SIZE"] == str(3 * MEBIBYTE)
+    assert values["RAY_SERVE_GRPC_MAX_MESSAGE_SIZE"] == str(16 * MEBIBYTE)
+    assert values[environment.REQUEST_BYTES] == str(3 * MEBIBYTE)
 
 
 def test_ray_knows_every_variable(installed: bool, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from server.runtime.onnx_session import Runtime
 
 Logits = Callable[[list[int]], npt.NDArray[np.float64]]
 SLOTS, TOLERANCE = 4, 1e-4
+NUMPY = np.lib.tracemalloc_domain
 
 
 @pytest.fixture
@@ -123,6 +125,52 @@ def test_state_read_and_written_is_the_same_state(bundle: Bundle, runtime: Runti
 
 def test_buffers_have_the_computed_size(bundle: Bundle) -> None:
     assert Runtime(bundle, 3, threads=1).nbytes == 3 * bundle.max_state_bytes
+
+
+def _step(runtime: Runtime, batch: int) -> npt.NDArray[np.float32]:
+    """Logits of a first token for each of `batch` streams, before the next call."""
+    for row in range(batch):
+        runtime.reset(row)
+    nothing = np.zeros(batch, np.int64)
+    return runtime.step(np.arange(batch) % 16, nothing, nothing)
+
+
+def test_batches_of_all_sizes_share_one_buffer_of_logits(bundle: Bundle) -> None:
+    rows = 24
+    runtime = Runtime(bundle, rows, threads=1)
+    whole = _step(runtime, rows)
+    assert len({_step(runtime, batch).ctypes.data for batch in range(1, rows)}) == 1
+    assert np.shares_memory(whole, runtime.prefill(3, np.arange(5), 0, 0, logits=True))
+
+
+def test_logits_take_the_memory_of_the_largest_batch(bundle: Bundle) -> None:
+    rows, vocabulary = 24, bundle.vocabulary
+    runtime = Runtime(bundle, rows, threads=1)
+    for batch in range(1, rows + 1):  # everything but the logits has its memory now
+        _step(runtime, batch)
+    tracemalloc.start()
+    try:
+        again = Runtime(bundle, rows, threads=1)
+        for batch in range(1, rows + 1):
+            _step(again, batch)
+        arrays = tracemalloc.take_snapshot().filter_traces([tracemalloc.DomainFilter(True, NUMPY)])
+    finally:
+        tracemalloc.stop()
+    held = sum(trace.size for trace in arrays.traces)
+    inputs = 8 * 5 * rows * rows  # tokens, positions, lengths and rows of each size
+    assert held <= again.nbytes + 4 * vocabulary * rows + inputs
+
+
+def test_logits_do_not_depend_on_the_sizes_before(bundle: Bundle) -> None:
+    """Also after the buffer has grown, for a chunk of more tokens than there are streams."""
+    runtime, chunk = Runtime(bundle, 5, threads=1), np.arange(7)
+    for batch in (5, 1, 4, 2, 5, 3):
+        fresh = Runtime(bundle, 5, threads=1)
+        assert np.array_equal(_step(runtime, batch), _step(fresh, batch))
+        runtime.reset(4)
+        expected = fresh.prefill(4, chunk, 0, 0, logits=True).copy()
+        assert np.array_equal(runtime.prefill(4, chunk, 0, 0, logits=True), expected)
+        assert np.array_equal(_step(runtime, batch), _step(fresh, batch))
 
 
 @pytest.mark.parametrize("name", ["step.onnx", "fold.onnx"])

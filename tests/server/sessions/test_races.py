@@ -198,10 +198,11 @@ async def test_no_call_waits_for_a_store_that_is_away(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sessions = cluster()
-    store = Held(sessions, "load", monkeypatch)
-    monkeypatch.setattr(type(sessions.snapshots), "is_up", False)
-    attachment = await sessions.start(request(idempotency_key="k"))
-    assert store.calls == 0
+    with monkeypatch.context() as away:
+        store = Held(sessions, "load", away)
+        away.setattr(type(sessions.snapshots), "is_up", False)
+        attachment = await sessions.start(request(idempotency_key="k"))
+        assert store.calls == 0
     await read(attachment, Received(), 9)
 
 

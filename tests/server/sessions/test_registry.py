@@ -13,6 +13,7 @@ import pytest
 
 from concertina.v1 import generation_service_pb2 as pb
 from server.api.generation import send
+from server.api.limits import require_within_limits
 from server.api.validate import resume_request
 from server.auth.api_keys import Caller
 from server.bundles.bundle import Bundle
@@ -384,13 +385,25 @@ async def test_a_snapshot_of_another_bundle_is_refused(cluster: Cluster, text: B
     ("fields", "reason"),
     [
         ({"after_sequence": 2**64 - 1}, "after_sequence"),
-        ({"cursors": [{"tokens": 2**64 - 1}]}, "cursors.tokens"),
-        ({"cursors": [{"characters": 2**64 - 1}]}, "cursors.characters"),
+        ({"cursors": [{"tokens": 2**64 - 1}]}, r"cursors\[0\].tokens"),
+        ({"cursors": [{"characters": 2**64 - 1}]}, r"cursors\[0\].characters"),
     ],
 )
 def test_an_impossible_cursor_is_refused(fields: dict[str, Any], reason: str) -> None:
     with pytest.raises(InvalidRequest, match=reason):
-        resume_request(pb.ResumeRequest(stream_id="a", **fields))
+        require_within_limits(pb.ResumeRequest(stream_id="a", **fields))
+
+
+@pytest.mark.parametrize(
+    ("cursors", "reason"),
+    [
+        ([{"output": 1}, {"output": 1}], r"cursors\[1\].output is 1, as in another cursor"),
+        ([{"tokens": 1, "last_ids": [2, 2]}], r"cursors\[0\].last_ids has 2 ids; it may have 1"),
+    ],
+)
+def test_cursors_that_contradict_each_other_are_refused(cursors: Any, reason: str) -> None:
+    with pytest.raises(InvalidRequest, match=reason):
+        resume_request(pb.ResumeRequest(stream_id="a", cursors=cursors))
 
 
 async def test_an_invalid_token_of_a_cursor_is_not_pushed(cluster: Cluster) -> None:

@@ -256,3 +256,4 @@ def test_what_a_stream_retains_is_counted() -> None:
     assert generated.retained_bytes > 100 + 50 * 5 * 60
     listed = stream(sampling=SamplingParameters(processors=processors))
     assert listed.retained_bytes >= 200 * 28
+    assert stream(stop=("x" * 200,) * 16).retained_bytes >= 16 * 200

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
-from server.engine.sampling import sampler
+from server.engine.sampling import sampler, whole_rows
 from server.engine.sampling.logits_processors import PenaltyState
 from server.engine.sampling.sampler import (
     NO_TOKEN_LEFT,
@@ -259,7 +259,7 @@ def test_top_p_counts_what_top_k_left() -> None:
 def test_top_p_is_reached_when_it_is_met_exactly() -> None:
     weights = np.array([[0.125, 0.5, 0.25, 0.125]])
     for top_p, floor in [(0.49, 0.5), (0.5, 0.5), (0.51, 0.25), (0.75, 0.25), (0.76, 0.125)]:
-        assert sampler.floors(weights, np.array([0]), np.array([top_p])).tolist() == [floor]
+        assert whole_rows.floors(weights, np.array([0]), np.array([top_p])).tolist() == [floor]
 
 
 Parameters = st.builds(

@@ -10,30 +10,42 @@ import torch
 from concertina.bundle.manifest import write_manifest
 from concertina.v1 import bundle_pb2 as pb
 from export.graphs import export_fold, export_step, layers, state_tensors
+from export.moves import export_moves
+from export.quantise import BLOCK, pack_weights, quantise_step, round_activations
 from export.weights import round_weights
 from loadtest.bench.plan import Shape
 from model.config import ModelConfig
 from model.decoder import Decoder
 
 _SEED = 0
+_DATA_TYPES = {"float32": pb.DATA_TYPE_FLOAT32, "float16": pb.DATA_TYPE_FLOAT16}
 
 
-def make_bundle(folder: Path, shape: Shape, context: int, span: int | None) -> None:
+def make_bundle(
+    folder: Path,
+    shape: Shape,
+    context: int,
+    span: int | None,
+    weights: str = "float32",
+    state: str = "float32",
+) -> None:
     """Write a byte model for `context` tokens to `folder`: full attention when `span` is None.
 
-    Positions are sinusoids, so that no table grows with the context. Raises FileExistsError when
-    `folder` is there.
+    weights: float32 (stored as float16, computed in float32), int8 or int4. state: float32 or
+    float16. Positions are sinusoids, so that no table grows with the context. Raises
+    FileExistsError when `folder` is there.
     """
     folder.mkdir(parents=True)
     # What the step graph computes does not depend on the context, which only sizes its stacks: it
     # is exported for a short one, since the exporter allocates them.
     short = _decoder(shape, span or 8, span)
+    data_type = _DATA_TYPES[state]
     with torch.no_grad():
-        export_step(short, folder / "step.onnx")
+        export_step(short, folder / "step.onnx", data_type)
         _free_entries(folder / "step.onnx")
         files = ["step.onnx"]
         if span is not None:
-            export_fold(short, folder / "fold.onnx")
+            export_fold(short, folder / "fold.onnx", data_type)
             files.append("fold.onnx")
     model = _decoder(shape, context, span)
     manifest = pb.Manifest(
@@ -42,13 +54,20 @@ def make_bundle(folder: Path, shape: Shape, context: int, span: int | None) -> N
         modality=pb.MODALITY_TEXT,
         vocabulary=shape.vocabulary,
         context=context,
-        state=state_tensors(model),
+        state=state_tensors(model, data_type),
         parameters=sum(p.numel() for p in model.parameters()),
         attention=model.config.attention,
     )
     schedule = layers(model)[0].schedule
     if schedule is not None:
         manifest.fold.span = schedule.span
+    if data_type == pb.DATA_TYPE_FLOAT16:
+        files += export_moves(manifest.state, folder)
+    if weights != "float32":
+        manifest.quantisation.bits = int(weights.removeprefix("int"))
+        manifest.quantisation.block = BLOCK
+        quantise_step(folder / "step.onnx", pack_weights(short, manifest.quantisation.bits))
+        round_activations(folder / "step.onnx")
     write_manifest(folder, manifest, files)
 
 
