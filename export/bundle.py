@@ -16,13 +16,16 @@ from export.heldout import heldout_bits
 from export.moves import export_moves
 from export.parity import check_parity
 from export.quantise import BLOCK, pack_weights, quantise_step, round_activations
-from export.weights import round_weights
+from export.weights import round_weights, stored_bytes
 from model.data import END_OF_TEXT, Dataset, DatasetInfo
 from model.decoder import Decoder
 from model.run import Checkpoint, load_checkpoint
 
 TOKENIZER = "tokenizer.json"
 """What the tokens of a pretrained model are; its bundle holds it as it was found."""
+
+LARGEST_GRAPH = (1 << 31) - (1 << 24)
+"""Bytes of weights in one file of ONNX, which is a protobuf message, beside its nodes."""
 
 _LIMITS = {8: 0.02, 4: 0.1}
 _MODALITY = {"text": pb.MODALITY_TEXT, "image": pb.MODALITY_IMAGE}
@@ -77,6 +80,11 @@ def export_bundle(
         _check_fit(precision.heldout.info, checkpoint.data)
     if checkpoint.origin is None:  # a pretrained model is served as it is
         round_weights(checkpoint.model)
+    if (size := stored_bytes(checkpoint.model)) > LARGEST_GRAPH:
+        raise ValueError(
+            f"the weights take {size:,} bytes, and a graph holds at most {LARGEST_GRAPH:,}: this "
+            "model is too large for a bundle"
+        )
     manifest = describe(checkpoint, name, version, data_type)
     bundle_folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{bundle_folder.name}.", dir=bundle_folder.parent))

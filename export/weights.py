@@ -77,6 +77,13 @@ def store_half(model: onnx.ModelProto) -> None:
     graph.node.extend(nodes)
 
 
+def stored_bytes(model: Decoder) -> int:
+    """Bytes of the weights of `model` in a graph, as `store_half` stores them."""
+    matrices = (p.detach().numpy() for p in model.parameters() if p.ndim >= 2)
+    vectors = sum(4 * p.numel() for p in model.parameters() if p.ndim < 2)
+    return vectors + sum((4 if _in_two_bytes(m) is None else 2) * m.size for m in matrices)
+
+
 def _in_two_bytes(values: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
     for kind in (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)):
         with np.errstate(over="ignore"):

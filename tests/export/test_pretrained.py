@@ -12,6 +12,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
+import export.bundle
 from concertina.bundle.manifest import read_manifest
 from concertina.v1 import bundle_pb2 as pb
 from export.bundle import export_bundle
@@ -96,6 +97,17 @@ def test_the_kernels_are_told_heads_and_windows(tiny_bundles: Path) -> None:
     assert kernels(bundle_of(tiny_bundles, "gpt2")) == [whole] * 3
 
 
+def test_the_rotation_is_told_how_much_of_a_head_turns(tmp_path: Path) -> None:
+    for share, told in ((0.5, 4), (1.0, 0)):
+        settings = write(tmp_path / f"hf-{told}", partial_rotary_factor=share)
+        convert(settings, tmp_path / f"run-{told}")
+        export_bundle(tmp_path / f"run-{told}", tmp_path / f"{told}", name="tiny")
+        graph = onnx.load(tmp_path / f"{told}" / "step.onnx").graph
+        turns = [node for node in graph.node if node.op_type == "RotaryEmbedding"]
+        settings_of = [{a.name: helper.get_attribute_value(a) for a in n.attribute} for n in turns]
+        assert [each["rotary_embedding_dim"] for each in settings_of] == [told] * 4
+
+
 def test_nothing_is_copied_between_the_rotation_and_the_kernel(tiny_bundles: Path) -> None:
     graph = onnx.load(bundle_of(tiny_bundles, "llama") / "step.onnx").graph
     makers = {name: node.op_type for node in graph.node for name in node.output}
@@ -162,3 +174,20 @@ def test_the_manifest_says_what_the_source_said(tmp_path: Path) -> None:
     assert [list(t.shape) for t in manifest.state] == [[1, 32, 8]] * 4
     assert (tmp_path / "bundle" / "tokenizer.json").read_text() == '{"model": {}}'
     assert {file.path for file in manifest.files} == {"step.onnx", "tokenizer.json"}
+
+
+def test_a_model_too_large_for_one_file_is_refused_before_it_is_traced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = {name: weight.half() for name, weight in tensors().items()}
+    convert(write(tmp_path / "hf", weights), tmp_path / "run")
+    # 4,192 numbers in matrices and 80 in vectors
+    for limit, refused in ((2 * 4192 + 4 * 80 - 1, True), (2 * 4192 + 4 * 80, False)):
+        monkeypatch.setattr(export.bundle, "LARGEST_GRAPH", limit)
+        monkeypatch.setattr(export.bundle, "export_step", _traced)
+        with pytest.raises(ValueError, match="weights take 8,704 bytes" if refused else "traced"):
+            export_bundle(tmp_path / "run", tmp_path / "bundle", name="tiny")
+
+
+def _traced(*_: object) -> None:
+    raise ValueError("traced")
