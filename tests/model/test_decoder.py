@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from model.config import Attention, ModelConfig
 from model.decoder import Decoder
-from model.layers.architecture import Architecture, Rope
+from model.layers.architecture import OURS, Architecture, Rope
 from model.patterns.pattern import Pattern
 from tests.checkpoints import random_decoder
 from tests.model.cases import CASES, CAUSAL, SPARSE, Case
@@ -231,6 +231,7 @@ def test_dropout_acts_in_training_alone() -> None:
 
 ROPE = Rope((1.0, 0.3, 0.1, 0.03))
 BUILT = {
+    "ours": OURS,
     "rms": Architecture(norm="rms"),
     "epsilon": Architecture(epsilon=0.1),
     "silu": Architecture(activation="silu"),
@@ -289,6 +290,23 @@ def test_a_window_hides_what_lies_behind_it() -> None:
     pattern: Any = model.blocks[0].pattern
     assert pattern.support(2).direct == (0, 1, 2)
     assert pattern.support(13).direct == (10, 11, 12, 13)
+
+
+@torch.no_grad()
+def test_queries_and_keys_are_turned_and_values_are_not() -> None:
+    model = random_decoder(config(layers=1))
+    block: Any = model.blocks[0]
+    x, seen = torch.randn(1, 3, 16), []
+
+    def attend(pattern: Pattern, *given: Tensor) -> Tensor:
+        seen.append(given)
+        return given[2]
+
+    block(x, attend)
+    block(x, attend, lambda y: 3 * y)
+    plain, turned = seen
+    for factor, one, other in zip((3, 3, 1, 1), plain, turned, strict=True):
+        torch.testing.assert_close(other, factor * one)
 
 
 @torch.no_grad()

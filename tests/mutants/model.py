@@ -101,6 +101,17 @@ MUTANTS = (
         ("any type of weight is taken", "not tensor.is_floating_point() or", "False and"),
     ),
     *bugs(
+        "model/pretrained/gguf_file.py",
+        "tests/model/pretrained/test_gguf.py",
+        ("pairs stay side by side", "by_pair.transpose(1, 2)", "by_pair"),
+    ),
+    *bugs(
+        "model/pretrained/gguf_header.py",
+        "tests/model/pretrained/test_gguf.py",
+        ("any number of values is read", "if self._items > _MOST_ITEMS:", "if False:"),
+        ("a tensor may end behind the file", "if stored.begin + stored.bytes >", "if 0 >"),
+    ),
+    *bugs(
         "model/pretrained/weights.py",
         "tests/model/pretrained/test_convert.py",
         (
