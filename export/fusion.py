@@ -1,4 +1,4 @@
-"""Passes queries, keys and values to the attention kernel as one matrix product.
+"""Passes queries, keys and values to the attention kernel as one matrix product, or turned.
 
 The exported graph does what the model does: it splits the product in thirds, reshapes them by head,
 scales the queries, and flattens the thirds again. The kernel also accepts the whole product and can
@@ -12,7 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 import onnx
+import torch
 from onnx import helper, numpy_helper
+from torch import Tensor
 
 _VIEWS = ("Reshape", "Transpose")
 _FLAT = ("Split", "RotaryEmbedding")
@@ -27,6 +29,26 @@ class _Third(NamedTuple):
     """The node; with `place`, which of its outputs it is."""
     place: int
     scale: float
+
+
+def rotary_embedding(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """The kernel that turns `x[B, T, heads, D]` by angles `[B, T, pairs]`.
+
+    It looks the angles up in tables: here they are those of this pass, in the order of its tokens,
+    so that no table over the context is needed.
+    """
+    batch, time, heads, dim = x.shape
+    pairs = cosines.shape[-1]
+    rows = torch.arange(batch * time, device=x.device).view(batch, time)
+    turned = torch.onnx.ops.symbolic(
+        "com.microsoft::RotaryEmbedding",
+        (x.flatten(2), rows, cosines.flatten(0, 1), sines.flatten(0, 1)),
+        {"num_heads": heads, "rotary_embedding_dim": 2 * pairs if 2 * pairs < dim else 0},
+        dtype=x.dtype,
+        shape=(batch, time, heads * dim),
+        version=1,
+    )
+    return turned.view(batch, time, heads, dim)
 
 
 def pack_attention(proto: onnx.ModelProto) -> None:

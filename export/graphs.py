@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from concertina.v1 import bundle_pb2 as pb
-from export.fusion import pack_attention
+from export.fusion import pack_attention, rotary_embedding
 from export.weights import name_weights, store_half
 from model.attention import widen
 from model.decoder import Block, Decoder
@@ -305,26 +305,6 @@ def group_query_attention(
     )
     out = out.to(q.dtype).view(batch, time, heads, dim).transpose(1, 2)
     return out, next_keys, next_values
-
-
-def rotary_embedding(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """The kernel that turns `x[B, T, heads, D]` by angles `[B, T, pairs]`.
-
-    It looks the angles up in tables: here they are those of this pass, in the order of its tokens,
-    so that no table over the context is needed.
-    """
-    batch, time, heads, dim = x.shape
-    pairs = cosines.shape[-1]
-    rows = torch.arange(batch * time, device=x.device).view(batch, time)
-    turned = torch.onnx.ops.symbolic(
-        "com.microsoft::RotaryEmbedding",
-        (x.flatten(2), rows, cosines.flatten(0, 1), sines.flatten(0, 1)),
-        {"num_heads": heads, "rotary_embedding_dim": 2 * pairs if 2 * pairs < dim else 0},
-        dtype=x.dtype,
-        shape=(batch, time, heads * dim),
-        version=1,
-    )
-    return turned.view(batch, time, heads, dim)
 
 
 def trace_graph(

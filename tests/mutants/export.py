@@ -68,12 +68,6 @@ MUTANTS = (
             "if False else {}",
             "test_the_kernels_are_told_heads_and_windows",
         ),
-        (
-            "all of a head turns",
-            "2 * pairs if 2 * pairs < dim else 0",
-            "0",
-            "test_the_rotation_is_told_how_much_of_a_head_turns",
-        ),
     ),
     *bugs(
         "export/weights.py",
@@ -88,6 +82,12 @@ MUTANTS = (
     *bugs(
         "export/fusion.py",
         _PRETRAINED,
+        (
+            "all of a head turns",
+            "2 * pairs if 2 * pairs < dim else 0",
+            "0",
+            "test_the_rotation_is_told_how_much_of_a_head_turns",
+        ),
         (
             "the scale is lost on the way",
             "_multiply_scale(node, third.scale)",
