@@ -8,19 +8,35 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from concertina.bundle.manifest import MANIFEST, write_manifest
 from concertina.v1 import bundle_pb2 as pb
 from export.cost import count_cost
-from export.graphs import Units, export_fold, export_step, fold_resets, layers, state_tensors
+from export.graphs import (
+    FoldGraph,
+    Units,
+    export_fold,
+    export_step,
+    fold_example,
+    layers,
+    state_tensors,
+)
 from export.heldout import cache_units, calibration_windows, heldout_bits
 from export.moves import export_moves
 from export.packing import Packed
 from export.parity import check_parity
 from export.quantise import BLOCK, pack_weights, quantise_step, round_activations
-from export.weights import round_weights
+from export.weights import round_weights, stored_bytes
 from model.data import END_OF_TEXT, Dataset, DatasetInfo
 from model.decoder import Decoder
 from model.run import Checkpoint, load_checkpoint
+
+TOKENIZER = "tokenizer.json"
+"""What the tokens of a pretrained model are; its bundle holds it as it was found."""
+
+LARGEST_GRAPH = (1 << 31) - (1 << 24)
+"""Bytes of weights in one file of ONNX, which is a protobuf message, beside its nodes."""
 
 _LIMITS = {8: 0.02, 4: 0.1}
 _STATE_LIMIT = 0.01
@@ -94,7 +110,13 @@ def export_bundle(
         assert data_type == pb.DATA_TYPE_FLOAT32
         _check_fit(state_precision.dataset.info, checkpoint.data)
         state_tensors(checkpoint.model, pb.DATA_TYPE_INT8)
-    round_weights(checkpoint.model)
+    if checkpoint.origin is None:  # a pretrained model is served as it is
+        round_weights(checkpoint.model)
+    if (size := stored_bytes(checkpoint.model)) > LARGEST_GRAPH:
+        raise ValueError(
+            f"the weights take {size:,} bytes, and a graph holds at most {LARGEST_GRAPH:,}: this "
+            "model is too large for a bundle"
+        )
     manifest = describe(checkpoint, name, version, data_type)
     bundle_folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{bundle_folder.name}.", dir=bundle_folder.parent))
@@ -125,6 +147,9 @@ def export_bundle(
             _weigh(partial, manifest, checkpoint.model, precision)
         if state_precision is not None:
             _round_caches(partial, manifest, checkpoint.model, packed, state_precision, on_stage)
+        if checkpoint.origin is not None and (checkpoint_folder / TOKENIZER).exists():
+            shutil.copyfile(checkpoint_folder / TOKENIZER, partial / TOKENIZER)
+            files.append(TOKENIZER)
         write_manifest(partial, manifest, files)
         partial.chmod(0o755)
         if bundle_folder.exists():
@@ -254,10 +279,32 @@ def describe(
     schedule = layers(checkpoint.model)[0].schedule
     if schedule is not None:
         manifest.fold.span, manifest.fold.binary = schedule.span, schedule.binary
-        manifest.fold.resets = fold_resets(checkpoint.model)
-    if data.modality == "text":
+        manifest.fold.resets = _fold_resets(checkpoint.model)
+    if checkpoint.origin is not None:
+        origin = checkpoint.origin
+        manifest.tokenizer.SetInParent()
+        if origin.end_tokens:
+            manifest.end_token = origin.end_tokens[0]
+            manifest.tokenizer.end_tokens.extend(origin.end_tokens[1:])
+    elif data.modality == "text":
         manifest.end_token = END_OF_TEXT
     else:
         manifest.image.width, manifest.image.height = data.image_width, data.image_height
         manifest.image.palette = bytes(channel for colour in data.palette for channel in colour)
     return manifest
+
+
+@torch.no_grad()
+def _fold_resets(model: Decoder) -> bool:
+    """Whether only stack entries remain after a fold; see `FoldSchedule.resets`."""
+    schedule, state = layers(model)[0].schedule, state_tensors(model)
+    if schedule is None or any(t.kind == pb.STATE_KIND_HISTORY for t in state):
+        return False
+    graph = FoldGraph(model)
+    after = graph([torch.randn_like(x) for x in fold_example(model, schedule.span, schedule.span)])
+    given = dict(zip(graph.changed, after, strict=True))
+    return all(
+        t.name in given and bool((given[t.name] == t.initial).all())
+        for t in state
+        if t.kind == pb.STATE_KIND_RECURRENT
+    )

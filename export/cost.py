@@ -56,8 +56,10 @@ def _plain_kernel(
     lengths: Tensor,
     longest: Tensor,
     units: Sequence[Tensor],
+    *,
+    window: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return push_and_attend(q, k, v, keys, values, lengths)
+    return push_and_attend(q, k, v, keys, values, lengths, window)
 
 
 def _count_fold(model: Decoder, entries: int, rows: int) -> int:

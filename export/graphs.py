@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import onnx
@@ -16,10 +17,18 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from concertina.v1 import bundle_pb2 as pb
-from export.kernel import Kernel, group_query_attention, pack_attention
+from export.kernel import (
+    Kernel,
+    free_entries,
+    group_query_attention,
+    pack_attention,
+    turn_in_kernel,
+)
 from export.weights import name_weights, store_half
 from model.attention import widen
 from model.decoder import Block, Decoder
+from model.layers.architecture import OURS
+from model.layers.positions import Turn
 from model.patterns.pattern import Pattern, Place, StateTensor
 
 _OPSET = 18
@@ -127,25 +136,22 @@ class StepGraph(nn.Module):
 
         following: dict[str, Tensor] = {}
         x = self.model.embed_at(tokens, positions)
+        turn = self._turn_at(positions)
         for layer, block in enumerate(self.model.blocks):
             assert isinstance(block, Block)
 
             def attend(
                 pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, x: Tensor, layer: int = layer
             ) -> Tensor:
-                def push(
-                    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor
-                ) -> tuple[Tensor, Tensor, Tensor]:
-                    units = [self.units[f"{name}.{layer}"] for name in CACHES if self.units]
-                    return self.kernel(q, k, v, keys, values, lengths, longest, units)
-
+                units = [self.units[f"{name}.{layer}"] for name in CACHES if self.units]
+                push = partial(self.kernel, lengths=lengths, longest=longest, units=units)
                 place = Place(positions, lengths, push)
                 given = {t.name: next(remaining) for t in pattern.state()}
                 out, changed = pattern.step(q, k, v, x, place, given)
                 following.update({f"{name}.{layer}": changed[name] for name in changed})
                 return out
 
-            mixed = block.mix(x, attend)
+            mixed = block.mix(x, attend, turn)
             if block is self.model.blocks[-1]:
                 # From here on only tokens that need logits matter, as the state is complete. So a
                 # prefill pass, which needs no logits, skips most of the last layer.
@@ -153,6 +159,12 @@ class StepGraph(nn.Module):
             x = block.add(x, mixed)
         self.changed = list(following)
         return self.model.head(self.model.norm(x)), list(following.values())
+
+    def _turn_at(self, positions: Tensor) -> Turn | None:
+        if (rotary := self.model.rotary) is None:
+            return None
+        in_kernel = self.kernel is group_query_attention
+        return turn_in_kernel(rotary, positions) if in_kernel else rotary.turn_at(positions)
 
 
 class FoldGraph(nn.Module):
@@ -193,7 +205,7 @@ def step_example(
 ) -> tuple[object, ...]:
     """Example inputs of the step graph, for new streams."""
     state = [
-        torch.full((batch, *t.shape), t.initial, dtype=TORCH_TYPES[t.data_type])
+        _filled((batch, *t.shape), t.initial, TORCH_TYPES[t.data_type])
         for t in state_tensors(model, data_type)
     ]
     return (
@@ -204,6 +216,11 @@ def step_example(
         torch.arange(batch * time - 1),
         state,
     )
+
+
+def _filled(shape: tuple[int, ...], value: float, dtype: torch.dtype) -> Tensor:
+    """A tensor of one value. Zeros take no memory before they are written to."""
+    return torch.full(shape, value, dtype=dtype) if value else torch.zeros(shape, dtype=dtype)
 
 
 def fold_example(
@@ -231,9 +248,10 @@ def export_step(
     data_type: pb.DataType = pb.DATA_TYPE_FLOAT32,
     units: Units | None = None,
 ) -> None:
-    """Write the step graph of `model` to `path`, with its weights stored as float16.
+    """Write the step graph of `model` to `path`, with its weights in two bytes where they fit.
 
-    data_type: type of the state, see `state_tensors`; int8 needs `units`.
+    data_type: type of the state, see `state_tensors`; int8 needs `units`. The stacks of an
+    architecture that is not ours may have fewer entries than the context.
     """
     graph = StepGraph(model, units=units)
     # The exporter treats equal sizes and size 1 as constants, so all example sizes differ.
@@ -253,6 +271,8 @@ def export_step(
     outputs = ["logits", *(f"next.{name}" for name in graph.changed)]
     proto = trace_graph(graph, inputs, shapes, inputs_named, outputs)
     pack_attention(proto)
+    if model.config.architecture != OURS:
+        free_entries(proto, {name for name in names if name.split(".")[0] in CACHES})
     name_weights(proto, model)
     store_half(proto)
     onnx.save(proto, path)
@@ -285,22 +305,6 @@ def export_fold(
     name_weights(proto, model)
     store_half(proto)
     onnx.save(proto, path)
-
-
-@torch.no_grad()
-def fold_resets(model: Decoder) -> bool:
-    """Whether only stack entries remain after a fold; see `FoldSchedule.resets`."""
-    schedule, state = layers(model)[0].schedule, state_tensors(model)
-    if schedule is None or any(t.kind == pb.STATE_KIND_HISTORY for t in state):
-        return False
-    graph = FoldGraph(model)
-    after = graph([torch.randn_like(x) for x in fold_example(model, schedule.span, schedule.span)])
-    given = dict(zip(graph.changed, after, strict=True))
-    return all(
-        t.name in given and bool((given[t.name] == t.initial).all())
-        for t in state
-        if t.kind == pb.STATE_KIND_RECURRENT
-    )
 
 
 def trace_graph(

@@ -26,7 +26,8 @@ _ROUNDED = 4  # with this accuracy_level, the kernel rounds its input to 8 bits
 
 def pack_weights(model: Decoder, bits: int) -> dict[str, Packed]:
     """Quantised matrices of `model` (4 or 8 bits), by name. Also rounds those in `model` itself."""
-    matrices = {"head.weight": model.head.weight}
+    # A tied head is looked up in, too.
+    matrices = {} if model.config.architecture.tied else {"head.weight": model.head.weight}
     for layer, block in enumerate(model.blocks):
         assert isinstance(block, Block)
         for name in ("qkv", "out", "up", "down"):

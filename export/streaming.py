@@ -43,15 +43,27 @@ class Graphs:
         self.span = manifest.fold.span if manifest.HasField("fold") else None
         self.binary = manifest.fold.binary
         self.step_session = load(folder / "step.onnx", options)
+        self.free = {
+            value.name
+            for value in self.step_session.get_inputs()
+            if len(value.shape) == 4 and isinstance(value.shape[2], str)
+        }
+        """Stacks whose number of entries the graph does not fix."""
         self.fold_session = load(folder / "fold.onnx", options) if self.span else None
 
-    def start(self, batch: int) -> Stream:
-        """State of `batch` new streams."""
+    def start(self, batch: int, most: int | None = None) -> Stream:
+        """State of `batch` new streams of at most `most` tokens; None: of the whole context."""
         state = {
-            t.name: np.full((batch, *t.shape), _unset(t), ELEMENT_TYPES[t.data_type])
+            t.name: np.full((batch, *self._shape(t, most)), _unset(t), ELEMENT_TYPES[t.data_type])
             for t in self.tensors
         }
         return Stream(state, np.zeros(batch, np.int64), np.zeros(batch, np.int64))
+
+    def _shape(self, tensor: pb.StateTensor, most: int | None) -> list[int]:
+        shape = list(tensor.shape)
+        if most is not None and tensor.name in self.free and most < shape[1]:
+            shape[1] = most
+        return shape
 
     def step(self, stream: Stream, tokens: npt.NDArray[np.int64]) -> Array:
         """Push `tokens[batch, time]`, fold, and return logits `[batch, time, vocabulary]`."""

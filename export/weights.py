@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 import onnx
 import torch
 from onnx import numpy_helper
@@ -24,7 +27,7 @@ def name_weights(proto: onnx.ModelProto, model: Decoder) -> None:
     onnx.helper.set_model_props(
         proto,
         {
-            CONFIG_PROP: json.dumps(asdict(model.config)),
+            CONFIG_PROP: json.dumps(model.config.stored()),
             WEIGHTS_PROP: json.dumps(_find_weights(proto, model)),
         },
     )
@@ -51,21 +54,43 @@ def round_weights(model: Decoder) -> None:
 
 
 def store_half(model: onnx.ModelProto) -> None:
-    """Store matrices as float16 followed by a cast, which the runtime applies once, at load."""
+    """Store matrices in two bytes a weight if that loses nothing, followed by a cast.
+
+    The runtime casts once, at load. A matrix that was rounded is float16; a pretrained one may be
+    bfloat16, or stays float32.
+    """
     graph = model.graph
     casts = []
     for initializer in graph.initializer:
         if initializer.data_type != onnx.TensorProto.FLOAT or len(initializer.dims) < 2:
             continue
-        name = initializer.name
-        values = numpy_helper.to_array(initializer).astype("float16")
-        initializer.CopyFrom(numpy_helper.from_array(values, name + HALF))
+        name, values = initializer.name, numpy_helper.to_array(initializer)
+        half = _in_two_bytes(values)
+        if half is None:
+            continue
+        initializer.CopyFrom(numpy_helper.from_array(half, name + HALF))
         casts.append(
             onnx.helper.make_node("Cast", [name + HALF], [name], to=onnx.TensorProto.FLOAT)
         )
     nodes = [*casts, *graph.node]
     del graph.node[:]
     graph.node.extend(nodes)
+
+
+def stored_bytes(model: Decoder) -> int:
+    """Bytes of the weights of `model` in a graph, as `store_half` stores them."""
+    matrices = (p.detach().numpy() for p in model.parameters() if p.ndim >= 2)
+    vectors = sum(4 * p.numel() for p in model.parameters() if p.ndim < 2)
+    return vectors + sum((4 if _in_two_bytes(m) is None else 2) * m.size for m in matrices)
+
+
+def _in_two_bytes(values: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
+    for kind in (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)):
+        with np.errstate(over="ignore"):
+            half = values.astype(kind)
+        if np.array_equal(half.astype(np.float32), values):
+            return half
+    return None
 
 
 def find_initializers(model: onnx.ModelProto) -> dict[str, str]:
@@ -91,14 +116,17 @@ def _find_weights(proto: onnx.ModelProto, model: Decoder) -> dict[str, tuple[str
     """The initializer that holds each parameter, and whether transposed; the exporter may do so."""
     found = {}
     for initializer in proto.graph.initializer:
-        values = numpy_helper.to_array(initializer)
-        found[values.shape, values.tobytes()] = initializer.name
+        found[_fingerprint(numpy_helper.to_array(initializer))] = initializer.name
     weights = {}
     for name, parameter in model.state_dict().items():
         values = parameter.numpy()
-        flipped = np.ascontiguousarray(values.T)
-        plain = found.get((values.shape, values.tobytes()))
-        holder = plain or found.get((flipped.shape, flipped.tobytes()))
+        plain = found.get(_fingerprint(values))
+        holder = plain or found.get(_fingerprint(values.T))
         if holder is not None:
             weights[name] = (holder, plain is None)
     return weights
+
+
+def _fingerprint(values: npt.NDArray[Any]) -> tuple[tuple[int, ...], bytes]:
+    content = np.ascontiguousarray(values)
+    return values.shape, hashlib.sha256(content.view(np.uint8).data).digest()

@@ -25,9 +25,25 @@ def softmax(logits: Tensor) -> Tensor:
     return torch.softmax(widen(logits), dim=-1)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention of each token to itself and all earlier tokens, `[B, H, T, D]`."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor:
+    """Softmax attention of each token to itself and all earlier tokens, `[B, H, T, D]`.
+
+    window: how many of the newest tokens are attended to; 0 means all. Each head of k and v is
+    shared by as many of the H heads of q.
+    """
+    k, v = share_heads(q, k), share_heads(q, v)
+    if not window:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
+    tokens = torch.arange(q.shape[2], device=q.device)
+    before = tokens[:, None] - tokens  # how many tokens before the row's the column's is
+    seen = (before >= 0) & (before < window)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=1.0)
+
+
+def share_heads(q: Tensor, shared: Tensor) -> Tensor:
+    """Keys or values `[B, G, T, D]` with as many heads as q: each one is repeated."""
+    heads, groups = q.shape[1], shared.shape[1]
+    return shared if heads == groups else shared.repeat_interleave(heads // groups, dim=1)
 
 
 def expectation(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -60,18 +76,29 @@ def future(length: int, device: torch.device) -> Tensor:
 
 
 def push_and_attend(
-    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    window: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Push T tokens `[B, H, T, D]` onto stacks `[B, H, E, D]`, then attend to the valid entries.
 
     `lengths[B]` is the number of valid entries after the push. A token attends to itself and to the
-    entries before it.
+    entries before it; with a `window`, only to that many of the newest. Heads of k, v and stacks
+    may be fewer than those of q, see `share_heads`.
     """
     keys, values = push(keys, k, lengths), push(values, v, lengths)
     entries = torch.arange(keys.shape[2], device=q.device)
-    hidden = entries > _newest(lengths, q.shape[2])[:, None, :, None]  # [B, 1, T, E]
-    logits = (q @ keys.transpose(-1, -2)).masked_fill(hidden, float("-inf"))
-    return softmax(logits).to(values.dtype) @ values, keys, values
+    newest = _newest(lengths, q.shape[2])[:, None, :, None]  # [B, 1, T, 1]
+    hidden = entries > newest  # [B, 1, T, E]
+    if window:
+        hidden = hidden | (entries <= newest - window)
+    logits = q @ share_heads(q, keys).transpose(-1, -2)
+    weights = softmax(logits.masked_fill(hidden, float("-inf"))).to(values.dtype)
+    return weights @ share_heads(q, values), keys, values
 
 
 def push(stack: Tensor, new: Tensor, lengths: Tensor) -> Tensor:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+from model.layers.architecture import OURS, Architecture
 
 Attention = Literal[
     "full",
@@ -22,7 +25,7 @@ Attention = Literal[
     "sparse-axial",
 ]
 Pooling = Literal["max", "mean", "deepset-max"]
-Positions = Literal["factored", "sinusoid"]
+Positions = Literal["factored", "sinusoid", "learned", "none"]
 
 ROWS: tuple[Attention, ...] = (
     "axial-rowmajor",
@@ -55,19 +58,23 @@ class ModelConfig:
     positions: Positions = "factored"
     starts: int = 1
     pooling: Pooling = "max"
+    architecture: Architecture = OURS
 
     def __post_init__(self) -> None:
+        least_starts = 1 if self.architecture == OURS else 0
         for name in ("vocabulary", "width", "layers", "heads", "mlp", "starts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            least = least_starts if name == "starts" else 1
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         for name in ("context", "span"):
             if getattr(self, name) < 2:
                 raise ValueError(f"{name} must be at least 2, got {getattr(self, name)}")
-        if self.width % (8 * self.heads):
+        if self.architecture.head_dim is None and self.width % (8 * self.heads):
             raise ValueError(
                 f"width is {self.width} with {self.heads} heads: it must be a multiple of "
                 f"{8 * self.heads}, as the decode kernel needs a head_dim that is a multiple of 8"
             )
+        self._check_heads()
         for name, choices in (
             ("attention", get_args(Attention)),
             ("positions", get_args(Positions)),
@@ -93,10 +100,53 @@ class ModelConfig:
                 f"{self.attention} needs a context that is a multiple of the span"
             )
 
+    def _check_heads(self) -> None:
+        built = self.architecture
+        if self.head_dim % 8:
+            raise ValueError(
+                f"head_dim is {self.head_dim}: it must be a multiple of 8 for the decode kernel"
+            )
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"kv_heads is {self.kv_heads}: {self.heads} heads cannot share them evenly"
+            )
+        if built.tied and self.starts:
+            raise ValueError("tied embeddings leave no room for start tokens: starts must be 0")
+        if built.rope is not None and not 0 < 2 * len(built.rope.frequencies) <= self.head_dim:
+            raise ValueError(
+                f"rope turns {2 * len(built.rope.frequencies)} channels of a head, which has "
+                f"{self.head_dim}"
+            )
+        if built.windows and len(built.windows) != self.layers:
+            raise ValueError(f"windows has {len(built.windows)} layers of {self.layers}")
+        for name in ("kv_heads", "rope", "windows"):
+            if getattr(built, name) and self.attention != "full":
+                raise ValueError(f"{name} needs full attention, and attention is {self.attention}")
+
+    @classmethod
+    def read(cls, raw: Mapping[str, Any]) -> ModelConfig:
+        """The config that `stored` gave; settings that did not exist then have their defaults."""
+        fields = dict(raw)
+        if "architecture" in fields:
+            fields["architecture"] = Architecture.read(fields["architecture"])
+        return cls(**fields)
+
+    def stored(self) -> dict[str, Any]:
+        """The content, for JSON. The architecture is left out where it is ours."""
+        fields = asdict(self)
+        if self.architecture == OURS:
+            del fields["architecture"]
+        return fields
+
     @property
     def head_dim(self) -> int:
         """Width of one head."""
-        return self.width // self.heads
+        return self.architecture.head_dim or self.width // self.heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.architecture.kv_heads or self.heads
 
     @property
     def masked(self) -> bool:

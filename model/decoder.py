@@ -1,15 +1,16 @@
-"""A pre-norm decoder-only transformer; its config chooses the attention pattern."""
+"""A pre-norm decoder-only transformer; its config chooses pattern and parts of its layers."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from model.config import ModelConfig
+from model.layers.mlp import activate
+from model.layers.norm import make_norm
+from model.layers.positions import RotaryPositions, Turn, make_positions
 from model.patterns import make_pattern
 from model.patterns.pattern import Pattern
 
@@ -18,65 +19,84 @@ Attend = Callable[[Pattern, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class Block(nn.Module):
-    """One layer: attention and a squared-ReLU MLP, each on the normalised residual stream."""
+    """One layer: attention and an MLP, each on the normalised residual stream."""
 
-    def __init__(self, config: ModelConfig, dropout: float) -> None:
+    def __init__(self, config: ModelConfig, dropout: float, layer: int = 0) -> None:
         super().__init__()
-        self.heads = config.heads
-        self.scale = config.head_dim**-0.5
-        self.norm_attention = nn.LayerNorm(config.width)
-        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
-        self.out = nn.Linear(config.width, config.width, bias=False)
-        self.norm_mlp = nn.LayerNorm(config.width)
-        self.up = nn.Linear(config.width, config.mlp, bias=False)
-        self.down = nn.Linear(config.mlp, config.width, bias=False)
-        self.pattern = make_pattern(config)
+        built, dim = config.architecture, config.head_dim
+        self.built, self.dim = built, dim
+        self.scale = dim**-0.5
+        self.turns = layer not in built.unturned
+        self.sizes = [heads * dim for heads in (config.heads, config.kv_heads, config.kv_heads)]
+        biased = {part: part in built.biases for part in ("qkv", "out", "mlp")}
+        self.norm_attention = make_norm(built, config.width)
+        self.qkv = nn.Linear(config.width, sum(self.sizes), bias=biased["qkv"])
+        self.out = nn.Linear(config.heads * dim, config.width, bias=biased["out"])
+        self.norm_mlp = make_norm(built, config.width)
+        hidden = 2 * config.mlp if built.gated else config.mlp
+        self.up = nn.Linear(config.width, hidden, bias=biased["mlp"])
+        self.down = nn.Linear(config.mlp, config.width, bias=biased["mlp"])
+        if built.head_norms:
+            self.norm_queries, self.norm_keys = make_norm(built, dim), make_norm(built, dim)
+        self.pattern = make_pattern(config, layer)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        """Input `[B, T, width]` to output of the same shape; `attend` runs the layer's pattern."""
-        return self.add(x, self.mix(x, attend))
+    def forward(self, x: Tensor, attend: Attend, turn: Turn | None = None) -> Tensor:
+        """Input `[B, T, width]` to output of the same shape; `attend` runs the layer's pattern.
 
-    def mix(self, x: Tensor, attend: Attend) -> Tensor:
+        turn: what turns queries and keys by their positions; None if nothing does.
+        """
+        return self.add(x, self.mix(x, attend, turn))
+
+    def mix(self, x: Tensor, attend: Attend, turn: Turn | None = None) -> Tensor:
         """Output of attention, before its projection, for the layer's input `[B, T, width]`."""
-        batch, length, width = x.shape
+        batch, length, _ = x.shape
         normed = self.norm_attention(x)
         q, k, v = (
-            part.view(batch, length, self.heads, -1).transpose(1, 2)
-            for part in self.qkv(normed).split(width, dim=-1)
+            part.view(batch, length, part.shape[-1] // self.dim, self.dim)
+            for part in self.qkv(normed).split(self.sizes, dim=-1)
         )
+        if self.built.head_norms:
+            q, k = self.norm_queries(q), self.norm_keys(k)
+        if turn is not None and self.turns:
+            q, k = turn(q), turn(k)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         mixed = attend(self.pattern, q * self.scale, k, v, normed)
-        return mixed.transpose(1, 2).reshape(batch, length, width)
+        return mixed.transpose(1, 2).reshape(batch, length, self.sizes[0])
 
     def add(self, x: Tensor, mixed: Tensor) -> Tensor:
         """The layer's output, from its input `[..., width]` and the output of `mix` for it."""
-        x = x + self.dropout(self.out(mixed))
-        hidden = F.relu(self.up(self.norm_mlp(x)))
-        after: Tensor = x + self.dropout(self.down(hidden * hidden))
+        attended = x + self.dropout(self.out(mixed))
+        normed = self.norm_mlp(x if self.built.parallel else attended)
+        hidden = activate(self.up(normed), self.built.activation, self.built.gated)
+        after: Tensor = attended + self.dropout(self.down(hidden))
         return after
 
 
 class Decoder(nn.Module):
-    """Maps token ids to next-token logits. Absolute positions are added once, at the input."""
+    """Maps token ids to next-token logits. Absolute positions are added once, at the input, or turn
+    the queries and keys of every layer.
+    """
 
     def __init__(self, config: ModelConfig, dropout: float = 0.0) -> None:
         super().__init__()
-        self.config = config
+        self.config, built = config, config.architecture
         self.embed = nn.Embedding(config.vocabulary + config.starts, config.width)
-        self.positions = (
-            FactoredPositions(config)
-            if config.positions == "factored"
-            else SinusoidPositions(config)
-        )
-        self.blocks = nn.ModuleList(Block(config, dropout) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(config.width)
-        self.head = nn.Linear(config.width, config.vocabulary)
+        self.positions = make_positions(config)
+        self.blocks = nn.ModuleList(Block(config, dropout, n) for n in range(config.layers))
+        self.norm = make_norm(built, config.width)
+        self.head = nn.Linear(config.width, config.vocabulary, bias="head" in built.biases)
+        self.rotary = None if built.rope is None else RotaryPositions(built.rope)
         self.dropout = nn.Dropout(dropout)
         self.apply(_initialise)
+        if built.tied:
+            self.head.weight = self.embed.weight
 
     def embed_at(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Input of the first layer, `[B, T, width]`, for tokens at absolute positions `[B, T]`."""
         token: Tensor = self.embed(tokens)
+        if self.positions is None:
+            return token
         position: Tensor = self.positions(positions)
         return token + position.to(token.dtype)
 
@@ -88,47 +108,11 @@ class Decoder(nn.Module):
             )
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         x = self.dropout(self.embed_at(tokens, positions))
+        turn = self.rotary.turn_at(positions) if self.rotary is not None else None
         for block in self.blocks:
-            x = block(x, _in_parallel)
+            x = block(x, _in_parallel, turn)
         logits: Tensor = self.head(self.norm(x))
         return logits
-
-
-class FactoredPositions(nn.Module):
-    """Learned position embedding: that of the block plus that of the offset inside the block.
-
-    For an image whose width is the span, these are the row and the column.
-    """
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.span = config.span
-        self.block = nn.Embedding(config.blocks, config.width)
-        self.offset = nn.Embedding(config.span, config.width)
-
-    def forward(self, positions: Tensor) -> Tensor:
-        """Embeddings `[B, T, width]` of absolute positions `[B, T]`."""
-        block = torch.div(positions, self.span, rounding_mode="floor")
-        embedded: Tensor = self.block(block) + self.offset(positions - block * self.span)
-        return embedded
-
-
-class SinusoidPositions(nn.Module):
-    """Fixed embedding as in the reference code, [all sines, all cosines], for any position."""
-
-    frequencies: Tensor
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        half = config.width // 2
-        # Double: at position 10,000 a float32 angle is already off by 1e-3.
-        frequencies = torch.exp(-math.log(1e4) * torch.arange(half).double() / (half - 1))
-        self.register_buffer("frequencies", frequencies, persistent=False)
-
-    def forward(self, positions: Tensor) -> Tensor:
-        """Embeddings `[B, T, width]` of absolute positions `[B, T]`."""
-        angles = positions.unsqueeze(-1).to(self.frequencies.dtype) * self.frequencies
-        return torch.cat((angles.sin(), angles.cos()), dim=-1)
 
 
 def _in_parallel(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:

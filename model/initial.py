@@ -23,7 +23,7 @@ from model.decoder import Decoder
 from model.run import CHECKPOINT, CONFIG, RunError, load_checkpoint
 
 HALF = ".half"
-"""Ends the name of an initializer that is stored as float16."""
+"""Ends the name of an initializer that is stored in two bytes a weight."""
 CONFIG_PROP, WEIGHTS_PROP = "concertina.model_config", "concertina.weights"
 """Metadata of a graph: the config, and the initializer of each parameter."""
 _STEP, _MANIFEST = "step.onnx", "manifest.json"
@@ -95,7 +95,7 @@ def decoder_in(
         props = {prop.key: json.loads(prop.value) for prop in proto.metadata_props}
         if CONFIG_PROP not in props:
             continue
-        config = ModelConfig(**props[CONFIG_PROP])
+        config = ModelConfig.read(props[CONFIG_PROP])
         restore_float(proto)
         stored = {i.name: numpy_helper.to_array(i) for i in proto.graph.initializer}
         unpacked = unpack(proto)
@@ -113,7 +113,7 @@ def decoder_in(
 
 
 def restore_float(proto: onnx.ModelProto) -> None:
-    """Widen what a graph stores as float16; that is exact."""
+    """Widen what a graph stores in two bytes a weight; that is exact."""
     graph = proto.graph
     halves = {tensor.name: tensor for tensor in graph.initializer if tensor.name.endswith(HALF)}
     for tensor in halves.values():

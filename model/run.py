@@ -23,6 +23,7 @@ from model.decoder import Decoder
 CHECKPOINT = "checkpoint.safetensors"
 CONFIG = "config.json"
 LOG = "log.jsonl"
+_EMBEDDINGS, _HEAD = "embed.weight", "head.weight"
 PARTIAL = ".partial"
 """Ends the name of a file that is being written."""
 
@@ -79,6 +80,20 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where a model comes from that was not trained here."""
+
+    source: str
+    architecture: str
+    license: str
+    """SPDX identifier, as the source writes it."""
+    weights_sha256: str
+    """Of the files that held the weights, one after the other."""
+    begin_token: int | None = None
+    end_tokens: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A trained model, with its configuration, data and metrics."""
 
@@ -88,6 +103,8 @@ class Checkpoint:
     step: int
     metrics: dict[str, float]
     model: Decoder
+    origin: Origin | None = None
+    """Set if the model was converted."""
 
 
 def read_log(folder: Path) -> list[Progress]:
@@ -112,6 +129,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             for name in file.keys()  # noqa: SIM118 - not a dict
             if name.startswith("model.")
         }
+    if config.architecture.tied:
+        weights[_HEAD] = weights[_EMBEDDINGS]
     model.load_state_dict(weights)
     model.eval()
     return Checkpoint(
@@ -121,7 +140,14 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         int(metadata["step"]),
         json.loads(metadata["metrics"]),
         model,
+        read_origin(folder),
     )
+
+
+def read_origin(folder: Path) -> Origin | None:
+    """Where the model of a run was converted from; None if it was trained."""
+    raw = json.loads((folder / CONFIG).read_text()).get("origin")
+    return raw and Origin(**{**raw, "end_tokens": tuple(raw["end_tokens"])})
 
 
 def _read_config(folder: Path) -> tuple[ModelConfig, TrainConfig, DatasetInfo]:
@@ -130,7 +156,7 @@ def _read_config(folder: Path) -> tuple[ModelConfig, TrainConfig, DatasetInfo]:
     data = raw["data"]
     data["palette"] = tuple(tuple(colour) for colour in data["palette"])
     data["labels"] = tuple(data["labels"])
-    return ModelConfig(**raw["model"]), TrainConfig(**raw["train"]), DatasetInfo(**data)
+    return ModelConfig.read(raw["model"]), TrainConfig(**raw["train"]), DatasetInfo(**data)
 
 
 def check_free(folder: Path, model: ModelConfig, train: TrainConfig, data: DatasetInfo) -> None:
@@ -189,7 +215,7 @@ def claimed(
     folder.mkdir(parents=True, exist_ok=True)
     try:
         if not (folder / CHECKPOINT).exists():
-            config = {"model": asdict(model), "train": asdict(train), "data": asdict(data)}
+            config = {"model": model.stored(), "train": asdict(train), "data": asdict(data)}
             if origin is not None:
                 config["init"] = dict(origin)
             write_whole(folder / CONFIG, json.dumps(config, indent=1, allow_nan=False))
@@ -219,7 +245,12 @@ def save(
     metrics: dict[str, float],
 ) -> None:
     """Replace the checkpoint of `folder` by one after the step `done`."""
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    tied = model.config.architecture.tied
+    tensors = {
+        f"model.{name}": tensor
+        for name, tensor in model.state_dict().items()
+        if not (tied and name == _HEAD)
+    }
     tensors.update(dict(_optimiser_tensors(optimisers)))
     partial = folder / (CHECKPOINT + PARTIAL)
     save_file(
@@ -266,6 +297,8 @@ def restore(
                 number, parameter, field = rest.split(".")
                 states[int(number)].setdefault(int(parameter), {})[field] = file.get_tensor(name)
         metadata = file.metadata()
+    if model.config.architecture.tied:
+        weights[_HEAD] = weights[_EMBEDDINGS]
     model.load_state_dict(weights)
     for optimiser, state in zip(optimisers, states, strict=True):
         optimiser.load_state_dict({**optimiser.state_dict(), "state": state})

@@ -47,7 +47,9 @@ def random_decoder(config: ModelConfig, seed: int = 7) -> Decoder:
                 weight.copy_(_SHARP * noise * weight.shape[1] ** -0.5)
         for block in model.blocks:
             assert isinstance(block, Block)
-            bias, queries = block.norm_attention.bias, block.qkv.weight[: config.width : 2]
+            if config.architecture.norm == "rms":
+                continue
+            bias, queries = block.norm_attention.bias, block.qkv.weight[: block.sizes[0] : 2]
             queries -= 4 * bias / (bias @ bias)  # adds -4 to every other channel of q
     return model
 
@@ -56,7 +58,7 @@ def write_checkpoint(folder: Path, config: ModelConfig, info: DatasetInfo) -> Pa
     """The folder that training `config` on `info` would leave, with random weights; `folder`."""
     model = random_decoder(config)
     weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    settings = {"model": asdict(config), "train": asdict(TrainConfig()), "data": asdict(info)}
+    settings = {"model": config.stored(), "train": asdict(TrainConfig()), "data": asdict(info)}
     metrics = {info.unit: 8.0, "tokens": 1.0}
     folder.mkdir(parents=True)
     (folder / CONFIG).write_text(json.dumps(settings))

@@ -33,6 +33,8 @@ PATTERNS: dict[Attention, Callable[[ModelConfig], Pattern]] = {
 }
 
 
-def make_pattern(config: ModelConfig) -> Pattern:
+def make_pattern(config: ModelConfig, layer: int = 0) -> Pattern:
     """The attention pattern of one layer, chosen by `config.attention`."""
+    if config.architecture.windows:
+        return Full(config, config.architecture.windows[layer])
     return PATTERNS[config.attention](config)

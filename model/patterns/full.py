@@ -10,19 +10,23 @@ from model.patterns.pattern import Pattern, Place, State, StateTensor, Support
 
 
 class Full(Pattern):
-    """Each token attends to itself and all earlier tokens. The stack never folds."""
+    """Each token attends to itself and all earlier tokens, or to the newest of them.
 
-    def __init__(self, config: ModelConfig) -> None:
+    The stack never folds. With a window it is no shorter, but what lies behind is not read.
+    """
+
+    def __init__(self, config: ModelConfig, window: int = 0) -> None:
         super().__init__()
-        self.stack = (config.heads, config.context, config.head_dim)
+        self.window = window
+        self.stack = (config.kv_heads, config.context, config.head_dim)
 
     def support(self, position: int) -> Support:
         """See Pattern."""
-        return Support.of(range(position + 1))
+        return Support.of(range(self._first(position), position + 1))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
         """See Pattern."""
-        return causal_attention(q, k, v)
+        return causal_attention(q, k, v, self.window)
 
     def state(self) -> tuple[StateTensor, ...]:
         """See Pattern."""
@@ -32,5 +36,9 @@ class Full(Pattern):
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, place: Place, state: State
     ) -> tuple[Tensor, State]:
         """See Pattern."""
-        out, keys, values = place.push(q, k, v, state["keys"], state["values"])
+        stacks = state["keys"], state["values"]
+        out, keys, values = place.push(q, k, v, *stacks, window=self.window)
         return out, {"keys": keys, "values": values}
+
+    def _first(self, position: int) -> int:
+        return max(0, position + 1 - self.window) if self.window else 0

@@ -61,10 +61,11 @@ class Push(Protocol):
     """The decode kernel: pushes T tokens onto the stacks of keys and values, then attends."""
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor
+        self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, *, window: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Output `[B, H, T, D]` and the new stacks, from q, k, v `[B, H, T, D]` and stacks
-        `[B, H, E, D]`.
+        `[B, H, E, D]`. k, v and the stacks may have fewer heads. `window` is the number of the
+        newest entries that a token attends to; 0 means all.
         """
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, get_args
 
 import pytest
 
 from model.config import ROWS, Attention, ModelConfig
+from model.layers.architecture import OURS, Architecture, Rope
 from model.patterns import PATTERNS
 
 
@@ -31,7 +33,7 @@ NOT_ROWS = "is not two or more whole rows of 8 tokens: {} needs a context that i
         ({"width": 36}, "width is 36 with 2 heads: it must be a multiple of 16"),
         ({"width": 33, "heads": 1}, "width is 33 with 1 heads"),
         ({"attention": "axial"}, "attention must be one of full, fixed, .*; got 'axial'"),
-        ({"positions": "rotary"}, "positions must be one of factored, sinusoid; got 'rotary'"),
+        ({"positions": "rotary"}, "positions must be one of factored, .*; got 'rotary'"),
         ({"pooling": "min"}, "pooling must be one of max, mean, deepset-max; got 'min'"),
         ({"context": 7}, "context 7 is shorter than one block of 8 tokens: fixed needs a span"),
         *(
@@ -80,3 +82,41 @@ def test_only_a_pattern_that_reads_ahead_is_masked() -> None:
 def test_arithmetic(context: int, blocks: int) -> None:
     made = config(context=context)
     assert (made.head_dim, made.blocks) == (16, blocks)
+
+
+FULL = {"attention": "full"}
+
+
+@pytest.mark.parametrize(
+    ("built", "changes", "message"),
+    [
+        ({"head_dim": 12}, {}, "head_dim is 12: it must be a multiple of 8 for the decode kernel"),
+        ({"kv_heads": 3}, FULL, "kv_heads is 3: 2 heads cannot share them evenly"),
+        ({"tied": True}, {}, "tied embeddings leave no room for start tokens: starts must be 0"),
+        ({"rope": Rope((1.0,) * 9)}, FULL, "rope turns 18 channels of a head, which has 16"),
+        ({"rope": Rope(())}, FULL, "rope turns 0 channels of a head"),
+        ({"windows": (4,)}, FULL, "windows has 1 layers of 4"),
+        ({"windows": (4,) * 4}, {}, "windows needs full attention, and attention is fixed"),
+        ({"kv_heads": 1}, {}, "kv_heads needs full attention, and attention is fixed"),
+        ({"rope": Rope((1.0,))}, {}, "rope needs full attention, and attention is fixed"),
+        ({"tied": True}, {"starts": -1}, "starts must be at least 0, got -1"),
+    ],
+)
+def test_an_architecture_has_to_fit(
+    built: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(architecture=Architecture(**built), **changes)
+
+
+def test_what_is_stored_is_read_back() -> None:
+    built = Architecture(kv_heads=1, rope=Rope((1.0, 0.1), 1.5), windows=(4, 0), biases=("qkv",))
+    made = config(attention="full", layers=2, architecture=built)
+    assert ModelConfig.read(json.loads(json.dumps(made.stored()))) == made
+
+
+def test_what_is_stored_of_our_models_has_no_architecture() -> None:
+    made = config()
+    assert made.architecture == OURS
+    assert "architecture" not in made.stored()
+    assert ModelConfig.read(made.stored()) == made

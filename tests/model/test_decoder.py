@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from model.config import Attention, ModelConfig
 from model.decoder import Decoder
+from model.layers.architecture import OURS, Architecture, Rope
 from model.patterns.pattern import Pattern
 from tests.checkpoints import random_decoder
 from tests.model.cases import CASES, CAUSAL, SPARSE, Case
@@ -64,8 +65,9 @@ def decode(model: Decoder, tokens: Tensor, chunk: int) -> Tensor:
             return next(remaining).push(rows, *given)
 
         x = model.embed_at(tokens[:, done:end], positions)
+        turn = model.rotary.turn_at(positions) if model.rotary is not None else None
         for block in blocks:
-            x = block(x, attend)
+            x = block(x, attend, turn)
         logits.append(model.head(model.norm(x)))
         done = end
     return torch.cat(logits, dim=1)
@@ -225,3 +227,119 @@ def test_dropout_acts_in_training_alone() -> None:
     tokens = draw_tokens()
     assert not torch.equal(dropped.train()(tokens), model(tokens))
     assert torch.equal(dropped.eval()(tokens), model(tokens))
+
+
+ROPE = Rope((1.0, 0.3, 0.1, 0.03))
+BUILT = {
+    "ours": OURS,
+    "rms": Architecture(norm="rms"),
+    "epsilon": Architecture(epsilon=0.1),
+    "silu": Architecture(activation="silu"),
+    "gated": Architecture(gated=True),
+    "parallel": Architecture(parallel=True),
+    "biases": Architecture(biases=("qkv", "out", "mlp", "head")),
+    "no biases": Architecture(biases=()),
+    "head norms": Architecture(head_norms=True),
+    "shared heads": Architecture(kv_heads=1),
+    "wide heads": Architecture(head_dim=24),
+    "rope": Architecture(rope=ROPE),
+    "rope of half a head": Architecture(rope=Rope(ROPE.frequencies[:2])),
+    "rope in two layers": Architecture(rope=ROPE, unturned=(1,)),
+    "windows": Architecture(windows=(3, 0, 9)),
+    "llama": Architecture(
+        kv_heads=1, norm="rms", activation="silu", gated=True, biases=(), rope=ROPE, tied=True
+    ),
+}
+
+
+def build(name: str, **changes: Any) -> Decoder:
+    built = BUILT[name]
+    settings = {"attention": "full", "starts": 0 if built.tied else 2, "vocabulary": 9, **changes}
+    return random_decoder(config(architecture=built, **settings)).double()
+
+
+@pytest.mark.parametrize("name", BUILT)
+@pytest.mark.parametrize("chunk", [1, 5])
+@torch.no_grad()
+def test_stream_equals_parallel_however_layers_are_built(name: str, chunk: int) -> None:
+    model, tokens = build(name), draw_tokens()
+    expected = model(tokens)
+    torch.testing.assert_close(decode(model, tokens, chunk), expected, rtol=0, atol=1e-9)
+    assert expected.abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_every_architecture_is_another_function() -> None:
+    tokens = draw_tokens()
+    for (one, a), (other, b) in itertools.combinations(
+        {name: build(name)(tokens)[:, -1] for name in BUILT}.items(), 2
+    ):
+        assert (a - b).abs().max() > 1e-3, f"{one} and {other}"
+
+
+@torch.no_grad()
+def test_a_window_hides_what_lies_behind_it() -> None:
+    model = random_decoder(
+        config(layers=1, attention="full", architecture=Architecture(windows=(4,)))
+    )
+    tokens = draw_tokens(1)
+    other = tokens.clone()
+    other[0, 10] = (tokens[0, 10] + 1) % 7
+    moved = (model(tokens) - model(other))[0].abs().amax(dim=-1) > 1e-6
+    assert moved.nonzero()[:, 0].tolist() == [10, 11, 12, 13]
+    pattern: Any = model.blocks[0].pattern
+    assert pattern.support(2).direct == (0, 1, 2)
+    assert pattern.support(13).direct == (10, 11, 12, 13)
+
+
+@torch.no_grad()
+def test_queries_and_keys_are_turned_and_values_are_not() -> None:
+    model = random_decoder(config(layers=1))
+    block: Any = model.blocks[0]
+    x, seen = torch.randn(1, 3, 16), []
+
+    def attend(pattern: Pattern, *given: Tensor) -> Tensor:
+        seen.append(given)
+        return given[2]
+
+    block(x, attend)
+    block(x, attend, lambda y: 3 * y)
+    plain, turned = seen
+    for factor, one, other in zip((3, 3, 1, 1), plain, turned, strict=True):
+        torch.testing.assert_close(other, factor * one)
+
+
+@torch.no_grad()
+def test_a_shared_head_is_that_of_its_neighbours() -> None:
+    """Four heads of queries, two of keys and values: the first two read the first one."""
+    shared = random_decoder(
+        config(heads=4, width=32, attention="full", architecture=Architecture(kv_heads=2))
+    ).double()
+    own = Decoder(config(heads=4, width=32, attention="full")).double()
+    weights = shared.state_dict()
+    for layer in range(3):
+        name = f"blocks.{layer}.qkv.weight"
+        q, k, v = weights[name].split([32, 16, 16])
+        k, v = (x.view(2, 1, 8, 32).expand(2, 2, 8, 32).reshape(32, 32) for x in (k, v))
+        weights[name] = torch.cat((q, k, v))
+    own.load_state_dict(weights)
+    torch.testing.assert_close(own(draw_tokens()), shared(draw_tokens()), rtol=0, atol=1e-9)
+
+
+@torch.no_grad()
+def test_tied_logits_are_products_with_the_embeddings() -> None:
+    model = build("llama")
+    assert model.head.weight is model.embed.weight
+    x = model.embed.weight[:2][None]
+    torch.testing.assert_close(model.head(x)[0], x[0] @ model.embed.weight.T)
+
+
+@torch.no_grad()
+def test_learned_positions_are_added_and_none_are_not() -> None:
+    tokens, at = torch.tensor([[3, 3]]), torch.tensor([[1, 5]])
+    for positions, expected in (("learned", True), ("none", False)):
+        model = random_decoder(config(positions=positions))
+        added = (model.embed_at(tokens, at) - model.embed(tokens))[0]
+        if expected:
+            torch.testing.assert_close(added, model.positions.weight[at[0]], rtol=0, atol=1e-6)
+        assert bool(added.any()) is expected

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.mutants.mutant import bugs
 
 _EXPORT = "tests/export/test_parity.py"
+_PRETRAINED = "tests/export/test_pretrained.py"
 _QUANTISE = "tests/export/test_quantise.py"
 _KERNEL = "tests/export/test_kernel.py"
 _HELDOUT = "tests/export/test_heldout.py"
@@ -90,6 +91,48 @@ MUTANTS = (
             "matrices are unpacked where caches are int8",
             "    if packed:\n        quantise_step(step, packed)\n",
             "",
+        ),
+    ),
+    *bugs(
+        "export/kernel.py",
+        _PRETRAINED,
+        (
+            "shared heads are told to be own ones",
+            '"kv_num_heads": k.shape[1]',
+            '"kv_num_heads": heads',
+            "test_the_manifest_says_what_the_source_said",
+        ),
+        (
+            "no window is told",
+            "if window else {}",
+            "if False else {}",
+            "test_the_kernels_are_told_heads_and_windows",
+        ),
+    ),
+    *bugs(
+        "export/weights.py",
+        _PRETRAINED,
+        (
+            "any weight is stored in two bytes",
+            "np.array_equal(half.astype(np.float32), values)",
+            "True",
+            "test_weights_are_stored_as_small_as_loses_nothing",
+        ),
+    ),
+    *bugs(
+        "export/kernel.py",
+        _PRETRAINED,
+        (
+            "all of a head turns",
+            "2 * pairs if 2 * pairs < dim else 0",
+            "0",
+            "test_the_rotation_is_told_how_much_of_a_head_turns",
+        ),
+        (
+            "the scale is lost on the way",
+            "_multiply_scale(node, third.scale)",
+            "pass",
+            "test_the_manifest_says_what_the_source_said",
         ),
     ),
 )

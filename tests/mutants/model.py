@@ -14,8 +14,8 @@ MUTANTS = (
         _KERNELS,
         (
             "dead entries attended to",
-            "hidden = entries > _newest",
-            "hidden = entries > 1 + _newest",
+            "hidden = entries > newest",
+            "hidden = entries > 1 + newest",
         ),
     ),
     *bugs(
@@ -50,6 +50,97 @@ MUTANTS = (
             "attend(self.pattern, q * self.scale**2,",
         ),
         ("a pattern sees the input before its norm", "k, v, normed)", "k, v, x)"),
+    ),
+    *bugs(
+        "model/attention.py",
+        _DECODER,
+        ("a window is one token wider", "(before < window)", "(before <= window)"),
+        ("a stream's window is one token wider", "newest - window)", "newest - window - 1)"),
+        (
+            "heads take turns with shared ones",
+            "shared.repeat_interleave(heads // groups, dim=1)",
+            "shared.repeat(1, heads // groups, 1, 1)",
+        ),
+    ),
+    *bugs(
+        "model/decoder.py",
+        _DECODER,
+        (
+            "a parallel MLP reads what attention gave",
+            "x if self.built.parallel else attended",
+            "attended",
+        ),
+        ("every layer turns", "turn is not None and self.turns", "turn is not None"),
+        ("keys are not turned", "q, k = turn(q), turn(k)", "q = turn(q)"),
+    ),
+    *bugs(
+        "model/layers/positions.py",
+        "tests/model/layers/test_positions.py",
+        (
+            "turned the other way",
+            "one * cosines - other * sines, other * cosines + one * sines",
+            "one * cosines + other * sines, other * cosines - one * sines",
+        ),
+        (
+            "angles in double",
+            "positions.unsqueeze(-1).float() * self.frequencies.float()",
+            "positions.unsqueeze(-1).double() * self.frequencies.double()",
+        ),
+        ("sines without the scale", "angles.sin() * self.scale", "angles.sin()"),
+    ),
+    *bugs(
+        "model/layers/mlp.py",
+        "tests/model/layers/test_mlp.py",
+        ("the second half is the gate", "gate, value = hidden", "value, gate = hidden"),
+    ),
+    *bugs(
+        "model/pretrained/folder.py",
+        "tests/model/pretrained/test_folder.py",
+        ("an index may name any file", "Path(name).name != name or not", "not"),
+        ("a header of any size is read", "if size > _MOST_HEADER:", "if size > 1 << 63:"),
+        ("any type of weight is taken", "not tensor.is_floating_point() or", "False and"),
+    ),
+    *bugs(
+        "model/pretrained/gguf_file.py",
+        "tests/model/pretrained/test_gguf.py",
+        ("pairs stay side by side", "by_pair.transpose(1, 2)", "by_pair"),
+    ),
+    *bugs(
+        "model/pretrained/gguf_header.py",
+        "tests/model/pretrained/test_gguf.py",
+        ("any number of values is read", "if self._items > _MOST_ITEMS:", "if False:"),
+        ("a tensor may end behind the file", "if stored.begin + stored.bytes >", "if 0 >"),
+    ),
+    *bugs(
+        "model/pretrained/weights.py",
+        "tests/model/pretrained/test_convert.py",
+        (
+            "tensors without a use are passed over",
+            "if name not in used and not",
+            "if False and not",
+        ),
+        ("a shape of any kind is taken", "if there != shape:", "if not there:"),
+    ),
+    *bugs(
+        "model/pretrained/weights.py",
+        "tests/model/pretrained/test_parity.py",
+        ("heads stay as GPT-NeoX sorts them", "by_head.transpose(0, 1)", "by_head"),
+    ),
+    *bugs(
+        "model/pretrained/settings.py",
+        "tests/model/pretrained/test_settings.py",
+        (
+            "a mixture of experts is taken for a plain MLP",
+            "settings[name] > 1:",
+            "settings[name] > 999:",
+        ),
+        ("the layers below have the window", "if n >= first else", "if n < first else"),
+    ),
+    *bugs(
+        "model/pretrained/rope.py",
+        "tests/model/pretrained/test_parity.py",
+        ("yarn does not sharpen", "0.1 * weight * math.log(factor) + 1.0", "1.0"),
+        ("slow pairs turn as before", "plain / factor, plain)", "plain, plain)"),
     ),
     *bugs(
         "model/initial.py",

@@ -86,6 +86,12 @@ def _train() -> Any:
     return train
 
 
+def _convert() -> Any:
+    from model.pretrained.command import convert
+
+    return convert
+
+
 def _export() -> Any:
     from export.command import export
 
@@ -111,6 +117,7 @@ COMMANDS = {
     "bench": Command("Compare with other engines.", _bench),
     "data": Command("Prepare training data.", _data),
     "train": Command("Train a model.", _train),
+    "convert": Command("Take over a pretrained model.", _convert),
     "export": Command("Turn a checkpoint into a bundle.", _export),
     "compare": Command("Train patterns side by side.", _compare),
 }

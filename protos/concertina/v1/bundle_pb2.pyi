@@ -39,7 +39,7 @@ DATA_TYPE_FLOAT16: DataType
 DATA_TYPE_INT8: DataType
 
 class Manifest(_message.Message):
-    __slots__ = ("format", "name", "version", "fingerprint", "modality", "vocabulary", "labels", "end_token", "context", "image", "state", "fold", "files", "metrics", "training_data", "parity", "parameters", "attention", "cost", "quantisation", "state_quantisation")
+    __slots__ = ("format", "name", "version", "fingerprint", "modality", "vocabulary", "labels", "end_token", "context", "image", "state", "fold", "files", "metrics", "training_data", "parity", "parameters", "attention", "cost", "quantisation", "state_quantisation", "tokenizer")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -68,6 +68,7 @@ class Manifest(_message.Message):
     COST_FIELD_NUMBER: _ClassVar[int]
     QUANTISATION_FIELD_NUMBER: _ClassVar[int]
     STATE_QUANTISATION_FIELD_NUMBER: _ClassVar[int]
+    TOKENIZER_FIELD_NUMBER: _ClassVar[int]
     format: int
     name: str
     version: str
@@ -89,7 +90,25 @@ class Manifest(_message.Message):
     cost: Cost
     quantisation: Quantisation
     state_quantisation: StateQuantisation
-    def __init__(self, format: _Optional[int] = ..., name: _Optional[str] = ..., version: _Optional[str] = ..., fingerprint: _Optional[str] = ..., modality: _Optional[_Union[Modality, str]] = ..., vocabulary: _Optional[int] = ..., labels: _Optional[_Iterable[str]] = ..., end_token: _Optional[int] = ..., context: _Optional[int] = ..., image: _Optional[_Union[ImageFormat, _Mapping]] = ..., state: _Optional[_Iterable[_Union[StateTensor, _Mapping]]] = ..., fold: _Optional[_Union[FoldSchedule, _Mapping]] = ..., files: _Optional[_Iterable[_Union[BundleFile, _Mapping]]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., training_data: _Optional[_Union[TrainingData, _Mapping]] = ..., parity: _Optional[_Union[Parity, _Mapping]] = ..., parameters: _Optional[int] = ..., attention: _Optional[str] = ..., cost: _Optional[_Union[Cost, _Mapping]] = ..., quantisation: _Optional[_Union[Quantisation, _Mapping]] = ..., state_quantisation: _Optional[_Union[StateQuantisation, _Mapping]] = ...) -> None: ...
+    tokenizer: Tokenizer
+    def __init__(self, format: _Optional[int] = ..., name: _Optional[str] = ..., version: _Optional[str] = ..., fingerprint: _Optional[str] = ..., modality: _Optional[_Union[Modality, str]] = ..., vocabulary: _Optional[int] = ..., labels: _Optional[_Iterable[str]] = ..., end_token: _Optional[int] = ..., context: _Optional[int] = ..., image: _Optional[_Union[ImageFormat, _Mapping]] = ..., state: _Optional[_Iterable[_Union[StateTensor, _Mapping]]] = ..., fold: _Optional[_Union[FoldSchedule, _Mapping]] = ..., files: _Optional[_Iterable[_Union[BundleFile, _Mapping]]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., training_data: _Optional[_Union[TrainingData, _Mapping]] = ..., parity: _Optional[_Union[Parity, _Mapping]] = ..., parameters: _Optional[int] = ..., attention: _Optional[str] = ..., cost: _Optional[_Union[Cost, _Mapping]] = ..., quantisation: _Optional[_Union[Quantisation, _Mapping]] = ..., state_quantisation: _Optional[_Union[StateQuantisation, _Mapping]] = ..., tokenizer: _Optional[_Union[Tokenizer, _Mapping]] = ...) -> None: ...
+
+class Tokenizer(_message.Message):
+    __slots__ = ("begin_token", "end_tokens", "template_tokens")
+    class TemplateTokensEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    BEGIN_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    END_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TEMPLATE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    begin_token: int
+    end_tokens: _containers.RepeatedScalarFieldContainer[int]
+    template_tokens: _containers.ScalarMap[str, str]
+    def __init__(self, begin_token: _Optional[int] = ..., end_tokens: _Optional[_Iterable[int]] = ..., template_tokens: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class ImageFormat(_message.Message):
     __slots__ = ("width", "height", "palette")

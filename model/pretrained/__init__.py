@@ -1,0 +1,1 @@
+"""Models of other people: Hugging Face folders and GGUF files become runs of ours."""

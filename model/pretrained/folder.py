@@ -1,0 +1,134 @@
+"""A Hugging Face folder: config.json, and weights in one or several safetensors files."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from model.pretrained.source import UNKNOWN_LICENSE, PretrainedError, Source
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_GENERATION = "generation_config.json"
+_EXTRAS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    _GENERATION,
+)
+_MOST_JSON = 32 << 20
+_MOST_HEADER = 32 << 20
+_LICENSE = re.compile(r"^license:[ \t]*['\"]?([\w.+-]+)", re.MULTILINE)
+_TOKENS = ("bos_token_id", "eos_token_id")
+
+
+class _Shards:
+    """Tensors in open safetensors files, by the file that has each."""
+
+    def __init__(self, files: dict[str, Any]) -> None:
+        self._files = files
+
+    def names(self) -> list[str]:
+        """See Tensors."""
+        return sorted(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """See Tensors."""
+        file = self._files.get(name)
+        return None if file is None else tuple(file.get_slice(name).get_shape())
+
+    def read(self, name: str) -> Tensor:
+        """See Tensors."""
+        tensor: Tensor = self._files[name].get_tensor(name)
+        if not tensor.is_floating_point() or tensor.element_size() < 2:
+            raise PretrainedError(
+                f"{name} is stored as {str(tensor.dtype).removeprefix('torch.')}: only float32, "
+                "float16 and bfloat16 are supported; convert the checkpoint that it was made of"
+            )
+        return tensor
+
+
+@contextmanager
+def open_folder(path: Path) -> Iterator[Source]:
+    """The model in the folder `path`, open for reading. Raises PretrainedError."""
+    settings = read_json(path / CONFIG)
+    if (path / _GENERATION).exists():
+        generation = read_json(path / _GENERATION)
+        settings |= {name: generation[name] for name in _TOKENS if generation.get(name) is not None}
+    files = _weight_files(path)
+    with ExitStack() as stack:
+        by_name: dict[str, Any] = {}
+        for file in files:
+            opened = _open(stack, file)
+            by_name |= dict.fromkeys(opened.keys(), opened)
+        extras = tuple(path / name for name in _EXTRAS if (path / name).is_file())
+        yield Source(path, settings, _Shards(by_name), files, _license(path), extras=extras)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises PretrainedError if there is none, or it is too large."""
+    try:
+        if path.stat().st_size > _MOST_JSON:
+            raise PretrainedError(f"{path} has {path.stat().st_size:,} bytes: that is no settings")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PretrainedError(
+            f"{path.parent} has no {path.name}: it is not a whole model"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise PretrainedError(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise PretrainedError(f"{path} is not a JSON object")
+    return content
+
+
+def _weight_files(path: Path) -> tuple[Path, ...]:
+    if (path / WEIGHTS).exists():
+        return (path / WEIGHTS,)
+    if not (path / _INDEX).exists():
+        hint = ""
+        if any(path.glob("*.bin")) or any(path.glob("*.pt*")):
+            hint = "; it has pickled weights, which can run code: save it as safetensors"
+        raise PretrainedError(f"{path} has neither {WEIGHTS} nor {_INDEX}{hint}")
+    listed = read_json(path / _INDEX).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise PretrainedError(f"{path / _INDEX} has no weight_map")
+    names = sorted({str(name) for name in listed.values()})
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors") or "\0" in name:
+            raise PretrainedError(f"{path / _INDEX} names {name!r}, which is no file of the folder")
+        if not (path / name).is_file():
+            raise PretrainedError(f"{path} has no {name}, which {_INDEX} names: it is incomplete")
+    return tuple(path / name for name in names)
+
+
+def _open(stack: ExitStack, file: Path) -> Any:
+    with file.open("rb") as begin:
+        size = int.from_bytes(begin.read(8), "little")
+    if size > _MOST_HEADER:
+        raise PretrainedError(
+            f"{file} begins with a header of {size:,} bytes; the limit is {_MOST_HEADER:,}: it is "
+            "damaged, or not a safetensors file"
+        )
+    try:
+        return stack.enter_context(safe_open(file, framework="pt"))
+    except (OSError, SafetensorError) as error:
+        raise PretrainedError(f"{file} is damaged or incomplete: {error}") from None
+
+
+def _license(path: Path) -> str:
+    """What the front matter of the model card says."""
+    card = path / "README.md"
+    if not card.is_file():
+        return UNKNOWN_LICENSE
+    with card.open(encoding="utf-8", errors="replace") as file:
+        found = _LICENSE.search(file.read(1 << 16))
+    return found.group(1) if found else UNKNOWN_LICENSE

@@ -1,0 +1,55 @@
+"""A Hugging Face folder of the smallest Llama, written without transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+SETTINGS: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 11,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 32,
+    "bos_token_id": 1,
+    "eos_token_id": [2, 3],
+}
+
+
+def tensors() -> dict[str, Tensor]:
+    """Random weights by name."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"model.embed_tokens": (11, 16), "model.norm": (16,), "lm_head": (11, 16)}
+    for layer in ("model.layers.0", "model.layers.1"):
+        shapes |= {
+            f"{layer}.input_layernorm": (16,),
+            f"{layer}.post_attention_layernorm": (16,),
+            f"{layer}.self_attn.q_proj": (16, 16),
+            f"{layer}.self_attn.k_proj": (8, 16),
+            f"{layer}.self_attn.v_proj": (8, 16),
+            f"{layer}.self_attn.o_proj": (16, 16),
+            f"{layer}.mlp.gate_proj": (24, 16),
+            f"{layer}.mlp.up_proj": (24, 16),
+            f"{layer}.mlp.down_proj": (16, 24),
+        }
+    return {
+        f"{name}.weight": torch.randn(shape, generator=generator) * shape[-1] ** -0.5
+        for name, shape in shapes.items()
+    }
+
+
+def write(folder: Path, weights: dict[str, Tensor] | None = None, **changes: Any) -> Path:
+    """The folder; `changes` are those of the settings, and None leaves a setting out."""
+    folder.mkdir()
+    settings = {key: value for key, value in {**SETTINGS, **changes}.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(settings))
+    save_file(tensors() if weights is None else weights, folder / "model.safetensors")
+    return folder
