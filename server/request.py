@@ -113,7 +113,7 @@ class Request:
     stop_tokens: frozenset[int] = frozenset()
     include_stop: bool = False
     min_tokens: int = 0
-    end_token: int | None = None
+    end_tokens: frozenset[int] = frozenset()
     time_limit_s: float | None = None
     complete_at: int | None = None
     """Number of tokens, prompt included, that make the stream complete (an image)."""
@@ -138,7 +138,7 @@ class Request:
 
     def is_unsent(self, token: int) -> bool:
         """Whether this token ends the stream and is not sent."""
-        return token == self.end_token or (token in self.stop_tokens and not self.include_stop)
+        return token in self.end_tokens or (token in self.stop_tokens and not self.include_stop)
 
 
 LONGEST_KEEP_S = 24 * 3600

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
-from concertina.codecs.image_files import ImageError, ImageTooLarge, open_image
-from concertina.codecs.pixels import Colours, nearest, on_white, shown_rows
-from concertina.shown import listed, shown
+from concertina.codecs.prompt_error import PromptError
 from concertina.v1 import generation_service_pb2 as pb
 from server.arrays import Ints
 from server.bundles.bundle import Bundle
 from server.errors import InvalidRequest
 from server.request import Prompt, prompt_of
-
-_MAX_PNG_BYTES = 1 << 20
 
 
 def prompt_tokens(bundle: Bundle, prompt: pb.Prompt, *, room: int) -> Prompt:
@@ -23,61 +18,55 @@ def prompt_tokens(bundle: Bundle, prompt: pb.Prompt, *, room: int) -> Prompt:
     room: number of tokens that must be left to generate. Raises InvalidRequest with field, value
     and limit.
     """
-    content = prompt.WhichOneof("content")
-    ids: npt.NDArray[np.int64]
-    if content == "text":
-        ids = _from_text(bundle, prompt.text)
-    elif content == "tokens":
-        ids = _from_ids(bundle, prompt.tokens.ids)
-    elif content == "image":
-        ids = _from_image(bundle, prompt.image)
-    elif prompt.HasField("label"):
-        ids = np.zeros(0, np.int64)
-    else:
-        raise InvalidRequest(
-            "prompt is empty: give a label, text, tokens or an image, or leave prompt out "
-            "to start from nothing",
-            field="prompt",
-        )
+    try:
+        ids = _ids(bundle, prompt)
+        _require_room(bundle, len(ids), room)
+        label = prompt.label if prompt.HasField("label") else None
+        start, ids = bundle.codec.starts.split(ids, label)
+    except PromptError as error:
+        field = f"prompt.{error.field}" if error.field else "prompt"
+        raise InvalidRequest(f"{field} {error}", field=field) from None
+    return prompt_of(start, ids, bundle.typecode)
+
+
+def _require_room(bundle: Bundle, tokens: int, room: int) -> None:
     limit = bundle.context - room
-    if len(ids) > limit:
+    if tokens > limit:
         kept = f" and {room} of them must be left to generate" if room else ""
         raise InvalidRequest(
-            f"prompt has {len(ids)} tokens, the limit is {limit}: "
+            f"prompt has {tokens} tokens, the limit is {limit}: "
             f"{bundle.name} has a context of {bundle.context} tokens{kept}",
             field="prompt",
             limit=limit,
         )
-    return prompt_of(_start_token(bundle, prompt), ids, bundle.typecode)
 
 
-def _start_token(bundle: Bundle, prompt: pb.Prompt) -> int:
-    start: int = bundle.vocabulary
-    if not prompt.HasField("label"):
-        return start
-    labels = list(bundle.manifest.labels)
-    if prompt.label not in labels:
-        names = listed(map(repr, labels)) or "none"
-        raise InvalidRequest(
-            f"prompt.label is {shown(prompt.label)}; {bundle.name} has these labels: {names}",
-            field="prompt.label",
-        )
-    return start + 1 + labels.index(prompt.label)
+def _ids(bundle: Bundle, prompt: pb.Prompt) -> Ints:
+    """The ids of a prompt's content; none if it is only a label."""
+    content = prompt.WhichOneof("content")
+    if content == "text":
+        return _from_text(bundle, prompt.text)
+    if content == "tokens":
+        return _from_ids(bundle, prompt.tokens.ids)
+    if content == "image":
+        return _from_image(bundle, prompt.image)
+    if prompt.HasField("label"):
+        return np.zeros(0, np.int64)
+    raise InvalidRequest(
+        "prompt is empty: give a label, text, tokens or an image, or leave prompt out "
+        "to start from nothing",
+        field="prompt",
+    )
 
 
 def _from_text(bundle: Bundle, text: str) -> Ints:
-    if bundle.is_image:
-        raise InvalidRequest(
-            f"prompt.text was given, but {bundle.name} makes images: give an image",
-            field="prompt.text",
-        )
-    if not text:
+    if not text and bundle.codec.writes_text:
         raise InvalidRequest(
             "prompt.text is empty: it must hold at least 1 character; "
             "leave prompt out to start from nothing",
             field="prompt.text",
         )
-    return np.frombuffer(text.encode(), np.uint8).astype(np.int64)
+    return bundle.codec.from_text(text)
 
 
 def _from_ids(bundle: Bundle, ids: object) -> Ints:
@@ -101,46 +90,9 @@ def _from_ids(bundle: Bundle, ids: object) -> Ints:
 
 
 def _from_image(bundle: Bundle, image: pb.ImageRows) -> Ints:
-    if not bundle.is_image:
-        raise InvalidRequest(
-            f"prompt.image was given, but {bundle.name} makes text: give text", field="prompt.image"
-        )
     form = image.WhichOneof("rows")
-    if form is None:
+    if form is None and not bundle.codec.writes_text:
         raise InvalidRequest("prompt.image is empty: give png or rgb", field="prompt.image")
-    pixels = _from_png(bundle, image.png) if form == "png" else _from_rgb(bundle, image.rgb)
-    return nearest(pixels, bundle.manifest.image.palette)
-
-
-def _from_png(bundle: Bundle, png: bytes) -> Colours:
-    """Pixels `[n, 3]` on white, without the fully transparent rows at the bottom."""
-    field, form = "prompt.image.png", bundle.manifest.image
-    if len(png) > _MAX_PNG_BYTES:
-        raise InvalidRequest(f"{field} has {len(png)} bytes, the limit is {_MAX_PNG_BYTES}")
-    try:
-        rgba = open_image(png, ("PNG",), most_pixels=form.width * form.height)
-        size = rgba.size
-    except ImageTooLarge as error:
-        size = error.size
-    except ImageError as error:
-        raise InvalidRequest(f"{field} has {len(png)} bytes and {error}") from None
-    if size[0] != form.width or size[1] > form.height:
-        raise InvalidRequest(
-            f"{field} is {size[0]}x{size[1]} pixels; {bundle.name} takes images {form.width} wide "
-            f"and at most {form.height} high"
-        )
-    rows = shown_rows(rgba)
-    if rows is None:
-        raise InvalidRequest(f"{field} is wholly transparent: at least 1 row must show")
-    return on_white(rows)
-
-
-def _from_rgb(bundle: Bundle, rgb: bytes) -> Colours:
-    form = bundle.manifest.image
-    row = 3 * form.width
-    if not rgb or len(rgb) % row or len(rgb) > row * form.height:
-        raise InvalidRequest(
-            f"prompt.image.rgb has {len(rgb)} bytes; {bundle.name} takes 1 to {form.height} rows "
-            f"of {row} bytes"
-        )
-    return np.frombuffer(rgb, np.uint8).reshape(-1, 3)
+    if form == "png":
+        return bundle.codec.from_png(image.png)
+    return bundle.codec.from_rgb(image.rgb)

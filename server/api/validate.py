@@ -50,7 +50,7 @@ def generate_request(
     else:
         prompt = prompt_of(bundle.vocabulary, [], bundle.typecode)
     _check_keep(request)
-    stopping, manifest, options = request.stopping, bundle.manifest, request.output
+    stopping, options = request.stopping, request.output
     left = bundle.context - len(prompt)
     max_tokens = stopping.max_tokens if stopping.HasField("max_tokens") else left
     if not 1 <= max_tokens <= left:
@@ -67,7 +67,6 @@ def generate_request(
             field="stopping.min_tokens",
             limit=max_tokens,
         )
-    ends = manifest.HasField("end_token") and not stopping.ignore_eos
     first = Request(
         prompt=prompt,
         sampling=_sampling(bundle, request),
@@ -76,9 +75,9 @@ def generate_request(
         stop=_stop_strings(bundle, stopping),
         stop_tokens=frozenset(_ids(bundle, "stopping.stop_token_ids", stopping.stop_token_ids)),
         include_stop=stopping.include_stop,
-        end_token=manifest.end_token if ends else None,
+        end_tokens=frozenset() if stopping.ignore_eos else bundle.end_tokens,
         time_limit_s=_time_limit(stopping),
-        complete_at=bundle.context if bundle.is_image else None,
+        complete_at=bundle.codec.complete_at,
         prompt_logprobs=_top_logprobs(options, "prompt_logprobs"),
         stream_interval=_count(options, "stream_interval", config.stream_buffer),
         priority=_priority(request),
@@ -202,8 +201,8 @@ def _processors(bundle: Bundle, request: pb.GenerateRequest) -> LogitsProcessors
         if not -_MAX_PENALTY <= value <= _MAX_PENALTY:
             raise _out_of_range(f"sampling.{name}", value, -_MAX_PENALTY, _MAX_PENALTY)
     ending = {*stopping.stop_token_ids}
-    if bundle.manifest.HasField("end_token") and not stopping.ignore_eos:
-        ending.add(bundle.manifest.end_token)
+    if not stopping.ignore_eos:
+        ending |= bundle.end_tokens
     processors = LogitsProcessors(
         bias=_bias(bundle, sampling),
         allowed=_ids(bundle, "sampling.allowed_token_ids", sampling.allowed_token_ids),
@@ -240,9 +239,9 @@ def _bias(bundle: Bundle, sampling: pb.SamplingParameters) -> tuple[tuple[int, f
 
 
 def _bad_words(bundle: Bundle, sampling: pb.SamplingParameters) -> tuple[tuple[int, ...], ...]:
-    if sampling.bad_words and bundle.is_image:
+    if sampling.bad_words and not bundle.codec.writes_text:
         raise InvalidRequest(
-            f"sampling.bad_words was given, but {bundle.name} makes images: "
+            f"sampling.bad_words was given, but {bundle.name} makes {bundle.codec.makes}: "
             "give allowed_token_ids or logit_bias",
             field="sampling.bad_words",
         )
@@ -251,9 +250,10 @@ def _bad_words(bundle: Bundle, sampling: pb.SamplingParameters) -> tuple[tuple[i
 
 
 def _stop_strings(bundle: Bundle, stopping: pb.StoppingCriteria) -> tuple[str, ...]:
-    if stopping.stop and bundle.is_image:
+    if stopping.stop and not bundle.codec.writes_text:
         raise InvalidRequest(
-            f"stopping.stop was given, but {bundle.name} makes images", field="stopping.stop"
+            f"stopping.stop was given, but {bundle.name} makes {bundle.codec.makes}",
+            field="stopping.stop",
         )
     _check_strings("stopping.stop", stopping.stop, _MAX_STOPS, _MAX_STOP_BYTES)
     return tuple(stopping.stop)

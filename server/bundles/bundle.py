@@ -13,6 +13,8 @@ import numpy.typing as npt
 from concertina.bundle import resources
 from concertina.bundle.manifest import ManifestError, read_manifest
 from concertina.bundle.resources import ELEMENT_BYTES, KIND_NAMES, Count
+from concertina.codecs.choosing import CodecError, codec_of
+from concertina.codecs.codec import Codec
 from concertina.v1 import bundle_pb2 as pb
 from server.bundles.state import StateKind, StateTensor, state_tensors
 from server.errors import BundleError
@@ -45,10 +47,16 @@ class Bundle:
         """Largest number of tokens in one stream, prompt included."""
         return self.manifest.context
 
-    @property
-    def is_image(self) -> bool:
-        """Whether tokens are pixels; if not, they are bytes of text."""
-        return self.manifest.modality == pb.MODALITY_IMAGE
+    @cached_property
+    def codec(self) -> Codec:
+        """What the tokens stand for. Raises CodecError; for what `load_bundle` gave, never."""
+        return codec_of(self.manifest)
+
+    @cached_property
+    def end_tokens(self) -> frozenset[int]:
+        """The tokens that end a stream."""
+        has_one = self.manifest.HasField("end_token")
+        return frozenset({self.manifest.end_token} if has_one else ())
 
     @cached_property
     def span(self) -> int | None:
@@ -73,11 +81,6 @@ class Bundle:
     def typecode(self) -> str:
         """Type code of `array.array` that holds a token in the fewest bytes."""
         return next(c for c in "BHI" if self.manifest.vocabulary <= 1 << 8 * array(c).itemsize)
-
-    def label_of(self, start_token: int) -> str | None:
-        """The label that a start token stands for; None for the one without."""
-        index = start_token - self.manifest.vocabulary - 1
-        return self.manifest.labels[index] if index >= 0 else None
 
     @property
     def step_path(self) -> Path:
@@ -188,15 +191,12 @@ def _flaw(bundle: Bundle) -> str:
         return f"context {context}, vocabulary {manifest.vocabulary}"
     if bundle.span is not None and not 1 < bundle.span <= context:
         return f"a fold every {bundle.span} of {context} tokens"
-    if manifest.HasField("end_token") and manifest.end_token >= manifest.vocabulary:
-        return f"end token {manifest.end_token} of {manifest.vocabulary}"
-    form = manifest.image
-    if bundle.is_image and (
-        form.width * form.height != context or len(form.palette) != 3 * manifest.vocabulary
-    ):
-        return f"{form.width}x{form.height} pixels with a palette of {len(form.palette)} bytes"
-    if not bundle.is_image and manifest.vocabulary > 256:
-        return f"a vocabulary of {manifest.vocabulary} for tokens that are bytes"
+    if max(bundle.end_tokens, default=0) >= manifest.vocabulary:
+        return f"end token {max(bundle.end_tokens)} of {manifest.vocabulary}"
+    try:
+        _ = bundle.codec
+    except CodecError as error:
+        return str(error)
     most = int(np.max(bundle.entries(np.arange(context)))) + 1 if bundle.stacks else 0
     for tensor in manifest.state:
         shape = list(tensor.shape)

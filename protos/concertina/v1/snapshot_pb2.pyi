@@ -22,7 +22,7 @@ class Snapshot(_message.Message):
     def __init__(self, outputs: _Optional[_Iterable[_Union[OutputSnapshot, _Mapping]]] = ..., request: _Optional[_Union[StoredRequest, _Mapping]] = ..., prompt_epoch: _Optional[int] = ..., prompt_digest: _Optional[bytes] = ...) -> None: ...
 
 class StoredRequest(_message.Message):
-    __slots__ = ("outputs", "start_token", "prompt", "sampling", "max_tokens", "min_tokens", "stop", "stop_tokens", "include_stop", "end_token", "time_limit_seconds", "complete_at", "prompt_logprobs", "stream_interval", "priority")
+    __slots__ = ("outputs", "start_token", "prompt", "sampling", "max_tokens", "min_tokens", "stop", "stop_tokens", "include_stop", "end_token", "time_limit_seconds", "complete_at", "prompt_logprobs", "stream_interval", "priority", "more_end_tokens")
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     START_TOKEN_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -38,6 +38,7 @@ class StoredRequest(_message.Message):
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     STREAM_INTERVAL_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    MORE_END_TOKENS_FIELD_NUMBER: _ClassVar[int]
     outputs: int
     start_token: int
     prompt: bytes
@@ -53,7 +54,8 @@ class StoredRequest(_message.Message):
     prompt_logprobs: int
     stream_interval: int
     priority: int
-    def __init__(self, outputs: _Optional[int] = ..., start_token: _Optional[int] = ..., prompt: _Optional[bytes] = ..., sampling: _Optional[_Union[StoredSampling, _Mapping]] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_tokens: _Optional[_Iterable[int]] = ..., include_stop: _Optional[bool] = ..., end_token: _Optional[int] = ..., time_limit_seconds: _Optional[float] = ..., complete_at: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., stream_interval: _Optional[int] = ..., priority: _Optional[int] = ...) -> None: ...
+    more_end_tokens: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, outputs: _Optional[int] = ..., start_token: _Optional[int] = ..., prompt: _Optional[bytes] = ..., sampling: _Optional[_Union[StoredSampling, _Mapping]] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_tokens: _Optional[_Iterable[int]] = ..., include_stop: _Optional[bool] = ..., end_token: _Optional[int] = ..., time_limit_seconds: _Optional[float] = ..., complete_at: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., stream_interval: _Optional[int] = ..., priority: _Optional[int] = ..., more_end_tokens: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class StoredSampling(_message.Message):
     __slots__ = ("temperature", "top_k", "top_p", "min_p", "seed", "typical_p", "logprobs", "processors")
