@@ -65,12 +65,14 @@ def prompt_of(start: int, tokens: npt.ArrayLike, typecode: str) -> Prompt:
 class LogitsProcessors:
     """Changes to the logits of one stream; see SamplingParameters in generation_service.proto.
 
-    bad_words: the tokens of each word. withheld: ids that are not drawn before `min_tokens`.
+    bad_words: the tokens of each word. bad_bytes: words whose letters are not tokens. withheld: ids
+    that are not drawn before `min_tokens`.
     """
 
     bias: tuple[tuple[int, float], ...] = ()
     allowed: tuple[int, ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()
+    bad_bytes: tuple[bytes, ...] = ()
     min_tokens: int = 0
     withheld: tuple[int, ...] = ()
     repetition_penalty: float = 1.0
@@ -79,7 +81,7 @@ class LogitsProcessors:
 
 
 LONGEST_BAD_WORD = 64
-"""Largest number of tokens in a bad word."""
+"""Largest number of tokens in a bad word, or of bytes if its letters are not tokens."""
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,15 @@ def prompt_ids(bundle: Bundle, prompt: Prompt) -> Ints:
     return bundle.codec.starts.joined(prompt.start, prompt.tokens.astype(np.int64))
 
 
+def text_bytes(bundle: Bundle, prompt: Prompt) -> int | None:
+    """Bytes of the text of a prompt without its start token; None if it is no text."""
+    codec = bundle.codec
+    if not codec.writes_text:
+        return None
+    is_beginning = codec.text.is_beginning((prompt.start,))
+    return len(codec.text.bytes_of(prompt.tokens.tolist(), is_beginning))
+
+
 def _sampling_message(request: Request) -> pb.SamplingParameters:
     sampling = request.sampling
     processors = sampling.processors or LogitsProcessors()
@@ -83,7 +92,7 @@ def _sampling_message(request: Request) -> pb.SamplingParameters:
         frequency_penalty=processors.frequency_penalty,
         logit_bias=dict(processors.bias),
         allowed_token_ids=processors.allowed,
-        bad_words=[bytes(word).decode() for word in processors.bad_words],
+        bad_words=[bytes(word).decode() for word in (*processors.bad_words, *processors.bad_bytes)],
     )
 
 

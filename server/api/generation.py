@@ -15,7 +15,7 @@ import numpy as np
 from concertina.v1 import generation_service_pb2 as pb
 from concertina.v1 import generation_service_pb2_grpc as generation_grpc
 from server.api.context import INTERNAL, Context, answer, caller_of, find, refuse, to_the_end
-from server.api.convert import accepted_message, error_message, response_message
+from server.api.convert import accepted_message, error_message, response_message, text_bytes
 from server.api.validate import generate_request, keep_s, resume_request, score_request
 from server.auth.api_keys import Callers
 from server.engine.updates import HandedOver, Scored
@@ -83,7 +83,8 @@ class GenerationServicer(generation_grpc.GenerationServiceServicer):
         model = find(self._registry.models, caller, request.model, request.prompt)
         model.require_room()
         with self._registry.reserving(caller, 1):
-            session = model.submit(score_request(model.bundle, request), caller.name)
+            scored = score_request(model.bundle, request)
+            session = model.submit(scored, caller.name)
         try:
             async for _, event in model.events(session):
                 if isinstance(event, RequestError):
@@ -94,6 +95,7 @@ class GenerationServicer(generation_grpc.GenerationServiceServicer):
                         bits=event.bits,
                         model=model.bundle.name,
                         fingerprint=model.bundle.fingerprint,
+                        text_bytes=text_bytes(model.bundle, scored.prompt),
                     )
         finally:
             model.cancel(session)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 import numpy as np
 
 from concertina.codecs.prompt_error import PromptError
@@ -18,15 +21,51 @@ def prompt_tokens(bundle: Bundle, prompt: pb.Prompt, *, room: int) -> Prompt:
     room: number of tokens that must be left to generate. Raises InvalidRequest with field, value
     and limit.
     """
-    try:
-        ids = _ids(bundle, prompt)
-        _require_room(bundle, len(ids), room)
-        label = prompt.label if prompt.HasField("label") else None
+    ids = prompt_ids(bundle, prompt)
+    _require_room(bundle, len(ids), room)
+    label = prompt.label if prompt.HasField("label") else None
+    with _naming_the_field():
         start, ids = bundle.codec.starts.split(ids, label)
+    return prompt_of(start, ids, bundle.typecode)
+
+
+def prompt_ids(bundle: Bundle, prompt: pb.Prompt) -> Ints:
+    """The ids of a prompt's content, however many. Raises InvalidRequest with field and value."""
+    with _naming_the_field():
+        return _ids(bundle, prompt)
+
+
+@contextmanager
+def _naming_the_field() -> Iterator[None]:
+    """Turn a PromptError into an InvalidRequest that names the field."""
+    try:
+        yield
     except PromptError as error:
         field = f"prompt.{error.field}" if error.field else "prompt"
         raise InvalidRequest(f"{field} {error}", field=field) from None
+
+
+def empty_prompt(bundle: Bundle) -> Prompt:
+    """The prompt of a stream that starts from nothing. Raises InvalidRequest if none can."""
+    with _naming_the_field():
+        start, ids = bundle.codec.starts.split(np.zeros(0, np.int64), None)
     return prompt_of(start, ids, bundle.typecode)
+
+
+def scored_tokens(bundle: Bundle, prompt: pb.Prompt) -> Prompt:
+    """The tokens of a prompt to score. Raises InvalidRequest with field, value and limit."""
+    if prompt.WhichOneof("content") is None:
+        raise InvalidRequest(
+            "prompt is empty: give the text, tokens or image to score", field="prompt"
+        )
+    tokens = prompt_tokens(bundle, prompt, room=0)
+    if not len(tokens):
+        raise InvalidRequest(
+            f"prompt has only the token that {bundle.name} predicts others from: "
+            "give at least 2 tokens to score",
+            field="prompt",
+        )
+    return tokens
 
 
 def _require_room(bundle: Bundle, tokens: int, room: int) -> None:
@@ -69,21 +108,26 @@ def _from_text(bundle: Bundle, text: str) -> Ints:
     return bundle.codec.from_text(text)
 
 
-def _from_ids(bundle: Bundle, ids: object) -> Ints:
-    tokens = np.array(ids, np.int64)
-    if not len(tokens):
+def _from_ids(bundle: Bundle, ids: Sequence[int]) -> Ints:
+    if not len(ids):
         raise InvalidRequest(
             "prompt.tokens.ids is empty: it must hold at least 1 id; "
             "leave prompt out to start from nothing",
             field="prompt.tokens.ids",
         )
+    return checked_ids(bundle, "prompt.tokens.ids", ids)
+
+
+def checked_ids(bundle: Bundle, field: str, ids: Sequence[int]) -> Ints:
+    """The ids, all below the vocabulary. Raises InvalidRequest for the first that is not."""
+    tokens = np.array(ids, np.int64)
     vocabulary = bundle.vocabulary
     wrong = np.flatnonzero(tokens >= vocabulary)
     if len(wrong):
         raise InvalidRequest(
-            f"prompt.tokens.ids[{wrong[0]}] is {tokens[wrong[0]]}; "
+            f"{field}[{wrong[0]}] is {tokens[wrong[0]]}; "
             f"ids of {bundle.name} must be below {vocabulary}",
-            field=f"prompt.tokens.ids[{wrong[0]}]",
+            field=f"{field}[{wrong[0]}]",
             limit=vocabulary - 1,
         )
     return tokens

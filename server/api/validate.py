@@ -10,7 +10,7 @@ from dataclasses import replace
 from google.protobuf.message import Message
 
 from concertina.v1 import generation_service_pb2 as pb
-from server.api.prompt import prompt_tokens
+from server.api.prompt import empty_prompt, prompt_tokens, scored_tokens
 from server.bundles.bundle import Bundle
 from server.config import EngineConfig
 from server.engine.restore import BEGINNING, ResumeCursor
@@ -21,7 +21,6 @@ from server.request import (
     LogitsProcessors,
     Request,
     SamplingParameters,
-    prompt_of,
 )
 
 _MAX_STOPS = 16
@@ -48,7 +47,7 @@ def generate_request(
     if request.HasField("prompt"):
         prompt = prompt_tokens(bundle, request.prompt, room=1)
     else:
-        prompt = prompt_of(bundle.vocabulary, [], bundle.typecode)
+        prompt = empty_prompt(bundle)
     _check_keep(request)
     stopping, options = request.stopping, request.output
     left = bundle.context - len(prompt)
@@ -142,11 +141,7 @@ def _check_counts(prefix: str, message: Message, names: Sequence[str]) -> None:
 
 def score_request(bundle: Bundle, request: pb.ScoreRequest) -> Request:
     """The request of a `ScoreRequest`. Raises InvalidRequest with field, value and limit."""
-    if request.prompt.WhichOneof("content") is None:
-        raise InvalidRequest(
-            "prompt is empty: give the text, tokens or image to score", field="prompt"
-        )
-    return Request(prompt=prompt_tokens(bundle, request.prompt, room=0), score=True)
+    return Request(prompt=scored_tokens(bundle, request.prompt), score=True)
 
 
 def _sampling(bundle: Bundle, request: pb.GenerateRequest) -> SamplingParameters:
@@ -203,10 +198,12 @@ def _processors(bundle: Bundle, request: pb.GenerateRequest) -> LogitsProcessors
     ending = {*stopping.stop_token_ids}
     if not stopping.ignore_eos:
         ending |= bundle.end_tokens
+    words = _bad_words(bundle, sampling)
     processors = LogitsProcessors(
         bias=_bias(bundle, sampling),
         allowed=_ids(bundle, "sampling.allowed_token_ids", sampling.allowed_token_ids),
-        bad_words=_bad_words(bundle, sampling),
+        bad_words=words if bundle.codec.is_bytewise else (),
+        bad_bytes=() if bundle.codec.is_bytewise else tuple(map(bytes, words)),
         min_tokens=stopping.min_tokens if ending else 0,
         withheld=tuple(sorted(ending)) if stopping.min_tokens else (),
         repetition_penalty=repetition,
@@ -214,7 +211,10 @@ def _processors(bundle: Bundle, request: pb.GenerateRequest) -> LogitsProcessors
         presence_penalty=presence,
     )
     forbidden = {*processors.withheld} | {w[0] for w in processors.bad_words if len(w) == 1}
-    if not set(processors.allowed or range(bundle.vocabulary)) - forbidden:
+    for word in processors.bad_bytes:
+        forbidden.update(bundle.codec.text.containing(word).tolist())
+    allowed = {*processors.allowed}
+    if not (allowed - forbidden if allowed else len(forbidden) < bundle.vocabulary):
         raise InvalidRequest(
             f"sampling.allowed_token_ids has {len(processors.allowed)} ids, and "
             "sampling.bad_words or stopping.min_tokens forbid them all: at least 1 token must be "

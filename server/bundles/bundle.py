@@ -13,8 +13,9 @@ import numpy.typing as npt
 from concertina.bundle import resources
 from concertina.bundle.manifest import ManifestError, read_manifest
 from concertina.bundle.resources import ELEMENT_BYTES, KIND_NAMES, Count
-from concertina.codecs.choosing import CodecError, codec_of
+from concertina.codecs.choosing import TOKENIZER, CodecError, codec_of
 from concertina.codecs.codec import Codec
+from concertina.codecs.tokenizer_file import TokenizerError
 from concertina.v1 import bundle_pb2 as pb
 from server.bundles.state import StateKind, StateTensor, state_tensors
 from server.errors import BundleError
@@ -50,13 +51,13 @@ class Bundle:
     @cached_property
     def codec(self) -> Codec:
         """What the tokens stand for. Raises CodecError; for what `load_bundle` gave, never."""
-        return codec_of(self.manifest)
+        return codec_of(self.manifest, self.folder)
 
     @cached_property
     def end_tokens(self) -> frozenset[int]:
         """The tokens that end a stream."""
-        has_one = self.manifest.HasField("end_token")
-        return frozenset({self.manifest.end_token} if has_one else ())
+        first = [self.manifest.end_token] if self.manifest.HasField("end_token") else []
+        return frozenset((*first, *self.manifest.tokenizer.end_tokens))
 
     @cached_property
     def span(self) -> int | None:
@@ -197,6 +198,8 @@ def _flaw(bundle: Bundle) -> str:
         _ = bundle.codec
     except CodecError as error:
         return str(error)
+    except TokenizerError as error:
+        raise BundleError(f"{bundle.folder / TOKENIZER} {error}") from None
     most = int(np.max(bundle.entries(np.arange(context)))) + 1 if bundle.stacks else 0
     for tensor in manifest.state:
         shape = list(tensor.shape)

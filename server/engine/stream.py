@@ -218,7 +218,7 @@ def _request_bytes(request: Request) -> int:
     numbers = len(request.stop_tokens)
     if (given := request.sampling.processors) is not None:
         numbers += 2 * len(given.bias) + len(given.allowed) + len(given.withheld)
-        numbers += sum(map(len, given.bad_words))
+        numbers += sum(map(len, given.bad_words)) + sum(map(len, given.bad_bytes))
     return request.prompt.tokens.nbytes + _NUMBER_BYTES * numbers
 
 

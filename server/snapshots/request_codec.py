@@ -105,6 +105,7 @@ def _stored_sampling(sampling: SamplingParameters) -> pb.StoredSampling:
                 bias=dict(processors.bias),
                 allowed=processors.allowed,
                 bad_words=[pb.StoredWord(tokens=word) for word in processors.bad_words],
+                bad_bytes=processors.bad_bytes,
                 min_tokens=processors.min_tokens,
                 withheld=processors.withheld,
                 repetition_penalty=processors.repetition_penalty,
@@ -122,6 +123,7 @@ def _sampling(stored: pb.StoredSampling) -> SamplingParameters:
             bias=tuple(sorted(stored.processors.bias.items())),
             allowed=tuple(stored.processors.allowed),
             bad_words=tuple(tuple(word.tokens) for word in stored.processors.bad_words),
+            bad_bytes=tuple(stored.processors.bad_bytes),
             min_tokens=stored.processors.min_tokens,
             withheld=tuple(stored.processors.withheld),
             repetition_penalty=stored.processors.repetition_penalty,
@@ -161,7 +163,9 @@ def _misfit(bundle: Bundle, request: Request) -> str:
         "complete_at": request.complete_at == bundle.codec.complete_at,
         "stop strings": len(request.stop) <= _MOST_STOPS
         and all(1 <= len(text.encode()) <= _LONGEST_STOP for text in request.stop),
-        "bad words": all(1 <= len(word) <= LONGEST_BAD_WORD for word in words),
+        "bad words": all(
+            1 <= len(word) <= LONGEST_BAD_WORD for word in (*words, *processors.bad_bytes)
+        ),
         "logprobs": max(sampling.logprobs or 0, request.prompt_logprobs or 0) <= _MOST_LOGPROBS,
         "stream_interval": 1 <= request.stream_interval <= bundle.context,
         "temperature": 0 <= sampling.temperature < math.inf,

@@ -181,9 +181,9 @@ class Gate:
         await self.held(name)
 
 
-def script(model: ServedModel, content: bytes) -> None:
+def script(model: ServedModel, content: Sequence[int]) -> None:
     """Makes the model generate `content`: the token at position k is `content[k]`."""
-    wanted = np.frombuffer(content, np.uint8)
+    wanted = np.array([*content])
 
     def scripted(logits: Floats, positions: Ints) -> Floats:
         logits = np.zeros_like(logits)

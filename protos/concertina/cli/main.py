@@ -56,6 +56,12 @@ def _score() -> Any:
     return score
 
 
+def _tokenize() -> Any:
+    from concertina.cli.tokenize import tokenize
+
+    return tokenize
+
+
 def _sessions() -> Any:
     from concertina.cli.sessions import sessions
 
@@ -106,6 +112,7 @@ COMMANDS = {
     "generate": Command("Write text as it is generated.", _generate),
     "paint": Command("Paint an image as it is generated.", _paint),
     "score": Command("Measure how well a model predicts a file.", _score),
+    "tokenize": Command("Show the tokens of a text.", _tokenize),
     "sessions": Command("Pause, continue, copy and move streams.", _sessions),
     "loadtest": Command("Drive a server hard and report.", _loadtest),
     "bench": Command("Compare with other engines.", _bench),

@@ -17,6 +17,7 @@ from concertina.client.errors import InvalidRequest
 from concertina.client.times import finite_seconds
 from concertina.shown import cut, shown
 from concertina.v1 import generation_service_pb2 as pb
+from concertina.v1 import model_service_pb2 as model_pb
 from concertina.v1 import session_service_pb2 as session_pb
 
 
@@ -180,6 +181,11 @@ def fork_request(stream_id: str, n: int) -> session_pb.ForkRequest:
 def score_request(prompt: PromptLike, model: str, label: str | None) -> pb.ScoreRequest:
     """A request for a score. Raises InvalidRequest for a prompt that the message cannot hold."""
     return message(pb.ScoreRequest, model=model, prompt=prompt_message(prompt, label))
+
+
+def tokenize_request(prompt: PromptLike, model: str) -> model_pb.TokenizeRequest:
+    """A request for tokens. Raises InvalidRequest for a prompt that the message cannot hold."""
+    return message(model_pb.TokenizeRequest, model=model, prompt=prompt_message(prompt, None))
 
 
 def prompt_message(prompt: PromptLike | None, label: str | None) -> pb.Prompt | None:

@@ -9,8 +9,8 @@ from functools import cached_property
 import numpy as np
 
 from concertina.codecs.prompt_error import PromptError
-from concertina.codecs.starts import Ids, LabelStarts
-from concertina.codecs.token_text import TokenText
+from concertina.codecs.starts import LabelStarts
+from concertina.codecs.token_text import Ids, TokenText
 
 MOST_BYTES = 256
 """Most tokens that are bytes."""
@@ -25,6 +25,7 @@ class ByteCodec:
     takes = frozenset({"text"})
     makes = "text"
     writes_text = True
+    is_bytewise = True
     complete_at = None
 
     @property

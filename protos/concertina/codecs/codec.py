@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Protocol
 
-from concertina.codecs.starts import Ids
-from concertina.codecs.token_text import TokenText
+from concertina.codecs.token_text import Ids, TokenText
 
 
 class Starts(Protocol):
@@ -43,6 +42,10 @@ class Codec(Protocol):
     @property
     def writes_text(self) -> bool:
         """Whether tokens are text, in which strings can be searched."""
+
+    @property
+    def is_bytewise(self) -> bool:
+        """Whether each token of text is one byte with its number, so that strings are tokens."""
 
     @property
     def complete_at(self) -> int | None:

@@ -11,8 +11,8 @@ import numpy as np
 from concertina.codecs.image_files import ImageError, ImageTooLarge, open_image
 from concertina.codecs.pixels import colours_at, nearest, on_white, shown_rows
 from concertina.codecs.prompt_error import PromptError
-from concertina.codecs.starts import Ids, LabelStarts
-from concertina.codecs.token_text import TokenText
+from concertina.codecs.starts import LabelStarts
+from concertina.codecs.token_text import Ids, TokenText
 
 _MAX_PNG_BYTES = 1 << 20
 
@@ -29,6 +29,7 @@ class PaletteCodec:
     takes = frozenset({"image"})
     makes = "images"
     writes_text = False
+    is_bytewise = False
 
     @property
     def size(self) -> int:

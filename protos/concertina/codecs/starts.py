@@ -5,13 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from concertina.codecs.prompt_error import PromptError
+from concertina.codecs.token_text import Ids
 from concertina.shown import listed, shown
-
-Ids = npt.NDArray[np.int64]
-"""Token ids `[n]`."""
 
 
 @dataclass(frozen=True)
@@ -46,3 +43,38 @@ class LabelStarts:
     def allows(self, start: int) -> bool:
         """Whether this is a start token."""
         return 0 <= start - self.vocabulary <= len(self.labels)
+
+
+@dataclass(frozen=True)
+class TokenStarts:
+    """Start tokens of the vocabulary: its begin token or, if it has none, the prompt's first token.
+
+    model: its name, for messages. begin: the begin token.
+    """
+
+    model: str
+    vocabulary: int
+    begin: int | None = None
+
+    def split(self, ids: Ids, label: str | None) -> tuple[int, Ids]:
+        """The start token of a prompt, and the tokens after it. Raises PromptError."""
+        if label is not None:
+            raise PromptError("label", f"is {shown(label)}; {self.model} has these labels: none")
+        if self.begin is None and not len(ids):
+            raise PromptError(
+                "", f"is empty, but {self.model} has no begin token: give at least 1 token"
+            )
+        if self.begin is None:
+            return int(ids[0]), ids[1:]
+        return self.begin, ids[1:] if len(ids) and ids[0] == self.begin else ids
+
+    def joined(self, start: int, ids: Ids) -> Ids:
+        """The ids of the prompt that `split` makes this of."""
+        return ids if self.begin is not None else np.concatenate(([start], ids))
+
+    def label_of(self, start: int) -> None:
+        """None: there are no labels."""
+
+    def allows(self, start: int) -> bool:
+        """Whether this is a start token."""
+        return 0 <= start < self.vocabulary if self.begin is None else start == self.begin

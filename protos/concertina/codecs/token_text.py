@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import codecs
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import MappingProxyType
 from typing import Final
 
+import numpy as np
+import numpy.typing as npt
+
+Ids = npt.NDArray[np.int64]
+"""Token ids `[n]`."""
+
 _EACH_BYTE: Final = "concertina.each_byte"
+_LAST: Final = b"\xff" * 1024  # behind whatever goes on with a word
 _NOTHING: Final[Mapping[int, bytes]] = MappingProxyType({})
 
 
@@ -32,9 +41,38 @@ class TokenText:
             return False
         return not any(self.pieces[token] for token in before)
 
-    def bytes_of(self, tokens: Iterable[int]) -> bytes:
-        """The bytes of tokens that begin no text."""
-        return b"".join([self.pieces[token] for token in tokens])
+    def bytes_of(self, tokens: Iterable[int], is_beginning: bool = False) -> bytes:
+        """The bytes of the text of `tokens`."""
+        decoder = TextDecoder(self, is_beginning)
+        return b"".join([decoder.piece(token) for token in tokens])
+
+    def containing(self, word: bytes) -> Ids:
+        """The tokens whose bytes contain `word`, which is not empty."""
+        content, owners = self._joined
+        at = np.flatnonzero(content == word[0])
+        for offset in range(1, len(word)):
+            at = at[at + offset < len(content)]
+            at = at[content[at + offset] == word[offset]]
+        return np.unique(owners[at[owners[at] == owners[at + len(word) - 1]]])
+
+    def beginning_with(self, word: bytes) -> Ids:
+        """The tokens whose bytes begin with `word`."""
+        ordered, tokens = self._sorted
+        first = bisect_left(ordered, word)
+        return tokens[first : bisect_left(ordered, word + _LAST, first)]
+
+    @cached_property
+    def _joined(self) -> tuple[npt.NDArray[np.uint8], Ids]:
+        """The bytes of all tokens, and which token each byte is of."""
+        lengths = [len(piece) for piece in self.pieces]
+        content = np.frombuffer(b"".join(self.pieces), np.uint8)
+        return content, np.repeat(np.arange(len(lengths)), lengths)
+
+    @cached_property
+    def _sorted(self) -> tuple[list[bytes], Ids]:
+        """The bytes of all tokens in order, and the token of each."""
+        tokens = sorted(range(len(self.pieces)), key=self.pieces.__getitem__)
+        return [self.pieces[token] for token in tokens], np.array(tokens)
 
     def decode(self, tokens: Iterable[int], is_beginning: bool = True) -> str:
         """The whole text of `tokens`."""
@@ -55,10 +93,14 @@ class TextDecoder:
 
     def push(self, token: int) -> str:
         """The text that `token` completes."""
+        return self._decode(self.piece(token))
+
+    def piece(self, token: int) -> bytes:
+        """The bytes that `token` adds. Only `push` turns them into text."""
         piece = self._pieces[token]
         if self._is_beginning and piece:
-            piece = self._opened(token, piece)
-        return self._decode(piece)
+            return self._opened(token, piece)
+        return piece
 
     def flush(self) -> str:
         """The rest of the text at its end: what is left of a character becomes U+FFFD."""

@@ -37,7 +37,7 @@ DATA_TYPE_FLOAT32: DataType
 DATA_TYPE_FLOAT16: DataType
 
 class Manifest(_message.Message):
-    __slots__ = ("format", "name", "version", "fingerprint", "modality", "vocabulary", "labels", "end_token", "context", "image", "state", "fold", "files", "metrics", "training_data", "parity", "parameters", "attention", "cost", "quantisation")
+    __slots__ = ("format", "name", "version", "fingerprint", "modality", "vocabulary", "labels", "end_token", "context", "image", "state", "fold", "files", "metrics", "training_data", "parity", "parameters", "attention", "cost", "quantisation", "tokenizer")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -65,6 +65,7 @@ class Manifest(_message.Message):
     ATTENTION_FIELD_NUMBER: _ClassVar[int]
     COST_FIELD_NUMBER: _ClassVar[int]
     QUANTISATION_FIELD_NUMBER: _ClassVar[int]
+    TOKENIZER_FIELD_NUMBER: _ClassVar[int]
     format: int
     name: str
     version: str
@@ -85,7 +86,16 @@ class Manifest(_message.Message):
     attention: str
     cost: Cost
     quantisation: Quantisation
-    def __init__(self, format: _Optional[int] = ..., name: _Optional[str] = ..., version: _Optional[str] = ..., fingerprint: _Optional[str] = ..., modality: _Optional[_Union[Modality, str]] = ..., vocabulary: _Optional[int] = ..., labels: _Optional[_Iterable[str]] = ..., end_token: _Optional[int] = ..., context: _Optional[int] = ..., image: _Optional[_Union[ImageFormat, _Mapping]] = ..., state: _Optional[_Iterable[_Union[StateTensor, _Mapping]]] = ..., fold: _Optional[_Union[FoldSchedule, _Mapping]] = ..., files: _Optional[_Iterable[_Union[BundleFile, _Mapping]]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., training_data: _Optional[_Union[TrainingData, _Mapping]] = ..., parity: _Optional[_Union[Parity, _Mapping]] = ..., parameters: _Optional[int] = ..., attention: _Optional[str] = ..., cost: _Optional[_Union[Cost, _Mapping]] = ..., quantisation: _Optional[_Union[Quantisation, _Mapping]] = ...) -> None: ...
+    tokenizer: Tokenizer
+    def __init__(self, format: _Optional[int] = ..., name: _Optional[str] = ..., version: _Optional[str] = ..., fingerprint: _Optional[str] = ..., modality: _Optional[_Union[Modality, str]] = ..., vocabulary: _Optional[int] = ..., labels: _Optional[_Iterable[str]] = ..., end_token: _Optional[int] = ..., context: _Optional[int] = ..., image: _Optional[_Union[ImageFormat, _Mapping]] = ..., state: _Optional[_Iterable[_Union[StateTensor, _Mapping]]] = ..., fold: _Optional[_Union[FoldSchedule, _Mapping]] = ..., files: _Optional[_Iterable[_Union[BundleFile, _Mapping]]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., training_data: _Optional[_Union[TrainingData, _Mapping]] = ..., parity: _Optional[_Union[Parity, _Mapping]] = ..., parameters: _Optional[int] = ..., attention: _Optional[str] = ..., cost: _Optional[_Union[Cost, _Mapping]] = ..., quantisation: _Optional[_Union[Quantisation, _Mapping]] = ..., tokenizer: _Optional[_Union[Tokenizer, _Mapping]] = ...) -> None: ...
+
+class Tokenizer(_message.Message):
+    __slots__ = ("begin_token", "end_tokens")
+    BEGIN_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    END_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    begin_token: int
+    end_tokens: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, begin_token: _Optional[int] = ..., end_tokens: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ImageFormat(_message.Message):
     __slots__ = ("width", "height", "palette")

@@ -293,13 +293,15 @@ class ScoreRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ..., prompt: _Optional[_Union[Prompt, _Mapping]] = ...) -> None: ...
 
 class ScoreResponse(_message.Message):
-    __slots__ = ("bits_per_token", "bits", "model", "fingerprint")
+    __slots__ = ("bits_per_token", "bits", "model", "fingerprint", "text_bytes")
     BITS_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
     BITS_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    TEXT_BYTES_FIELD_NUMBER: _ClassVar[int]
     bits_per_token: float
     bits: _containers.RepeatedScalarFieldContainer[float]
     model: str
     fingerprint: str
-    def __init__(self, bits_per_token: _Optional[float] = ..., bits: _Optional[_Iterable[float]] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ...) -> None: ...
+    text_bytes: int
+    def __init__(self, bits_per_token: _Optional[float] = ..., bits: _Optional[_Iterable[float]] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., text_bytes: _Optional[int] = ...) -> None: ...

@@ -23,25 +23,34 @@ _sym_db = _symbol_database.Default()
 
 
 from concertina.v1 import bundle_pb2 as concertina_dot_v1_dot_bundle__pb2
+from concertina.v1 import generation_service_pb2 as concertina_dot_v1_dot_generation__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!concertina/v1/model_service.proto\x12\rconcertina.v1\x1a\x1a\x63oncertina/v1/bundle.proto\"\x13\n\x11ListModelsRequest\":\n\x12ListModelsResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.concertina.v1.Model\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"7\n\x10GetModelResponse\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.concertina.v1.Model\"o\n\x05Model\x12)\n\x08manifest\x18\x01 \x01(\x0b\x32\x17.concertina.v1.Manifest\x12\r\n\x05slots\x18\x02 \x01(\r\x12\x13\n\x0bqueue_limit\x18\x03 \x01(\r\x12\x17\n\x0fmax_state_bytes\x18\x04 \x01(\x04\x32\xae\x01\n\x0cModelService\x12Q\n\nListModels\x12 .concertina.v1.ListModelsRequest\x1a!.concertina.v1.ListModelsResponse\x12K\n\x08GetModel\x12\x1e.concertina.v1.GetModelRequest\x1a\x1f.concertina.v1.GetModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!concertina/v1/model_service.proto\x12\rconcertina.v1\x1a\x1a\x63oncertina/v1/bundle.proto\x1a&concertina/v1/generation_service.proto\"\x13\n\x11ListModelsRequest\":\n\x12ListModelsResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.concertina.v1.Model\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"7\n\x10GetModelResponse\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.concertina.v1.Model\"G\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12%\n\x06prompt\x18\x02 \x01(\x0b\x32\x15.concertina.v1.Prompt\"S\n\x10TokenizeResponse\x12\x0b\n\x03ids\x18\x01 \x03(\r\x12\x0e\n\x06pieces\x18\x02 \x03(\x0c\x12\r\n\x05model\x18\x03 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\"/\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0b\n\x03ids\x18\x02 \x03(\r\"c\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0b\n\x03rgb\x18\x02 \x01(\x0c\x12\x0e\n\x06pieces\x18\x03 \x03(\x0c\x12\r\n\x05model\x18\x04 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x05 \x01(\t\"o\n\x05Model\x12)\n\x08manifest\x18\x01 \x01(\x0b\x32\x17.concertina.v1.Manifest\x12\r\n\x05slots\x18\x02 \x01(\r\x12\x13\n\x0bqueue_limit\x18\x03 \x01(\r\x12\x17\n\x0fmax_state_bytes\x18\x04 \x01(\x04\x32\xce\x02\n\x0cModelService\x12Q\n\nListModels\x12 .concertina.v1.ListModelsRequest\x1a!.concertina.v1.ListModelsResponse\x12K\n\x08GetModel\x12\x1e.concertina.v1.GetModelRequest\x1a\x1f.concertina.v1.GetModelResponse\x12K\n\x08Tokenize\x12\x1e.concertina.v1.TokenizeRequest\x1a\x1f.concertina.v1.TokenizeResponse\x12Q\n\nDetokenize\x12 .concertina.v1.DetokenizeRequest\x1a!.concertina.v1.DetokenizeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'concertina.v1.model_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LISTMODELSREQUEST']._serialized_start=80
-  _globals['_LISTMODELSREQUEST']._serialized_end=99
-  _globals['_LISTMODELSRESPONSE']._serialized_start=101
-  _globals['_LISTMODELSRESPONSE']._serialized_end=159
-  _globals['_GETMODELREQUEST']._serialized_start=161
-  _globals['_GETMODELREQUEST']._serialized_end=193
-  _globals['_GETMODELRESPONSE']._serialized_start=195
-  _globals['_GETMODELRESPONSE']._serialized_end=250
-  _globals['_MODEL']._serialized_start=252
-  _globals['_MODEL']._serialized_end=363
-  _globals['_MODELSERVICE']._serialized_start=366
-  _globals['_MODELSERVICE']._serialized_end=540
+  _globals['_LISTMODELSREQUEST']._serialized_start=120
+  _globals['_LISTMODELSREQUEST']._serialized_end=139
+  _globals['_LISTMODELSRESPONSE']._serialized_start=141
+  _globals['_LISTMODELSRESPONSE']._serialized_end=199
+  _globals['_GETMODELREQUEST']._serialized_start=201
+  _globals['_GETMODELREQUEST']._serialized_end=233
+  _globals['_GETMODELRESPONSE']._serialized_start=235
+  _globals['_GETMODELRESPONSE']._serialized_end=290
+  _globals['_TOKENIZEREQUEST']._serialized_start=292
+  _globals['_TOKENIZEREQUEST']._serialized_end=363
+  _globals['_TOKENIZERESPONSE']._serialized_start=365
+  _globals['_TOKENIZERESPONSE']._serialized_end=448
+  _globals['_DETOKENIZEREQUEST']._serialized_start=450
+  _globals['_DETOKENIZEREQUEST']._serialized_end=497
+  _globals['_DETOKENIZERESPONSE']._serialized_start=499
+  _globals['_DETOKENIZERESPONSE']._serialized_end=598
+  _globals['_MODEL']._serialized_start=600
+  _globals['_MODEL']._serialized_end=711
+  _globals['_MODELSERVICE']._serialized_start=714
+  _globals['_MODELSERVICE']._serialized_end=1048
 # @@protoc_insertion_point(module_scope)

@@ -78,7 +78,7 @@ class StoredSampling(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., typical_p: _Optional[float] = ..., logprobs: _Optional[int] = ..., processors: _Optional[_Union[StoredProcessors, _Mapping]] = ...) -> None: ...
 
 class StoredProcessors(_message.Message):
-    __slots__ = ("bias", "allowed", "bad_words", "min_tokens", "withheld", "repetition_penalty", "frequency_penalty", "presence_penalty")
+    __slots__ = ("bias", "allowed", "bad_words", "min_tokens", "withheld", "repetition_penalty", "frequency_penalty", "presence_penalty", "bad_bytes")
     class BiasEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -94,6 +94,7 @@ class StoredProcessors(_message.Message):
     REPETITION_PENALTY_FIELD_NUMBER: _ClassVar[int]
     FREQUENCY_PENALTY_FIELD_NUMBER: _ClassVar[int]
     PRESENCE_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    BAD_BYTES_FIELD_NUMBER: _ClassVar[int]
     bias: _containers.ScalarMap[int, float]
     allowed: _containers.RepeatedScalarFieldContainer[int]
     bad_words: _containers.RepeatedCompositeFieldContainer[StoredWord]
@@ -102,7 +103,8 @@ class StoredProcessors(_message.Message):
     repetition_penalty: float
     frequency_penalty: float
     presence_penalty: float
-    def __init__(self, bias: _Optional[_Mapping[int, float]] = ..., allowed: _Optional[_Iterable[int]] = ..., bad_words: _Optional[_Iterable[_Union[StoredWord, _Mapping]]] = ..., min_tokens: _Optional[int] = ..., withheld: _Optional[_Iterable[int]] = ..., repetition_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ...) -> None: ...
+    bad_bytes: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, bias: _Optional[_Mapping[int, float]] = ..., allowed: _Optional[_Iterable[int]] = ..., bad_words: _Optional[_Iterable[_Union[StoredWord, _Mapping]]] = ..., min_tokens: _Optional[int] = ..., withheld: _Optional[_Iterable[int]] = ..., repetition_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., bad_bytes: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class StoredWord(_message.Message):
     __slots__ = ("tokens",)

@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from concertina.codecs.token_text import TokenText
 from server.arrays import Bools, Doubles, Floats, Ints
+from server.engine.sampling.bad_words import BadWords
 from server.request import LONGEST_BAD_WORD, LogitsProcessors, Prompt
 
 _ANY = -1  # in the start of a bad word: matches any token
@@ -26,7 +28,7 @@ class PenaltyState:
 
     offset: value to add to each logit, `[V]`. counts: how often the output has each token, `[V]`.
     seen: whether the prompt or the output has it, `[V]`. tail: the last tokens of the output,
-    `[T]`. first: position of the output's first token.
+    `[T]`. first: position of the output's first token. words: what the output must not contain.
     """
 
     processors: LogitsProcessors
@@ -35,10 +37,16 @@ class PenaltyState:
     seen: Bools
     tail: Ints
     first: int
+    words: BadWords | None = None
 
     @staticmethod
-    def of(processors: LogitsProcessors, prompt: Prompt, vocabulary: int) -> PenaltyState:
-        """The state of a stream that has generated no token."""
+    def of(
+        processors: LogitsProcessors, prompt: Prompt, vocabulary: int, text: TokenText | None = None
+    ) -> PenaltyState:
+        """The state of a stream that has generated no token.
+
+        text: what tokens stand for; needed if there are `bad_bytes`.
+        """
         offset = np.zeros(vocabulary)
         for token, bias in processors.bias:
             offset[token] = bias
@@ -53,6 +61,7 @@ class PenaltyState:
             seen,
             np.full(LONGEST_BAD_WORD - 1, _NO_TOKEN, np.int64),
             len(prompt),
+            BadWords(processors.bad_bytes, text) if processors.bad_bytes and text else None,
         )
 
     def recall(self, tokens: Ints) -> None:
@@ -60,6 +69,9 @@ class PenaltyState:
         self.counts += np.bincount(tokens, minlength=len(self.counts))
         self.seen[tokens] = True
         self.tail = np.concatenate((self.tail, tokens))[-len(self.tail) :]
+        if self.words is not None:
+            for token in tokens.tolist():
+                self.words.push(token)
 
 
 @dataclass(frozen=True)
@@ -90,6 +102,9 @@ class ProcessorBatch:
     withheld: Ints = field(repr=False)
     withheld_until: Ints = field(repr=False)
     """Position from which each withheld token may be drawn, `[H]`."""
+
+    spelt: dict[int, BadWords] = field(repr=False)
+    """Bad words whose letters are not tokens, by stream."""
 
     @staticmethod
     def of(states: Sequence[PenaltyState | None]) -> ProcessorBatch | None:
@@ -126,6 +141,7 @@ class ProcessorBatch:
             withheld_owner=np.array([owner for owner, _, _ in held], np.int64),
             withheld=np.array([token for _, token, _ in held], np.int64),
             withheld_until=np.array([until for _, _, until in held], np.int64),
+            spelt={n: s.words for n, s in enumerate(owned) if s.words is not None},
         )
         for owner, state in enumerate(owned):
             state.counts, state.seen = batch.counts[owner], batch.seen[owner]
@@ -140,6 +156,8 @@ class ProcessorBatch:
             start = self.word_start
             complete = ((start == self.tails[self.word_owner]) | (start == _ANY)).all(axis=1)
             ours[self.word_owner[complete], self.word_last[complete]] = -np.inf
+        for owner, spelt in self.spelt.items():
+            ours[owner, spelt.forbidden()] = -np.inf
         if len(self.withheld):
             early = positions[self.rows][self.withheld_owner] < self.withheld_until
             ours[self.withheld_owner[early], self.withheld[early]] = -np.inf
@@ -156,3 +174,5 @@ class ProcessorBatch:
         self.seen[owners, drawn] = True
         self.tails[:, :-1] = self.tails[:, 1:]
         self.tails[:, -1] = drawn
+        for owner, spelt in self.spelt.items():
+            spelt.push(int(drawn[owner]))

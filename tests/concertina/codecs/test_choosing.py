@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from concertina.codecs.choosing import CodecError, codec_of
 from concertina.codecs.prompt_error import PromptError
 from concertina.v1 import bundle_pb2 as pb
 
+NOWHERE = Path("nowhere")
 PALETTE = bytes([0, 0, 0, 255, 255, 255, 255, 0, 0])
 
 
@@ -29,7 +31,7 @@ def _image(**fields: object) -> pb.Manifest:
 
 
 def test_the_tokens_of_a_text_model_are_bytes() -> None:
-    codec = codec_of(_text())
+    codec = codec_of(_text(), NOWHERE)
     assert (codec.size, codec.takes, codec.makes, codec.complete_at) == (
         256,
         {"text"},
@@ -46,7 +48,7 @@ def test_the_tokens_of_a_text_model_are_bytes() -> None:
 
 
 def test_the_tokens_of_an_image_model_are_pixels() -> None:
-    codec = codec_of(_image())
+    codec = codec_of(_image(), NOWHERE)
     assert (codec.size, codec.takes, codec.makes, codec.complete_at) == (3, {"image"}, "images", 6)
     pixels = np.array([[[250, 0, 0], [9, 9, 9]]], np.uint8)
     png = io.BytesIO()
@@ -60,7 +62,7 @@ def test_the_tokens_of_an_image_model_are_pixels() -> None:
 
 
 def test_labels_have_start_tokens_of_their_own() -> None:
-    starts = codec_of(_text(labels=["news", "mail"])).starts
+    starts = codec_of(_text(labels=["news", "mail"]), NOWHERE).starts
     ids = np.array([65])
     assert [starts.split(ids, label)[0] for label in (None, "news", "mail")] == [256, 257, 258]
     assert [starts.label_of(start) for start in (256, 257, 258)] == [None, "news", "mail"]
@@ -80,4 +82,4 @@ def test_labels_have_start_tokens_of_their_own() -> None:
 )
 def test_a_manifest_that_contradicts_itself_has_no_codec(manifest: pb.Manifest, flaw: str) -> None:
     with pytest.raises(CodecError, match=flaw):
-        codec_of(manifest)
+        codec_of(manifest, NOWHERE)
