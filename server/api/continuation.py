@@ -61,6 +61,12 @@ def _more_tokens(model: ServedModel, request: pb.ContinueRequest) -> list[int]:
         raise InvalidRequest(
             "prompt must be text or tokens: a stream that continues takes no label or image"
         )
+    if request.prompt.WhichOneof("content") == "messages":
+        raise InvalidRequest(
+            "prompt.messages was given, but a stream that continues has its beginning: give text "
+            "or tokens, or start a new stream with the whole conversation",
+            field="prompt.messages",
+        )
     prompt = prompt_tokens(model.bundle, request.prompt, room=1)
     more: list[int] = prompt_ids(model.bundle, prompt).tolist()
     return more

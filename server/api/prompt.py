@@ -1,4 +1,4 @@
-"""Turns a prompt (text, token ids, or the first rows of an image) into tokens."""
+"""Turns a prompt (text, token ids, messages, or the first rows of an image) into tokens."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from concertina.codecs.chat_template import ChatTemplateError
 from concertina.codecs.prompt_error import PromptError
 from concertina.v1 import generation_service_pb2 as pb
 from server.arrays import Ints
@@ -89,6 +90,8 @@ def _ids(bundle: Bundle, prompt: pb.Prompt) -> Ints:
         return _from_ids(bundle, prompt.tokens.ids)
     if content == "image":
         return _from_image(bundle, prompt.image)
+    if content == "messages":
+        return _from_text(bundle, _rendered(bundle, prompt.messages))
     if prompt.HasField("label"):
         return np.zeros(0, np.int64)
     raise InvalidRequest(
@@ -96,6 +99,28 @@ def _ids(bundle: Bundle, prompt: pb.Prompt) -> Ints:
         "to start from nothing",
         field="prompt",
     )
+
+
+def _rendered(bundle: Bundle, messages: pb.Messages) -> str:
+    """The text of messages by the bundle's chat template."""
+    field = "prompt.messages"
+    if not bundle.codec.writes_text:
+        raise InvalidRequest(
+            f"{field} was given, but {bundle.name} makes {bundle.codec.makes}", field=field
+        )
+    if bundle.chat_template is None:
+        raise InvalidRequest(
+            f"{field} was given, but {bundle.name} has no chat template: give text, or have it "
+            "served with --chat-template FILE",
+            field=field,
+        )
+    if not messages.messages:
+        raise InvalidRequest(f"{field} is empty: give at least 1 message", field=field)
+    told = [{"role": each.role, "content": each.content} for each in messages.messages]
+    try:
+        return bundle.chat_template.render(told)
+    except ChatTemplateError as error:
+        raise InvalidRequest(f"{field} cannot be a prompt: {error}", field=field) from None
 
 
 def _from_text(bundle: Bundle, text: str) -> Ints:

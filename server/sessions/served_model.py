@@ -29,7 +29,7 @@ class ServedModel:
     def __init__(
         self, bundle: Bundle, config: EngineConfig, snapshots: SnapshotStore | None = None
     ) -> None:
-        self.bundle = bundle
+        self.bundle = bundle.with_template(config.chat_template)
         self.engine = Engine(bundle, config, snapshots)
         self.config = self.engine.config
         self._deliveries = Deliveries()

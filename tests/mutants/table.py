@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from tests.mutants import client, export, model, patterns, pixels, same_bits, server, snapshots
+from tests.mutants import (
+    client,
+    export,
+    model,
+    patterns,
+    pixels,
+    same_bits,
+    server,
+    snapshots,
+    vocabularies,
+)
 
 MUTANTS = (
     *patterns.MUTANTS,
@@ -13,4 +23,5 @@ MUTANTS = (
     *server.MUTANTS,
     *same_bits.MUTANTS,
     *snapshots.MUTANTS,
+    *vocabularies.MUTANTS,
 )

@@ -17,8 +17,11 @@ from tests.tokenizers_made import content_of, trained
 NAME, CONTEXT = "tiny-tokens", 96
 
 
-def make_tokenizer_bundle(folder: Path, kind: str, **tokenizer: Any) -> Path:
-    """A model of random weights, with `tokenizer` as the fields of its manifest's tokenizer."""
+def make_tokenizer_bundle(folder: Path, kind: str, template: str = "", **tokenizer: Any) -> Path:
+    """A model of random weights, with `tokenizer` as the fields of its manifest's tokenizer.
+
+    template: its chat template; empty for none.
+    """
     size = trained(kind).get_vocab_size() + 3  # models often have more rows than tokens
     info = DatasetInfo("text", size, source="random tokens", license="CC0-1.0")
     config = ModelConfig(size, CONTEXT, width=32, layers=1, heads=2, mlp=64, span=8)
@@ -31,5 +34,8 @@ def make_tokenizer_bundle(folder: Path, kind: str, **tokenizer: Any) -> Path:
             manifest.ClearField("end_token")
             manifest.tokenizer.CopyFrom(pb.Tokenizer(**tokenizer))
             listed = [file.path for file in manifest.files]
+            if template:
+                (folder / "chat_template.jinja").write_text(template)
+                listed.append("chat_template.jinja")
             write_manifest(folder, manifest, [*listed, "tokenizer.json"])
     return folder

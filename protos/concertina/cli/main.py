@@ -56,8 +56,14 @@ def _score() -> Any:
     return score
 
 
+def _chat() -> Any:
+    from concertina.cli.chat import chat
+
+    return chat
+
+
 def _tokenize() -> Any:
-    from concertina.cli.tokenize import tokenize
+    from concertina.cli.models import tokenize
 
     return tokenize
 
@@ -110,6 +116,7 @@ COMMANDS = {
     "keys": Command("Say who may call a server.", _keys),
     "models": Command("List what a server serves.", _models),
     "generate": Command("Write text as it is generated.", _generate),
+    "chat": Command("Talk with a model.", _chat),
     "paint": Command("Paint an image as it is generated.", _paint),
     "score": Command("Measure how well a model predicts a file.", _score),
     "tokenize": Command("Show the tokens of a text.", _tokenize),

@@ -90,7 +90,8 @@ def score(
             raise InvalidRequest(f"{file} has no held-out tokens: make it of more data")
         result = client.score(prompt, model=chosen.name, label=label, timeout=timeout)
     if json_output:
-        print(json.dumps(asdict(result)))
+        told = {name: value for name, value in asdict(result).items() if value is not None}
+        print(json.dumps(told))
     else:
         tokens = f"{len(result.bits):,} tokens"
         bits = result.bits_per_byte or result.bits_per_token

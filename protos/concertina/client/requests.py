@@ -42,8 +42,12 @@ class PixelArray(Protocol):
     def tobytes(self) -> bytes: ...
 
 
-PromptLike: TypeAlias = str | bytes | Sequence[int] | PillowImage | PixelArray
-"""Text; a PNG, or three bytes per pixel in raster order; token ids; a Pillow image; a NumPy array.
+Messages: TypeAlias = Sequence[Mapping[str, str]]
+"""A conversation: the `role` and the `content` of each message."""
+
+PromptLike: TypeAlias = str | bytes | Sequence[int] | Messages | PillowImage | PixelArray
+"""Text; a PNG, or three bytes per pixel in raster order; token ids; messages; a Pillow image; a
+NumPy array.
 
 An array of one axis is token ids; one of uint8, `[height, width]` or `[height, width, channels]`,
 is a picture.
@@ -200,6 +204,9 @@ def prompt_message(prompt: PromptLike | None, label: str | None) -> pb.Prompt | 
     if len(getattr(prompt, "shape", ())) > 1:
         rows = pb.ImageRows(png=_png_of_array(prompt))  # type: ignore[arg-type]  # an array, by its shape
         return message(pb.Prompt, image=rows, label=label)
+    if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
+        messages = [message(pb.Message, **each) for each in prompt]  # type: ignore[arg-type]
+        return message(pb.Prompt, messages=pb.Messages(messages=messages), label=label)
     if isinstance(prompt, Iterable):
         return message(pb.Prompt, tokens=message(pb.TokenIds, ids=prompt), label=label)
     if isinstance(prompt, PillowImage):

@@ -90,12 +90,21 @@ class Manifest(_message.Message):
     def __init__(self, format: _Optional[int] = ..., name: _Optional[str] = ..., version: _Optional[str] = ..., fingerprint: _Optional[str] = ..., modality: _Optional[_Union[Modality, str]] = ..., vocabulary: _Optional[int] = ..., labels: _Optional[_Iterable[str]] = ..., end_token: _Optional[int] = ..., context: _Optional[int] = ..., image: _Optional[_Union[ImageFormat, _Mapping]] = ..., state: _Optional[_Iterable[_Union[StateTensor, _Mapping]]] = ..., fold: _Optional[_Union[FoldSchedule, _Mapping]] = ..., files: _Optional[_Iterable[_Union[BundleFile, _Mapping]]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., training_data: _Optional[_Union[TrainingData, _Mapping]] = ..., parity: _Optional[_Union[Parity, _Mapping]] = ..., parameters: _Optional[int] = ..., attention: _Optional[str] = ..., cost: _Optional[_Union[Cost, _Mapping]] = ..., quantisation: _Optional[_Union[Quantisation, _Mapping]] = ..., tokenizer: _Optional[_Union[Tokenizer, _Mapping]] = ...) -> None: ...
 
 class Tokenizer(_message.Message):
-    __slots__ = ("begin_token", "end_tokens")
+    __slots__ = ("begin_token", "end_tokens", "template_tokens")
+    class TemplateTokensEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     BEGIN_TOKEN_FIELD_NUMBER: _ClassVar[int]
     END_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TEMPLATE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     begin_token: int
     end_tokens: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, begin_token: _Optional[int] = ..., end_tokens: _Optional[_Iterable[int]] = ...) -> None: ...
+    template_tokens: _containers.ScalarMap[str, str]
+    def __init__(self, begin_token: _Optional[int] = ..., end_tokens: _Optional[_Iterable[int]] = ..., template_tokens: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class ImageFormat(_message.Message):
     __slots__ = ("width", "height", "palette")

@@ -13,10 +13,11 @@ from concertina.v1 import generation_service_pb2 as pb
 from concertina.v1 import generation_service_pb2_grpc as generation_grpc
 from concertina.v1 import model_service_pb2 as model_pb
 from concertina.v1 import model_service_pb2_grpc as model_grpc
+from server.api.prompt import prompt_tokens
 from server.api.servicers import make_servicers
 from server.bundles.bundle import load_bundle
 from server.config import EngineConfig
-from server.errors import BundleError
+from server.errors import BundleError, InvalidRequest
 from server.sessions.served_model import ServedModel, serve_bundles
 from tests.server.engines import LIMIT_S, script
 from tests.server.tokenizer_bundles import CONTEXT, NAME, make_tokenizer_bundle
@@ -176,3 +177,59 @@ def test_a_bundle_with_a_broken_tokenizer_is_refused(
     write_manifest(folder, manifest, [file.path for file in manifest.files])
     with pytest.raises(BundleError, match=named):
         load_bundle(folder)
+
+
+_TEMPLATE = (
+    "{% for message in messages %}{{ bos + message.role + ':' + message.content + '\n' }}"
+    "{% endfor %}{{ bos + 'model:' }}"
+)
+
+
+def _messages(*contents: str) -> pb.Prompt:
+    said = [pb.Message(role="user", content=content) for content in contents]
+    return pb.Prompt(messages=pb.Messages(messages=said))
+
+
+async def test_messages_become_a_prompt_by_the_bundle_s_template(tmp_path: Path) -> None:
+    """A template of its own, another one that the server is started with, and none."""
+    plain = load_bundle(make_tokenizer_bundle(tmp_path / "plain", BYTE_LEVEL))
+    own = load_bundle(
+        make_tokenizer_bundle(
+            tmp_path / "own", BYTE_LEVEL, _TEMPLATE, template_tokens={"bos": "<|im_start|>"}
+        )
+    )
+    prompt = _messages("hello", "the quick fox")
+    ids = prompt_tokens(own, prompt, room=1)
+    text = "<|im_start|>user:hello\n<|im_start|>user:the quick fox\n<|im_start|>model:"
+    start, *rest = trained(BYTE_LEVEL).encode(text, add_special_tokens=False).ids
+    assert (ids.start, ids.tokens.tolist()) == (start, rest)
+    assert own.chat_template is not None and plain.chat_template is None
+    other = plain.with_template("{{ messages[-1].content }}!")
+    assert other.codec is plain.codec
+    ids = prompt_tokens(other, prompt, room=1)
+    text = "the quick fox!"
+    assert [ids.start, *ids.tokens] == trained(BYTE_LEVEL).encode(text).ids
+    for bundle, given, named in (
+        (plain, prompt, "has no chat template: give text, or have it served with --chat-template"),
+        (own, _messages(), "prompt.messages is empty: give at least 1 message"),
+        (plain.with_template("{{ x.y.z }}"), prompt, "the chat template fails on them"),
+    ):
+        with pytest.raises(InvalidRequest, match=named) as refused:
+            prompt_tokens(bundle, given, room=1)
+        assert refused.value.field == "prompt.messages"
+
+
+def test_a_bundle_with_a_broken_template_is_refused(tmp_path: Path) -> None:
+    folder = make_tokenizer_bundle(tmp_path / "broken", BYTE_LEVEL, "{% for")
+    with pytest.raises(BundleError, match=r"chat_template.jinja is no template"):
+        load_bundle(folder)
+
+
+async def test_a_server_s_template_takes_the_place_of_the_bundle_s(text_bundle: Path) -> None:
+    served = serve_bundles([text_bundle], EngineConfig(threads=1, chat_template="{{ 'abc' }}"))
+    (model,) = served.values()
+    try:
+        ids = prompt_tokens(model.bundle, _messages("x"), room=1)
+        assert bytes(ids.tokens.tolist()) == b"abc"  # bytes are a vocabulary like any other
+    finally:
+        model.close()
