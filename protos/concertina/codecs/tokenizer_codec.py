@@ -61,7 +61,7 @@ def tokenizer_codec(starts: TokenStarts, content: bytes) -> TokenizerCodec:
 
     The vocabulary of the model may have more tokens than the file: those are no text.
     """
-    text = token_text(read_spec(content), starts.vocabulary)
+    spec = read_spec(content)
     try:
         from tokenizers import Tokenizer
     except ImportError:
@@ -74,6 +74,7 @@ def tokenizer_codec(starts: TokenStarts, content: bytes) -> TokenizerCodec:
         if not _is_of_the_library(error):
             raise
         raise TokenizerError(f"is no tokenizer: {str(error)[:100]}") from None
+    text = token_text(spec, starts.vocabulary, tokenizer.id_to_token)
     tokenizer.no_truncation()  # the file may ask for both
     tokenizer.no_padding()
     return TokenizerCodec(starts, text, tokenizer)

@@ -18,13 +18,20 @@ _BYTE_TOKEN_LENGTH: Final = len("<0x00>")
 _SPACE: Final = "\u2581"
 
 
-def token_text(spec: dict[str, Any], size: int) -> TokenText:
+def token_text(
+    spec: dict[str, Any], size: int, content_of: Callable[[int], str | None]
+) -> TokenText:
     """The text of `size` tokens, equal to that of `Tokenizer.decode` without special tokens.
+
+    content_of: `Tokenizer.id_to_token`: tokens that are added can be written in another way than in
+    the file, since they go through the normalizer.
 
     One difference: of byte tokens in a row that make no UTF-8, the library also marks those that
     are whole characters; they are known too early for that. Raises TokenizerError.
     """
     contents, special = _contents(spec, size), _special(spec)
+    for _, token in _added(spec):
+        contents[token] = content_of(token) or contents[token]
     steps = [*steps_of(spec.get("decoder"), "decoders")]
     kinds = [str(step.get("type")) for step in steps]
     if kinds == ["ByteLevel"]:
