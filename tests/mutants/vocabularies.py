@@ -62,13 +62,7 @@ MUTANTS = (
     *bugs(
         "protos/concertina/codecs/chat_sandbox.py",
         _CHAT,
-        ("loops are not counted", "        _spend(_TURN)\n", "        pass\n"),
-        (
-            "concatenation is not counted",
-            "        _spend(sum(map(_size, parts)))\n",
-            "",
-        ),
-        ("lists are not weighed", "visit_List = visit_Dict = _weigh", "visit_Dict = _weigh"),
+        ("loops are not counted", "node.body.insert(0, nodes.Output(", "str(nodes.Output("),
         ("widths are not limited", "if _WIDE.search(form):", "if False:"),
     ),
     *bugs(

@@ -124,8 +124,8 @@ def _growing(start: str, more: str) -> str:
     "source",
     [
         "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-        "{% set r = range(999) %}" + "{% for a in r %}" * 9 + "{% endfor %}" * 9,
-        "{% set a = 'a' * 900000 %}{{ (A)[0] }}".replace("A", " ~ ".join(["a"] * 300)),
+        "{% set r = range(99) %}" + "{% for a in r %}" * 4 + "{% endfor %}" * 4,
+        "{% set a = 'a' * 400000 %}{{ (A)[0] }}".replace("A", " ~ ".join(["a"] * 500)),
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
         "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
         "{% for a in messages recursive %}{{ loop(messages) }}{% endfor %}",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from concertina.codecs.tokenizer_codec import tokenizer_codec
 from concertina.codecs.tokenizer_file import MOST_BYTES, TokenizerError, read_spec
 from tests.tokenizers_made import BYTE_LEVEL, SIZE, content_of
 
+ROOT = Path(__file__).parents[3]
 _LIMIT_S = 5.0
 _SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
 # Those of GPT-4, GPT-4o and BLOOM, which real models come with.
@@ -140,7 +143,11 @@ sys.exit(grown * 1024 > 3 * size + (64 << 20) or took > 5)
 @pytest.mark.parametrize(("size", "named"), [(40 << 20, "items"), (60 << 20, "bytes")])
 def test_a_billion_merges_are_refused_before_they_are_parsed(size: int, named: str) -> None:
     ran = subprocess.run(
-        [sys.executable, "-c", _HUGE, str(size)], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", _HUGE, str(size)],
+        env=os.environ | {"PYTHONPATH": str(ROOT / "protos")},
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert ran.returncode == 0, ran.stderr
     assert f"{named}, the limit is" in ran.stdout
