@@ -100,6 +100,9 @@ class EngineConfig:
     session_bytes: int = 1024 * MEBIBYTE
     """Memory for the state of ended sessions; above it, who uses most loses the oldest."""
 
+    chat_template: str = field(default="", repr=False)
+    """A chat template in place of the bundle's own; empty leaves that."""
+
     provider: Provider = "cpu"
     """Device that computes and holds the state in its memory."""
 

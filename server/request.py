@@ -65,12 +65,14 @@ def prompt_of(start: int, tokens: npt.ArrayLike, typecode: str) -> Prompt:
 class LogitsProcessors:
     """Changes to the logits of one stream; see SamplingParameters in generation_service.proto.
 
-    bad_words: the tokens of each word. withheld: ids that are not drawn before `min_tokens`.
+    bad_words: the tokens of each word. bad_bytes: words whose letters are not tokens. withheld: ids
+    that are not drawn before `min_tokens`.
     """
 
     bias: tuple[tuple[int, float], ...] = ()
     allowed: tuple[int, ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()
+    bad_bytes: tuple[bytes, ...] = ()
     min_tokens: int = 0
     withheld: tuple[int, ...] = ()
     repetition_penalty: float = 1.0
@@ -79,7 +81,7 @@ class LogitsProcessors:
 
 
 LONGEST_BAD_WORD = 64
-"""Largest number of tokens in a bad word."""
+"""Largest number of tokens in a bad word, or of bytes if its letters are not tokens."""
 
 NUMBER_BYTES = 32
 """About the memory of a number in a list; of a string, besides its characters, it is more."""
@@ -118,7 +120,7 @@ class Request:
     stop_tokens: frozenset[int] = frozenset()
     include_stop: bool = False
     min_tokens: int = 0
-    end_token: int | None = None
+    end_tokens: frozenset[int] = frozenset()
     time_limit_s: float | None = None
     complete_at: int | None = None
     """Number of tokens, prompt included, that make the stream complete (an image)."""
@@ -147,12 +149,12 @@ class Request:
         numbers = len(self.stop_tokens)
         if (given := self.sampling.processors) is not None:
             numbers += 2 * len(given.bias) + len(given.allowed) + len(given.withheld)
-            numbers += sum(map(len, given.bad_words))
+            numbers += sum(map(len, given.bad_words)) + sum(map(len, given.bad_bytes))
         return NUMBER_BYTES * numbers + sum(_TEXT_BYTES + 4 * len(text) for text in self.stop)
 
     def is_unsent(self, token: int) -> bool:
         """Whether this token ends the stream and is not sent."""
-        return token == self.end_token or (token in self.stop_tokens and not self.include_stop)
+        return token in self.end_tokens or (token in self.stop_tokens and not self.include_stop)
 
 
 LONGEST_KEEP_S = 24 * 3600

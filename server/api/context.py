@@ -103,7 +103,9 @@ def find(
 def _fits(model: ServedModel, prompt: pb.Prompt | None) -> bool:
     """Whether a prompt is of the kind that the model takes, by its content and its label."""
     content = None if prompt is None else prompt.WhichOneof("content")
-    if content in ("text", "image") and model.bundle.is_image != (content == "image"):
+    if content == "messages" and model.bundle.chat_template is None:
+        return False
+    if content not in (None, "tokens", "messages", *model.bundle.codec.takes):
         return False
     if prompt is None or not prompt.HasField("label"):
         return True

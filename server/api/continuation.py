@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from concertina.v1 import generation_service_pb2 as generation_pb
 from concertina.v1 import session_service_pb2 as pb
-from server.api.convert import request_message
+from server.api.convert import prompt_ids, request_message
 from server.api.prompt import prompt_tokens
 from server.api.validate import generate_request
 from server.checkpoint import Checkpoint
@@ -40,7 +40,7 @@ def continued(
     if request.HasField("stopping"):
         asked.stopping.CopyFrom(request.stopping)
     if more or not output.was_paused:
-        checkpoint = _extend(asked, output, more)
+        checkpoint = _extend(model, asked, output, more)
     else:
         checkpoint = _unpause(asked, output, request, model.bundle.context)
     requests = generate_request(model.bundle, asked, model.config)
@@ -61,18 +61,28 @@ def _more_tokens(model: ServedModel, request: pb.ContinueRequest) -> list[int]:
         raise InvalidRequest(
             "prompt must be text or tokens: a stream that continues takes no label or image"
         )
-    more: list[int] = prompt_tokens(model.bundle, request.prompt, room=1).tokens.tolist()
+    if request.prompt.WhichOneof("content") == "messages":
+        raise InvalidRequest(
+            "prompt.messages was given, but a stream that continues has its beginning: give text "
+            "or tokens, or start a new stream with the whole conversation",
+            field="prompt.messages",
+        )
+    prompt = prompt_tokens(model.bundle, request.prompt, room=1)
+    more: list[int] = prompt_ids(model.bundle, prompt).tolist()
     return more
 
 
-def _extend(asked: generation_pb.GenerateRequest, output: Stream, more: list[int]) -> Checkpoint:
+def _extend(
+    model: ServedModel, asked: generation_pb.GenerateRequest, output: Stream, more: list[int]
+) -> Checkpoint:
     """Continue with a new prompt: the former prompt, the output, and `more`.
 
     Sets the prompt of `asked`. Returns the checkpoint to continue from.
     """
-    tokens_so_far = [*output.request.prompt.tokens.tolist(), *output.history]
+    tokens_so_far = [*prompt_ids(model.bundle, output.request.prompt).tolist(), *output.history]
     saved = output.saved
-    if not more and saved is not None and saved.pushed > len(tokens_so_far):
+    pushed_at_most = len(output.request.prompt) + len(output.history)
+    if not more and saved is not None and saved.pushed > pushed_at_most:
         raise Unsuitable("the stream ended by an end token: give a prompt to continue with")
     label = asked.prompt.label if asked.prompt.HasField("label") else None
     tokens = generation_pb.TokenIds(ids=[*tokens_so_far, *more])

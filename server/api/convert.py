@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 from google.protobuf.duration_pb2 import Duration
 
-from concertina.codecs.pixels import colours_at
 from concertina.v1 import generation_service_pb2 as pb
+from server.arrays import Ints
 from server.bundles.bundle import Bundle
 from server.checkpoint import Finish, FinishReason, TokenLogprobs
 from server.engine.updates import HandedOver, Scored
 from server.errors import RequestError
-from server.request import Lease, LogitsProcessors, Request
+from server.request import Lease, LogitsProcessors, Prompt, Request
 from server.sessions.subscriber import Delta, Event, PromptLogprobs
 
 _REASONS = {
@@ -55,11 +56,25 @@ def request_message(bundle: Bundle, lease: Lease) -> pb.GenerateRequest:
     )
     if request.last_position == bundle.context:
         message.stopping.ClearField("max_tokens")
-    if len(request.prompt):
-        message.prompt.tokens.ids.extend(request.prompt.tokens.tolist())
-    if (label := bundle.label_of(request.prompt.start)) is not None:
+    if len(ids := prompt_ids(bundle, request.prompt)):
+        message.prompt.tokens.ids.extend(ids.tolist())
+    if (label := bundle.codec.starts.label_of(request.prompt.start)) is not None:
         message.prompt.label = label
     return message
+
+
+def prompt_ids(bundle: Bundle, prompt: Prompt) -> Ints:
+    """The ids with which a request asks for this prompt."""
+    return bundle.codec.starts.joined(prompt.start, prompt.tokens.astype(np.int64))
+
+
+def text_bytes(bundle: Bundle, prompt: Prompt) -> int | None:
+    """Bytes of the text of a prompt without its start token; None if it is no text."""
+    codec = bundle.codec
+    if not codec.writes_text:
+        return None
+    is_beginning = codec.text.is_beginning((prompt.start,))
+    return len(codec.text.bytes_of(prompt.tokens.tolist(), is_beginning))
 
 
 def _sampling_message(request: Request) -> pb.SamplingParameters:
@@ -77,7 +92,7 @@ def _sampling_message(request: Request) -> pb.SamplingParameters:
         frequency_penalty=processors.frequency_penalty,
         logit_bias=dict(processors.bias),
         allowed_token_ids=processors.allowed,
-        bad_words=[bytes(word).decode() for word in processors.bad_words],
+        bad_words=[bytes(word).decode() for word in (*processors.bad_words, *processors.bad_bytes)],
     )
 
 
@@ -88,7 +103,7 @@ def _stopping_message(bundle: Bundle, request: Request) -> pb.StoppingCriteria:
         include_stop=request.include_stop,
         stop=request.stop,
         stop_token_ids=sorted(request.stop_tokens),
-        ignore_eos=bundle.manifest.HasField("end_token") and request.end_token is None,
+        ignore_eos=bool(bundle.end_tokens) and not request.end_tokens,
     )
     if request.time_limit_s is not None:
         stopping.time_limit.CopyFrom(duration(request.time_limit_s))
@@ -112,7 +127,7 @@ def response_message(
     response = pb.GenerateResponse(sequence=sequence, output=request.sampling.output)
     match event:
         case Delta(first_position=position, tokens=tokens, text=text):
-            rgb = colours_at(tokens, bundle.manifest.image.palette) if bundle.is_image else b""
+            rgb = bundle.codec.rgb(tokens)
             logprobs = _logprobs_messages(event.logprobs)
             response.tokens.CopyFrom(
                 pb.Tokens(

@@ -24,7 +24,7 @@ from server.api.context import (
     refuse,
     to_the_end,
 )
-from server.api.convert import accepted_message, error_message, response_message
+from server.api.convert import accepted_message, error_message, response_message, text_bytes
 from server.api.validate import generate_request, keep_s, resume_request, score_request, takes_long
 from server.auth.api_keys import Callers
 from server.engine.updates import HandedOver, Scored
@@ -94,7 +94,9 @@ class GenerationServicer(generation_grpc.GenerationServiceServicer):
         caller = admitted(self._callers, context, request)
         model = find(self._registry.models, caller, request.model, request.prompt)
         model.require_room()
-        wanted = await off_loop(takes_long(request), score_request, model.bundle, request)
+        is_long = takes_long(request)
+        wanted = await off_loop(is_long, score_request, model.bundle, request)
+        size = await off_loop(is_long, text_bytes, model.bundle, wanted.prompt)
         with self._registry.reserving(caller, 1):
             session = model.submit(wanted, caller.name)
         try:
@@ -107,6 +109,7 @@ class GenerationServicer(generation_grpc.GenerationServiceServicer):
                         bits=event.bits,
                         model=model.bundle.name,
                         fingerprint=model.bundle.fingerprint,
+                        text_bytes=size,
                     )
         finally:
             model.cancel(session)

@@ -1,13 +1,16 @@
-"""The RPCs ListModels and GetModel."""
+"""The RPCs ListModels, GetModel, Tokenize and Detokenize."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 
 from concertina.v1 import model_service_pb2 as pb
 from concertina.v1 import model_service_pb2_grpc as model_grpc
 from server.api.context import Context, admitted, answer, find, visible
+from server.api.prompt import checked_ids, prompt_ids
 from server.auth.api_keys import Callers
+from server.bundles.bundle import Bundle
 from server.sessions.served_model import ServedModel
 
 
@@ -40,6 +43,51 @@ class ModelServicer(model_grpc.ModelServiceServicer):
             return pb.GetModelResponse(model=_model(find(self._models, caller, request.model)))
 
         return await answer(context, get_model())
+
+    async def Tokenize(
+        self, request: pb.TokenizeRequest, context: Context
+    ) -> pb.TokenizeResponse | None:
+        """The tokens of a prompt."""
+
+        async def tokenize() -> pb.TokenizeResponse:
+            caller = admitted(self._callers, context, request)
+            bundle = find(self._models, caller, request.model, request.prompt).bundle
+            return await asyncio.to_thread(_tokenized, bundle, request)
+
+        return await answer(context, tokenize())
+
+    async def Detokenize(
+        self, request: pb.DetokenizeRequest, context: Context
+    ) -> pb.DetokenizeResponse | None:
+        """What tokens stand for."""
+
+        async def detokenize() -> pb.DetokenizeResponse:
+            caller = admitted(self._callers, context, request)
+            bundle = find(self._models, caller, request.model).bundle
+            return await asyncio.to_thread(_detokenized, bundle, request)
+
+        return await answer(context, detokenize())
+
+
+def _tokenized(bundle: Bundle, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
+    ids = prompt_ids(bundle, request.prompt).tolist()
+    return pb.TokenizeResponse(
+        ids=ids,
+        pieces=[bundle.codec.text.pieces[token] for token in ids],
+        model=bundle.name,
+        fingerprint=bundle.fingerprint,
+    )
+
+
+def _detokenized(bundle: Bundle, request: pb.DetokenizeRequest) -> pb.DetokenizeResponse:
+    ids = checked_ids(bundle, "ids", request.ids).tolist()
+    return pb.DetokenizeResponse(
+        text=bundle.codec.text.decode(ids),
+        rgb=bundle.codec.rgb(ids),
+        pieces=[bundle.codec.text.pieces[token] for token in ids],
+        model=bundle.name,
+        fingerprint=bundle.fingerprint,
+    )
 
 
 def _model(model: ServedModel) -> pb.Model:

@@ -1,16 +1,15 @@
-"""Turns a prompt (text, token ids, or the first rows of an image) into tokens."""
+"""Turns a prompt (text, token ids, messages, or the first rows of an image) into tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
-from concertina.codecs.image_files import ImageError, ImageTooLarge, open_image
-from concertina.codecs.pixels import Colours, nearest, on_white, shown_rows
-from concertina.shown import listed, shown
+from concertina.codecs.chat_template import ChatTemplateError
+from concertina.codecs.prompt_error import PromptError
 from concertina.v1 import generation_service_pb2 as pb
 from server.arrays import Ints
 from server.bundles.bundle import Bundle
@@ -26,27 +25,59 @@ def prompt_tokens(bundle: Bundle, prompt: pb.Prompt, *, room: int) -> Prompt:
     room: number of tokens that must be left to generate. Raises InvalidRequest with field, value
     and limit.
     """
-    content = prompt.WhichOneof("content")
-    ids: npt.NDArray[np.int64]
-    if content == "text":
-        ids = _from_text(bundle, prompt.text, room)
-    elif content == "tokens":
-        ids = _from_ids(bundle, prompt.tokens.ids, room)
-    elif content == "image":
-        ids = _from_image(bundle, prompt.image)
-    elif prompt.HasField("label"):
-        ids = np.zeros(0, np.int64)
-    else:
+    ids = prompt_ids(bundle, prompt, room)
+    _require_room(bundle, len(ids), room)
+    label = prompt.label if prompt.HasField("label") else None
+    with _naming_the_field():
+        start, ids = bundle.codec.starts.split(ids, label)
+    return prompt_of(start, ids, bundle.typecode)
+
+
+def prompt_ids(bundle: Bundle, prompt: pb.Prompt, room: int | None = None) -> Ints:
+    """The ids of a prompt's content. Raises InvalidRequest with field, value and limit.
+
+    room: see `prompt_tokens`; without it there may be more than the context has room for.
+    """
+    with _naming_the_field():
+        return _ids(bundle, prompt, room)
+
+
+@contextmanager
+def _naming_the_field() -> Iterator[None]:
+    """Turn a PromptError into an InvalidRequest that names the field."""
+    try:
+        yield
+    except PromptError as error:
+        field = f"prompt.{error.field}" if error.field else "prompt"
+        raise InvalidRequest(f"{field} {error}", field=field) from None
+
+
+def empty_prompt(bundle: Bundle) -> Prompt:
+    """The prompt of a stream that starts from nothing. Raises InvalidRequest if none can."""
+    with _naming_the_field():
+        start, ids = bundle.codec.starts.split(np.zeros(0, np.int64), None)
+    return prompt_of(start, ids, bundle.typecode)
+
+
+def scored_tokens(bundle: Bundle, prompt: pb.Prompt) -> Prompt:
+    """The tokens of a prompt to score. Raises InvalidRequest with field, value and limit."""
+    if prompt.WhichOneof("content") is None:
         raise InvalidRequest(
-            "prompt is empty: give a label, text, tokens or an image, or leave prompt out "
-            "to start from nothing",
+            "prompt is empty: give the text, tokens or image to score", field="prompt"
+        )
+    tokens = prompt_tokens(bundle, prompt, room=0)
+    if not len(tokens):
+        raise InvalidRequest(
+            f"prompt has only the token that {bundle.name} predicts others from: "
+            "give at least 2 tokens to score",
             field="prompt",
         )
-    _require_room(bundle, len(ids), room)
-    return prompt_of(_start_token(bundle, prompt), ids, bundle.typecode)
+    return tokens
 
 
-def _require_room(bundle: Bundle, tokens: int, room: int) -> None:
+def _require_room(bundle: Bundle, tokens: int, room: int | None) -> None:
+    if room is None:
+        return
     limit = bundle.context - room
     if tokens > limit:
         kept = f" and {room} of them must be left to generate" if room else ""
@@ -58,45 +89,73 @@ def _require_room(bundle: Bundle, tokens: int, room: int) -> None:
         )
 
 
-def _start_token(bundle: Bundle, prompt: pb.Prompt) -> int:
-    start: int = bundle.vocabulary
-    if not prompt.HasField("label"):
-        return start
-    labels = list(bundle.manifest.labels)
-    if prompt.label not in labels:
-        names = listed(map(repr, labels)) or "none"
-        raise InvalidRequest(
-            f"prompt.label is {shown(prompt.label)}; {bundle.name} has these labels: {names}",
-            field="prompt.label",
-        )
-    return start + 1 + labels.index(prompt.label)
+def _ids(bundle: Bundle, prompt: pb.Prompt, room: int | None) -> Ints:
+    """The ids of a prompt's content; none if it is only a label."""
+    content = prompt.WhichOneof("content")
+    if content == "text":
+        return _from_text(bundle, prompt.text, room)
+    if content == "tokens":
+        return _from_ids(bundle, prompt.tokens.ids, room)
+    if content == "image":
+        return _from_image(bundle, prompt.image)
+    if content == "messages":
+        return _from_text(bundle, _rendered(bundle, prompt.messages), room)
+    if prompt.HasField("label"):
+        return np.zeros(0, np.int64)
+    raise InvalidRequest(
+        "prompt is empty: give a label, text, tokens or an image, or leave prompt out "
+        "to start from nothing",
+        field="prompt",
+    )
 
 
-def _from_text(bundle: Bundle, text: str, room: int) -> Ints:
-    if bundle.is_image:
+def _rendered(bundle: Bundle, messages: pb.Messages) -> str:
+    """The text of messages by the bundle's chat template."""
+    field = "prompt.messages"
+    if not bundle.codec.writes_text:
         raise InvalidRequest(
-            f"prompt.text was given, but {bundle.name} makes images: give an image",
-            field="prompt.text",
+            f"{field} was given, but {bundle.name} makes {bundle.codec.makes}", field=field
         )
-    if not text:
+    if bundle.chat_template is None:
+        raise InvalidRequest(
+            f"{field} was given, but {bundle.name} has no chat template: give text, or have it "
+            "served with --chat-template FILE",
+            field=field,
+        )
+    if not messages.messages:
+        raise InvalidRequest(f"{field} is empty: give at least 1 message", field=field)
+    told = [{"role": each.role, "content": each.content} for each in messages.messages]
+    try:
+        return bundle.chat_template.render(told)
+    except ChatTemplateError as error:
+        raise InvalidRequest(f"{field} cannot be a prompt: {error}", field=field) from None
+
+
+def _from_text(bundle: Bundle, text: str, room: int | None) -> Ints:
+    if not text and bundle.codec.writes_text:
         raise InvalidRequest(
             "prompt.text is empty: it must hold at least 1 character; "
             "leave prompt out to start from nothing",
             field="prompt.text",
         )
-    encoded = text.encode()
-    _require_room(bundle, len(encoded), room)  # before anything is computed from them
-    return np.frombuffer(encoded, np.uint8).astype(np.int64)
+    if bundle.codec.is_bytewise:
+        _require_room(bundle, len(text.encode()), room)  # before anything is computed from them
+    return bundle.codec.from_text(text)
 
 
-def _from_ids(bundle: Bundle, ids: Sequence[int], room: int) -> Ints:
-    if not ids:
+def _from_ids(bundle: Bundle, ids: Sequence[int], room: int | None) -> Ints:
+    if not len(ids):
         raise InvalidRequest(
             "prompt.tokens.ids is empty: it must hold at least 1 id; "
             "leave prompt out to start from nothing",
             field="prompt.tokens.ids",
         )
     _require_room(bundle, len(ids), room)
+    return checked_ids(bundle, "prompt.tokens.ids", ids)
+
+
+def checked_ids(bundle: Bundle, field: str, ids: Sequence[int]) -> Ints:
+    """The ids, all below the vocabulary. Raises InvalidRequest for the first that is not."""
     tokens = np.empty(len(ids), np.int64)
     for at in range(0, len(ids), _AT_ONCE):  # other threads have their turn in between
         tokens[at : at + _AT_ONCE] = ids[at : at + _AT_ONCE]
@@ -104,57 +163,18 @@ def _from_ids(bundle: Bundle, ids: Sequence[int], room: int) -> Ints:
     wrong = np.flatnonzero(tokens >= vocabulary)
     if len(wrong):
         raise InvalidRequest(
-            f"prompt.tokens.ids[{wrong[0]}] is {tokens[wrong[0]]}; "
+            f"{field}[{wrong[0]}] is {tokens[wrong[0]]}; "
             f"ids of {bundle.name} must be below {vocabulary}",
-            field=f"prompt.tokens.ids[{wrong[0]}]",
+            field=f"{field}[{wrong[0]}]",
             limit=vocabulary - 1,
         )
     return tokens
 
 
 def _from_image(bundle: Bundle, image: pb.ImageRows) -> Ints:
-    if not bundle.is_image:
-        raise InvalidRequest(
-            f"prompt.image was given, but {bundle.name} makes text: give text", field="prompt.image"
-        )
     form = image.WhichOneof("rows")
-    if form is None:
+    if form is None and not bundle.codec.writes_text:
         raise InvalidRequest("prompt.image is empty: give png or rgb", field="prompt.image")
-    pixels = _from_png(bundle, image.png) if form == "png" else _from_rgb(bundle, image.rgb)
-    return nearest(pixels, bundle.manifest.image.palette)
-
-
-def _from_png(bundle: Bundle, png: bytes) -> Colours:
-    """Pixels `[n, 3]` on white, without the fully transparent rows at the bottom."""
-    field, form = "prompt.image.png", bundle.manifest.image
-    try:
-        rgba = open_image(png, ("PNG",), most_pixels=form.width * form.height)
-        size = rgba.size
-    except ImageTooLarge as error:
-        size = error.size
-    except ImageError as error:
-        raise InvalidRequest(f"{field} has {len(png)} bytes and {error}", field=field) from None
-    if size[0] != form.width or size[1] > form.height:
-        raise InvalidRequest(
-            f"{field} is {size[0]}x{size[1]} pixels; {bundle.name} takes images {form.width} wide "
-            f"and at most {form.height} high",
-            field=field,
-        )
-    rows = shown_rows(rgba)
-    if rows is None:
-        raise InvalidRequest(
-            f"{field} is wholly transparent: at least 1 row must show", field=field
-        )
-    return on_white(rows)
-
-
-def _from_rgb(bundle: Bundle, rgb: bytes) -> Colours:
-    form = bundle.manifest.image
-    row = 3 * form.width
-    if not rgb or len(rgb) % row or len(rgb) > row * form.height:
-        raise InvalidRequest(
-            f"prompt.image.rgb has {len(rgb)} bytes; {bundle.name} takes 1 to {form.height} rows "
-            f"of {row} bytes",
-            field="prompt.image.rgb",
-        )
-    return np.frombuffer(rgb, np.uint8).reshape(-1, 3)
+    if form == "png":
+        return bundle.codec.from_png(image.png)
+    return bundle.codec.from_rgb(image.rgb)

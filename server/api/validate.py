@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 
 from concertina.v1 import generation_service_pb2 as pb
 from concertina.v1 import session_service_pb2 as session_pb
-from server.api.prompt import prompt_tokens
+from server.api.prompt import empty_prompt, prompt_tokens, scored_tokens
 from server.bundles.bundle import Bundle
 from server.config import EngineConfig
 from server.engine.restore import BEGINNING, ResumeCursor
@@ -22,7 +22,6 @@ from server.request import (
     LogitsProcessors,
     Request,
     SamplingParameters,
-    prompt_of,
 )
 
 _QUICK_ITEMS = 4096
@@ -34,7 +33,7 @@ def takes_long(request: Message) -> bool:
         return sum(len(cursor.last_ids) for cursor in request.cursors) > _QUICK_ITEMS
     assert isinstance(request, pb.GenerateRequest | pb.ScoreRequest | session_pb.ContinueRequest)
     prompt = request.prompt
-    if prompt.WhichOneof("content") == "image":
+    if prompt.WhichOneof("content") in ("image", "messages"):
         return True
     items = len(prompt.tokens.ids) + len(prompt.text)
     if not isinstance(request, pb.ScoreRequest):
@@ -52,12 +51,12 @@ def generate_request(
     if request.HasField("prompt"):
         prompt = prompt_tokens(bundle, request.prompt, room=1)
     else:
-        prompt = prompt_of(bundle.vocabulary, [], bundle.typecode)
+        prompt = empty_prompt(bundle)
     if request.idempotency_key and not keep_s(request):
         raise InvalidRequest(
             "idempotency_key needs keep: without it there is nothing to attach to", field="keep"
         )
-    stopping, manifest, options = request.stopping, bundle.manifest, request.output
+    stopping, options = request.stopping, request.output
     left = bundle.context - len(prompt)
     max_tokens = stopping.max_tokens if stopping.HasField("max_tokens") else left
     if not 1 <= max_tokens <= left:
@@ -74,7 +73,6 @@ def generate_request(
             field="stopping.min_tokens",
             limit=max_tokens,
         )
-    ends = manifest.HasField("end_token") and not stopping.ignore_eos
     first = Request(
         prompt=prompt,
         sampling=_sampling(bundle, request),
@@ -83,9 +81,9 @@ def generate_request(
         stop=_stop_strings(bundle, stopping),
         stop_tokens=frozenset(_ids(bundle, "stopping.stop_token_ids", stopping.stop_token_ids)),
         include_stop=stopping.include_stop,
-        end_token=manifest.end_token if ends else None,
+        end_tokens=frozenset() if stopping.ignore_eos else bundle.end_tokens,
         time_limit_s=_time_limit(stopping),
-        complete_at=bundle.context if bundle.is_image else None,
+        complete_at=bundle.codec.complete_at,
         prompt_logprobs=options.prompt_logprobs if options.HasField("prompt_logprobs") else None,
         stream_interval=_count(options, "stream_interval", config.stream_buffer),
         priority=request.priority,
@@ -129,11 +127,7 @@ def resume_request(request: pb.ResumeRequest) -> tuple[ResumeCursor, ...]:
 
 def score_request(bundle: Bundle, request: pb.ScoreRequest) -> Request:
     """The request of a `ScoreRequest`. Raises InvalidRequest with field, value and limit."""
-    if request.prompt.WhichOneof("content") is None:
-        raise InvalidRequest(
-            "prompt is empty: give the text, tokens or image to score", field="prompt"
-        )
-    return Request(prompt=prompt_tokens(bundle, request.prompt, room=0), score=True)
+    return Request(prompt=scored_tokens(bundle, request.prompt), score=True)
 
 
 def _sampling(bundle: Bundle, request: pb.GenerateRequest) -> SamplingParameters:
@@ -161,12 +155,14 @@ def _processors(bundle: Bundle, request: pb.GenerateRequest) -> LogitsProcessors
     sampling, stopping = request.sampling, request.stopping
     repetition = sampling.repetition_penalty if sampling.HasField("repetition_penalty") else 1.0
     ending = {*stopping.stop_token_ids}
-    if bundle.manifest.HasField("end_token") and not stopping.ignore_eos:
-        ending.add(bundle.manifest.end_token)
+    if not stopping.ignore_eos:
+        ending |= bundle.end_tokens
+    words = _bad_words(bundle, sampling)
     processors = LogitsProcessors(
         bias=_bias(bundle, sampling),
         allowed=_ids(bundle, "sampling.allowed_token_ids", sampling.allowed_token_ids),
-        bad_words=_bad_words(bundle, sampling),
+        bad_words=words if bundle.codec.is_bytewise else (),
+        bad_bytes=() if bundle.codec.is_bytewise else tuple(map(bytes, words)),
         min_tokens=stopping.min_tokens if ending else 0,
         withheld=tuple(sorted(ending)) if stopping.min_tokens else (),
         repetition_penalty=repetition,
@@ -174,7 +170,10 @@ def _processors(bundle: Bundle, request: pb.GenerateRequest) -> LogitsProcessors
         presence_penalty=sampling.presence_penalty,
     )
     forbidden = {*processors.withheld} | {w[0] for w in processors.bad_words if len(w) == 1}
-    if not set(processors.allowed or range(bundle.vocabulary)) - forbidden:
+    for word in processors.bad_bytes:
+        forbidden.update(bundle.codec.text.containing(word).tolist())
+    allowed = {*processors.allowed}
+    if not (allowed - forbidden if allowed else len(forbidden) < bundle.vocabulary):
         raise InvalidRequest(
             f"sampling.allowed_token_ids has {len(processors.allowed)} ids, and "
             "sampling.bad_words or stopping.min_tokens forbid them all: at least 1 token must be "
@@ -197,9 +196,9 @@ def _bias(bundle: Bundle, sampling: pb.SamplingParameters) -> tuple[tuple[int, f
 
 
 def _bad_words(bundle: Bundle, sampling: pb.SamplingParameters) -> tuple[tuple[int, ...], ...]:
-    if sampling.bad_words and bundle.is_image:
+    if sampling.bad_words and not bundle.codec.writes_text:
         raise InvalidRequest(
-            f"sampling.bad_words was given, but {bundle.name} makes images: "
+            f"sampling.bad_words was given, but {bundle.name} makes {bundle.codec.makes}: "
             "give allowed_token_ids or logit_bias",
             field="sampling.bad_words",
         )
@@ -207,9 +206,10 @@ def _bad_words(bundle: Bundle, sampling: pb.SamplingParameters) -> tuple[tuple[i
 
 
 def _stop_strings(bundle: Bundle, stopping: pb.StoppingCriteria) -> tuple[str, ...]:
-    if stopping.stop and bundle.is_image:
+    if stopping.stop and not bundle.codec.writes_text:
         raise InvalidRequest(
-            f"stopping.stop was given, but {bundle.name} makes images", field="stopping.stop"
+            f"stopping.stop was given, but {bundle.name} makes {bundle.codec.makes}",
+            field="stopping.stop",
         )
     return tuple(stopping.stop)
 

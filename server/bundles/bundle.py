@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -13,9 +13,16 @@ import numpy.typing as npt
 from concertina.bundle import resources
 from concertina.bundle.manifest import ManifestError, read_manifest
 from concertina.bundle.resources import ELEMENT_BYTES, KIND_NAMES, Count
+from concertina.codecs.chat_template import ChatTemplate, ChatTemplateError, compiled
+from concertina.codecs.choosing import TOKENIZER, CodecError, codec_of
+from concertina.codecs.codec import Codec
+from concertina.codecs.tokenizer_file import TokenizerError
 from concertina.v1 import bundle_pb2 as pb
 from server.bundles.state import StateKind, StateTensor, state_tensors
 from server.errors import BundleError
+
+TEMPLATE = "chat_template.jinja"
+"""The file of a bundle that turns messages into text."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +31,8 @@ class Bundle:
 
     folder: Path
     manifest: pb.Manifest
+    template: str = field(default="", repr=False)
+    """A chat template in place of its own."""
 
     @property
     def name(self) -> str:
@@ -45,10 +54,38 @@ class Bundle:
         """Largest number of tokens in one stream, prompt included."""
         return self.manifest.context
 
-    @property
-    def is_image(self) -> bool:
-        """Whether tokens are pixels; if not, they are bytes of text."""
-        return self.manifest.modality == pb.MODALITY_IMAGE
+    @cached_property
+    def codec(self) -> Codec:
+        """What the tokens stand for. Raises CodecError; for what `load_bundle` gave, never."""
+        return codec_of(self.manifest, self.folder)
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        """What turns messages into text; None if it has nothing. Raises ChatTemplateError."""
+        tokens = dict(self.manifest.tokenizer.template_tokens)
+        if self.template:
+            return compiled(self.template, tokens)
+        if TEMPLATE not in {file.path for file in self.manifest.files}:
+            return None
+        try:
+            source = (self.folder / TEMPLATE).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ChatTemplateError(f"cannot be read: {error}") from None
+        return compiled(source, tokens)
+
+    def with_template(self, template: str) -> Bundle:
+        """The same with another chat template; with an empty one, with its own."""
+        if template == self.template:
+            return self
+        made = replace(self, template=template)
+        vars(made)["codec"] = self.codec  # which takes a second to be made of a large file
+        return made
+
+    @cached_property
+    def end_tokens(self) -> frozenset[int]:
+        """The tokens that end a stream."""
+        first = [self.manifest.end_token] if self.manifest.HasField("end_token") else []
+        return frozenset((*first, *self.manifest.tokenizer.end_tokens))
 
     @cached_property
     def span(self) -> int | None:
@@ -89,11 +126,6 @@ class Bundle:
     def typecode(self) -> str:
         """Type code of `array.array` that holds a token in the fewest bytes."""
         return next(c for c in "BHI" if self.manifest.vocabulary <= 1 << 8 * array(c).itemsize)
-
-    def label_of(self, start_token: int) -> str | None:
-        """The label that a start token stands for; None for the one without."""
-        index = start_token - self.manifest.vocabulary - 1
-        return self.manifest.labels[index] if index >= 0 else None
 
     @property
     def step_path(self) -> Path:
@@ -204,15 +236,18 @@ def _flaw(bundle: Bundle) -> str:
         return f"context {context}, vocabulary {manifest.vocabulary}"
     if bundle.span is not None and not 1 < bundle.span <= context:
         return f"a fold every {bundle.span} of {context} tokens"
-    if manifest.HasField("end_token") and manifest.end_token >= manifest.vocabulary:
-        return f"end token {manifest.end_token} of {manifest.vocabulary}"
-    form = manifest.image
-    if bundle.is_image and (
-        form.width * form.height != context or len(form.palette) != 3 * manifest.vocabulary
-    ):
-        return f"{form.width}x{form.height} pixels with a palette of {len(form.palette)} bytes"
-    if not bundle.is_image and manifest.vocabulary > 256:
-        return f"a vocabulary of {manifest.vocabulary} for tokens that are bytes"
+    if max(bundle.end_tokens, default=0) >= manifest.vocabulary:
+        return f"end token {max(bundle.end_tokens)} of {manifest.vocabulary}"
+    try:
+        _ = bundle.codec
+    except CodecError as error:
+        return str(error)
+    except TokenizerError as error:
+        raise BundleError(f"{bundle.folder / TOKENIZER} {error}") from None
+    try:
+        _ = bundle.chat_template
+    except ChatTemplateError as error:
+        raise BundleError(f"{bundle.folder / TEMPLATE} {error}") from None
     most = int(np.max(bundle.entries(np.arange(context)))) + 1 if bundle.stacks else 0
     for tensor in manifest.state:
         shape = list(tensor.shape)

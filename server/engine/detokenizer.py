@@ -1,22 +1,30 @@
-"""Turns bytes into text as they arrive, in whole characters, and finds stop strings.
+"""Turns tokens into text as they arrive, in whole characters, and finds stop strings.
 
 Text that may be the beginning of a stop string is held back.
 """
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Sequence
+
+from concertina.codecs.token_text import TextDecoder, TokenText
 
 
 class Detokenizer:
-    """Turns the byte tokens of one stream into text until a stop string is found.
+    """Turns the tokens of one stream into text until a stop string is found.
 
+    text: what tokens stand for. is_beginning: whether their text is the first of the stream.
     matched: the stop string that was found; None before.
     """
 
-    def __init__(self, stop: Sequence[str] = (), include_stop: bool = False) -> None:
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    def __init__(
+        self,
+        text: TokenText,
+        stop: Sequence[str] = (),
+        include_stop: bool = False,
+        is_beginning: bool = True,
+    ) -> None:
+        self._decoder = TextDecoder(text, is_beginning)
         self._stop = tuple(stop)
         self._include_stop = include_stop
         self._held = ""
@@ -28,11 +36,11 @@ class Detokenizer:
 
         With `may_stop` false, a complete stop string is plain text.
         """
-        character = self._decoder.decode(bytes((token,)))
+        text = self._decoder.push(token)
         if not self._stop:
-            return character
+            return text
         before = len(self._held)
-        self._held += character
+        self._held += text
         if may_stop and (found := self._completed(before)):
             at, self.matched = min(found)
             end = at + len(self.matched) if self._include_stop else at
@@ -40,33 +48,36 @@ class Detokenizer:
             return self._unsent(released)
         return self._unsent(self._release())
 
-    def replay(self, content: bytes, is_stopped: bool = False, sent: int = 0) -> str:
-        """The text of all bytes of `content`, as `push` gives it. Call it before the first `push`.
+    def replay(self, tokens: Sequence[int], is_stopped: bool = False, sent: int = 0) -> str:
+        """The text of all `tokens`, as `push` gives it. Call it before the first `push`.
 
-        is_stopped: whether its last byte completed a stop string. One byte may complete several
+        is_stopped: whether the last one completed a stop string. One token may complete several
         characters, so that text can follow the stop string, which is dropped.
         sent: number of characters that were sent, maybe with other stop strings. Of them, those
         that are held back now are not released again.
         """
         if is_stopped:
-            self._held = self._decoder.decode(content[:-1])
+            self._held = self._decoded(tokens[:-1])
             before = len(self._held)
-            self._held += self._decoder.decode(content[-1:])
+            self._held += self._decoded(tokens[-1:])
             found = self._completed(before)
             if found:  # not in a stored stream whose writer disagrees
                 at, matched = min(found)
                 self._held = self._held[: at + len(matched) if self._include_stop else at]
             return self._held
-        self._held = self._decoder.decode(content)
+        self._held = self._decoded(tokens)
         released = self._release()
         self._sent = max(0, sent - len(released))
         return released
 
     def flush(self) -> str:
         """The rest of the text when the stream ends; an incomplete character becomes U+FFFD."""
-        released = self._held + self._decoder.decode(b"", final=True)
+        released = self._held + self._decoder.flush()
         self._held = ""
         return self._unsent(released)
+
+    def _decoded(self, tokens: Sequence[int]) -> str:
+        return "".join([self._decoder.push(token) for token in tokens])
 
     def _release(self) -> str:
         """Release the held text, except what may be the beginning of a stop string."""

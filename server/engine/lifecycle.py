@@ -73,9 +73,9 @@ class StreamLifecycle:
         self._metrics.started(stream.started_at - stream.accepted_at)
         request = stream.request
         if request.sampling.processors is not None:
-            vocabulary = self._bundle.vocabulary
+            vocabulary, text = self._bundle.vocabulary, self._bundle.codec.text
             processors = request.sampling.processors
-            stream.penalties = PenaltyState.of(processors, request.prompt, vocabulary)
+            stream.penalties = PenaltyState.of(processors, request.prompt, vocabulary, text)
             stream.penalties.recall(np.array(stream.history, np.int64))
 
     @contextmanager

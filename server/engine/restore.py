@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from concertina.codecs.token_text import TokenText
 from server.checkpoint import Checkpoint
 from server.engine.interfaces import Subscriber
 from server.engine.stream import Stream
@@ -35,14 +36,17 @@ def restore(
     request: Request,
     subscriber: Subscriber,
     checkpoint: Checkpoint,
-    cursor: ResumeCursor = BEGINNING,
+    cursor: ResumeCursor,
+    text: TokenText,
 ) -> Stream:
     """A stream that continues from `checkpoint`, for a reader who is at `cursor`.
+
+    text: what its tokens stand for.
 
     Tokens that are known but not in the state become replay tokens: the model runs for each, but
     the token is not drawn again.
     """
-    stream = Stream(lease, request, subscriber, checkpoint.generated.typecode)
+    stream = Stream(lease, request, subscriber, checkpoint.generated.typecode, text)
     wanted = len(request.prompt) if request.prompt_logprobs is not None else 0
     if cursor.prompt_logprobs < wanted and not checkpoint.is_paused:
         # Log-probabilities of the prompt are not stored, so the prompt is pushed again.
@@ -64,9 +68,8 @@ def restore(
     stream.generated = num_restored
     if num_restored:
         stream.last_token = stream.history[-1]
-        if request.complete_at is None:
-            sent = checkpoint.base_characters
-            stream.detokenizer.replay(bytes(stream.history.tolist()), sent=sent)
+        sent = checkpoint.base_characters
+        stream.detokenizer.replay(stream.history, sent=sent)
     return stream
 
 

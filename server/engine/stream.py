@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from array import array
 from collections import deque
+from itertools import chain
 
+from concertina.codecs.token_text import TokenText
 from server.checkpoint import Checkpoint, Finish, FinishReason, SavedState, TokenLogprobs
 from server.engine.detokenizer import Detokenizer
 from server.engine.interfaces import Subscriber
@@ -19,12 +21,17 @@ _LOGPROBS_BYTES, _TOP_BYTES = 256, 72  # of a TokenLogprobs, and of each token t
 class Stream:
     """A stream. The constructor makes a new one, `server.engine.restore` one that continues.
 
-    typecode: integer type of its tokens (see `array.array`). After admission, only the engine's
-    thread changes a stream.
+    typecode: integer type of its tokens (see `array.array`). text: what they stand for. After
+    admission, only the engine's thread changes a stream.
     """
 
     def __init__(
-        self, lease: Lease, request: Request, subscriber: Subscriber, typecode: str
+        self,
+        lease: Lease,
+        request: Request,
+        subscriber: Subscriber,
+        typecode: str,
+        text: TokenText,
     ) -> None:
         self.lease = lease
         self.request = request
@@ -42,7 +49,8 @@ class Stream:
         self.history = array(typecode)
         self.logprobs: list[TokenLogprobs] = []
         self.prompt_logprobs: list[TokenLogprobs] = []
-        self.detokenizer = Detokenizer(request.stop, request.include_stop)
+        self._text = text
+        self.detokenizer = self._new_detokenizer()
         self.base_tokens = self.base_characters = 0
         self.keeps_history = lease.keep_s > 0
         # How far the model is.
@@ -161,11 +169,10 @@ class Stream:
                 self.history.append(token)
                 if logprobs is not None:
                     self.logprobs.append(logprobs)
-            if request.complete_at is None:
-                text = self.detokenizer.push(token, self.generated > request.min_tokens)
+            text = self.detokenizer.push(token, self.generated > request.min_tokens)
         if token in request.stop_tokens or self.detokenizer.matched is not None:
             return text, FinishReason.STOP
-        if token == request.end_token:
+        if token in request.end_tokens:
             return text, FinishReason.END
         if len(request.prompt) + self.generated == request.complete_at:
             return text, FinishReason.END
@@ -192,16 +199,20 @@ class Stream:
         return started_at - self.accepted_at
 
     def _full_text(self) -> str:
-        if self.request.complete_at is not None:
-            return ""
         finish = self.ending if isinstance(self.ending, Finish) else None
         matched = None if finish is None else finish.stop
-        detokenizer = Detokenizer(self.request.stop, self.request.include_stop)
-        text = detokenizer.replay(bytes(self.history.tolist()), matched is not None)
+        detokenizer = self._new_detokenizer()
+        text = detokenizer.replay(self.history, matched is not None)
         paused = finish is not None and finish.reason is FinishReason.PAUSED
         if self.ended and matched is None and not paused:
             text += detokenizer.flush()
         return text
+
+    def _new_detokenizer(self) -> Detokenizer:
+        request = self.request
+        before = chain((request.prompt.start,), request.prompt.tokens)
+        is_beginning = self._text.is_beginning(before)
+        return Detokenizer(self._text, request.stop, request.include_stop, is_beginning)
 
 
 def _logprobs_bytes(top: int | None) -> int:

@@ -23,7 +23,7 @@ def greeting(config: ServeConfig, bundles: Sequence[Bundle]) -> list[str]:
     if not bundles:
         return [*lines, f"see: concertina models {' '.join(_access(config, ''))}"]
     first = bundles[0]
-    verb = "paint" if first.is_image else 'generate "import "'
+    verb = 'generate "import "' if first.codec.writes_text else "paint"
     command = f"concertina {verb} -m {shlex.quote(first.name)}"
     if config.keys is not None and not _key_for(config.keys, first.name):
         keys = shlex.quote(str(config.keys))

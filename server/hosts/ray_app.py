@@ -14,10 +14,11 @@ from contextlib import redirect_stdout, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import grpc
 import ray
+from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2
 from ray import serve as ray_serve
 from ray._common.tls_utils import add_port_to_grpc_server
@@ -69,6 +70,17 @@ class StartFailed(Exception):
     """Ray Serve could not start a replica. The message has the reason."""
 
 
+def _unary(service: str, name: str, empty: Callable[[], Message]) -> Any:
+    """The method of a replica for a gRPC method with one response, which is `empty` if refused."""
+
+    async def method(self: Replica, request: Any, grpc_context: RayServegRPCContext) -> Message:
+        answer: Message | None = await getattr(getattr(self, service), name)(request, grpc_context)
+        return empty() if answer is None else answer
+
+    method.__name__ = name
+    return method
+
+
 class Replica:
     """One server process: an engine for each bundle, and the services on top of them.
 
@@ -112,18 +124,6 @@ class Replica:
             yield response
         _report_status(grpc_context)
 
-    async def Score(
-        self, request: pb.ScoreRequest, grpc_context: RayServegRPCContext
-    ) -> pb.ScoreResponse:
-        """GenerationService.Score."""
-        return await self.generation.Score(request, grpc_context) or pb.ScoreResponse()
-
-    async def Pause(
-        self, request: session_pb.PauseRequest, grpc_context: RayServegRPCContext
-    ) -> session_pb.PauseResponse:
-        """SessionService.Pause."""
-        return await self.sessions.Pause(request, grpc_context) or session_pb.PauseResponse()
-
     async def Continue(
         self, request: session_pb.ContinueRequest, grpc_context: RayServegRPCContext
     ) -> AsyncIterator[pb.GenerateResponse]:
@@ -131,12 +131,6 @@ class Replica:
         async for response in self.sessions.Continue(request, grpc_context):
             yield response
         _report_status(grpc_context)
-
-    async def Fork(
-        self, request: session_pb.ForkRequest, grpc_context: RayServegRPCContext
-    ) -> session_pb.ForkResponse:
-        """SessionService.Fork."""
-        return await self.sessions.Fork(request, grpc_context) or session_pb.ForkResponse()
 
     async def Export(
         self, request: session_pb.ExportRequest, grpc_context: RayServegRPCContext
@@ -146,39 +140,16 @@ class Replica:
             yield response
         _report_status(grpc_context)
 
-    async def Import(
-        self,
-        requests: AsyncIterator[session_pb.ImportRequest],
-        grpc_context: RayServegRPCContext,
-    ) -> session_pb.ImportResponse:
-        """SessionService.Import."""
-        return await self.sessions.Import(requests, grpc_context) or session_pb.ImportResponse()
-
-    async def Delete(
-        self, request: session_pb.DeleteRequest, grpc_context: RayServegRPCContext
-    ) -> session_pb.DeleteResponse:
-        """SessionService.Delete."""
-        return await self.sessions.Delete(request, grpc_context) or session_pb.DeleteResponse()
-
-    async def ListSessions(
-        self, request: session_pb.ListSessionsRequest, grpc_context: RayServegRPCContext
-    ) -> session_pb.ListSessionsResponse:
-        """SessionService.ListSessions."""
-        listed = await self.sessions.ListSessions(request, grpc_context)
-        return listed or session_pb.ListSessionsResponse()
-
-    async def ListModels(
-        self, request: model_pb.ListModelsRequest, grpc_context: RayServegRPCContext
-    ) -> model_pb.ListModelsResponse:
-        """ModelService.ListModels."""
-        listed = await self.models.ListModels(request, grpc_context)
-        return listed or model_pb.ListModelsResponse()
-
-    async def GetModel(
-        self, request: model_pb.GetModelRequest, grpc_context: RayServegRPCContext
-    ) -> model_pb.GetModelResponse:
-        """ModelService.GetModel."""
-        return await self.models.GetModel(request, grpc_context) or model_pb.GetModelResponse()
+    Score = _unary("generation", "Score", pb.ScoreResponse)
+    Pause = _unary("sessions", "Pause", session_pb.PauseResponse)
+    Fork = _unary("sessions", "Fork", session_pb.ForkResponse)
+    Import = _unary("sessions", "Import", session_pb.ImportResponse)
+    Delete = _unary("sessions", "Delete", session_pb.DeleteResponse)
+    ListSessions = _unary("sessions", "ListSessions", session_pb.ListSessionsResponse)
+    ListModels = _unary("models", "ListModels", model_pb.ListModelsResponse)
+    GetModel = _unary("models", "GetModel", model_pb.GetModelResponse)
+    Tokenize = _unary("models", "Tokenize", model_pb.TokenizeResponse)
+    Detokenize = _unary("models", "Detokenize", model_pb.DetokenizeResponse)
 
     async def Check(
         self, request: health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext

@@ -13,6 +13,7 @@ import psutil
 import typer
 
 from concertina.cli.output import plain_console
+from concertina.codecs.chat_template import ChatTemplateError, compiled
 from concertina.machine import cores, cores_if_fewer, memory_bytes
 from server.auth.api_keys import read_keys
 from server.auth.tls import require_usable
@@ -106,6 +107,14 @@ def serve(
         Provider,
         typer.Option(help="Device to compute on; cuda needs the extra `gpu` and float16 caches."),
     ] = EngineConfig.provider,
+    chat_template: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="Jinja file that turns messages into text, in place of the bundles' own.",
+        ),
+    ] = None,
     drain_seconds: Annotated[
         int,
         _number(
@@ -198,6 +207,7 @@ def serve(
         snapshots_optional=snapshots_optional,
         snapshot_ttl=snapshot_ttl,
         engine=EngineConfig(
+            chat_template=_template(chat_template),
             draft_tokens=draft_tokens,
             snapshot_interval=snapshot_interval,
             session_bytes=session_bytes,
@@ -237,6 +247,18 @@ def serve(
     with suppress(KeyboardInterrupt):
         _serve(config, local, announce)
     console.print("stopped")
+
+
+def _template(file: Path | None) -> str:
+    """What the file of a chat template says. Raises ConfigError if it is none."""
+    if file is None:
+        return ""
+    try:
+        source = file.read_text(encoding="utf-8")
+        compiled(source, {})
+    except (ChatTemplateError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--chat-template: {file} {error}") from None
+    return source
 
 
 def _tls(cert: Path | None, key: Path | None, client_ca: Path | None) -> TlsConfig | None:

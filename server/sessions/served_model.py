@@ -29,7 +29,7 @@ class ServedModel:
     def __init__(
         self, bundle: Bundle, config: EngineConfig, snapshots: SnapshotStore | None = None
     ) -> None:
-        self.bundle = bundle
+        self.bundle = bundle.with_template(config.chat_template)
         self.engine = Engine(bundle, config, snapshots)
         self.config = self.engine.config
         self._deliveries = Deliveries()
@@ -100,7 +100,8 @@ class ServedModel:
         subscribers = self._subscribers(lease.requests, cursors, bases)
         audiences = tuple(Audience(subscriber) for subscriber in subscribers)
         outputs = zip(lease.requests, audiences, checkpoints, cursors, strict=True)
-        streams = tuple(restore(lease, *output) for output in outputs)
+        text = self.bundle.codec.text
+        streams = tuple(restore(lease, *output, text) for output in outputs)
         for stream in streams:
             stream.keeps_history |= self.config.draft_tokens > 0
         session = Session(lease, streams, audiences, subscribers, [subscribers])

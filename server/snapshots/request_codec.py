@@ -39,7 +39,8 @@ def stored_request(requests: tuple[Request, ...]) -> pb.StoredRequest:
         stop=first.stop,
         stop_tokens=sorted(first.stop_tokens),
         include_stop=first.include_stop,
-        end_token=first.end_token,
+        end_token=min(first.end_tokens, default=None),
+        more_end_tokens=sorted(first.end_tokens)[1:],
         time_limit_seconds=first.time_limit_s,
         complete_at=first.complete_at,
         prompt_logprobs=first.prompt_logprobs,
@@ -67,7 +68,9 @@ def requests_from(bundle: Bundle, stored: pb.StoredRequest) -> tuple[Request, ..
         stop_tokens=frozenset(stored.stop_tokens),
         include_stop=stored.include_stop,
         min_tokens=stored.min_tokens,
-        end_token=stored.end_token if stored.HasField("end_token") else None,
+        end_tokens=frozenset(
+            (*([stored.end_token] if stored.HasField("end_token") else []), *stored.more_end_tokens)
+        ),
         time_limit_s=stored.time_limit_seconds if stored.HasField("time_limit_seconds") else None,
         complete_at=stored.complete_at if stored.HasField("complete_at") else None,
         prompt_logprobs=stored.prompt_logprobs if stored.HasField("prompt_logprobs") else None,
@@ -102,6 +105,7 @@ def _stored_sampling(sampling: SamplingParameters) -> pb.StoredSampling:
                 bias=dict(processors.bias),
                 allowed=processors.allowed,
                 bad_words=[pb.StoredWord(tokens=word) for word in processors.bad_words],
+                bad_bytes=processors.bad_bytes,
                 min_tokens=processors.min_tokens,
                 withheld=processors.withheld,
                 repetition_penalty=processors.repetition_penalty,
@@ -119,6 +123,7 @@ def _sampling(stored: pb.StoredSampling) -> SamplingParameters:
             bias=tuple(sorted(stored.processors.bias.items())),
             allowed=tuple(stored.processors.allowed),
             bad_words=tuple(tuple(word.tokens) for word in stored.processors.bad_words),
+            bad_bytes=tuple(stored.processors.bad_bytes),
             min_tokens=stored.processors.min_tokens,
             withheld=tuple(stored.processors.withheld),
             repetition_penalty=stored.processors.repetition_penalty,
@@ -144,21 +149,23 @@ def _misfit(bundle: Bundle, request: Request) -> str:
     words = processors.bad_words
     ids = {*request.stop_tokens, *processors.allowed, *processors.withheld}
     ids |= {token for token, _ in processors.bias} | {token for word in words for token in word}
-    ids |= {request.end_token or 0, int(prompt.tokens.max(initial=0))}
+    ids |= {*request.end_tokens, int(prompt.tokens.max(initial=0))}
     numbers = (
         *(bias for _, bias in processors.bias),
         processors.frequency_penalty,
         processors.presence_penalty,
     )
     checks = {
-        "start token": 0 <= prompt.start - bundle.vocabulary <= len(bundle.manifest.labels),
+        "start token": bundle.codec.starts.allows(prompt.start),
         "token ids": max(ids) < bundle.vocabulary,
         "max_tokens": 1 <= request.max_tokens <= bundle.context - len(prompt),
         "min_tokens": max(request.min_tokens, processors.min_tokens) <= request.max_tokens,
-        "complete_at": request.complete_at == (bundle.context if bundle.is_image else None),
+        "complete_at": request.complete_at == bundle.codec.complete_at,
         "stop strings": len(request.stop) <= _MOST_STOPS
         and all(1 <= len(text.encode()) <= _LONGEST_STOP for text in request.stop),
-        "bad words": all(1 <= len(word) <= LONGEST_BAD_WORD for word in words),
+        "bad words": all(
+            1 <= len(word) <= LONGEST_BAD_WORD for word in (*words, *processors.bad_bytes)
+        ),
         "logprobs": max(sampling.logprobs or 0, request.prompt_logprobs or 0) <= _MOST_LOGPROBS,
         "stream_interval": 1 <= request.stream_interval <= bundle.context,
         "temperature": 0 <= sampling.temperature < math.inf,

@@ -126,6 +126,27 @@ class Fake(GenerationServiceServicer, ModelServiceServicer, SessionServiceServic
             bits_per_token=1.5, bits=bits, model=request.model, fingerprint="f0"
         )
 
+    def Tokenize(
+        self, request: model_service_pb2.TokenizeRequest, context: grpc.ServicerContext
+    ) -> model_service_pb2.TokenizeResponse:
+        """Every two letters are a token, whose id is the number of those before it."""
+        self.requests.append(request)
+        self._maybe_refuse(context)
+        content = request.prompt.text.encode()
+        pieces = [content[at : at + 2] for at in range(0, len(content), 2)]
+        return model_service_pb2.TokenizeResponse(
+            ids=range(len(pieces)), pieces=pieces, model=request.model, fingerprint="f0"
+        )
+
+    def Detokenize(
+        self, request: model_service_pb2.DetokenizeRequest, context: grpc.ServicerContext
+    ) -> model_service_pb2.DetokenizeResponse:
+        self.requests.append(request)
+        self._maybe_refuse(context)
+        return model_service_pb2.DetokenizeResponse(
+            text="aé", rgb=b"rgb", pieces=[b"a", b"\xc3"], model=request.model, fingerprint="f0"
+        )
+
     def ListModels(
         self, request: model_service_pb2.ListModelsRequest, context: grpc.ServicerContext
     ) -> model_service_pb2.ListModelsResponse:

@@ -112,12 +112,12 @@ MUTANTS = (
         ("an image loses its orientation", "1 < orientation <= 8", "False"),
     ),
     *bugs(
-        "server/api/prompt.py",
+        "protos/concertina/codecs/palette_codec.py",
         _PROMPT,
         ("a prompt is read in any format", '("PNG",), ', ""),
         (
             "a large prompt is decoded",
-            "most_pixels=form.width * form.height",
+            "most_pixels=self.complete_at",
             "most_pixels=1 << 26",
         ),
     ),

@@ -15,6 +15,7 @@ from tests.mutants import (
     sampling,
     server,
     snapshots,
+    vocabularies,
 )
 
 MUTANTS = (
@@ -30,4 +31,5 @@ MUTANTS = (
     *sampling.MUTANTS,
     *snapshots.MUTANTS,
     *bench.MUTANTS,
+    *vocabularies.MUTANTS,
 )

@@ -21,7 +21,7 @@ from server.request import Lease, LogitsProcessors, Request, SamplingParameters
 from server.sessions.subscriber import Delta
 from tests.checkpoints import in_few_bits
 from tests.parity.served import TOLERANCE
-from tests.server.engines import LIMIT_S, DrivenModel, ask, together, until
+from tests.server.engines import BYTES, LIMIT_S, DrivenModel, ask, together, until
 
 slow = pytest.mark.slow
 RULES = LogitsProcessors(repetition_penalty=1.3, frequency_penalty=0.4)
@@ -268,5 +268,5 @@ async def test_neither_does_a_death(start: Start, folder: Path, number: int, com
 def sent_text(request: Request, output: Output, tokens: int) -> str:
     """The text that comes with the first `tokens` of an output."""
     lease = Lease("s", (request,))
-    stream = Stream(lease, request, None, "B")  # type: ignore[arg-type]
+    stream = Stream(lease, request, None, "B", BYTES)  # type: ignore[arg-type]
     return "".join(stream.accept_token(token, 0.0)[0] for token in output.tokens[:tokens])

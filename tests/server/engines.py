@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from concertina.codecs.token_text import TokenText
 from server.arrays import Floats, Ints
 from server.engine.stream import Stream
 from server.engine.updates import Ending
@@ -24,6 +25,7 @@ from server.sessions.table import Session
 
 LIMIT_S = float(os.environ.get("LIMIT_S", "60"))
 START = 256
+BYTES = TokenText(tuple(bytes((token,)) for token in range(256)))
 GREEDY = SamplingParameters(temperature=0)
 
 
@@ -179,9 +181,9 @@ class Gate:
         await self.held(name)
 
 
-def script(model: ServedModel, content: bytes) -> None:
+def script(model: ServedModel, content: Sequence[int]) -> None:
     """Makes the model generate `content`: the token at position k is `content[k]`."""
-    wanted = np.frombuffer(content, np.uint8)
+    wanted = np.array([*content])
 
     def scripted(logits: Floats, positions: Ints) -> Floats:
         logits = np.zeros_like(logits)

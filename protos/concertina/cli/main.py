@@ -56,6 +56,18 @@ def _score() -> Any:
     return score
 
 
+def _chat() -> Any:
+    from concertina.cli.chat import chat
+
+    return chat
+
+
+def _tokenize() -> Any:
+    from concertina.cli.models import tokenize
+
+    return tokenize
+
+
 def _sessions() -> Any:
     from concertina.cli.sessions import sessions
 
@@ -110,8 +122,10 @@ COMMANDS = {
     "keys": Command("Say who may call a server.", _keys),
     "models": Command("List what a server serves.", _models),
     "generate": Command("Write text as it is generated.", _generate),
+    "chat": Command("Talk with a model.", _chat),
     "paint": Command("Paint an image as it is generated.", _paint),
     "score": Command("Measure how well a model predicts a file.", _score),
+    "tokenize": Command("Show the tokens of a text.", _tokenize),
     "sessions": Command("Pause, continue, copy and move streams.", _sessions),
     "loadtest": Command("Drive a server hard and report.", _loadtest),
     "bench": Command("Compare with other engines.", _bench),

@@ -1,15 +1,19 @@
-"""The command `models`: lists what a server serves."""
+"""The commands `models`, which lists what a server serves, and `tokenize`, which shows tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
 
+import typer
 from rich import box
 from rich.filesize import decimal
 from rich.table import Table
 
-from concertina.cli.connection import LOOKUP_TIMEOUT_S, connected
+from concertina.cli.connection import LOOKUP_TIMEOUT_S, choose_model, connected
+from concertina.cli.inputs import read_text
 from concertina.cli.options import (
     Address,
     Ca,
@@ -17,6 +21,8 @@ from concertina.cli.options import (
     CertKey,
     Json,
     KeyFile,
+    ModelName,
+    Timeout,
     UseTls,
     access,
 )
@@ -72,3 +78,34 @@ def _heldout(model: Model) -> Iterator[str]:
         yield f"{model.weights_loss:+.3f} as {model.weights}"
     if model.state == "int8":
         yield f"{model.state_loss:+.3f} with int8 state"
+
+
+def tokenize(
+    text: Annotated[str, typer.Argument(help="Text to take apart; - reads it from stdin.")],
+    timeout: Timeout = None,
+    model: ModelName = "",
+    address: Address = DEFAULT_ADDRESS,
+    key_file: KeyFile = None,
+    tls: UseTls = False,
+    ca: Ca = None,
+    cert: Cert = None,
+    cert_key: CertKey = None,
+    json_output: Json = False,
+) -> None:
+    """Show the tokens that a model takes a text for: a line for each, with its id and its bytes.
+
+    What is no text, as a special token, has no bytes.
+
+    Examples:
+    concertina tokenize "Hello world"
+    concertina tokenize - --json < main.py
+    """
+    content = read_text(Path(text)) if text == "-" else text
+    with connected(address, access(key_file, tls, ca, cert, cert_key), json_output) as client:
+        chosen = choose_model(client, model, "text")
+        tokens = client.tokenize(content, model=chosen.name, timeout=timeout)
+    for token, piece in zip(tokens.ids, tokens.pieces, strict=True):
+        if json_output:
+            print(event_json({"id": token, "bytes": piece}))
+        else:
+            print(f"{token:7d} {repr(piece)[1:]}")

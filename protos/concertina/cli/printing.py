@@ -87,17 +87,18 @@ def write_outputs(tokens: Iterable[Tokens], outputs: int) -> None:
     """Writes the first output as it arrives, then the others; several get a heading each."""
     held = {output: "" for output in range(1, outputs)}
     if held:
-        _write(_HEADING.format(0))
+        write_text(_HEADING.format(0))
     for delta in tokens:
         if delta.output:
             held[delta.output] += delta.text
         else:
-            _write(delta.text)
+            write_text(delta.text)
     for output, text in held.items():
-        _write("\n" + _HEADING.format(output) + text)
+        write_text("\n" + _HEADING.format(output) + text)
 
 
-def _write(text: str) -> None:
+def write_text(text: str) -> None:
+    """Writes text of a model; in a terminal, what would control it is made visible."""
     sys.stdout.write(text.translate(_CONTROL_PICTURES) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
 
 from concertina.cli.connection import choose_model, connected, image_format, modalities
@@ -84,7 +85,7 @@ def score(
     """
     with connected(address, access(key_file, tls, ca, cert, cert_key), json_output) as client:
         chosen, prompt = _model_and_prompt(client, model, file)
-        windows = _windows(chosen, prompt, stride)
+        windows = _windows(client, chosen, prompt, stride)
         if windows:
             _score_windows(client, chosen, spread(windows, limit), label, timeout, json_output)
             return
@@ -92,25 +93,33 @@ def score(
             raise InvalidRequest(f"{file} has no held-out tokens: make it of more data")
         result = client.score(prompt, model=chosen.name, label=label, timeout=timeout)
     if json_output:
-        print(json.dumps(asdict(result)))
+        told = {name: value for name, value in asdict(result).items() if value is not None}
+        print(json.dumps(told))
     else:
         tokens = f"{len(result.bits):,} tokens"
-        print(f"{result.bits_per_token:.4f} {_unit(chosen)} over {tokens} ({result.model})")
+        bits = result.bits_per_byte or result.bits_per_token
+        print(f"{bits:.4f} {_unit(chosen)} over {tokens} ({result.model})")
 
 
 def _unit(model: Model) -> str:
     return "bits/dim" if model.modality == "image" else "bits/byte"
 
 
-def _windows(model: Model, prompt: PromptLike | HeldOut, stride: int | None) -> list[Window]:
+def _windows(
+    client: Client, model: Model, prompt: PromptLike | HeldOut, stride: int | None
+) -> list[Window]:
     """The windows of a dataset or of a text longer than the context; none of one prompt."""
     if isinstance(prompt, HeldOut):
         return list(heldout_windows(prompt, model, stride or model.context))
-    if isinstance(prompt, str):
-        data = prompt.encode()
-        if len(data) > model.context:
-            return list(text_windows(data, model.context, stride or model.context))
-    return []
+    if not isinstance(prompt, str) or len(prompt.encode()) <= model.context:
+        return []
+    if not model.has_tokenizer:
+        return list(text_windows(prompt.encode(), model.context, stride or model.context))
+    tokens = client.tokenize(prompt, model=model.name)
+    if len(tokens.ids) <= model.context:
+        return []
+    sizes = [*map(len, tokens.pieces)]
+    return list(text_windows(np.array(tokens.ids), model.context, stride or model.context, sizes))
 
 
 def _score_windows(
@@ -126,25 +135,27 @@ def _score_windows(
             window.tokens, model=model.name, label=window.label or label, timeout=timeout
         )
 
+    bits, tokens, size = 0.0, 0, 0
+
+    def note(window: Window, result: Score) -> None:
+        nonlocal bits, tokens, size
+        new = min(window.new, len(result.bits))  # a first token may be what others follow from
+        bits += sum(result.bits[-new:])
+        tokens += new
+        size += sum(window.sizes[-new:]) if window.sizes else new
+        count(f"{bits / size:.4f} {_unit(model)} so far")
+
     with counted(len(windows), "windows") as count:
-        so_far = [0.0, 0]
-
-        def note(window: Window, result: Score) -> None:
-            so_far[0] += sum(result.bits[-window.new :])
-            so_far[1] += window.new
-            count(f"{so_far[0] / so_far[1]:.4f} {_unit(model)} so far")
-
         scores = score_all(windows, ask, note)
-    bits = sum(
-        sum(result.bits[-window.new :]) for window, result in zip(windows, scores, strict=True)
-    )
-    tokens, fingerprint = sum(window.new for window in windows), scores[-1].fingerprint
+    fingerprint = scores[-1].fingerprint
     if json_output:
         found = {"model": model.name, "fingerprint": fingerprint, "bits_per_token": bits / tokens}
+        if model.has_tokenizer:
+            found["bits_per_byte"] = bits / size
         print(json.dumps({**found, "tokens": tokens, "windows": len(windows)}))
     else:
         over = f"{tokens:,} tokens in {len(windows):,} windows"
-        print(f"{bits / tokens:.4f} {_unit(model)} over {over} ({model.name})")
+        print(f"{bits / size:.4f} {_unit(model)} over {over} ({model.name})")
 
 
 def _model_and_prompt(client: Client, name: str, file: Path) -> tuple[Model, PromptLike | HeldOut]:

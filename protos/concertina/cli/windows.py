@@ -29,6 +29,8 @@ class Window:
     new: int
     """Tokens at the end that no window before has; the others are there to be seen."""
     label: str | None = None
+    sizes: tuple[int, ...] = ()
+    """Bytes of text that each token is; none if all are one."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,14 @@ def heldout_windows(data: HeldOut, model: Model, stride: int) -> Iterator[Window
 
 
 def text_windows(
-    tokens: bytes | npt.NDArray[np.integer[Any]], context: int, stride: int
+    tokens: bytes | npt.NDArray[np.integer[Any]],
+    context: int,
+    stride: int,
+    sizes: Sequence[int] = (),
 ) -> Iterator[Window]:
     """Windows of at most `context` tokens, `stride` apart; together they count each token once.
 
+    sizes: bytes of text that each token is; none if all are one.
     With a smaller stride, tokens see more of what is before them, and more is computed. Raises
     InvalidRequest for a stride outside 1 to `context`.
     """
@@ -94,7 +100,8 @@ def text_windows(
         if counted == len(tokens):
             return
         window = tokens[first : first + context]
-        yield Window(tuple(map(int, window)), first + len(window) - counted)
+        new = first + len(window) - counted
+        yield Window(tuple(map(int, window)), new, sizes=tuple(sizes[first : first + context]))
         counted = first + len(window)
 
 

@@ -41,7 +41,7 @@ from concertina.client.events import (
     Tokens,
     Usage,
 )
-from concertina.client.models import ImageFormat, Model, Score
+from concertina.client.models import ImageFormat, Model, Score, TokenList
 from concertina.client.requests import ContinueParameters, GenerateParameters
 from concertina.client.sessions import AsyncSessions, Session, SessionPhase, Sessions
 from concertina.client.streams import AsyncStream, Stream
@@ -85,6 +85,7 @@ __all__ = [
     "Stream",
     "StreamCut",
     "Tls",
+    "TokenList",
     "TokenLogprobs",
     "Tokens",
     "Usage",

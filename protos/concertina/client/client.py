@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Self, Unpack
 
 import grpc
@@ -9,13 +10,14 @@ import grpc
 from concertina.client.channel import Access, Tls
 from concertina.client.completions import Completion
 from concertina.client.connection import AsyncConnection, Connection
-from concertina.client.models import Model, Score, model_from, score_from
+from concertina.client.models import Model, Score, TokenList, model_from, score_from, token_list
 from concertina.client.requests import (
     GenerateParameters,
     PromptLike,
     check_parameters,
     message,
     score_request,
+    tokenize_request,
 )
 from concertina.client.resuming import begin
 from concertina.client.sessions import AsyncSessions, Sessions
@@ -98,6 +100,32 @@ class Client:
             return score_from(self._connection.generation.Score(request, timeout=timeout))
         except grpc.RpcError as error:
             raise self._connection.error(error) from None
+
+    def tokenize(
+        self,
+        prompt: PromptLike,
+        *,
+        model: str = "",
+        timeout: float | None = None,
+    ) -> TokenList:
+        """The tokens that the model takes a prompt for, however long. Generates nothing."""
+        request = tokenize_request(prompt, model)
+        try:
+            response = self._connection.models.Tokenize(request, timeout=timeout)
+        except grpc.RpcError as error:
+            raise self._connection.error(error) from None
+        return token_list(response, response.ids)
+
+    def detokenize(
+        self, ids: Sequence[int], *, model: str = "", timeout: float | None = None
+    ) -> TokenList:
+        """What tokens of the model stand for: text, or colours."""
+        request = message(model_service_pb2.DetokenizeRequest, model=model, ids=ids)
+        try:
+            response = self._connection.models.Detokenize(request, timeout=timeout)
+        except grpc.RpcError as error:
+            raise self._connection.error(error) from None
+        return token_list(response, request.ids)
 
     def models(self, *, timeout: float | None = None) -> list[Model]:
         """All models that are served, ordered by name."""
@@ -182,6 +210,32 @@ class AsyncClient:
             return score_from(await self._connection.generation.Score(request, timeout=timeout))
         except grpc.aio.AioRpcError as error:
             raise self._connection.error(error) from None
+
+    async def tokenize(
+        self,
+        prompt: PromptLike,
+        *,
+        model: str = "",
+        timeout: float | None = None,
+    ) -> TokenList:
+        """The tokens that the model takes a prompt for, however long. Generates nothing."""
+        request = tokenize_request(prompt, model)
+        try:
+            response = await self._connection.models.Tokenize(request, timeout=timeout)
+        except grpc.aio.AioRpcError as error:
+            raise self._connection.error(error) from None
+        return token_list(response, response.ids)
+
+    async def detokenize(
+        self, ids: Sequence[int], *, model: str = "", timeout: float | None = None
+    ) -> TokenList:
+        """What tokens of the model stand for: text, or colours."""
+        request = message(model_service_pb2.DetokenizeRequest, model=model, ids=ids)
+        try:
+            response = await self._connection.models.Detokenize(request, timeout=timeout)
+        except grpc.aio.AioRpcError as error:
+            raise self._connection.error(error) from None
+        return token_list(response, request.ids)
 
     async def models(self, *, timeout: float | None = None) -> list[Model]:
         """All models that are served, ordered by name."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from concertina.v1 import bundle_pb2, generation_service_pb2, model_service_pb2
 
@@ -30,6 +31,7 @@ class Model:
     weights_loss: bits per held-out token that this costs compared with `float16`.
     state: how keys and values of streams are kept: `float32`, `float16` or `int8`.
     state_loss: bits per held-out token that `int8` costs compared with `float32`.
+    has_tokenizer: whether tokens are pieces of text, which `tokenize` gives, and not its bytes.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Model:
     slots: int
     queue_limit: int
     max_state_bytes: int
+    has_tokenizer: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,39 @@ class Score:
     fingerprint: str
     bits_per_token: float
     bits: tuple[float, ...]
+    text_bytes: int | None = None
+    """Bytes of text that the tokens are; None if they are no text."""
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Bits for each byte of text, whatever the tokens are; None if they are no text."""
+        return len(self.bits) * self.bits_per_token / self.text_bytes if self.text_bytes else None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenList:
+    """Tokens of a model, and what each is: bytes of text, maybe a part of a character.
+
+    text, rgb: their text, or colours if they are pixels; only from `detokenize`.
+    """
+
+    model: str
+    fingerprint: str
+    ids: tuple[int, ...]
+    pieces: tuple[bytes, ...]
+    text: str = ""
+    rgb: bytes = b""
+
+
+def token_list(
+    response: model_service_pb2.TokenizeResponse | model_service_pb2.DetokenizeResponse,
+    ids: Sequence[int],
+) -> TokenList:
+    """The tokens `ids`, of which a response tells."""
+    made = TokenList(response.model, response.fingerprint, tuple(ids), tuple(response.pieces))
+    if isinstance(response, model_service_pb2.DetokenizeResponse):
+        return replace(made, text=response.text, rgb=response.rgb)
+    return made
 
 
 def score_from(response: generation_service_pb2.ScoreResponse) -> Score:
@@ -69,6 +105,7 @@ def score_from(response: generation_service_pb2.ScoreResponse) -> Score:
         fingerprint=response.fingerprint,
         bits_per_token=response.bits_per_token,
         bits=tuple(response.bits),
+        text_bytes=response.text_bytes if response.HasField("text_bytes") else None,
     )
 
 
@@ -97,6 +134,7 @@ def model_from(model: model_service_pb2.Model) -> Model:
         slots=model.slots,
         queue_limit=model.queue_limit,
         max_state_bytes=model.max_state_bytes,
+        has_tokenizer=manifest.HasField("tokenizer"),
     )
 
 

@@ -22,10 +22,15 @@ from concertina.client.pictures import (
 from concertina.client.times import finite_seconds
 from concertina.shown import cut, shown
 from concertina.v1 import generation_service_pb2 as pb
+from concertina.v1 import model_service_pb2 as model_pb
 from concertina.v1 import session_service_pb2 as session_pb
 
-PromptLike: TypeAlias = str | bytes | Sequence[int] | PillowImage | PixelArray
-"""Text; a PNG, or three bytes per pixel in raster order; token ids; a Pillow image; a NumPy array.
+Messages: TypeAlias = Sequence[Mapping[str, str]]
+"""A conversation: the `role` and the `content` of each message."""
+
+PromptLike: TypeAlias = str | bytes | Sequence[int] | Messages | PillowImage | PixelArray
+"""Text; a PNG, or three bytes per pixel in raster order; token ids; messages; a Pillow image; a
+NumPy array.
 
 An array of one axis is token ids; one of uint8, `[height, width]` or `[height, width, channels]`,
 is a picture.
@@ -162,6 +167,11 @@ def score_request(prompt: PromptLike, model: str, label: str | None) -> pb.Score
     return message(pb.ScoreRequest, model=model, prompt=prompt_message(prompt, label))
 
 
+def tokenize_request(prompt: PromptLike, model: str) -> model_pb.TokenizeRequest:
+    """A request for tokens. Raises InvalidRequest for a prompt that the message cannot hold."""
+    return message(model_pb.TokenizeRequest, model=model, prompt=prompt_message(prompt, None))
+
+
 def prompt_message(prompt: PromptLike | None, label: str | None) -> pb.Prompt | None:
     """The message for a prompt; None for no prompt and no label: an unconditional start."""
     if prompt is None:
@@ -176,6 +186,9 @@ def prompt_message(prompt: PromptLike | None, label: str | None) -> pb.Prompt | 
     if len(getattr(prompt, "shape", ())) > 1:
         rows = pb.ImageRows(png=png_of_array(prompt))  # type: ignore[arg-type]  # an array, by its shape
         return message(pb.Prompt, image=rows, label=label)
+    if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
+        messages = [message(pb.Message, **each) for each in prompt]  # type: ignore[arg-type]
+        return message(pb.Prompt, messages=pb.Messages(messages=messages), label=label)
     if isinstance(prompt, Iterable):
         return message(pb.Prompt, tokens=message(pb.TokenIds, ids=prompt), label=label)
     if isinstance(prompt, PillowImage):

@@ -73,16 +73,32 @@ class ResumeCursor(_message.Message):
     def __init__(self, output: _Optional[int] = ..., tokens: _Optional[int] = ..., characters: _Optional[int] = ..., ended: _Optional[bool] = ..., last_ids: _Optional[_Iterable[int]] = ..., prompt_logprobs: _Optional[int] = ...) -> None: ...
 
 class Prompt(_message.Message):
-    __slots__ = ("text", "tokens", "image", "label")
+    __slots__ = ("text", "tokens", "image", "messages", "label")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     IMAGE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGES_FIELD_NUMBER: _ClassVar[int]
     LABEL_FIELD_NUMBER: _ClassVar[int]
     text: str
     tokens: TokenIds
     image: ImageRows
+    messages: Messages
     label: str
-    def __init__(self, text: _Optional[str] = ..., tokens: _Optional[_Union[TokenIds, _Mapping]] = ..., image: _Optional[_Union[ImageRows, _Mapping]] = ..., label: _Optional[str] = ...) -> None: ...
+    def __init__(self, text: _Optional[str] = ..., tokens: _Optional[_Union[TokenIds, _Mapping]] = ..., image: _Optional[_Union[ImageRows, _Mapping]] = ..., messages: _Optional[_Union[Messages, _Mapping]] = ..., label: _Optional[str] = ...) -> None: ...
+
+class Messages(_message.Message):
+    __slots__ = ("messages",)
+    MESSAGES_FIELD_NUMBER: _ClassVar[int]
+    messages: _containers.RepeatedCompositeFieldContainer[Message]
+    def __init__(self, messages: _Optional[_Iterable[_Union[Message, _Mapping]]] = ...) -> None: ...
+
+class Message(_message.Message):
+    __slots__ = ("role", "content")
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    CONTENT_FIELD_NUMBER: _ClassVar[int]
+    role: str
+    content: str
+    def __init__(self, role: _Optional[str] = ..., content: _Optional[str] = ...) -> None: ...
 
 class TokenIds(_message.Message):
     __slots__ = ("ids",)
@@ -294,13 +310,15 @@ class ScoreRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ..., prompt: _Optional[_Union[Prompt, _Mapping]] = ...) -> None: ...
 
 class ScoreResponse(_message.Message):
-    __slots__ = ("bits_per_token", "bits", "model", "fingerprint")
+    __slots__ = ("bits_per_token", "bits", "model", "fingerprint", "text_bytes")
     BITS_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
     BITS_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    TEXT_BYTES_FIELD_NUMBER: _ClassVar[int]
     bits_per_token: float
     bits: _containers.RepeatedScalarFieldContainer[float]
     model: str
     fingerprint: str
-    def __init__(self, bits_per_token: _Optional[float] = ..., bits: _Optional[_Iterable[float]] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ...) -> None: ...
+    text_bytes: int
+    def __init__(self, bits_per_token: _Optional[float] = ..., bits: _Optional[_Iterable[float]] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., text_bytes: _Optional[int] = ...) -> None: ...

@@ -23,10 +23,11 @@ _sym_db = _symbol_database.Default()
 
 
 from concertina.v1 import bundle_pb2 as concertina_dot_v1_dot_bundle__pb2
+from concertina.v1 import generation_service_pb2 as concertina_dot_v1_dot_generation__service__pb2
 from concertina.v1 import limits_pb2 as concertina_dot_v1_dot_limits__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!concertina/v1/model_service.proto\x12\rconcertina.v1\x1a\x1a\x63oncertina/v1/bundle.proto\x1a\x1a\x63oncertina/v1/limits.proto\"\x1a\n\x11ListModelsRequest:\x05\xa8\xbb\x18\x80 \":\n\x12ListModelsResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.concertina.v1.Model\"0\n\x0fGetModelRequest\x12\x16\n\x05model\x18\x01 \x01(\tB\x07\xa2\xbb\x18\x03\x30\x80\x02:\x05\xa8\xbb\x18\x80 \"7\n\x10GetModelResponse\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.concertina.v1.Model\"o\n\x05Model\x12)\n\x08manifest\x18\x01 \x01(\x0b\x32\x17.concertina.v1.Manifest\x12\r\n\x05slots\x18\x02 \x01(\r\x12\x13\n\x0bqueue_limit\x18\x03 \x01(\r\x12\x17\n\x0fmax_state_bytes\x18\x04 \x01(\x04\x32\xae\x01\n\x0cModelService\x12Q\n\nListModels\x12 .concertina.v1.ListModelsRequest\x1a!.concertina.v1.ListModelsResponse\x12K\n\x08GetModel\x12\x1e.concertina.v1.GetModelRequest\x1a\x1f.concertina.v1.GetModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!concertina/v1/model_service.proto\x12\rconcertina.v1\x1a\x1a\x63oncertina/v1/bundle.proto\x1a&concertina/v1/generation_service.proto\x1a\x1a\x63oncertina/v1/limits.proto\"\x1a\n\x11ListModelsRequest:\x05\xa8\xbb\x18\x80 \":\n\x12ListModelsResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.concertina.v1.Model\"0\n\x0fGetModelRequest\x12\x16\n\x05model\x18\x01 \x01(\tB\x07\xa2\xbb\x18\x03\x30\x80\x02:\x05\xa8\xbb\x18\x80 \"7\n\x10GetModelResponse\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.concertina.v1.Model\"Y\n\x0fTokenizeRequest\x12\x16\n\x05model\x18\x01 \x01(\tB\x07\xa2\xbb\x18\x03\x30\x80\x02\x12%\n\x06prompt\x18\x02 \x01(\x0b\x32\x15.concertina.v1.Prompt:\x07\xa8\xbb\x18\x80\x80\x80\x02\"S\n\x10TokenizeResponse\x12\x0b\n\x03ids\x18\x01 \x03(\r\x12\x0e\n\x06pieces\x18\x02 \x03(\x0c\x12\r\n\x05model\x18\x03 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\"f\n\x11\x44\x65tokenizeRequest\x12\x16\n\x05model\x18\x01 \x01(\tB\x07\xa2\xbb\x18\x03\x30\x80\x02\x12\x30\n\x03ids\x18\x02 \x03(\rB#\xa2\xbb\x18\x1f \x80\x80@B\x19\x65\x61\x63h below the vocabulary:\x07\xa8\xbb\x18\x80\x80\x80\x02\"c\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0b\n\x03rgb\x18\x02 \x01(\x0c\x12\x0e\n\x06pieces\x18\x03 \x03(\x0c\x12\r\n\x05model\x18\x04 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x05 \x01(\t\"o\n\x05Model\x12)\n\x08manifest\x18\x01 \x01(\x0b\x32\x17.concertina.v1.Manifest\x12\r\n\x05slots\x18\x02 \x01(\r\x12\x13\n\x0bqueue_limit\x18\x03 \x01(\r\x12\x17\n\x0fmax_state_bytes\x18\x04 \x01(\x04\x32\xce\x02\n\x0cModelService\x12Q\n\nListModels\x12 .concertina.v1.ListModelsRequest\x1a!.concertina.v1.ListModelsResponse\x12K\n\x08GetModel\x12\x1e.concertina.v1.GetModelRequest\x1a\x1f.concertina.v1.GetModelResponse\x12K\n\x08Tokenize\x12\x1e.concertina.v1.TokenizeRequest\x1a\x1f.concertina.v1.TokenizeResponse\x12Q\n\nDetokenize\x12 .concertina.v1.DetokenizeRequest\x1a!.concertina.v1.DetokenizeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,16 +40,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETMODELREQUEST'].fields_by_name['model']._serialized_options = b'\242\273\030\0030\200\002'
   _globals['_GETMODELREQUEST']._loaded_options = None
   _globals['_GETMODELREQUEST']._serialized_options = b'\250\273\030\200 '
-  _globals['_LISTMODELSREQUEST']._serialized_start=108
-  _globals['_LISTMODELSREQUEST']._serialized_end=134
-  _globals['_LISTMODELSRESPONSE']._serialized_start=136
-  _globals['_LISTMODELSRESPONSE']._serialized_end=194
-  _globals['_GETMODELREQUEST']._serialized_start=196
-  _globals['_GETMODELREQUEST']._serialized_end=244
-  _globals['_GETMODELRESPONSE']._serialized_start=246
-  _globals['_GETMODELRESPONSE']._serialized_end=301
-  _globals['_MODEL']._serialized_start=303
-  _globals['_MODEL']._serialized_end=414
-  _globals['_MODELSERVICE']._serialized_start=417
-  _globals['_MODELSERVICE']._serialized_end=591
+  _globals['_TOKENIZEREQUEST'].fields_by_name['model']._loaded_options = None
+  _globals['_TOKENIZEREQUEST'].fields_by_name['model']._serialized_options = b'\242\273\030\0030\200\002'
+  _globals['_TOKENIZEREQUEST']._loaded_options = None
+  _globals['_TOKENIZEREQUEST']._serialized_options = b'\250\273\030\200\200\200\002'
+  _globals['_DETOKENIZEREQUEST'].fields_by_name['model']._loaded_options = None
+  _globals['_DETOKENIZEREQUEST'].fields_by_name['model']._serialized_options = b'\242\273\030\0030\200\002'
+  _globals['_DETOKENIZEREQUEST'].fields_by_name['ids']._loaded_options = None
+  _globals['_DETOKENIZEREQUEST'].fields_by_name['ids']._serialized_options = b'\242\273\030\037 \200\200@B\031each below the vocabulary'
+  _globals['_DETOKENIZEREQUEST']._loaded_options = None
+  _globals['_DETOKENIZEREQUEST']._serialized_options = b'\250\273\030\200\200\200\002'
+  _globals['_LISTMODELSREQUEST']._serialized_start=148
+  _globals['_LISTMODELSREQUEST']._serialized_end=174
+  _globals['_LISTMODELSRESPONSE']._serialized_start=176
+  _globals['_LISTMODELSRESPONSE']._serialized_end=234
+  _globals['_GETMODELREQUEST']._serialized_start=236
+  _globals['_GETMODELREQUEST']._serialized_end=284
+  _globals['_GETMODELRESPONSE']._serialized_start=286
+  _globals['_GETMODELRESPONSE']._serialized_end=341
+  _globals['_TOKENIZEREQUEST']._serialized_start=343
+  _globals['_TOKENIZEREQUEST']._serialized_end=432
+  _globals['_TOKENIZERESPONSE']._serialized_start=434
+  _globals['_TOKENIZERESPONSE']._serialized_end=517
+  _globals['_DETOKENIZEREQUEST']._serialized_start=519
+  _globals['_DETOKENIZEREQUEST']._serialized_end=621
+  _globals['_DETOKENIZERESPONSE']._serialized_start=623
+  _globals['_DETOKENIZERESPONSE']._serialized_end=722
+  _globals['_MODEL']._serialized_start=724
+  _globals['_MODEL']._serialized_end=835
+  _globals['_MODELSERVICE']._serialized_start=838
+  _globals['_MODELSERVICE']._serialized_end=1172
 # @@protoc_insertion_point(module_scope)

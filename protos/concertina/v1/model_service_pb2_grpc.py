@@ -45,6 +45,16 @@ class ModelServiceStub:
                 request_serializer=concertina_dot_v1_dot_model__service__pb2.GetModelRequest.SerializeToString,
                 response_deserializer=concertina_dot_v1_dot_model__service__pb2.GetModelResponse.FromString,
                 _registered_method=True)
+        self.Tokenize = channel.unary_unary(
+                '/concertina.v1.ModelService/Tokenize',
+                request_serializer=concertina_dot_v1_dot_model__service__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=concertina_dot_v1_dot_model__service__pb2.TokenizeResponse.FromString,
+                _registered_method=True)
+        self.Detokenize = channel.unary_unary(
+                '/concertina.v1.ModelService/Detokenize',
+                request_serializer=concertina_dot_v1_dot_model__service__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=concertina_dot_v1_dot_model__service__pb2.DetokenizeResponse.FromString,
+                _registered_method=True)
 
 
 class ModelServiceServicer:
@@ -65,6 +75,20 @@ class ModelServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Tokenize(self, request, context):
+        """Says which tokens a model takes a prompt for. Generates nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Detokenize(self, request, context):
+        """Says what tokens of a model are.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ModelServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -77,6 +101,16 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     servicer.GetModel,
                     request_deserializer=concertina_dot_v1_dot_model__service__pb2.GetModelRequest.FromString,
                     response_serializer=concertina_dot_v1_dot_model__service__pb2.GetModelResponse.SerializeToString,
+            ),
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=concertina_dot_v1_dot_model__service__pb2.TokenizeRequest.FromString,
+                    response_serializer=concertina_dot_v1_dot_model__service__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=concertina_dot_v1_dot_model__service__pb2.DetokenizeRequest.FromString,
+                    response_serializer=concertina_dot_v1_dot_model__service__pb2.DetokenizeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -134,6 +168,60 @@ class ModelService:
             '/concertina.v1.ModelService/GetModel',
             concertina_dot_v1_dot_model__service__pb2.GetModelRequest.SerializeToString,
             concertina_dot_v1_dot_model__service__pb2.GetModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/concertina.v1.ModelService/Tokenize',
+            concertina_dot_v1_dot_model__service__pb2.TokenizeRequest.SerializeToString,
+            concertina_dot_v1_dot_model__service__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/concertina.v1.ModelService/Detokenize',
+            concertina_dot_v1_dot_model__service__pb2.DetokenizeRequest.SerializeToString,
+            concertina_dot_v1_dot_model__service__pb2.DetokenizeResponse.FromString,
             options,
             channel_credentials,
             insecure,

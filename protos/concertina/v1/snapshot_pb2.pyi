@@ -22,7 +22,7 @@ class Snapshot(_message.Message):
     def __init__(self, outputs: _Optional[_Iterable[_Union[OutputSnapshot, _Mapping]]] = ..., request: _Optional[_Union[StoredRequest, _Mapping]] = ..., prompt_epoch: _Optional[int] = ..., prompt_digest: _Optional[bytes] = ...) -> None: ...
 
 class StoredRequest(_message.Message):
-    __slots__ = ("outputs", "start_token", "prompt", "sampling", "max_tokens", "min_tokens", "stop", "stop_tokens", "include_stop", "end_token", "time_limit_seconds", "complete_at", "prompt_logprobs", "stream_interval", "priority")
+    __slots__ = ("outputs", "start_token", "prompt", "sampling", "max_tokens", "min_tokens", "stop", "stop_tokens", "include_stop", "end_token", "time_limit_seconds", "complete_at", "prompt_logprobs", "stream_interval", "priority", "more_end_tokens")
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     START_TOKEN_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -38,6 +38,7 @@ class StoredRequest(_message.Message):
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     STREAM_INTERVAL_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    MORE_END_TOKENS_FIELD_NUMBER: _ClassVar[int]
     outputs: int
     start_token: int
     prompt: bytes
@@ -53,7 +54,8 @@ class StoredRequest(_message.Message):
     prompt_logprobs: int
     stream_interval: int
     priority: int
-    def __init__(self, outputs: _Optional[int] = ..., start_token: _Optional[int] = ..., prompt: _Optional[bytes] = ..., sampling: _Optional[_Union[StoredSampling, _Mapping]] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_tokens: _Optional[_Iterable[int]] = ..., include_stop: _Optional[bool] = ..., end_token: _Optional[int] = ..., time_limit_seconds: _Optional[float] = ..., complete_at: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., stream_interval: _Optional[int] = ..., priority: _Optional[int] = ...) -> None: ...
+    more_end_tokens: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, outputs: _Optional[int] = ..., start_token: _Optional[int] = ..., prompt: _Optional[bytes] = ..., sampling: _Optional[_Union[StoredSampling, _Mapping]] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_tokens: _Optional[_Iterable[int]] = ..., include_stop: _Optional[bool] = ..., end_token: _Optional[int] = ..., time_limit_seconds: _Optional[float] = ..., complete_at: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., stream_interval: _Optional[int] = ..., priority: _Optional[int] = ..., more_end_tokens: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class StoredSampling(_message.Message):
     __slots__ = ("temperature", "top_k", "top_p", "min_p", "seed", "typical_p", "logprobs", "processors")
@@ -76,7 +78,7 @@ class StoredSampling(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., typical_p: _Optional[float] = ..., logprobs: _Optional[int] = ..., processors: _Optional[_Union[StoredProcessors, _Mapping]] = ...) -> None: ...
 
 class StoredProcessors(_message.Message):
-    __slots__ = ("bias", "allowed", "bad_words", "min_tokens", "withheld", "repetition_penalty", "frequency_penalty", "presence_penalty")
+    __slots__ = ("bias", "allowed", "bad_words", "min_tokens", "withheld", "repetition_penalty", "frequency_penalty", "presence_penalty", "bad_bytes")
     class BiasEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -92,6 +94,7 @@ class StoredProcessors(_message.Message):
     REPETITION_PENALTY_FIELD_NUMBER: _ClassVar[int]
     FREQUENCY_PENALTY_FIELD_NUMBER: _ClassVar[int]
     PRESENCE_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    BAD_BYTES_FIELD_NUMBER: _ClassVar[int]
     bias: _containers.ScalarMap[int, float]
     allowed: _containers.RepeatedScalarFieldContainer[int]
     bad_words: _containers.RepeatedCompositeFieldContainer[StoredWord]
@@ -100,7 +103,8 @@ class StoredProcessors(_message.Message):
     repetition_penalty: float
     frequency_penalty: float
     presence_penalty: float
-    def __init__(self, bias: _Optional[_Mapping[int, float]] = ..., allowed: _Optional[_Iterable[int]] = ..., bad_words: _Optional[_Iterable[_Union[StoredWord, _Mapping]]] = ..., min_tokens: _Optional[int] = ..., withheld: _Optional[_Iterable[int]] = ..., repetition_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ...) -> None: ...
+    bad_bytes: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, bias: _Optional[_Mapping[int, float]] = ..., allowed: _Optional[_Iterable[int]] = ..., bad_words: _Optional[_Iterable[_Union[StoredWord, _Mapping]]] = ..., min_tokens: _Optional[int] = ..., withheld: _Optional[_Iterable[int]] = ..., repetition_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., bad_bytes: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class StoredWord(_message.Message):
     __slots__ = ("tokens",)

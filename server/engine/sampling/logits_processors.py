@@ -14,7 +14,9 @@ from functools import cached_property
 
 import numpy as np
 
+from concertina.codecs.token_text import TokenText
 from server.arrays import Doubles, Floats, Ints
+from server.engine.sampling.bad_words import BadWords
 from server.engine.sampling.long_rows import LONG_ROW
 from server.request import LONGEST_BAD_WORD, LogitsProcessors, Prompt
 
@@ -34,7 +36,7 @@ class PenaltyState:
     each entry, `[N]`; unused ones are at the end. offset: value to add to the logit, `[N]`.
     repetition: what to divide or multiply it by, `[N]`. counts: how often the output has the token,
     `[N]`. size: number of entries in use. tail: the last tokens of the output, `[T]`. first:
-    position of the output's first token.
+    position of the output's first token. words: what the output must not contain.
     """
 
     processors: LogitsProcessors
@@ -46,10 +48,16 @@ class PenaltyState:
     size: int
     tail: Ints
     first: int
+    words: BadWords | None = None
 
     @staticmethod
-    def of(processors: LogitsProcessors, prompt: Prompt, vocabulary: int) -> PenaltyState:
-        """The state of a stream that has generated no token."""
+    def of(
+        processors: LogitsProcessors, prompt: Prompt, vocabulary: int, text: TokenText | None = None
+    ) -> PenaltyState:
+        """The state of a stream that has generated no token.
+
+        text: what tokens stand for; needed if there are `bad_bytes`.
+        """
         bias, seen = dict(processors.bias), np.zeros(0, np.int64)
         if processors.repetition_penalty != 1:
             seen = np.unique(prompt.tokens).astype(np.int64)
@@ -75,6 +83,7 @@ class PenaltyState:
             len(tokens),
             tail,
             len(prompt),
+            BadWords(processors.bad_bytes, text) if processors.bad_bytes and text else None,
         )
 
     @property
@@ -86,6 +95,9 @@ class PenaltyState:
     def recall(self, tokens: Ints) -> None:
         """Add `tokens[N]` that the stream has generated earlier."""
         self.tail = np.concatenate((self.tail, tokens))[-len(self.tail) :]
+        if self.words is not None:
+            for token in tokens.tolist():
+                self.words.push(token)
         if not self.is_counting:
             return
         drawn, counts = np.unique(tokens, return_counts=True)
@@ -227,6 +239,9 @@ class ProcessorBatch:
     withheld_until: Ints = field(repr=False)
     """Position from which each withheld token may be drawn, `[H]`."""
 
+    spelt: dict[int, BadWords] = field(repr=False)
+    """Bad words whose letters are not tokens, by stream."""
+
     @staticmethod
     def of(states: Sequence[PenaltyState | None]) -> ProcessorBatch | None:
         """The batch of `states`, one for each row; None if no row has any.
@@ -259,6 +274,7 @@ class ProcessorBatch:
             withheld_owner=np.array([owner for owner, _, _ in held], np.int64),
             withheld=np.array([token for _, token, _ in held], np.int64),
             withheld_until=np.array([until for _, _, until in held], np.int64),
+            spelt={n: s.words for n, s in enumerate(owned) if s.words is not None},
         )
         for owner, state in enumerate(owned):
             state.tail = batch.tails[owner]
@@ -280,6 +296,8 @@ class ProcessorBatch:
             start = self.word_start
             complete = ((start == self.tails[self.word_owner]) | (start == _ANY)).all(axis=1)
             ours[self.word_owner[complete], self.word_last[complete]] = -np.inf
+        for owner, spelt in self.spelt.items():
+            ours[owner, spelt.forbidden()] = -np.inf
         if len(self.withheld):
             early = positions[self.rows][self.withheld_owner] < self.withheld_until
             ours[self.withheld_owner[early], self.withheld[early]] = -np.inf
@@ -302,6 +320,8 @@ class ProcessorBatch:
             start = self.word_start[words]
             complete = ((start == self.tails[owner]) | (start == _ANY)).all(axis=1)
             out[self.word_last[words[complete]]] = -np.inf
+        if (spelt := self.spelt.get(owner)) is not None:
+            out[spelt.forbidden()] = -np.inf
         if len(self.withheld):
             early = (self.withheld_owner == owner) & (position < self.withheld_until)
             out[self.withheld[early]] = -np.inf
@@ -312,6 +332,9 @@ class ProcessorBatch:
         drawn = tokens[self.rows]
         self.tails[:, :-1] = self.tails[:, 1:]
         self.tails[:, -1] = drawn
+        for owner, spelt in self.spelt.items():
+            if drawn[owner] >= 0:
+                spelt.push(int(drawn[owner]))
         if not len(self.entries.counting):
             return
         owners = self.entries.remember(drawn, self.states[0].vocabulary < LONG_ROW)

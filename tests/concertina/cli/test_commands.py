@@ -706,3 +706,46 @@ def test_models_json(fake: Fake, run: Run) -> None:
     assert (text["weights"], text["weights_loss"]) == ("float16", 0)
     assert (text["state"], text["state_loss"]) == ("float32", 0)
     assert image["image"] == {"width": 4, "height": 3, "palette": "000000fffffff" + "f00000000ff"}
+
+
+def test_tokens_are_shown_one_a_line(fake: Fake, run: Run) -> None:
+    assert run("tokenize", "aé") == (0, "      0 'a\\xc3'\n      1 '\\xa9'\n", "")
+    code, out, _ = run("tokenize", "-", "--json", stdin=b"abc")
+    assert code == 0
+    assert [json.loads(line) for line in out.splitlines()] == [
+        {"id": 0, "bytes": "6162"},
+        {"id": 1, "bytes": "63"},
+    ]
+    assert [request.model for request in fake.requests] == ["prose", "prose"]
+
+
+def test_a_text_longer_than_the_context_is_scored_by_the_model_s_tokens(
+    fake: Fake, run: Run, tmp_path: Path
+) -> None:
+    """Of 2 bytes each, and the last of 1: 9 bytes in all; the fake's bits are 0, 1, 2, …"""
+    fake.models[0].manifest.tokenizer.CopyFrom(bundle_pb2.Tokenizer())
+    fake.models[0].manifest.context = 3
+    file = tmp_path / "x.txt"
+    file.write_text("abcdefghi")
+    code, out, _ = run("score", str(file))
+    assert (code, out) == (0, "0.4444 bits/byte over 5 tokens in 2 windows (prose)\n")
+    scored = [r for r in fake.requests if isinstance(r, pb.ScoreRequest)]
+    assert [list(request.prompt.tokens.ids) for request in scored] == [[0, 1, 2], [3, 4]]
+
+
+def test_a_conversation_goes_on_with_what_was_said(fake: Fake, run: Run) -> None:
+    fake.script = [
+        fake.accepted(prompt_tokens=2),
+        fake.text(2, 2, "An "),
+        fake.text(3, 5, "instrument."),
+        fake.finished(4, pb.FINISH_REASON_END),
+    ]
+    code, out, err = run("chat", "--system", "Be brief.", stdin=b"What is it?\n\n And how old?\n")
+    assert (code, out, err) == (0, "An instrument.\nAn instrument.\n", "")
+    first, second = (
+        [(m.role, m.content) for m in request.prompt.messages.messages]
+        for request in fake.requests
+        if isinstance(request, pb.GenerateRequest)
+    )
+    assert first == [("system", "Be brief."), ("user", "What is it?")]
+    assert second == [*first, ("assistant", "An instrument."), ("user", "And how old?")]

@@ -53,6 +53,8 @@ CALLS: dict[str, Callable[..., Any]] = {
     "generate": lambda client, **given: client.generate("x", **given),
     "complete": lambda client, **given: client.complete("x", **given),
     "score": lambda client, **given: client.score("x", **given),
+    "tokenize": lambda client, **given: client.tokenize("x", **given),
+    "detokenize": lambda client, **given: client.detokenize([1], **given),
     "models": lambda client, **given: client.models(**given),
     "model": lambda client, **given: client.model(**given),
     "pause": lambda client, **given: client.sessions.pause("s", **given),

@@ -709,7 +709,7 @@ def test_a_bundle_that_cannot_be_opened_leaves_no_engine_running(
     assert _alive() == 0
 
     def only_one(bundle: Bundle, config: EngineConfig, snapshots: None) -> ServedModel:
-        if bundle.is_image:
+        if not bundle.codec.writes_text:
             raise BundleError("broken")
         return ServedModel(bundle, config)
 

@@ -31,14 +31,14 @@ def test_every_default_is_filled_in(text: Bundle) -> None:
     assert request.prompt == prompt_of(256, [], "B")
     assert replace(request.sampling, seed=0) == SamplingParameters(1.0, 0, 1.0, 0.0, 0)
     assert (request.max_tokens, request.stop, request.stop_tokens) == (96, (), frozenset())
-    assert (request.end_token, request.time_limit_s, request.complete_at) == (0, None, None)
+    assert (request.end_tokens, request.time_limit_s, request.complete_at) == ({0}, None, None)
     assert not request.score
 
 
 def test_an_image_is_complete_when_its_context_is_full(image: Bundle) -> None:
     request = generate_request(image, pb.GenerateRequest(prompt=pb.Prompt(label="star")))
     assert request.prompt == prompt_of(19, [], "B")
-    assert (request.max_tokens, request.complete_at, request.end_token) == (64, 64, None)
+    assert (request.max_tokens, request.complete_at, request.end_tokens) == (64, 64, set())
 
 
 def test_a_seed_is_drawn_if_the_request_has_none(text: Bundle) -> None:
@@ -97,7 +97,7 @@ def test_all_given_fields_are_used(text: Bundle) -> None:
     assert request.priority == -100
     assert request.prompt == prompt_of(256, [97, 98, 99], "B")
     assert (request.max_tokens, request.stop) == (93, ("\n", "x" * 256))
-    assert (request.stop_tokens, request.end_token) == (frozenset({7, 255}), None)
+    assert (request.stop_tokens, request.end_tokens) == ({7, 255}, set())
     assert request.time_limit_s == 1.5
 
 
@@ -307,4 +307,4 @@ def test_a_bundle_without_an_end_token_has_none(text: Bundle) -> None:
     manifest.CopyFrom(text.manifest)
     manifest.ClearField("end_token")
     request = generate_request(replace(text, manifest=manifest), pb.GenerateRequest())
-    assert request.end_token is None
+    assert not request.end_tokens

@@ -38,8 +38,13 @@ def test_state_bytes_by_hand(text: Bundle) -> None:
 
 
 def test_properties_of_a_bundle(text: Bundle, image: Bundle) -> None:
-    assert (text.name, text.context, text.span, text.is_image) == ("tiny-text", 96, 8, False)
-    assert (image.name, image.context, image.span, image.is_image) == ("tiny-image", 64, 8, True)
+    assert (text.name, text.context, text.span, text.codec.makes) == ("tiny-text", 96, 8, "text")
+    assert (image.name, image.context, image.span, image.codec.makes) == (
+        "tiny-image",
+        64,
+        8,
+        "images",
+    )
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from server.engine.stream import Stream
 from server.errors import InvalidRequest, Overloaded
 from server.request import Lease, LogitsProcessors, Request, SamplingParameters, prompt_of
 from server.sessions.subscriber import Deliveries, Subscriber
-from tests.server.engines import ask
+from tests.server.engines import BYTES, ask
 
 MANIFEST = pb.Manifest(name="m", fold=pb.FoldSchedule(span=4))
 MANIFEST.state.add(
@@ -137,7 +137,13 @@ def test_the_ledger_is_exact_in_any_order_of_events(
             tokens, outputs = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 3))
             wanted = Request(prompt, max_tokens=tokens)
             streams = [
-                Stream(Lease("", (wanted,)), wanted, Subscriber(wanted, loop, Deliveries()), "B")
+                Stream(
+                    Lease("", (wanted,)),
+                    wanted,
+                    Subscriber(wanted, loop, Deliveries()),
+                    "B",
+                    BYTES,
+                )
                 for _ in range(outputs)
             ]
             before = ledger.held

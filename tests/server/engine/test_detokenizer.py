@@ -7,12 +7,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from server.engine.detokenizer import Detokenizer
+from tests.server.engines import BYTES
 
 SAMPLE = "aé€𝄞ñ中👩‍👩‍👧z"
 
 
 def _pushes(content: bytes, stop: Iterable[str] = ()) -> tuple[list[str], Detokenizer]:
-    stream = Detokenizer(tuple(stop))
+    stream = Detokenizer(BYTES, tuple(stop))
     pieces = []
     for byte in content:
         pieces.append(stream.push(byte))
@@ -111,7 +112,7 @@ def test_any_bytes_give_the_text_before_the_first_stop_string(
 def test_text_is_sent_as_soon_as_no_stop_string_can_begin_with_it(
     text: str, stops: list[str]
 ) -> None:
-    stream = Detokenizer(tuple(stops))
+    stream = Detokenizer(BYTES, tuple(stops))
     sent = ""
     for end, character in enumerate(text, 1):
         sent += "".join(stream.push(byte) for byte in character.encode())
@@ -142,7 +143,7 @@ def _whole(text: str, stops: list[str]) -> tuple[str, str | None]:
     ],
 )
 def test_the_stop_string_can_be_included(stop: list[str], pieces: str, released: list[str]) -> None:
-    stream = Detokenizer(stop, include_stop=True)
+    stream = Detokenizer(BYTES, stop, include_stop=True)
     assert [stream.push(byte) for byte in pieces.encode()[: len(released)]] == released
     assert stream.matched is not None
     assert stream.flush() == ""
@@ -164,7 +165,7 @@ def test_the_stop_string_can_be_included(stop: list[str], pieces: str, released:
 def test_a_stop_string_before_min_tokens_is_text(
     stop: list[str], text: str, free: int, expected: str, matched: str | None
 ) -> None:
-    stream, sent = Detokenizer(stop), ""
+    stream, sent = Detokenizer(BYTES, stop), ""
     for index, byte in enumerate(text.encode()):
         sent += stream.push(byte, may_stop=index >= free)
         if stream.matched is not None:
@@ -194,12 +195,12 @@ def test_text_read_later_is_the_text_that_was_read_live(
     content: bytes, stops: list[str], include_stop: bool, free: int
 ) -> None:
     """From any byte on: what was sent before, and what a stream sends that goes on from there."""
-    live, sent = Detokenizer(stops, include_stop), ""
-    whole = Detokenizer(stops, include_stop)
+    live, sent = Detokenizer(BYTES, stops, include_stop), ""
+    whole = Detokenizer(BYTES, stops, include_stop)
     expected = _read(whole, content, free=free)
     for end, byte in enumerate(content, 1):
         sent += live.push(byte, may_stop=end > free)
-        later = Detokenizer(stops, include_stop)
+        later = Detokenizer(BYTES, stops, include_stop)
         assert later.replay(content[:end], live.matched is not None) == sent
         if live.matched is not None:
             break
@@ -217,14 +218,14 @@ def test_text_goes_on_where_it_was_when_stop_strings_change(
     content: bytes, cut: int, before: list[str], after: list[str]
 ) -> None:
     """A stream that is paused and continues with others: nothing is sent twice, or left out."""
-    first, sent = Detokenizer(before), ""
+    first, sent = Detokenizer(BYTES, before), ""
     for byte in content[:cut]:
         sent += first.push(byte, may_stop=False)
-    second = Detokenizer(after)
+    second = Detokenizer(BYTES, after)
     live = second.replay(content[:cut], sent=len(sent))[len(sent) :]
     rest, taken = _read(second, content, min(cut, len(content)))
     live += rest
-    later = Detokenizer(after)
+    later = Detokenizer(BYTES, after)
     read = later.replay(content[:taken], second.matched is not None)
     if second.matched is None:
         read += later.flush()
@@ -235,4 +236,4 @@ def test_text_goes_on_where_it_was_when_stop_strings_change(
 @pytest.mark.parametrize("content", [b"", b"abc"])
 def test_a_stop_string_that_is_not_there_ends_no_text(content: bytes) -> None:
     """A stored stream may say that it was met."""
-    assert Detokenizer(["x"]).replay(content, is_stopped=True) == content.decode()
+    assert Detokenizer(BYTES, ["x"]).replay(content, is_stopped=True) == content.decode()

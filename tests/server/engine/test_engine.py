@@ -197,7 +197,7 @@ def _finish(outcome: Outcome) -> Finish:
         ({"stop": ("three", "o th")}, b"one two th", "one tw", FinishReason.STOP, "o th", 10),
         ({"stop": ("two thirds",)}, b"one two th", "one two th", FinishReason.MAX_TOKENS, None, 10),
         ({"stop_tokens": frozenset(b"wx")}, b"one t", "one t", FinishReason.STOP, None, 6),
-        ({"end_token": ord("w")}, b"one t", "one t", FinishReason.END, None, 6),
+        ({"end_tokens": frozenset({ord("w")})}, b"one t", "one t", FinishReason.END, None, 6),
         # Text held back for a stop string is sent if the stream ends without it.
         (
             {"stop_tokens": frozenset(b"w"), "stop": ("e tx",)},
@@ -207,7 +207,14 @@ def _finish(outcome: Outcome) -> Finish:
             None,
             6,
         ),
-        ({"end_token": ord("w"), "stop": ("e tx",)}, b"one t", "one t", FinishReason.END, None, 6),
+        (
+            {"end_tokens": frozenset({ord("w")}), "stop": ("e tx",)},
+            b"one t",
+            "one t",
+            FinishReason.END,
+            None,
+            6,
+        ),
     ],
 )
 async def test_a_stream_ends_where_its_request_asks(
@@ -244,13 +251,14 @@ async def test_the_context_can_be_filled_to_the_last_token(bundle: Bundle, start
         wanted = Request(
             prompt_of(vocabulary, [1] * length, bundle.typecode),
             max_tokens=bundle.context - length,
-            complete_at=bundle.context if bundle.is_image else None,
+            complete_at=bundle.codec.complete_at,
         )
         outcome = await generate(model, wanted)
         assert len(outcome.tokens) == bundle.context - length
-        whole = FinishReason.END if bundle.is_image else FinishReason.MAX_TOKENS
+        is_text = bundle.codec.writes_text
+        whole = FinishReason.MAX_TOKENS if is_text else FinishReason.END
         assert _finish(outcome).reason == whole
-        assert bool(outcome.text) != bundle.is_image
+        assert bool(outcome.text) == is_text
 
 
 async def test_an_image_that_is_cut_short_is_not_complete(image: Bundle, start: Start) -> None:

@@ -302,8 +302,13 @@ async def test_a_prompt_that_breaks_the_model_ends_its_stream(text: Bundle, star
         ({"stop": ("two",)}, b"one two", "one two", "two"),
         ({"stop": ("e t", "ne")}, b"one", "one", "ne"),
         ({"stop_tokens": frozenset(b"w")}, b"one tw", "one tw", None),
-        ({"end_token": ord("w")}, b"one t", "one t", None),
-        ({"end_token": ord("w"), "stop_tokens": frozenset(b"w")}, b"one t", "one t", None),
+        ({"end_tokens": frozenset({ord("w")})}, b"one t", "one t", None),
+        (
+            {"end_tokens": frozenset({ord("w")}), "stop_tokens": frozenset(b"w")},
+            b"one t",
+            "one t",
+            None,
+        ),
     ],
 )
 async def test_include_stop_sends_the_stop_string_or_token(
@@ -340,7 +345,7 @@ async def test_no_stop_before_min_tokens(
         max_tokens=8,
         sampling=SamplingParameters(temperature=0, processors=processors),
         min_tokens=min_tokens,
-        end_token=0,
+        end_tokens=frozenset({0}),
         stop_tokens=frozenset({7}),
     )
     outcome = await generate(model, wanted)

@@ -5,13 +5,16 @@ from array import array
 
 import pytest
 
+from concertina.codecs.token_text import TokenText
 from server.checkpoint import Checkpoint, Finish, FinishReason, SavedState
 from server.engine.restore import BEGINNING, ResumeCursor, restore
 from server.engine.stream import Stream
 from server.request import Lease, Request, prompt_of
 from server.sessions.subscriber import Deliveries, Subscriber
+from tests.server.engines import BYTES
 
 START = 256
+PIXELS = TokenText((b"",) * 256)
 
 
 async def _stream(
@@ -22,7 +25,9 @@ async def _stream(
     loop = asyncio.get_running_loop()
     subscriber = Subscriber(request, loop, Deliveries(), cursor=cursor)
     lease = Lease("s", (request,), keep_s=60.0)
-    return restore(lease, request, subscriber, checkpoint or Checkpoint(array("B")), cursor)
+    text = BYTES if request.complete_at is None else PIXELS
+    checkpoint = checkpoint or Checkpoint(array("B"))
+    return restore(lease, request, subscriber, checkpoint, cursor, text)
 
 
 @pytest.mark.parametrize(
@@ -30,15 +35,20 @@ async def _stream(
     [
         ({}, b"abc", None, "abc"),
         ({"max_tokens": 3}, b"abc", FinishReason.MAX_TOKENS, "abc"),
-        ({"end_token": 0}, b"ab\0", FinishReason.END, "ab"),
+        ({"end_tokens": frozenset({0})}, b"ab\0", FinishReason.END, "ab"),
         ({"stop_tokens": frozenset(b"cd")}, b"abc", FinishReason.STOP, "ab"),
         ({"stop": ("bc",)}, b"abc", FinishReason.STOP, "a"),
         # The last token of `max_tokens` may end the stream for another reason.
         ({"max_tokens": 3, "stop": ("bc",)}, b"abc", FinishReason.STOP, "a"),
-        ({"max_tokens": 3, "end_token": 99}, b"abc", FinishReason.END, "ab"),
-        ({"end_token": 99, "stop_tokens": frozenset(b"c")}, b"abc", FinishReason.STOP, "ab"),
+        ({"max_tokens": 3, "end_tokens": frozenset({99})}, b"abc", FinishReason.END, "ab"),
         (
-            {"end_token": 99, "stop_tokens": frozenset(b"c"), "include_stop": True},
+            {"end_tokens": frozenset({99}), "stop_tokens": frozenset(b"c")},
+            b"abc",
+            FinishReason.STOP,
+            "ab",
+        ),
+        (
+            {"end_tokens": frozenset({99}), "stop_tokens": frozenset(b"c"), "include_stop": True},
             b"abc",
             FinishReason.STOP,
             "ab",  # the end token is never sent
@@ -49,7 +59,7 @@ async def _stream(
             FinishReason.STOP,
             "abc",
         ),
-        ({"end_token": 99, "include_stop": True}, b"abc", FinishReason.END, "ab"),
+        ({"end_tokens": frozenset({99}), "include_stop": True}, b"abc", FinishReason.END, "ab"),
         ({"stop": ("bc",), "include_stop": True}, b"abc", FinishReason.STOP, "abc"),
         ({"stop": ("ab",), "min_tokens": 1}, b"ab", FinishReason.STOP, ""),
         ({"stop": ("ab", "c"), "min_tokens": 2}, b"abc", FinishReason.STOP, "ab"),

@@ -20,8 +20,8 @@ from tests.certificates import Certificates
 from tests.e2e.servers import ROOT, serving
 
 CONFIG = ServeConfig((Path("bundle"),), port=9012, metrics_port=9013)
-TEXT: Any = SimpleNamespace(name="prose", is_image=False)
-IMAGE: Any = SimpleNamespace(name="two words", is_image=True)
+TEXT: Any = SimpleNamespace(name="prose", codec=SimpleNamespace(writes_text=True))
+IMAGE: Any = SimpleNamespace(name="two words", codec=SimpleNamespace(writes_text=False))
 WAIT = 60.0
 
 

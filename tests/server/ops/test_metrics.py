@@ -103,7 +103,11 @@ async def test_metrics_of_a_score(text: Bundle, start: Start) -> None:
 async def test_why_streams_ended(text: Bundle, start: Start) -> None:
     model, before = start(text, slots=1, queue_limit=1, stream_buffer=20), _counts()
     script(model, b"one two".ljust(text.context))
-    for fields in ({"stop": ("two",)}, {"stop_tokens": frozenset(b"w")}, {"end_token": ord("w")}):
+    for fields in (
+        {"stop": ("two",)},
+        {"stop_tokens": frozenset(b"w")},
+        {"end_tokens": frozenset({ord("w")})},
+    ):
         await generate(model, ask(max_tokens=9, **fields))
     await generate(model, ask(max_tokens=90, time_limit_s=1e-6))
     stalled = model.submit(ask(max_tokens=90))

@@ -17,7 +17,7 @@ from server.engine.stream import Stream
 from server.request import Lease, LogitsProcessors, SamplingParameters
 from server.sessions import table
 from server.sessions.table import Session, SessionTable
-from tests.server.engines import ask
+from tests.server.engines import BYTES, ask
 
 _OWNERS = ("ada", "bob", "cy")
 
@@ -25,7 +25,7 @@ _OWNERS = ("ada", "bob", "cy")
 def _session(owner: str, stream_id: str, outputs: int = 1, keep_s: float = 60.0) -> Session:
     requests = [ask(sampling=SamplingParameters(output=n)) for n in range(outputs)]
     lease, nobody = Lease(stream_id, tuple(requests), owner, keep_s), SimpleNamespace()
-    streams = tuple(Stream(lease, request, nobody, "B") for request in requests)  # type: ignore[arg-type]
+    streams = tuple(Stream(lease, request, nobody, "B", BYTES) for request in requests)  # type: ignore[arg-type]
     return Session(lease, streams, (), (), [])
 
 
@@ -243,7 +243,7 @@ def test_what_a_stream_retains_is_counted() -> None:
     lease, nobody = Lease("name", ()), SimpleNamespace()
 
     def stream(**changes: Any) -> Stream:
-        return Stream(lease, ask(**changes), nobody, "H")  # type: ignore[arg-type]
+        return Stream(lease, ask(**changes), nobody, "H", BYTES)  # type: ignore[arg-type]
 
     assert stream().retained_bytes == 0
     assert stream(prompt=b"x" * 100).retained_bytes == 100

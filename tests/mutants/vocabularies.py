@@ -1,0 +1,88 @@
+"""Bugs in what tokens stand for: text, words, prompts, chat templates."""
+
+from __future__ import annotations
+
+from tests.mutants.mutant import bugs
+
+_TEXT = "tests/concertina/codecs/test_token_text.py"
+_TOKENIZER = "tests/concertina/codecs/test_tokenizer_text.py"
+_FILE = "tests/concertina/codecs/test_tokenizer_file.py"
+_CHAT = "tests/concertina/codecs/test_chat_template.py"
+_WORDS = "tests/server/engine/sampling/test_bad_words.py"
+_SERVED = "tests/server/api/test_tokenizers.py"
+
+MUTANTS = (
+    *bugs(
+        "protos/concertina/codecs/token_text.py",
+        _TEXT,
+        (
+            "every word loses its space",
+            "self._is_beginning = self._strip > 0 and spaces == len(piece)",
+            "self._is_beginning = True",
+        ),
+        (
+            "a text begins anew after its prompt",
+            "return not any(self.pieces[token] for token in before)",
+            "return True",
+        ),
+        (
+            "a stray byte is marked once for all of its kind",
+            'return "\\ufffd" * (error.end - error.start), error.end',
+            'return "\\ufffd", error.end',
+        ),
+    ),
+    *bugs(
+        "protos/concertina/codecs/tokenizer_text.py",
+        _TOKENIZER,
+        ("special tokens are text", "if content not in special:", "if True:"),
+        (
+            "byte tokens are shown as they are written",
+            'if "ByteFallback" in kinds and (byte',
+            'if "ByteFallback" not in kinds and (byte',
+        ),
+        ("ids have no limit", "or not 0 <= token < size", "or token < 0"),
+    ),
+    *bugs(
+        "protos/concertina/codecs/tokenizer_file.py",
+        _FILE,
+        (
+            "a billion merges are parsed",
+            'if (items := content.count(b",")) > _MOST_ITEMS:',
+            "if (items := 0) > _MOST_ITEMS:",
+        ),
+        ("groups repeat", "if after_group and character in", "if False and character in"),
+        ("normalizers multiply", "growth *= max(", "growth = max("),
+    ),
+    *bugs(
+        "protos/concertina/codecs/tokenizer_codec.py",
+        _FILE,
+        ("padding is obeyed", "tokenizer.no_padding()", "pass"),
+        ("truncation is obeyed", "tokenizer.no_truncation()", "pass"),
+    ),
+    *bugs(
+        "protos/concertina/codecs/chat_sandbox.py",
+        _CHAT,
+        ("loops are not counted", "node.body.insert(0, nodes.Output(", "str(nodes.Output("),
+        ("widths are not limited", "if _WIDE.search(form):", "if False:"),
+    ),
+    *bugs(
+        "server/engine/sampling/bad_words.py",
+        _WORDS,
+        (
+            "a word ends where its last token ends",
+            "self._text.beginning_with(word[begun:])",
+            "self._text.containing(word[begun:])",
+        ),
+        ("a word begins with its first byte alone", "range(1, min(", "range(1, 1 + min(1, "),
+        ("words inside a token are allowed", "found = list(self._containing)", "found = []"),
+    ),
+    *bugs(
+        "protos/concertina/codecs/starts.py",
+        _SERVED,
+        (
+            "the first token of a prompt is read twice",
+            "return int(ids[0]), ids[1:]",
+            "return int(ids[0]), ids",
+        ),
+    ),
+)
