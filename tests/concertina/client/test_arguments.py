@@ -290,8 +290,28 @@ def test_a_name_that_is_no_text_is_named(using: Call, call: str) -> None:
             using(lambda client, name=name: methods[call](client, name))
 
 
-@pytest.mark.parametrize("address", ["", "h\udcff:1", "a\n:1"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        "",
+        "h\udcff:1",
+        "a\n:1",
+        "127.0.0.1",
+        "host:",
+        ":1",
+        "host:0",
+        "host:65536",
+        "host:x",
+        "::1:9",
+    ],
+)
 async def test_an_address_that_is_none_is_named(address: str) -> None:
     for kind in (Client, AsyncClient):
         with pytest.raises(InvalidRequest, match=r"^address is .*\[::1\]:9000"):
             kind(address)
+
+
+@pytest.mark.parametrize("address", ["h:65535", "[::1]:1", "dns:///h", "ipv6:[::1]:1", "unix:/x"])
+async def test_an_address_that_grpc_knows_is_taken(address: str) -> None:
+    for kind in (Client, AsyncClient):
+        kind(address)
