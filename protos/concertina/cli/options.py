@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeAlias
 import typer
 from google.protobuf.message import Message
 
-from concertina.client.bounds import bounds
+from concertina.bounds import bounds
 from concertina.client.channel import Access, Tls
 from concertina.shown import shown
 from concertina.v1.generation_service_pb2 import (

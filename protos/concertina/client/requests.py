@@ -10,7 +10,7 @@ from typing import Final, TypeAlias, TypedDict, TypeGuard, TypeVar
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
-from concertina.client.bounds import bounds
+from concertina.bounds import bounds
 from concertina.client.errors import InvalidRequest
 from concertina.client.pictures import (
     PNG,

@@ -7,8 +7,8 @@ from typing import Any, Final
 
 import pytest
 
+from concertina.bounds import bounds
 from concertina.cli.main import main
-from concertina.client.bounds import bounds
 from concertina.v1 import generation_service_pb2 as pb
 from concertina.v1 import session_service_pb2 as session_pb
 from tests.concertina.conftest import Fake
