@@ -22,7 +22,7 @@ from rich.progress import (
 
 from concertina.cli.output import plain_console
 from concertina.machine import cores_if_fewer
-from export.compare import Entry, check_memories
+from export.compare import Entry, check_memories, configure
 from export.compare import compare as compare_runs
 from export.comparison import table, write_report
 from model.config import ModelConfig, Positions
@@ -92,21 +92,26 @@ def compare(
         torch.set_num_threads(threads)
     loaded = load_dataset(dataset)
     info = loaded.info
-    base = ModelConfig(
-        vocabulary=info.vocabulary,
-        starts=info.starts,
-        context=context,
-        width=width,
-        layers=layers,
-        heads=heads,
-        mlp=mlp,
-        span=span,
-        positions=positions,
-    )
-    steps = TrainConfig(tokens=tokens, rows=rows).steps(context)
-    every = max(1, steps // evaluations)
-    budget = TrainConfig(tokens=tokens, rows=rows, rate=rate, evaluate_every=every)
-    entries = [Entry.parse(pattern) for pattern in patterns or _DEFAULT]
+    try:
+        base = ModelConfig(
+            vocabulary=info.vocabulary,
+            starts=info.starts,
+            context=context,
+            width=width,
+            layers=layers,
+            heads=heads,
+            mlp=mlp,
+            span=span,
+            positions=positions,
+        )
+        steps = TrainConfig(tokens=tokens, rows=rows).steps(context)
+        every = max(1, steps // evaluations)
+        budget = TrainConfig(tokens=tokens, rows=rows, rate=rate, evaluate_every=every)
+        entries = [Entry.parse(pattern) for pattern in patterns or _DEFAULT]
+        for entry in entries:
+            configure(base, entry.variant)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     if not force:
         console.print("estimating the memory of the runs")
         check_memories(base, budget, entries, out)

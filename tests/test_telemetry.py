@@ -36,12 +36,14 @@ def _doors() -> list[str]:
 
 
 def test_the_doors_are_known() -> None:
-    assert len(_doors()) == 4
+    assert len(_doors()) == 5
 
 
 @pytest.mark.parametrize("door", ["nothing", *_doors()])
 def test_onnxruntime_writes_nothing_home(door: str, tmp_path: Path) -> None:
     """Without us, it would: a release that has another variable for it is noticed here."""
+    if door.endswith(".genai"):
+        pytest.importorskip("onnxruntime_genai")
     environment = os.environ | {"HOME": str(tmp_path), "PYTHONPATH": f"{ROOT}:{ROOT / 'protos'}"}
     environment.pop("ORT_DISABLE_TELEMETRY", None)
     graph = str(ROOT / "bundles/python-4k/fold.onnx")

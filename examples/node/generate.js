@@ -127,6 +127,12 @@ function forget(address, credentials, streamId) {
   }).finally(() => sessions.close());
 }
 
+/** A whole number, as its digits: the library would make another of one that is too large, and 0 of a word. */
+function digits(name, value, most) {
+  if (/^\d{1,20}$/.test(value) && BigInt(value) <= most) return value;
+  throw new Error(`--${name} is '${value}': it must be a whole number of 0 to ${most}`);
+}
+
 async function main() {
   const text = (value) => ({ type: 'string', default: value });
   const { values, positionals } = parseArgs({
@@ -141,14 +147,24 @@ async function main() {
   const request = {
     model: values.model,
     prompt: { text: positionals[0] ?? 'def ' },
-    sampling: values.seed ? { seed: values.seed } : {}, // a string of digits: see `longs`
-    stopping: { max_tokens: Number(values['max-tokens']), ignore_eos: true },
+    // A string of digits: see `longs`.
+    sampling: values.seed === undefined ? {} : { seed: digits('seed', values.seed, 2n ** 64n - 1n) },
+    stopping: {
+      max_tokens: Number(digits('max-tokens', values['max-tokens'], 2n ** 32n - 1n)),
+      ignore_eos: true,
+    },
   };
+  // Whoever stops us leaves the loop below, which deletes the stream; a second Ctrl-C does not wait.
+  let isLeft = false;
+  const leave = () => (isLeft = true);
+  process.once('SIGINT', leave).once('SIGTERM', leave);
+  process.stdout.on('error', leave); // nobody reads on: `node generate.js | head -c 100`
   const onBreak = (why) => console.error(`\n[trying again after: ${why}]`);
   for await (const message of generate(values.address, request, onBreak)) {
     if (message.event === 'accepted') console.error(`[seed ${message.accepted.sampling.seed}]`);
     if (message.event === 'tokens') process.stdout.write(message.tokens.text);
     if (message.event === 'finished') console.error(`\n[${message.finished.reason}]`);
+    if (isLeft) break;
   }
 }
 

@@ -108,10 +108,10 @@ class ContenderProcess:
 
     def close(self) -> None:
         """End the process and all that it started."""
+        _kill(self._process)  # first: whoever finds its input closed may end, and leave others
         with contextlib.suppress(BrokenPipeError):
             if self._process.stdin is not None:
                 self._process.stdin.close()
-        _kill(self._process)
         if self._process.stdout is not None:
             self._process.stdout.close()
         self._errors.close()

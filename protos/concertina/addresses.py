@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 _PROXIES: Final = ("grpc_proxy", "https_proxy", "http_proxy")
 _NO_PROXIES: Final = ("no_grpc_proxy", "no_proxy")
 _LOOPBACK_NAMES: Final = ("localhost", "ip6-localhost", "ip6-loopback")
+_SCHEMES: Final = ("dns:", "ipv4:", "ipv6:", "unix:", "unix-abstract:", "vsock:", "xds:")
 _ANY: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
@@ -25,6 +26,19 @@ def host_of(address: str) -> str:
     if address.startswith("["):
         return address[1:].partition("]")[0]
     return address if address.count(":") > 1 else address.partition(":")[0]
+
+
+def has_port(address: str) -> bool:
+    """Whether an address is HOST:PORT, an IPv6 host in brackets; or is of a scheme of gRPC's.
+
+    gRPC takes one without a port for one of port 443.
+    """
+    if address.startswith(_SCHEMES):
+        return True
+    host, _, port = address.rpartition(":")
+    in_brackets = host.startswith("[") and host.endswith("]")
+    is_host = bool(host) and (in_brackets or ":" not in host)
+    return is_host and port.isdecimal() and 0 < int(port[:6]) < 65536
 
 
 def reachable(host: str) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 _ROOT: Final = Path("/")
+_PARTS: Final = 8
 
 
 def memory_bytes(root: Path = _ROOT) -> int:
@@ -20,6 +21,11 @@ def memory_bytes(root: Path = _ROOT) -> int:
     for folder in cgroups(root, "memory"):
         limits += _numbers(folder / "memory.max") or _numbers(folder / "memory.limit_in_bytes")
     return min(limit for limit in limits if limit > 0)
+
+
+def share_of_memory(most: int, processes: int = 1, root: Path = _ROOT) -> int:
+    """Memory for one thing that each of several processes keeps: an eighth of all, or `most`."""
+    return min(most, memory_bytes(root) // (_PARTS * processes))
 
 
 def cores(root: Path = _ROOT) -> int:

@@ -98,7 +98,7 @@ class Replica:
         log_to_stderr()
         self.watcher: Watcher | None = None  # for `__del__`, if the next lines fail
         self.snapshots = open_writer(
-            config.snapshots, config.snapshot_ttl, config.snapshots_optional
+            config.snapshots, config.snapshot_ttl, config.snapshots_optional, config.replicas
         )
         self.served = serve_bundles(config.bundles, config.engine, self.snapshots)
         self.watcher = Watcher(config, self.served, self.snapshots)

@@ -14,7 +14,7 @@ import typer
 
 from concertina.cli.output import plain_console
 from concertina.codecs.chat_template import ChatTemplateError, compiled
-from concertina.machine import cores, cores_if_fewer, memory_bytes
+from concertina.machine import cores, cores_if_fewer, memory_bytes, share_of_memory
 from server.auth.api_keys import read_keys
 from server.auth.tls import require_usable
 from server.bundles.bundle import load_bundle
@@ -152,8 +152,13 @@ def serve(
         int, _number("snapshot_ttl", "Seconds after which a snapshot expires.")
     ] = ServeConfig.snapshot_ttl,
     session_bytes: Annotated[
-        int, _number("session_bytes", "Memory for the state of kept streams that have ended.")
-    ] = EngineConfig.session_bytes,
+        int | None,
+        _number(
+            "session_bytes",
+            "Memory for the state of kept streams that have ended. [dim]\\[default: 1 GiB, or an "
+            "eighth of the memory (of the container, if it has less), divided among replicas][/]",
+        ),
+    ] = None,
     keys: Annotated[
         Path | None,
         typer.Option(
@@ -193,6 +198,8 @@ def serve(
     if state_limit_bytes == 0:
         shares = replicas * (len(folders) or _WATCHED_SHARES)
         state_limit_bytes = memory_bytes() // (2 * shares)
+    if session_bytes is None:
+        session_bytes = share_of_memory(EngineConfig.session_bytes, replicas)
     config = ServeConfig(
         bundles=folders,
         watch=watch and watch.resolve(),

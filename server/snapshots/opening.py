@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from concertina.machine import share_of_memory
 from server.config import ConfigError
 from server.snapshots.sealer import KEY_VARIABLE, Sealer
 from server.snapshots.store import Store
-from server.snapshots.writer import SnapshotWriter
+from server.snapshots.writer import WAITING_BYTES, SnapshotWriter
 
 
-def open_writer(uri: str, ttl_s: float, optional: bool = False) -> SnapshotWriter | None:
-    """The writer to the store at `uri`; None for an empty one. Raises as `open_store` does."""
+def open_writer(
+    uri: str, ttl_s: float, optional: bool = False, replicas: int = 1
+) -> SnapshotWriter | None:
+    """The writer to the store at `uri`; None for an empty one. Raises as `open_store` does.
+
+    replicas: processes of this machine that have a writer each, and share its memory.
+    """
     opened = open_store(uri, optional)
     if opened is None:
         return None
-    writer = SnapshotWriter(*opened, ttl_s)
+    writer = SnapshotWriter(*opened, ttl_s, share_of_memory(WAITING_BYTES, replicas))
     if optional:
         writer.look()
     return writer

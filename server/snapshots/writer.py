@@ -30,13 +30,19 @@ from server.snapshots.sweeper import Sweeper
 from server.snapshots.waiting import Job, Waiting
 
 _log = logging.getLogger(__name__)
-_WAITING_BYTES = 2**30
+WAITING_BYTES = 2**30
+"""Memory for snapshots that wait to be written, where there is enough."""
 
 
 class SnapshotWriter:
-    """Stores streams in `store`, sealed by `sealer`; a snapshot expires after `ttl_s` seconds."""
+    """Stores streams in `store`, sealed by `sealer`; a snapshot expires after `ttl_s` seconds.
 
-    def __init__(self, store: Store, sealer: Sealer, ttl_s: float) -> None:
+    waiting_bytes: most memory of snapshots that wait to be written.
+    """
+
+    def __init__(
+        self, store: Store, sealer: Sealer, ttl_s: float, waiting_bytes: int = WAITING_BYTES
+    ) -> None:
         self.on_lost: Callable[[Lease, bool], None] = lambda lease, deleted: None
         """Called on the writer's thread when a snapshot was written of a stream that another server
         claimed since, or that is deleted, with the lease that it was offered with. Whoever holds a
@@ -49,7 +55,7 @@ class SnapshotWriter:
         self._log = LogWriter(store, sealer, ttl_s)
         self._reader = LogReader(store, sealer)
         self._claims = Claims(store)
-        self._waiting = Waiting(_WAITING_BYTES)
+        self._waiting = Waiting(waiting_bytes)
         self._changed = threading.Condition()
         self._writing: tuple[str, str] | None = None  # the stream whose snapshot is being written
         self._closing = False

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from concertina import machine
-from concertina.machine import cores, cores_if_fewer, memory_bytes
+from concertina.machine import cores, cores_if_fewer, memory_bytes, share_of_memory
 
 GIB = 1024**3
 UNLIMITED_V1 = 9223372036854771712
@@ -39,6 +39,15 @@ def test_a_container_of_version_2(node: Path) -> None:
     write(node, "sys/fs/cgroup/memory.max", 6 * GIB)
     write(node, "sys/fs/cgroup/cpu.max", "200000 100000")
     assert (memory_bytes(node), cores(node), cores_if_fewer(node)) == (6 * GIB, 2, 2)
+
+
+def test_a_share_of_a_small_container_is_small(node: Path) -> None:
+    assert share_of_memory(GIB, root=node) == GIB
+    assert share_of_memory(GIB, 64, node) == GIB // 2
+    write(node, "proc/self/cgroup", "0::/")
+    write(node, "sys/fs/cgroup/memory.max", GIB // 2)
+    assert share_of_memory(GIB, root=node) == GIB // 16
+    assert share_of_memory(GIB, 2, node) == GIB // 32
 
 
 def test_the_smallest_limit_of_all_cgroups_around_counts(node: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,6 +147,40 @@ def test_what_no_new_call_mends_ends_it(
     assert (ran.text, ran.code) == ("x", 1)
     assert len(fake.requests) == 1
     assert "error: " in ran.notes
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [f"--seed={2**64}", "--seed=-1", "--seed=x", f"--max-tokens={2**32}", "--max-tokens=x"],
+)
+def test_a_number_that_would_be_sent_as_another_is_refused(
+    wrong: str, example: Example, fake: Fake, tmp_path: Path
+) -> None:
+    ran = example.run(tmp_path / "out", "--address", fake.address, wrong)
+    assert ran.code == 1 and "it must be a whole number of 0 to" in ran.notes
+    assert not fake.requests
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, None])
+def test_whoever_leaves_deletes_the_stream(
+    how: signal.Signals | None, example: Example, fake: Fake
+) -> None:
+    first, *others = (fake.text(2 + at, at, "x") for at in range(2_000))
+    going_on = threading.Event()
+    fake.script = [fake.accepted(keep=60), first, going_on, *others, fake.finished(2_002)]
+    command = ["node", "generate.js", "--address", fake.address]
+    with subprocess.Popen(command, cwd=example.folder, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None and process.stdout.read(1) == b"x"
+            if how is None:
+                process.stdout.close()  # as `head` does
+            else:
+                process.send_signal(how)
+            going_on.set()
+            assert process.wait(SOON) == 0
+        finally:
+            process.kill()
+    assert [each.stream_id for each in fake.releases] == ["s1"]
 
 
 @pytest.fixture(scope="module")

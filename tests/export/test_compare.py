@@ -84,6 +84,32 @@ def test_an_entry_that_cannot_be_compared_is_refused_before_any_training(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["fixed", "nope"], "attention must be one of"),
+        (["fixed@0"], "number of seeds"),
+        (["fixed", "--heads", "7"], "heads"),
+    ],
+)
+def test_the_command_refuses_it_as_an_argument(
+    wrong: list[str],
+    message: str,
+    dataset: Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    save_dataset(tmp_path / "data", dataset)
+    folders = [str(tmp_path / "data"), str(tmp_path / "compared")]
+    monkeypatch.setattr(sys, "argv", ["concertina", "compare", *folders, *wrong])
+    with pytest.raises(SystemExit) as exit:
+        main()
+    said = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert exit.value.code == 2 and message in said and "TRACEBACK" not in said
+    assert not (tmp_path / "compared").exists()
+
+
 def test_variants_are_read_as_they_are_written() -> None:
     for text in ("fixed", "fixed:mean", "axial-rowmajor"):
         assert str(Variant.parse(text)) == text

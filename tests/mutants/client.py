@@ -23,7 +23,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ("what a call does not have is ignored", "if name not in known:", "if False:"),
         (
             "the whole list is named for one item",
-            'return f"{name}[{index}]", item',
+            'return f"{name}[{shown(key)}]", each',
             "return name, value",
         ),
     ),

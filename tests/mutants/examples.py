@@ -13,7 +13,7 @@ MUTANTS = (
             "[...message.tokens.text].length",
             "message.tokens.text.length",
         ),
-        ("a large seed is rounded", "seed: values.seed }", "seed: Number(values.seed) }"),
+        ("a large seed is rounded", "{ seed: digits(", "{ seed: Number(values.seed) || digits("),
         (
             "a stream that is accepted begins again",
             "seen.accepted ? generation.Resume(",

@@ -48,7 +48,9 @@ def test_every_bug_applies_to_the_source(mutant: Mutant, tmp_path: Path) -> None
     shutil.copy(ROOT / mutant.file, tmp_path / mutant.file)
     plant(tmp_path, mutant)
     assert (tmp_path / mutant.file).read_text() != (ROOT / mutant.file).read_text()
-    assert (ROOT / mutant.test).exists()
+    file, *name = mutant.test.split("::")
+    assert all(f"def {each}(" in (ROOT / file).read_text() for each in name)
+    assert (ROOT / file).exists()
 
 
 def test_names_are_unique() -> None:

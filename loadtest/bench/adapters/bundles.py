@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import onnx
 import torch
 
 from concertina.bundle.manifest import write_manifest
 from concertina.v1 import bundle_pb2 as pb
-from export.graphs import export_fold, export_step, layers, state_tensors
+from export.graphs import Units, export_fold, export_step, layers, state_tensors
+from export.heldout import cache_units
 from export.moves import export_moves
 from export.quantise import BLOCK, pack_weights, quantise_step, round_activations
 from export.weights import round_weights
@@ -18,7 +20,11 @@ from model.config import ModelConfig
 from model.decoder import Decoder
 
 _SEED = 0
-_DATA_TYPES = {"float32": pb.DATA_TYPE_FLOAT32, "float16": pb.DATA_TYPE_FLOAT16}
+_DATA_TYPES = {
+    "float32": pb.DATA_TYPE_FLOAT32,
+    "float16": pb.DATA_TYPE_FLOAT16,
+    "int8": pb.DATA_TYPE_INT8,
+}
 
 
 def make_bundle(
@@ -31,23 +37,22 @@ def make_bundle(
 ) -> None:
     """Write a byte model for `context` tokens to `folder`: full attention when `span` is None.
 
-    weights: float32 (stored as float16, computed in float32), int8 or int4. state: float32 or
-    float16. Positions are sinusoids, so that no table grows with the context. Raises
+    weights: float32 (stored as float16, computed in float32), int8 or int4. state: float32,
+    float16 or int8. Positions are sinusoids, so that no table grows with the context. Raises
     FileExistsError when `folder` is there.
     """
     folder.mkdir(parents=True)
     # What the step graph computes does not depend on the context, which only sizes its stacks: it
     # is exported for a short one, since the exporter allocates them.
     short = _decoder(shape, span or 8, span)
-    data_type = _DATA_TYPES[state]
-    with torch.no_grad():
-        export_step(short, folder / "step.onnx", data_type)
-        _free_entries(folder / "step.onnx")
-        files = ["step.onnx"]
-        if span is not None:
-            export_fold(short, folder / "fold.onnx", data_type)
-            files.append("fold.onnx")
     model = _decoder(shape, context, span)
+    bits = 0 if weights == "float32" else int(weights.removeprefix("int"))
+    packed = pack_weights(short, bits) if bits else {}
+    data_type, units = _DATA_TYPES[state], None
+    if data_type == pb.DATA_TYPE_INT8:
+        _export(folder, short, pb.DATA_TYPE_FLOAT32)
+        units = _units(folder, shape, span)
+    files = _export(folder, short, data_type, units)
     manifest = pb.Manifest(
         name="bench",
         version="random",
@@ -63,12 +68,39 @@ def make_bundle(
         manifest.fold.span = schedule.span
     if data_type == pb.DATA_TYPE_FLOAT16:
         files += export_moves(manifest.state, folder)
-    if weights != "float32":
-        manifest.quantisation.bits = int(weights.removeprefix("int"))
-        manifest.quantisation.block = BLOCK
-        quantise_step(folder / "step.onnx", pack_weights(short, manifest.quantisation.bits))
+    if bits:
+        manifest.quantisation.bits, manifest.quantisation.block = bits, BLOCK
+        quantise_step(folder / "step.onnx", packed)
         round_activations(folder / "step.onnx")
     write_manifest(folder, manifest, files)
+
+
+def _export(
+    folder: Path, model: Decoder, data_type: pb.DataType, units: Units | None = None
+) -> list[str]:
+    """Write the graphs of `model` to `folder`; returns their names."""
+    files = ["step.onnx"]
+    with torch.no_grad():
+        export_step(model, folder / "step.onnx", data_type, units)
+        _free_entries(folder / "step.onnx")
+        if layers(model)[0].schedule is not None:
+            export_fold(model, folder / "fold.onnx", data_type, units)
+            files.append("fold.onnx")
+    return files
+
+
+def _units(folder: Path, shape: Shape, span: int | None) -> Units:
+    """What 1 means in the caches of the float32 graphs in `folder`, after a few random tokens."""
+    tokens = 2 * (span or 8)
+    model = _decoder(shape, tokens, span)
+    manifest = pb.Manifest(vocabulary=shape.vocabulary, state=state_tensors(model))
+    if span is not None:
+        manifest.fold.span = span
+    return cache_units(
+        folder,
+        manifest,
+        [np.random.default_rng(_SEED).integers(shape.vocabulary, size=(1, tokens))],
+    )
 
 
 def _decoder(shape: Shape, context: int, span: int | None) -> Decoder:

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import typer
+from google.protobuf.message import Message
 
+from concertina.bounds import bounds
 from concertina.client.channel import Access, Tls
 from concertina.shown import shown
+from concertina.v1.generation_service_pb2 import (
+    GenerateRequest,
+    OutputOptions,
+    SamplingParameters,
+    StoppingCriteria,
+)
+from concertina.v1.session_service_pb2 import ForkRequest
+
+
+def number(kind: type[Message], field: str, *names: str, help: str) -> Any:
+    """An option for a number of a request, with the bounds that its message gives it."""
+    allowed = bounds(kind, field)
+    return typer.Option(*names, min=allowed.lowest, max=allowed.highest, help=help)
 
 
 def png_file(path: Path | None) -> Path | None:
@@ -114,44 +129,70 @@ Label: TypeAlias = Annotated[
     str | None, typer.Option(help="One of the model's labels. Without one: unconditional.")
 ]
 MaxTokens: TypeAlias = Annotated[
-    int | None, typer.Option("--max-tokens", "-n", min=1, help="Most tokens to generate.")
+    int | None,
+    number(StoppingCriteria, "max_tokens", "--max-tokens", "-n", help="Most tokens to generate."),
 ]
 Temperature: TypeAlias = Annotated[
     float | None,
-    typer.Option("--temperature", "-t", min=0, help="0 always takes the likeliest token."),
+    number(
+        SamplingParameters,
+        "temperature",
+        "--temperature",
+        "-t",
+        help="0 always takes the likeliest token.",
+    ),
 ]
 TopK: TypeAlias = Annotated[
-    int | None, typer.Option(min=0, help="Keep this many of the likeliest tokens; 0 keeps all.")
+    int | None,
+    number(
+        SamplingParameters, "top_k", help="Keep this many of the likeliest tokens; 0 keeps all."
+    ),
 ]
 TopP: TypeAlias = Annotated[
     float | None,
-    typer.Option(min=0, max=1, help="Keep the likeliest tokens that reach this probability."),
+    number(
+        SamplingParameters, "top_p", help="Keep the likeliest tokens that reach this probability."
+    ),
 ]
 MinP: TypeAlias = Annotated[
     float | None,
-    typer.Option(min=0, max=1, help="Keep tokens this probable relative to the likeliest."),
+    number(
+        SamplingParameters, "min_p", help="Keep tokens this probable relative to the likeliest."
+    ),
 ]
 TypicalP: TypeAlias = Annotated[
     float | None,
-    typer.Option(min=0, max=1, help="Keep the tokens of typical surprise that reach this."),
+    number(
+        SamplingParameters, "typical_p", help="Keep the tokens of typical surprise that reach this."
+    ),
 ]
 RepetitionPenalty: TypeAlias = Annotated[
     float | None,
-    typer.Option(min=0, help="Above 1: tokens in the prompt or output become less likely."),
+    number(
+        SamplingParameters,
+        "repetition_penalty",
+        help="Above 1: tokens in the prompt or output become less likely.",
+    ),
 ]
 PresencePenalty: TypeAlias = Annotated[
     float | None,
-    typer.Option(min=-2, max=2, help="Subtracted from the logits of tokens in the output."),
+    number(
+        SamplingParameters,
+        "presence_penalty",
+        help="Subtracted from the logits of tokens in the output.",
+    ),
 ]
 FrequencyPenalty: TypeAlias = Annotated[
-    float | None, typer.Option(min=-2, max=2, help="The same, once per occurrence.")
+    float | None,
+    number(SamplingParameters, "frequency_penalty", help="The same, once per occurrence."),
 ]
 LogitBias: TypeAlias = Annotated[
     list[str] | None,
     typer.Option(metavar="ID=BIAS", help="Added to the logit of a token id. Repeatable."),
 ]
 AllowedTokenIds: TypeAlias = Annotated[
-    list[int] | None, typer.Option(min=0, help="Draw only these token ids. Repeatable.")
+    list[int] | None,
+    number(SamplingParameters, "allowed_token_ids", help="Draw only these token ids. Repeatable."),
 ]
 BadWords: TypeAlias = Annotated[
     list[str] | None, typer.Option(help="Text that the output never contains. Repeatable.")
@@ -160,47 +201,61 @@ Stop: TypeAlias = Annotated[
     list[str] | None, typer.Option(help="End before this text. Repeatable.")
 ]
 StopTokenIds: TypeAlias = Annotated[
-    list[int] | None, typer.Option(min=0, help="End before this token id. Repeatable.")
+    list[int] | None,
+    number(StoppingCriteria, "stop_token_ids", help="End before this token id. Repeatable."),
 ]
 IncludeStop: TypeAlias = Annotated[
     bool | None, typer.Option("--include-stop", help="Send the stop text or token too.")
 ]
 MinTokens: TypeAlias = Annotated[
-    int | None, typer.Option(min=0, help="Fewest tokens to generate before a stop counts.")
+    int | None,
+    number(StoppingCriteria, "min_tokens", help="Fewest tokens to generate before a stop counts."),
 ]
 IgnoreEos: TypeAlias = Annotated[
     bool | None, typer.Option("--ignore-eos", help="Go on past the model's end token.")
 ]
 Outputs: TypeAlias = Annotated[
-    int | None, typer.Option("--n", min=1, help="Outputs to generate side by side.")
+    int | None, number(OutputOptions, "n", "--n", help="Outputs to generate side by side.")
 ]
 Logprobs: TypeAlias = Annotated[
     int | None,
-    typer.Option(min=0, help="Log-probabilities of tokens, and of this many of the likeliest."),
+    number(
+        OutputOptions,
+        "logprobs",
+        help="Log-probabilities of tokens, and of this many of the likeliest.",
+    ),
 ]
 PromptLogprobs: TypeAlias = Annotated[
-    int | None, typer.Option(min=0, help="The same for the tokens of the prompt.")
+    int | None,
+    number(OutputOptions, "prompt_logprobs", help="The same for the tokens of the prompt."),
 ]
 StreamInterval: TypeAlias = Annotated[
-    int | None, typer.Option(min=1, help="Fewest tokens that the server sends at once.")
+    int | None,
+    number(OutputOptions, "stream_interval", help="Fewest tokens that the server sends at once."),
 ]
 Priority: TypeAlias = Annotated[
-    int | None, typer.Option(min=-100, max=100, help="Streams with a higher priority go first.")
+    int | None, number(GenerateRequest, "priority", help="Streams with a higher priority go first.")
 ]
 Keep: TypeAlias = Annotated[
     float | None,
-    typer.Option(
-        min=0,
+    number(
+        GenerateRequest,
+        "keep",
         help="Seconds to keep the stream while nobody reads it, and after its end for "
         "`concertina sessions`. Default: 60, but not after its end. 0: do not resume it.",
     ),
 ]
 Seed: TypeAlias = Annotated[
-    int | None, typer.Option(min=0, help="The same seed and prompt give the same stream.")
+    int | None,
+    number(SamplingParameters, "seed", help="The same seed and prompt give the same stream."),
 ]
 TimeLimit: TypeAlias = Annotated[
     float | None,
-    typer.Option(min=0, help="Seconds after which the stream ends early, without an error."),
+    number(
+        StoppingCriteria,
+        "time_limit",
+        help="Seconds after which the stream ends early, without an error.",
+    ),
 ]
 Timeout: TypeAlias = Annotated[
     float | None, typer.Option(min=0, help="Seconds after which to give up and fail.")
@@ -208,3 +263,4 @@ Timeout: TypeAlias = Annotated[
 Json: TypeAlias = Annotated[
     bool, typer.Option("--json", help="Print JSON, one object per line; errors to stderr.")
 ]
+Copies: TypeAlias = Annotated[int, number(ForkRequest, "n", "--n", help="Copies to make.")]

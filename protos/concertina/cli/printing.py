@@ -86,9 +86,11 @@ def own_line() -> Iterator[None]:
 def write_outputs(tokens: Iterable[Tokens], outputs: int) -> None:
     """Writes the first output as it arrives, then the others; several get a heading each."""
     held = {output: "" for output in range(1, outputs)}
-    if held:
-        write_text(_HEADING.format(0))
+    begun = not held
     for delta in tokens:
+        if not begun:  # not before: the server may refuse the request
+            write_text(_HEADING.format(0))
+            begun = True
         if delta.output:
             held[delta.output] += delta.text
         else:

@@ -154,7 +154,8 @@ def _score_windows(
             found["bits_per_byte"] = bits / size
         print(json.dumps({**found, "tokens": tokens, "windows": len(windows)}))
     else:
-        over = f"{tokens:,} tokens in {len(windows):,} windows"
+        pieces = "1 window" if len(windows) == 1 else f"{len(windows):,} windows"
+        over = f"{tokens:,} tokens in {pieces}"
         print(f"{bits / size:.4f} {_unit(model)} over {over} ({model.name})")
 
 

@@ -22,6 +22,7 @@ from concertina.cli.options import (
     Ca,
     Cert,
     CertKey,
+    Copies,
     IgnoreEos,
     Json,
     KeyFile,
@@ -171,7 +172,7 @@ def continue_(
 @sessions.command()
 def fork(
     name: Name,
-    copies: Annotated[int, typer.Option("--n", min=1, help="Copies to make.")] = 1,
+    copies: Copies = 1,
     address: Address = DEFAULT_ADDRESS,
     key_file: KeyFile = None,
     tls: UseTls = False,

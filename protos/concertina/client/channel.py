@@ -13,7 +13,7 @@ import grpc
 from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 
-from concertina.addresses import host_of, is_loopback
+from concertina.addresses import has_port, host_of, is_loopback
 from concertina.client.errors import InvalidRequest
 from concertina.client.times import timeout_seconds
 from concertina.shown import shown
@@ -103,7 +103,7 @@ def channel_options(address: str) -> tuple[tuple[str, int], ...]:
 
     Raises InvalidRequest for what is no address.
     """
-    if not (address and address.isascii() and address.isprintable()):
+    if not (address.isascii() and address.isprintable() and has_port(address)):
         raise InvalidRequest(
             f"address is {shown(address)}: give HOST:PORT, for example 127.0.0.1:9000 or [::1]:9000"
         )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from difflib import get_close_matches
-from typing import Final, TypeAlias, TypedDict, TypeVar
+from typing import Final, TypeAlias, TypedDict, TypeGuard, TypeVar
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
+from concertina.bounds import bounds
 from concertina.client.errors import InvalidRequest
 from concertina.client.pictures import (
     PNG,
@@ -28,7 +29,9 @@ from concertina.v1 import session_service_pb2 as session_pb
 Messages: TypeAlias = Sequence[Mapping[str, str]]
 """A conversation: the `role` and the `content` of each message."""
 
-PromptLike: TypeAlias = str | bytes | Sequence[int] | Messages | PillowImage | PixelArray
+PromptLike: TypeAlias = (
+    str | bytes | bytearray | memoryview | Sequence[int] | Messages | PillowImage | PixelArray
+)
 """Text; a PNG, or three bytes per pixel in raster order; token ids; messages; a Pillow image; a
 NumPy array.
 
@@ -41,6 +44,14 @@ _KEY_BYTES = 16
 _MOST_REASON: Final = 200
 # Keyword arguments of the calls that are no parameters of the request.
 _OF_THE_CALL: Final = ("prompt", "timeout", "keep", "resume_for")
+# Where in a request a message is, as the server's errors say it, too.
+_PLACES: Final[dict[type[Message], str]] = {
+    pb.Prompt: "prompt.",
+    pb.TokenIds: "prompt.tokens.",
+    pb.SamplingParameters: "sampling.",
+    pb.StoppingCriteria: "stopping.",
+    pb.OutputOptions: "output.",
+}
 
 
 class ContinueParameters(TypedDict, total=False):
@@ -56,8 +67,8 @@ class ContinueParameters(TypedDict, total=False):
     presence_penalty: subtracted from the logits of tokens in the output, in [-2, 2].
     frequency_penalty: subtracted once per occurrence, in [-2, 2].
     logit_bias: added to the logits of token ids, each in [-100, 100].
-    allowed_token_ids: only these ids are drawn.
-    bad_words: strings that the output never contains.
+    allowed_token_ids: only these ids are drawn; at least one.
+    bad_words: strings, or one, that the output never contains.
     seed: of the random numbers; `Accepted` holds the seed in use.
     max_tokens: most tokens to generate.
     min_tokens: before this many tokens only `max_tokens` or `time_limit` ends the stream.
@@ -78,7 +89,7 @@ class ContinueParameters(TypedDict, total=False):
     frequency_penalty: float | None
     logit_bias: Mapping[int, float] | None
     allowed_token_ids: Sequence[int] | None
-    bad_words: Sequence[str] | None
+    bad_words: str | Sequence[str] | None
     seed: int | None
     max_tokens: int | None
     min_tokens: int | None
@@ -133,7 +144,7 @@ def generate_request(
             stream_interval=parameters.get("stream_interval"),
         ),
         priority=parameters.get("priority"),
-        keep=_duration("keep", keep) if keep else None,
+        keep=_duration(pb.GenerateRequest, "keep", keep) if keep else None,
         idempotency_key=secrets.token_urlsafe(_KEY_BYTES) if keep else None,
     )
 
@@ -178,7 +189,8 @@ def prompt_message(prompt: PromptLike | None, label: str | None) -> pb.Prompt | 
         return None if label is None else message(pb.Prompt, label=label)
     if isinstance(prompt, str):
         return message(pb.Prompt, text=prompt, label=label)
-    if isinstance(prompt, bytes):
+    if isinstance(prompt, bytes | bytearray) or _is_bytes(prompt):
+        prompt = bytes(prompt)
         if prompt.startswith(PNG):
             return message(pb.Prompt, image=pb.ImageRows(png=prompt), label=label)
         check_raw(prompt)
@@ -200,7 +212,19 @@ def prompt_message(prompt: PromptLike | None, label: str | None) -> pb.Prompt | 
     )
 
 
+def _is_bytes(prompt: object) -> TypeGuard[memoryview]:
+    return isinstance(prompt, memoryview) and prompt.ndim == 1 and prompt.itemsize == 1
+
+
 def _sampling(parameters: ContinueParameters) -> pb.SamplingParameters:
+    bad_words, allowed = parameters.get("bad_words"), parameters.get("allowed_token_ids")
+    if isinstance(allowed, Sized) and not len(allowed):
+        # On the wire, an empty list is one that was left out, so that it would allow every id.
+        raise InvalidRequest(
+            "sampling.allowed_token_ids is empty: it must hold at least 1 id; None allows all",
+            field="sampling.allowed_token_ids",
+            limit=1,
+        )
     return message(
         pb.SamplingParameters,
         temperature=parameters.get("temperature"),
@@ -212,8 +236,8 @@ def _sampling(parameters: ContinueParameters) -> pb.SamplingParameters:
         presence_penalty=parameters.get("presence_penalty"),
         frequency_penalty=parameters.get("frequency_penalty"),
         logit_bias=parameters.get("logit_bias"),
-        allowed_token_ids=parameters.get("allowed_token_ids"),
-        bad_words=parameters.get("bad_words"),
+        allowed_token_ids=allowed,
+        bad_words=[bad_words] if isinstance(bad_words, str) else bad_words,
         seed=parameters.get("seed"),
     )
 
@@ -228,7 +252,7 @@ def _stopping(parameters: ContinueParameters) -> pb.StoppingCriteria:
         stop_token_ids=parameters.get("stop_token_ids"),
         include_stop=parameters.get("include_stop"),
         ignore_eos=parameters.get("ignore_eos"),
-        time_limit=_duration("time_limit", parameters.get("time_limit")),
+        time_limit=_duration(pb.StoppingCriteria, "time_limit", parameters.get("time_limit")),
     )
 
 
@@ -258,27 +282,43 @@ def message(kind: type[_Message], **fields: object) -> _Message:
         try:
             made.MergeFrom(kind(**{name: value}))
         except (TypeError, ValueError) as error:
-            name, value = _culprit(kind, name, value)
-            reason = cut(str(error), _MOST_REASON)
-            what = f"{name} is not valid: {shown(value)} ({reason})"
-            raise InvalidRequest(what, field=name) from None
+            raise _fault(kind, name, value, error) from None
     return made
 
 
 def _culprit(kind: type[Message], name: str, value: object) -> tuple[str, object]:
-    """The item of a list that the field cannot hold, by its name; the whole if there is none."""
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        for index, item in enumerate(value):
-            try:
-                kind(**{name: [item]})
-            except (TypeError, ValueError):
-                return f"{name}[{index}]", item
+    """The item of a list or map that the field cannot hold, by its name; the whole if none is."""
+    items: Iterable[tuple[object, object, object]] = ()
+    if isinstance(value, Mapping):
+        items = ((key, each, {key: each}) for key, each in value.items())
+    elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        items = ((index, each, [each]) for index, each in enumerate(value))
+    for key, each, alone in items:
+        try:
+            kind(**{name: alone})
+        except (TypeError, ValueError):
+            return f"{name}[{shown(key)}]", each
     return name, value
 
 
-def _duration(name: str, time: float | None) -> Duration | None:
+def _fault(kind: type[Message], name: str, value: object, error: Exception) -> InvalidRequest:
+    """The error for a value that a field cannot hold. error: why it cannot, in Python's words."""
+    item, value = _culprit(kind, name, value)
+    field = f"{_PLACES.get(kind, '')}{item}"
+    if isinstance(value, int):
+        allowed = bounds(kind, name)
+        limit = allowed.broken_by(value)
+        if limit is not None:
+            what = f"{shown(value)}; it must be between {allowed.lowest} and {allowed.highest}"
+            return InvalidRequest(f"{field} is {what}", field=field, limit=limit)
+    reason = cut(str(error), _MOST_REASON)
+    return InvalidRequest(f"{field} is not valid: {shown(value)} ({reason})", field=field)
+
+
+def _duration(kind: type[Message], name: str, time: float | None) -> Duration | None:
     if time is None:
         return None
-    duration = Duration()
-    duration.FromNanoseconds(round(1e9 * finite_seconds(name, time)))
+    duration, most = Duration(), bounds(kind, name).highest
+    seconds = finite_seconds(f"{_PLACES.get(kind, '')}{name}", time, most)
+    duration.FromNanoseconds(round(1e9 * seconds))
     return duration

@@ -12,7 +12,7 @@ from typing import Any, Unpack
 import grpc
 
 from concertina.client.connection import AsyncConnection, Connection, Stubs
-from concertina.client.errors import ContractViolation
+from concertina.client.errors import ContractViolation, InvalidRequest
 from concertina.client.requests import (
     ContinueParameters,
     continue_request,
@@ -227,6 +227,14 @@ class _Snapshot:
 
 
 def _parts(snapshot: bytes) -> Iterator[pb.ImportRequest]:
+    """The requests that send a snapshot. Raises InvalidRequest for what is none."""
+    if not isinstance(snapshot, bytes | bytearray | memoryview):
+        what = f"snapshot is of type {type(snapshot).__name__}: give the bytes of `export`"
+        raise InvalidRequest(what, field="part")
+    return _requests(bytes(snapshot))
+
+
+def _requests(snapshot: bytes) -> Iterator[pb.ImportRequest]:
     digest = hashlib.sha256(snapshot).digest()
     for at in range(0, len(snapshot) or 1, PART_BYTES):
         last = at + PART_BYTES >= len(snapshot)

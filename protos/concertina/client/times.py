@@ -37,14 +37,15 @@ def patience_seconds(name: str, patience: float) -> float:
     return seconds
 
 
-def finite_seconds(name: str, time: float) -> float:
-    """A time that a message can hold. Raises InvalidRequest."""
+def finite_seconds(name: str, time: float, most: float | None = None) -> float:
+    """A time that a message can hold. Raises InvalidRequest, which says `most` as the limit."""
     seconds = _number(name, time)
     if not abs(seconds) <= _LONGEST_DURATION_S:
+        limit = _LONGEST_DURATION_S if most is None else most
         raise InvalidRequest(
-            f"{name} is {seconds:g} s: it must be a finite time, at most {_LONGEST_DURATION_S:.0f}",
+            f"{name} is {seconds:g} s: it must be a finite time, at most {limit:.0f}",
             field=name,
-            limit=_LONGEST_DURATION_S,
+            limit=limit,
         )
     return seconds
 

@@ -197,6 +197,12 @@ def test_several_outputs_are_written_one_after_the_other(fake: Fake, run: Run) -
     )
 
 
+def test_a_refused_request_for_several_outputs_writes_no_heading(fake: Fake, run: Run) -> None:
+    fake.script = [Status(grpc.StatusCode.INVALID_ARGUMENT, "no such label")]
+    code, written, errors = run("generate", "--n", "3")
+    assert (code, written) == (1, "") and "no such label" in errors
+
+
 @pytest.mark.parametrize("bias", ["7", "x=1", "7=", "7:1"])
 def test_a_bias_that_is_none_is_wrong_usage(run: Run, bias: str) -> None:
     code, _, err = run("generate", "x", "--logit-bias", bias)

@@ -191,6 +191,8 @@ def test_a_dataset_of_text_is_scored_on_what_was_held_out(
     ]
     _, out, _ = run(str(tmp_path), "--limit", "2")
     assert out == f"{(28 + 6) / 12:.4f} bits/byte over 12 tokens in 2 windows (prose)\n"
+    _, out, _ = run(str(tmp_path), "--limit", "1")
+    assert " in 1 window (prose)\n" in out
 
 
 def images(labels: tuple[str, ...], colours: bytes = PALETTE) -> Dataset:

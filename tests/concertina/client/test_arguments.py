@@ -132,7 +132,7 @@ def test_an_endless_timeout_is_no_timeout(using: Call, fake: Fake, timeout: Any)
     ],
 )
 def test_other_times_are_checked_too(using: Call, argument: str, value: Any) -> None:
-    with pytest.raises(InvalidRequest, match=f"^{argument} is"):
+    with pytest.raises(InvalidRequest, match=rf"^(stopping\.)?{argument} is"):
         using(lambda client: client.generate("x", **{argument: value}))
 
 
@@ -226,10 +226,48 @@ def test_a_message_is_short_whatever_was_given(using: Call, given: Any) -> None:
 
 
 def test_the_item_that_is_wrong_is_named(using: Call) -> None:
-    with pytest.raises(InvalidRequest, match=r"^ids\[200000\] is not valid: -1 "):
+    with pytest.raises(InvalidRequest, match=r"^prompt\.tokens\.ids\[200000\] is -1; it must be "):
         using(lambda client: client.generate([1] * 200_000 + [-1]))
-    with pytest.raises(InvalidRequest, match=r"^stop\[1\] is not valid: 2 "):
+    with pytest.raises(InvalidRequest, match=r"^stopping\.stop\[1\] is not valid: 2 "):
         using(lambda client: client.generate("x", stop=["a", 2]))
+
+
+@pytest.mark.parametrize(
+    ("given", "field", "limit", "bounds"),
+    [
+        ({"seed": 2**64}, "sampling.seed", 2**64 - 1, f"between 0 and {2**64 - 1}"),
+        ({"seed": -1}, "sampling.seed", 0, f"between 0 and {2**64 - 1}"),
+        ({"max_tokens": 0x100000000}, "stopping.max_tokens", 2**32 - 1, "between 1 and 4294967295"),
+        ({"n": -1}, "output.n", 1, "between 1 and 128"),
+        ({"priority": 2**40}, "priority", 100, "between -100 and 100"),
+        ({"logprobs": 2**32}, "output.logprobs", 20, "between 0 and 20"),
+        ({"prompt": [1, 2**40]}, "prompt.tokens.ids[1]", 2**32 - 1, "between 0 and 4294967295"),
+        ({"logit_bias": {1: 1.0, -1: 0.0}}, "sampling.logit_bias[-1]", None, "out of range"),
+        ({"allowed_token_ids": []}, "sampling.allowed_token_ids", 1, "at least 1 id"),
+        ({"keep": math.inf}, "keep", 86400, "at most 86400"),
+        ({"time_limit": math.inf}, "stopping.time_limit", 315576000000, "at most 315576000000"),
+    ],
+    ids=lambda given: next(iter(given)) if isinstance(given, dict) else "",
+)
+def test_what_a_message_cannot_hold_names_field_and_bounds_as_the_server_does(
+    using: Call, given: Any, field: str, limit: float | None, bounds: str
+) -> None:
+    given = {"prompt": "x", **given}
+    with pytest.raises(InvalidRequest, match=f"(?i){re.escape(bounds)}") as raised:
+        using(lambda client: client.generate(**given))
+    assert (raised.value.field, raised.value.limit) == (field, limit)
+
+
+def test_one_bad_word_is_one_and_not_its_letters(using: Call, fake: Fake) -> None:
+    fake.script = [fake.accepted(), fake.finished(2)]
+    using(lambda client: client.complete("x", bad_words="import"))
+    assert [*fake.requests[0].sampling.bad_words] == ["import"]
+
+
+@pytest.mark.parametrize("snapshot", ["text", 5, None])
+def test_a_snapshot_that_is_no_bytes_is_refused(using: Call, snapshot: Any) -> None:
+    with pytest.raises(InvalidRequest, match=r"snapshot is of type .* give the bytes"):
+        using(lambda client: client.sessions.import_(snapshot))
 
 
 def test_a_message_of_the_server_is_short(fake: Fake) -> None:
@@ -254,8 +292,28 @@ def test_a_name_that_is_no_text_is_named(using: Call, call: str) -> None:
             using(lambda client, name=name: methods[call](client, name))
 
 
-@pytest.mark.parametrize("address", ["", "h\udcff:1", "a\n:1"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        "",
+        "h\udcff:1",
+        "a\n:1",
+        "127.0.0.1",
+        "host:",
+        ":1",
+        "host:0",
+        "host:65536",
+        "host:x",
+        "::1:9",
+    ],
+)
 async def test_an_address_that_is_none_is_named(address: str) -> None:
     for kind in (Client, AsyncClient):
         with pytest.raises(InvalidRequest, match=r"^address is .*\[::1\]:9000"):
             kind(address)
+
+
+@pytest.mark.parametrize("address", ["h:65535", "[::1]:1", "dns:///h", "ipv6:[::1]:1", "unix:/x"])
+async def test_an_address_that_grpc_knows_is_taken(address: str) -> None:
+    for kind in (Client, AsyncClient):
+        kind(address)

@@ -314,7 +314,7 @@ def test_an_image_that_png_cannot_hold_is_refused(fake: Fake) -> None:
         ({"stop": [1]}, "stop"),
         ({"logit_bias": {-1: 0.0}}, "logit_bias"),
         ({"allowed_token_ids": [1 << 32]}, "allowed_token_ids"),
-        ({"n": -1}, "n is not valid"),
+        ({"n": -1}, "n is -1; it must be between 1 and 128"),
         ({"time_limit": float("nan")}, "time_limit"),
         ({"time_limit": 1e300}, "time_limit"),
         ({"prompt": [2**40]}, "ids"),

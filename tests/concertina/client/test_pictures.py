@@ -54,6 +54,17 @@ def test_an_array_of_one_axis_is_token_ids() -> None:
         assert list(message.tokens.ids) == [3, 1, 2]
 
 
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+def test_bytes_of_any_kind_are_the_same_picture(kind: Any) -> None:
+    rgb = bytes(range(96))
+    png = written(Image.new("RGB", (4, 2), (1, 2, 3)), "PNG")
+    for data in (rgb, png):
+        assert prompt_message(kind(data), None) == prompt_message(data, None)
+    assert prompt_message(kind(rgb), None).image.rgb == rgb  # type: ignore[union-attr]
+    with pytest.raises(InvalidRequest, match="is a JPEG file"):
+        prompt_message(kind(written(Image.new("RGB", (4, 2)), "JPEG")), None)
+
+
 @pytest.mark.parametrize(
     "array",
     [

@@ -82,7 +82,7 @@ def call(request: pytest.FixtureRequest, address: str) -> Any:
         ({"prompt": "x" * 96}, "prompt", 95),
         ({"prompt": [1, 256]}, "prompt.tokens.ids[1]", 255),
         ({"prompt": bytes(24)}, "prompt.image", None),
-        ({"seed": -1}, "seed", None),  # found by the client
+        ({"seed": -1}, "sampling.seed", 0),  # found by the client
         ({"timeout": -1}, "timeout", 0),
     ],
     ids=str,

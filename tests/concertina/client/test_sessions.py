@@ -188,7 +188,7 @@ async def test_copies_and_exports_go_on_alike(client: Any) -> None:
     assert len(texts) == 1 and len(texts.pop()) == 10
     with pytest.raises(SnapshotRefused):
         await client.import_(snapshot[:100] + b"?" + snapshot[101:])
-    with pytest.raises(InvalidRequest, match="n is not valid"):
+    with pytest.raises(InvalidRequest, match="n is -1; it must be between 1 and 128"):
         await client.fork(name, -1)
     for one in going_on:
         await client.delete(one)

@@ -53,7 +53,7 @@ def test_the_span_is_near_the_square_root(context: int, span: int) -> None:
 
 def test_all_precisions_of_everybody_meet_in_a_cell() -> None:
     everybody = names(Cell(256, 1))
-    assert {"fixed", "fixed-cache-float16", "fixed-int8", "fixed-int4"} <= everybody
+    assert {"fixed", "fixed-cache-float16", "fixed-int8", "fixed-int8-state8"} <= everybody
     assert {"genai", "genai-int4", "vllm-float32", "vllm-bfloat16", "transformers"} <= everybody
     assert {"llama-f32", "llama-q8_0", "llama-q4_0", "full"} <= everybody
     assert not everybody & {"fixed-steps", "fixed-1k", "genai-graph"}

@@ -214,7 +214,10 @@ def test_two_of_ours_for_real(text_bundle: Path, full_bundle: Path, tmp_path: Pa
 
 @pytest.mark.slow
 def test_our_other_precisions_and_parts_for_real(tmp_path: Path) -> None:
-    names = ("fixed", "fixed-cache-float16", "fixed-int8", "fixed-int4", "fixed-steps")
+    names = (
+        *("fixed", "fixed-cache-float16", "fixed-int8", "fixed-int4"),
+        *("fixed-state8", "fixed-int8-state8", "fixed-steps"),
+    )
     cells = (Cell(64, 2), Cell(64, 1, first_token=True))
     shape = replace(SMALL, width=128)
     plan = replace(small_plan(*names), asked_for=True, shape=shape, cells=cells)
@@ -228,3 +231,4 @@ def test_our_other_precisions_and_parts_for_real(tmp_path: Path) -> None:
     sizes = {entry.name: entry.cache_bytes for entry in report.results[0].entries}
     assert sizes["fixed"] == shape.entry_bytes() * (72 - 1 + 8) + shape.entry_bytes() // 2
     assert sizes["fixed-cache-float16"] < sizes["fixed"] * 0.6
+    assert sizes["fixed-state8"] < sizes["fixed"] * 0.3

@@ -35,7 +35,7 @@ from server.snapshots.writer import SnapshotWriter
 from tests.server.engines import LIMIT_S, is_empty, until
 from tests.server.hostile import CASES, FORMS, Caller, Tally, examples, harmless, messages, mutated
 
-SOON_S = 5.0
+SOON_S = 60.0  # Fork makes up to 128 copies, and each is stored
 CONFIG = EngineConfig(slots=4, threads=1, snapshot_interval=16)
 ASKED = {
     "Generate": pb.GenerateRequest,

@@ -47,12 +47,12 @@ def test_a_setting_out_of_range(image_bundle: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "state_limit_bytes", "threads"),
+    ("options", "state_limit_bytes", "threads", "session_bytes"),
     [
-        ({}, 3 * GIB, 2),
-        ({"replicas": 2}, 3 * GIB // 2, 1),
-        ({"replicas": 8}, 3 * GIB // 8, 1),
-        ({"state_limit_bytes": GIB, "threads": 5}, GIB, 5),
+        ({}, 3 * GIB, 2, 6 * GIB // 8),
+        ({"replicas": 2}, 3 * GIB // 2, 1, 6 * GIB // 16),
+        ({"replicas": 8}, 3 * GIB // 8, 1, 6 * GIB // 64),
+        ({"state_limit_bytes": GIB, "threads": 5, "session_bytes": 0}, GIB, 5, 0),
     ],
     ids=str,
 )
@@ -60,11 +60,13 @@ def test_defaults_are_those_of_the_container(
     options: dict[str, int],
     state_limit_bytes: int,
     threads: int,
+    session_bytes: int,
     image_bundle: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     served: list[ServeConfig] = []
     monkeypatch.setattr(serve_module, "memory_bytes", lambda: 6 * GIB)
+    monkeypatch.setattr("concertina.machine.memory_bytes", lambda _: 6 * GIB)
     monkeypatch.setattr(serve_module, "cores", lambda: 2)
     monkeypatch.setattr(serve_module, "cores_if_fewer", lambda: 2)
     monkeypatch.setattr("server.hosts.local.serve", lambda config, _: served.append(config))
@@ -74,3 +76,4 @@ def test_defaults_are_those_of_the_container(
     (config,) = served
     assert config.engine.state_limit_bytes == state_limit_bytes
     assert config.engine.threads == threads
+    assert config.engine.session_bytes == session_bytes

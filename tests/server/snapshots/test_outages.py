@@ -157,6 +157,22 @@ def test_a_store_that_works_is_opened(tmp_path: Path) -> None:
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
+@pytest.mark.usefixtures("key")
+def test_what_waits_fits_into_a_small_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    monkeypatch.setattr("concertina.machine.memory_bytes", lambda _: 2**29)
+    monkeypatch.setattr(
+        "server.snapshots.writer.Waiting", lambda most: made.append(most) or Waiting(most)
+    )
+    for replicas in (1, 2):
+        writer = open_writer(f"file://{tmp_path}", 60.0, replicas=replicas)
+        assert writer is not None
+        writer.close(LIMIT_S)
+    assert made == [2**26, 2**25]
+
+
 def test_nobody_waits_for_a_store_that_hangs(
     text: Bundle, store: Store, writer: SnapshotWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
