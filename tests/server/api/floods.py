@@ -65,7 +65,11 @@ def floods(size: int) -> dict[str, Flood]:
         "ids of ten bytes": prompt(part(2, part(1, many(full) * 4)), ids),
         "single ids": prompt(part(2, many(b"\x08\1")), ids),
         "ids in chunks": prompt(part(2, many(part(1, b"\1"))), ids),
-        "prompts": generate(many(part(2, part(2, b""))), "prompt.tokens"),
+        "prompts": generate(many(part(2, part(2, b""))), "prompt"),
+        "messages": prompt(part(5, many(part(1, b""))), "prompt.messages.messages"),
+        "a message": prompt(
+            part(5, part(1, many(part(2, b"a")))), "prompt.messages.messages[0].content"
+        ),
         "allowed ids": sampling(part(11, many(b"\1")), "sampling.allowed_token_ids"),
         "stop ids": stopping(part(3, many(b"\1")), "stopping.stop_token_ids"),
         "biases": sampling(many(part(10, b"\x08\1\x15\0\0\0\0")), "sampling.logit_bias"),
