@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from concertina.codecs.token_text import TokenText
 from server.engine.sampling.bad_words import BadWords
 from server.engine.sampling.logits_processors import PenaltyState, ProcessorBatch
+from server.engine.sampling.long_rows import LONG_ROW
 from server.request import LogitsProcessors, prompt_of
 
 _PIECES = (b"", b"a", b"b", b"ab", b"ba", b"aab", b"\xc3", b"\xa9b", b"\xff", b"\xff\xffa")
@@ -60,3 +61,26 @@ def test_a_batch_draws_no_bad_word_and_each_stream_has_its_own() -> None:
     assert again is not None
     changed = again.apply(logits[:2], positions[:2])
     assert np.flatnonzero(np.isneginf(changed[1])).tolist() == [2, 4]
+
+
+def test_the_same_words_are_forbidden_in_a_large_vocabulary() -> None:
+    text = TokenText((*_PIECES, *(b"",) * (LONG_ROW - len(_PIECES))))
+    prompt = prompt_of(0, [], "I")
+    states = [
+        PenaltyState.of(LogitsProcessors(bad_bytes=(word,)), prompt, LONG_ROW, text)
+        for word in (b"abb", b"aa")
+    ]
+    states[0].recall(np.array([1]))  # "a", generated before
+    batch = ProcessorBatch.of(states)
+    assert batch is not None
+    logits = np.zeros(LONG_ROW, np.float32)
+
+    def forbidden(owner: int) -> list[int]:
+        changed = batch.apply_to(owner, logits, 0, np.empty(LONG_ROW))
+        return np.flatnonzero(np.isneginf(changed)).tolist()
+
+    assert (forbidden(0), forbidden(1)) == ([], [5])
+    batch.remember(np.array([2, 1]))  # "b", "a"
+    assert (forbidden(0), forbidden(1)) == ([2, 4], [1, 3, 5])
+    batch.remember(np.array([-1, -1]))  # nothing is drawn
+    assert (forbidden(0), forbidden(1)) == ([2, 4], [1, 3, 5])
