@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 
 from concertina.bundle.manifest import MANIFEST, write_manifest
+from concertina.codecs.chat_template import TEMPLATE
+from concertina.codecs.tokenizer_file import TOKENIZER
 from concertina.v1 import bundle_pb2 as pb
 from export.cost import count_cost
 from export.graphs import (
@@ -31,9 +33,6 @@ from export.weights import round_weights, stored_bytes
 from model.data import END_OF_TEXT, Dataset, DatasetInfo
 from model.decoder import Decoder
 from model.run import Checkpoint, load_checkpoint
-
-TOKENIZER = "tokenizer.json"
-"""What the tokens of a pretrained model are; its bundle holds it as it was found."""
 
 LARGEST_GRAPH = (1 << 31) - (1 << 24)
 """Bytes of weights in one file of ONNX, which is a protobuf message, beside its nodes."""
@@ -147,9 +146,10 @@ def export_bundle(
             _weigh(partial, manifest, checkpoint.model, precision)
         if state_precision is not None:
             _round_caches(partial, manifest, checkpoint.model, packed, state_precision, on_stage)
-        if checkpoint.origin is not None and (checkpoint_folder / TOKENIZER).exists():
-            shutil.copyfile(checkpoint_folder / TOKENIZER, partial / TOKENIZER)
-            files.append(TOKENIZER)
+        for extra in (TOKENIZER, TEMPLATE):
+            if checkpoint.origin is not None and (checkpoint_folder / extra).exists():
+                shutil.copyfile(checkpoint_folder / extra, partial / extra)
+                files.append(extra)
         write_manifest(partial, manifest, files)
         partial.chmod(0o755)
         if bundle_folder.exists():
@@ -282,7 +282,10 @@ def describe(
         manifest.fold.resets = _fold_resets(checkpoint.model)
     if checkpoint.origin is not None:
         origin = checkpoint.origin
+        manifest.tokenizer.template_tokens.update(origin.template_tokens)
         manifest.tokenizer.SetInParent()
+        if origin.begin_token is not None:
+            manifest.tokenizer.begin_token = origin.begin_token
         if origin.end_tokens:
             manifest.end_token = origin.end_tokens[0]
             manifest.tokenizer.end_tokens.extend(origin.end_tokens[1:])

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,10 @@ class Origin:
     weights_sha256: str
     """Of the files that held the weights, one after the other."""
     begin_token: int | None = None
+    """What its tokenizer puts before every text."""
     end_tokens: tuple[int, ...] = ()
+    template_tokens: Mapping[str, str] = field(default_factory=dict)
+    """Special tokens by the names that its chat template has for them."""
 
 
 @dataclass(frozen=True)

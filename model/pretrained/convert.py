@@ -84,12 +84,13 @@ def _write(
         "origin": asdict(origin),
     }
     (folder / CONFIG).write_text(json.dumps(content, indent=1, allow_nan=False))
-    for extra in source.extras:
-        shutil.copyfile(extra, folder / extra.name)
+    for name, written in source.vocabulary.files.items():
+        (folder / name).write_bytes(written)
 
 
 def _origin(source: Source, license: str | None) -> Origin:
     settings = source.settings
+    _token(settings, "bos_token_id", settings.get("bos_token_id"))  # wrong, even if it is not used
     ends = settings.get("eos_token_id")
     digest = hashlib.sha256()
     for file in source.files:
@@ -101,12 +102,13 @@ def _origin(source: Source, license: str | None) -> Origin:
         architecture=settings["model_type"],
         license=license or source.license,
         weights_sha256=digest.hexdigest(),
-        begin_token=_token(settings, "bos_token_id", settings.get("bos_token_id")),
+        begin_token=_token(settings, "the begin token", source.vocabulary.begin_token),
         end_tokens=tuple(
             token
             for each in (ends if isinstance(ends, list) else [ends])
             if (token := _token(settings, "eos_token_id", each)) is not None
         ),
+        template_tokens=dict(source.vocabulary.template_tokens),
     )
 
 

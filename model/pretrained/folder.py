@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,19 +11,13 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from model.pretrained.json_file import read_json
 from model.pretrained.source import UNKNOWN_LICENSE, PretrainedError, Source
+from model.pretrained.vocabulary import read_vocabulary
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _GENERATION = "generation_config.json"
-_EXTRAS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    _GENERATION,
-)
-_MOST_JSON = 32 << 20
 _MOST_HEADER = 32 << 20
 _LICENSE = re.compile(r"^license:[ \t]*['\"]?([\w.+-]+)", re.MULTILINE)
 _TOKENS = ("bos_token_id", "eos_token_id")
@@ -69,25 +62,8 @@ def open_folder(path: Path) -> Iterator[Source]:
         for file in files:
             opened = _open(stack, file)
             by_name |= dict.fromkeys(opened.keys(), opened)
-        extras = tuple(path / name for name in _EXTRAS if (path / name).is_file())
-        yield Source(path, settings, _Shards(by_name), files, _license(path), extras=extras)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises PretrainedError if there is none, or it is too large."""
-    try:
-        if path.stat().st_size > _MOST_JSON:
-            raise PretrainedError(f"{path} has {path.stat().st_size:,} bytes: that is no settings")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise PretrainedError(
-            f"{path.parent} has no {path.name}: it is not a whole model"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise PretrainedError(f"{path} cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise PretrainedError(f"{path} is not a JSON object")
-    return content
+        vocabulary = read_vocabulary(path)
+        yield Source(path, settings, _Shards(by_name), files, _license(path), vocabulary=vocabulary)
 
 
 def _weight_files(path: Path) -> tuple[Path, ...]:

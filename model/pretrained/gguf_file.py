@@ -15,6 +15,7 @@ from gguf.quants import dequantize
 from torch import Tensor
 
 from model.pretrained.gguf_header import Header, Stored, read_header
+from model.pretrained.gguf_vocabulary import vocabulary_of
 from model.pretrained.source import UNKNOWN_LICENSE, PretrainedError, Source
 
 SUFFIX = ".gguf"
@@ -84,7 +85,8 @@ def open_gguf(path: Path) -> Iterator[Source]:
         divisors = tuple(read_tensor(path, _DIVISORS, header.tensors[_DIVISORS]).tolist())
     license = str(header.fields.get("general.license", UNKNOWN_LICENSE))
     tensors = _Blocks(path, header, heads)
-    yield Source(path, settings, tensors, (path,), license, divisors)
+    vocabulary = vocabulary_of(header.fields)
+    yield Source(path, settings, tensors, (path,), license, divisors, vocabulary)
 
 
 def read_tensor(path: Path, name: str, stored: Stored) -> Tensor:
@@ -158,9 +160,15 @@ def _settings(header: Header) -> dict[str, Any]:
         "mlp_bias": "blk.0.ffn_up.bias" in header.tensors,
         "tie_word_embeddings": "output.weight" not in header.tensors,
         "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": fields.get("tokenizer.ggml.eos_token_id"),
+        "eos_token_id": _ends(fields) or None,
     }
     return {name: value for name, value in settings.items() if value is not None}
+
+
+def _ends(fields: dict[str, Any]) -> list[Any]:
+    """The tokens that end a text or, in a conversation, what one side says."""
+    found = (fields.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot"))
+    return list(dict.fromkeys(token for token in found if token is not None))
 
 
 def _scaling(get: Any) -> dict[str, Any] | None:

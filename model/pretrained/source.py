@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,6 +34,18 @@ class Tensors(Protocol):
 
 
 @dataclass(frozen=True)
+class Vocabulary:
+    """What is known of the tokens; nothing, if the source has no tokenizer."""
+
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """Files of a bundle, by name: `tokenizer.json` and `chat_template.jinja`."""
+    template_tokens: Mapping[str, str] = field(default_factory=dict)
+    """Special tokens by the names that the chat template has for them, such as `bos_token`."""
+    begin_token: int | None = None
+    """The token that the tokenizer puts before every text."""
+
+
+@dataclass(frozen=True)
 class Source:
     """A pretrained model that lies on disk."""
 
@@ -46,5 +58,4 @@ class Source:
     """SPDX identifier, as far as the source names one."""
     divisors: tuple[float, ...] = ()
     """What the frequencies of the rotary positions are divided by, pair by pair; empty: nothing."""
-    extras: tuple[Path, ...] = ()
-    """Files that say what tokens mean, to be kept beside the weights."""
+    vocabulary: Vocabulary = Vocabulary()

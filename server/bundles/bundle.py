@@ -13,16 +13,13 @@ import numpy.typing as npt
 from concertina.bundle import resources
 from concertina.bundle.manifest import ManifestError, read_manifest
 from concertina.bundle.resources import ELEMENT_BYTES, KIND_NAMES, Count
-from concertina.codecs.chat_template import ChatTemplate, ChatTemplateError, compiled
-from concertina.codecs.choosing import TOKENIZER, CodecError, codec_of
+from concertina.codecs.chat_template import TEMPLATE, ChatTemplate, ChatTemplateError, compiled
+from concertina.codecs.choosing import CodecError, codec_of
 from concertina.codecs.codec import Codec
-from concertina.codecs.tokenizer_file import TokenizerError
+from concertina.codecs.tokenizer_file import TOKENIZER, TokenizerError
 from concertina.v1 import bundle_pb2 as pb
 from server.bundles.state import StateKind, StateTensor, state_tensors
 from server.errors import BundleError
-
-TEMPLATE = "chat_template.jinja"
-"""The file of a bundle that turns messages into text."""
 
 
 @dataclass(frozen=True)

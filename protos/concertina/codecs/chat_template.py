@@ -18,6 +18,9 @@ from jinja2.parser import Parser
 
 from concertina.codecs.chat_sandbox import Budget, Sandbox, TemplateSpent
 
+TEMPLATE: Final = "chat_template.jinja"
+"""The file of a bundle that turns messages into text."""
+
 MOST_CHARACTERS: Final = 1 << 20
 """Characters of the largest template that is compiled."""
 

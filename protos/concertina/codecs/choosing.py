@@ -9,11 +9,8 @@ from concertina.codecs.codec import Codec
 from concertina.codecs.palette_codec import PaletteCodec
 from concertina.codecs.starts import LabelStarts, TokenStarts
 from concertina.codecs.tokenizer_codec import tokenizer_codec
-from concertina.codecs.tokenizer_file import TokenizerError, require_size
+from concertina.codecs.tokenizer_file import TOKENIZER, TokenizerError, require_size
 from concertina.v1 import bundle_pb2 as pb
-
-TOKENIZER = "tokenizer.json"
-"""The file of a bundle that says what its tokens are, if they are neither bytes nor pixels."""
 
 
 class CodecError(Exception):

@@ -6,6 +6,9 @@ import json
 from collections.abc import Iterator
 from typing import Any, Final
 
+TOKENIZER: Final = "tokenizer.json"
+"""The file of a bundle that says what its tokens are, if they are neither bytes nor pixels."""
+
 MOST_BYTES: Final = 48 << 20
 """Size of the largest file that is read; that of Gemma 3, with 262,144 tokens, has 32 MiB."""
 

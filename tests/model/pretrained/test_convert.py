@@ -25,7 +25,7 @@ def test_a_run_says_where_it_comes_from(tmp_path: Path) -> None:
     convert(folder, tmp_path / "run")
     checkpoint = load_checkpoint(tmp_path / "run")
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    expected = Origin("them/tiny", "llama", "apache-2.0", digest, begin_token=1, end_tokens=(2, 3))
+    expected = Origin("them/tiny", "llama", "apache-2.0", digest, end_tokens=(2, 3))
     assert checkpoint.origin == expected
     assert (checkpoint.data.source, checkpoint.data.license) == ("them/tiny", "apache-2.0")
     assert checkpoint.config.vocabulary == 11 and checkpoint.config.starts == 0

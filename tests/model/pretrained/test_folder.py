@@ -70,7 +70,7 @@ def test_pickled_weights_are_not_opened(tmp_path: Path) -> None:
         ("[]", "config.json is not a JSON object"),
         ('{"model_type": ', "config.json cannot be read"),
         ("[" * 100_000, "config.json cannot be read"),
-        ("[" + " " * (33 << 20), "bytes: that is no settings"),
+        ("[" + " " * (33 << 20), "bytes, the limit is 33,554,432"),
     ],
 )
 def test_settings_that_cannot_be_read(text: str | None, message: str, tmp_path: Path) -> None:
