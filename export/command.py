@@ -22,7 +22,9 @@ _DATA_TYPES = {
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder of a run of `concertina train`.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Folder of a run, from `concertina train` or `convert`.")
+    ],
     bundle: Annotated[Path, typer.Argument(help="Folder to write; an old bundle is replaced.")],
     name: Annotated[
         str, typer.Option(help="Name of the model in requests; default: the folder's name.")

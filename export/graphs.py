@@ -6,6 +6,7 @@ are named `<name>.<layer>`. Graph inputs are in the manifest's order; unused one
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping
 from functools import partial
@@ -315,6 +316,8 @@ def trace_graph(
     shapes: the dynamic dimensions of the example `inputs`, in the form that torch.export takes.
     """
     graph.eval()
+    # It warns of torchvision's operators, which no model here has.
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
