@@ -100,7 +100,7 @@ def test_gpu_serving_asks_for_no_training_package() -> None:
         (["protos/concertina/client", "protos/concertina/v1"], CLIENT, []),
         (["protos/concertina/bundle", "protos/concertina/codecs"], CLIENT, ["codecs"]),
         (["protos/concertina"], CLIENT, ["cli", "codecs"]),
-        (["server", "loadtest"], SERVER, ["cpu"]),
+        (["server", "loadtest"], SERVER, ["cpu", "hub"]),
         (["model", "export", "loadtest/bench"], SERVER, ["cpu", "train"]),
         (["loadtest/scenarios"], SERVER, ["cpu", "dev"]),
         (["tests", "tools"], SERVER, ["cpu", "train", "dev"]),

@@ -17,11 +17,11 @@ from concertina.codecs.chat_template import ChatTemplateError, compiled
 from concertina.machine import cores, cores_if_fewer, memory_bytes, share_of_memory
 from server.auth.api_keys import read_keys
 from server.auth.tls import require_usable
-from server.bundles.bundle import load_bundle
 from server.config import RANGES, ConfigError, EngineConfig, Provider, ServeConfig, TlsConfig
 from server.hosts.greeting import greeting
 from server.hosts.ray_environment import HAPROXY_PROGRAM, ray_environment
 from server.hosts.scratch import scratch_folder
+from server.hosts.sources import bundle_of, is_pretrained
 from server.ops.ports import require_free
 from server.ops.process import interrupt_on_stop_signals
 from server.snapshots.opening import open_store
@@ -40,7 +40,9 @@ def serve(
     bundles: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="Bundle folders. [dim]\\[default: every bundle in ./bundles][/]",
+            metavar="[SOURCE]...",
+            help="Bundle folders; or Hugging Face folders, GGUF files and hub ids, which are "
+            "converted first. [dim]\\[default: every bundle in ./bundles][/]",
             show_default=False,
         ),
     ] = None,
@@ -181,17 +183,26 @@ def serve(
 ) -> None:
     """Serve bundles over gRPC until Ctrl-C.
 
+    A pretrained model is converted once, which takes minutes and the extra `train`, and kept below
+    ~/.cache/concertina or $CONCERTINA_CACHE; docs/bring-your-own.md says which models can be.
+
     Examples:
     concertina serve
     concertina serve bundles/python-4k --port 9001 --slots 64
     concertina serve --local
+    concertina serve models/SmolLM2-135M-Instruct.Q4_1.gguf
     concertina serve --watch bundles
     concertina serve --replicas 2 --snapshots file:///var/lib/concertina
     """
     if watch is not None and not watch.is_dir():
         raise NotADirectoryError(f"watch is {watch}, which is not a directory: create it first")
     chosen = bundles or ([] if watch else find_bundles(BUNDLES))
-    folders = tuple(folder.resolve() for folder in chosen)
+    if any(is_pretrained(source) for source in chosen):
+        _require_ports(host, port, metrics_port)  # before minutes of work
+    console = plain_console()
+    # Check files and ports first, so that a mistake ends the start at once, with a clear message.
+    opened = [bundle_of(source, console.print) for source in chosen]
+    folders = tuple(bundle.folder for bundle in opened)
     if threads == 0:
         threads = max(1, cores() // replicas) if replicas > 1 else cores_if_fewer()
     tls = _tls(tls_cert, tls_key, tls_client_ca)
@@ -229,18 +240,13 @@ def serve(
             provider=provider,
         ),
     )
-    # Check files and ports first, so that a mistake ends the start at once, with a clear message.
-    opened = [load_bundle(folder) for folder in folders]
     if config.keys is not None:
         read_keys(config.keys)
     open_store(config.snapshots, config.snapshots_optional)
     if tls is not None:
         require_usable(tls)
-    require_free(host, port, "choose another port with --port")
-    if metrics_port:
-        require_free(host, metrics_port, "choose another with --metrics-port, or 0 for none")
+    _require_ports(host, port, metrics_port)
 
-    console = plain_console()
     names = ", ".join(bundle.name for bundle in opened)
     console.print(f"starting {names or f'the bundles in {watch}'}")
 
@@ -254,6 +260,13 @@ def serve(
     with suppress(KeyboardInterrupt):
         _serve(config, local, announce)
     console.print("stopped")
+
+
+def _require_ports(host: str, port: int, metrics_port: int) -> None:
+    """Raise PortTaken, with the option for another, if one is in use."""
+    require_free(host, port, "choose another port with --port")
+    if metrics_port:
+        require_free(host, metrics_port, "choose another with --metrics-port, or 0 for none")
 
 
 def _template(file: Path | None) -> str:
