@@ -11,7 +11,74 @@ _CHAT = "tests/concertina/codecs/test_chat_template.py"
 _WORDS = "tests/server/engine/sampling/test_bad_words.py"
 _SERVED = "tests/server/api/test_tokenizers.py"
 
+_SOURCES = "tests/server/hosts/test_sources.py"
+_PRETRAINED = "tests/model/pretrained/test_vocabulary.py"
+
 MUTANTS = (
+    *bugs(
+        "server/engine/sampling/logits_processors.py",
+        _WORDS,
+        (
+            "bad words are drawn from large vocabularies",
+            "            out[spelt.forbidden()] = -np.inf\n",
+            "            pass\n",
+            "test_the_same_words_are_forbidden_in_a_large_vocabulary",
+        ),
+    ),
+    *bugs(
+        "server/hosts/sources.py",
+        _SOURCES,
+        (
+            "a changed model is taken for the old one",
+            "\\0{found.st_mtime_ns}",
+            "",
+            "test_a_changed_model_is_another",
+        ),
+        (
+            "a damaged bundle stays",
+            "                shutil.rmtree(folder)\n",
+            "                pass\n",
+            "test_a_damaged_bundle_is_made_again",
+        ),
+        (
+            "a mistyped bundle is looked for in the hub",
+            "and not source.parent.exists()",
+            "",
+            "test_what_is_a_pretrained_model",
+        ),
+    ),
+    *bugs(
+        "model/pretrained/gguf_vocabulary.py",
+        _PRETRAINED,
+        (
+            "digits are merged",
+            '({"type": "Digits", "individual_digits": True},)',
+            "()",
+            "test_text_is_cut_as_the_file_says",
+        ),
+        (
+            "special tokens are text",
+            '"special": types[number] == _CONTROL',
+            '"special": False',
+            "test_the_tokenizer_of_a_gguf_file_is_that_of_the_folder",
+        ),
+        (
+            "unknown tokenizers are guessed",
+            'if model != "gpt2" or kind not in _SPLITS:',
+            'if model != "gpt2":',
+            "test_a_tokenizer_that_is_not_wholly_known_is_refused",
+        ),
+    ),
+    *bugs(
+        "model/pretrained/vocabulary.py",
+        _PRETRAINED,
+        (
+            "a begin token is never found",
+            "return int(token)",
+            "return None",
+            "test_the_begin_token_is_what_the_tokenizer_puts_first",
+        ),
+    ),
     *bugs(
         "protos/concertina/codecs/token_text.py",
         _TEXT,
