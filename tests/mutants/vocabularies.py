@@ -35,10 +35,10 @@ MUTANTS = (
             "test_a_changed_model_is_another",
         ),
         (
-            "a damaged bundle stays",
+            "what is no bundle any more stands in the way",
             "                shutil.rmtree(folder)\n",
             "                pass\n",
-            "test_a_damaged_bundle_is_made_again",
+            "test_what_a_killed_process_left_is_removed",
         ),
         (
             "a mistyped bundle is looked for in the hub",
