@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -44,8 +43,8 @@ def test_onnxruntime_writes_nothing_home(door: str, tmp_path: Path) -> None:
     """Without us, it would: a release that has another variable for it is noticed here."""
     if door.endswith(".genai"):
         pytest.importorskip("onnxruntime_genai")
-    environment = os.environ | {"HOME": str(tmp_path), "PYTHONPATH": f"{ROOT}:{ROOT / 'protos'}"}
-    environment.pop("ORT_DISABLE_TELEMETRY", None)
+    # It keeps quiet on a machine whose variables say that it tests (CI, GITHUB_ACTIONS and others).
+    environment = {"HOME": str(tmp_path), "PYTHONPATH": f"{ROOT}:{ROOT / 'protos'}"}
     graph = str(ROOT / "bundles/python-4k/fold.onnx")
     module = "json" if door == "nothing" else door
     subprocess.run([sys.executable, "-c", OPEN, module, graph], env=environment, check=True)

@@ -172,6 +172,8 @@ def _guarded(name: str, function: Callable[..., None]) -> Callable[..., None]:
 def _help(function: Callable[..., None] | None) -> tuple[str, str | None]:
     """The help page of a function, and the examples to show below its options."""
     text, *examples = re.split("\n\nExamples?:\n", inspect.getdoc(function) or "", maxsplit=1)
+    # Rich would keep the line ends of all paragraphs but the first.
+    text = "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
     return text, _epilog(examples[0]) if examples else None
 
 

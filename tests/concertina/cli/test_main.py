@@ -108,6 +108,9 @@ def test_a_function_becomes_a_command(run: Run, add: Add) -> None:
 
         At length.
 
+        A paragraph that is broken here
+        goes on in the line.
+
         Examples:
 
           concertina probe 3 --loud
@@ -124,6 +127,7 @@ def test_a_function_becomes_a_command(run: Run, add: Add) -> None:
     for part in (
         "concertina probe [OPTIONS]",
         "At length.",
+        "broken here goes on in the line.",
         "How many.",
         "$ concertina probe 3 --loud",
         "$ cat [a] | concertina probe 4",
