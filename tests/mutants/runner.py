@@ -69,7 +69,8 @@ def plant(tree: Path, mutant: Mutant) -> None:
 def run_tests(tree: Path, tests: Sequence[str], bundles: Path | None = None) -> Outcome:
     """Run `tests` in `tree` until one fails, with the bundles in `bundles`, or newly exported."""
     environment = {
-        **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        # Bundles of another run were exported without the bug.
+        **{k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TINY_BUNDLES")},
         **({} if bundles is None else {"TINY_BUNDLES": str(bundles)}),
         "OMP_NUM_THREADS": "1",  # several of these run side by side
         "HYPOTHESIS_PROFILE": "first",  # that there is a failure is enough
