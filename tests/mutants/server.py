@@ -425,4 +425,11 @@ MUTANTS = (
         "            finally:\n                pass\n\n        self._write",
         _STORY,
     ),
+    Mutant(
+        "a paused stream does not return while others run",
+        "server/engine/placement.py",
+        "(self.waiting or self.prefilling or self.paused)",
+        "(self.waiting or self.prefilling)",
+        "tests/server/engine/test_placement.py",
+    ),
 )
