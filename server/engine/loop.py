@@ -138,6 +138,7 @@ class StepLoop:
 
     def _measure(self, idle: bool) -> None:
         if idle or self._metrics.are_due(time.monotonic()):
+            self._metrics.observe()
             self._metrics.holding(
                 len(self._placement.running),
                 len(self._placement.waiting),

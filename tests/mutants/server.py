@@ -432,4 +432,11 @@ MUTANTS = (
         "(self.waiting or self.prefilling)",
         "tests/server/engine/test_placement.py",
     ),
+    Mutant(
+        "steps are not shown while their streams run",
+        "server/engine/loop.py",
+        "            self._metrics.observe()\n",
+        "            pass\n",
+        "tests/server/ops/test_metrics.py",
+    ),
 )
