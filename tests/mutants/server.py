@@ -43,14 +43,14 @@ MUTANTS = (
         ),
         (
             "a step's lengths off by one",
-            "lengths + 1, np",
-            "lengths, np",
+            "lengths + 1, len",
+            "lengths, len",
             "test_a_stream_that_begins_in_the_batch",
         ),
         (
             "a step reads a dead entry",
-            "lengths + 1, np",
-            "lengths + 2, np",
+            "lengths + 1, len",
+            "lengths + 2, len",
             "test_a_stream_that_begins_in_the_batch",
         ),
         (
@@ -438,5 +438,12 @@ MUTANTS = (
         "            self._metrics.observe()\n",
         "            pass\n",
         "tests/server/ops/test_metrics.py",
+    ),
+    Mutant(
+        "a prompt's logits are those that a pass before wanted",
+        "server/runtime/onnx_session.py",
+        "        if self._wanted != len(logits):",
+        "        if self._wanted < 0:",
+        "tests/server/engine/test_engine.py",
     ),
 )
