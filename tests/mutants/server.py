@@ -446,4 +446,11 @@ MUTANTS = (
         "        if self._wanted < 0:",
         "tests/server/engine/test_engine.py",
     ),
+    Mutant(
+        "a torn character is forgotten where a token without text follows",
+        "protos/concertina/codecs/token_text.py",
+        "        if piece:  # nothing completes nothing\n            self",
+        "        if True:\n            self",
+        "tests/concertina/codecs/test_token_text.py",
+    ),
 )
