@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import onnx
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from concertina.v1 import bundle_pb2 as pb
+from export.graph_file import Array, Matrices, write_graph
 from export.kernel import (
     Kernel,
     free_entries,
@@ -25,7 +27,7 @@ from export.kernel import (
     pack_attention,
     turn_in_kernel,
 )
-from export.weights import name_weights, store_half
+from export.weights import name_weights
 from model.attention import widen
 from model.decoder import Block, Decoder
 from model.layers.architecture import OURS
@@ -248,11 +250,14 @@ def export_step(
     path: Path,
     data_type: pb.DataType = pb.DATA_TYPE_FLOAT32,
     units: Units | None = None,
+    *,
+    beside: bool = False,
 ) -> None:
     """Write the step graph of `model` to `path`, with its weights in two bytes where they fit.
 
-    data_type: type of the state, see `state_tensors`; int8 needs `units`. The stacks of an
-    architecture that is not ours may have fewer entries than the context.
+    data_type: type of the state, see `state_tensors`; int8 needs `units`. beside: puts the weights
+    into a file of their own. The stacks of an architecture that is not ours may have fewer entries
+    than the context.
     """
     graph = StepGraph(model, units=units)
     # The exporter treats equal sizes and size 1 as constants, so all example sizes differ.
@@ -270,13 +275,12 @@ def export_step(
     graph(*inputs)
     inputs_named = ["tokens", "positions", "lengths", "longest", "rows", *names]
     outputs = ["logits", *(f"next.{name}" for name in graph.changed)]
-    proto = trace_graph(graph, inputs, shapes, inputs_named, outputs)
+    proto, matrices = trace_graph(graph, inputs, shapes, inputs_named, outputs)
     pack_attention(proto)
     if model.config.architecture != OURS:
         free_entries(proto, {name for name in names if name.split(".")[0] in CACHES})
-    name_weights(proto, model)
-    store_half(proto)
-    onnx.save(proto, path)
+    name_weights(proto, matrices, model)
+    write_graph(proto, path, matrices, beside)
 
 
 def export_fold(
@@ -302,22 +306,33 @@ def export_fold(
                 shape[1] = rows
     graph(example)
     outputs = [f"next.{name}" for name in graph.changed]
-    proto = trace_graph(graph, (example,), (shapes,), [t.name for t in state], outputs)
-    name_weights(proto, model)
-    store_half(proto)
-    onnx.save(proto, path)
+    proto, matrices = trace_graph(graph, (example,), (shapes,), [t.name for t in state], outputs)
+    name_weights(proto, matrices, model)
+    write_graph(proto, path, matrices)
+
+
+class Traced(NamedTuple):
+    """A graph, and the content of those of its initializers that are matrices of floats.
+
+    Most of that content is the very memory of the model.
+    """
+
+    proto: onnx.ModelProto
+    matrices: Matrices
 
 
 def trace_graph(
     graph: nn.Module, inputs: tuple[object, ...], shapes: object, names: list[str], out: list[str]
-) -> onnx.ModelProto:
+) -> Traced:
     """`graph` as ONNX, with names for inputs and outputs; unused inputs are left out.
 
     shapes: the dynamic dimensions of the example `inputs`, in the form that torch.export takes.
     """
     graph.eval()
-    # It warns of torchvision's operators, which no model here has.
-    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
+    # The first warns of torchvision's operators, which no model here has; the second of matrices
+    # that are taken out of the graph.
+    for name in ("torch.onnx._internal.exporter._registration", "onnx_ir.serde"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
@@ -331,11 +346,20 @@ def trace_graph(
             verbose=False,
         )
     assert program is not None
+    matrices: dict[str, Array] = {}
+    for name, value in program.model.graph.initializers.items():
+        content = value.const_value
+        assert content is not None
+        if content.dtype == onnx.TensorProto.FLOAT and len(content.shape) > 1 < content.size:
+            matrices[name] = content.numpy()
+            value.const_value = None
     proto = program.model_proto
+    for name, values in matrices.items():
+        proto.graph.initializer.add(name=name, dims=values.shape, data_type=onnx.TensorProto.FLOAT)
     for node in proto.graph.node:
         del node.metadata_props[:]  # stack traces, which contain paths of this machine
     read = {name for node in proto.graph.node for name in node.input}
     unread = [value for value in proto.graph.input if value.name not in read]
     for value in unread:
         proto.graph.input.remove(value)
-    return proto
+    return Traced(proto, matrices)

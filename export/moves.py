@@ -81,7 +81,7 @@ def export_moves(state: Sequence[pb.StateTensor], folder: Path) -> list[str]:
         elif tensor.kind == pb.STATE_KIND_HISTORY:
             shape[1] = tokens
     buffer_shapes = [{0: slots} for _ in state]
-    proto = trace_graph(
+    proto, _ = trace_graph(
         take,
         (*index, buffers),
         (*index_shapes, buffer_shapes),
@@ -89,7 +89,7 @@ def export_moves(state: Sequence[pb.StateTensor], folder: Path) -> list[str]:
         part_names,
     )
     onnx.save(proto, folder / TAKE)
-    proto = trace_graph(
+    proto, _ = trace_graph(
         _PutGraph(state),
         (*index, buffers, parts),
         (*index_shapes, buffer_shapes, part_shapes),

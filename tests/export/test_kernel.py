@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from export.graph_file import write_graph
 from export.graphs import trace_graph
 from export.kernel import group_query_attention
 from model.attention import push_and_attend
@@ -49,7 +50,8 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     names = ["q", "k", "v", "keys", "values", "lengths", "longest"]
     shapes = (*[{0: batch, 2: time}] * 3, *[{0: batch}] * 3, None)
     inputs = (*tokens, *caches, lengths, torch.tensor(5, dtype=torch.int32))
-    onnx.save(trace_graph(Push(), inputs, shapes, names, ["out", "next_k", "next_v"]), path)
+    proto, matrices = trace_graph(Push(), inputs, shapes, names, ["out", "next_k", "next_v"])
+    write_graph(proto, path, matrices)
     return path
 
 
