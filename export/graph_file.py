@@ -26,7 +26,7 @@ DATA = ".data"
 """Ends the name of the file that has the weights of the graph it is named after."""
 
 _PAGE = 1 << 12  # where a tensor begins, so that it can be mapped
-_LEAST = 1 << 12  # what is smaller stays in the graph, where shapes are inferred from it
+_LEAST = 1 << 9  # what is smaller stays in the graph, where shapes are inferred from it
 _PIECE = 1 << 24  # numbers at a time
 _TYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 
