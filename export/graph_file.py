@@ -1,4 +1,4 @@
-"""Graphs on disk: matrices in the fewest bytes that lose nothing, in the graph's file or beside it.
+"""Graphs, traced and on disk: matrices in the fewest bytes, in the graph's file or beside it.
 
 A file of ONNX is a protobuf message, which holds at most 2 GiB. What is beside it is mapped into
 memory by onnxruntime, and here a piece is written at a time.
@@ -6,16 +6,20 @@ memory by onnxruntime, and here a piece is written at a time.
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx
+import torch
 from onnx import TensorProto, helper
+from torch import nn
 
 from model.decoder import Decoder
 from model.initial import HALF
@@ -25,6 +29,7 @@ LARGEST_GRAPH = (1 << 31) - (1 << 24)
 DATA = ".data"
 """Ends the name of the file that has the weights of the graph it is named after."""
 
+_OPSET = 18
 _PAGE = 1 << 12  # where a tensor begins, so that it can be mapped
 _LEAST = 1 << 9  # what is smaller stays in the graph, where shapes are inferred from it
 _PIECE = 1 << 24  # numbers at a time
@@ -33,6 +38,60 @@ _TYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 Array = npt.NDArray[Any]
 Matrices = Mapping[str, Array]
 """What initializers hold that have no content in the graph, by name."""
+
+
+class Traced(NamedTuple):
+    """A graph, and the content of those of its initializers that are matrices of floats.
+
+    Most of that content is the very memory of the model.
+    """
+
+    proto: onnx.ModelProto
+    matrices: Matrices
+
+
+def trace_graph(
+    graph: nn.Module, inputs: tuple[object, ...], shapes: object, names: list[str], out: list[str]
+) -> Traced:
+    """`graph` as ONNX, with names for inputs and outputs; unused inputs are left out.
+
+    shapes: the dynamic dimensions of the example `inputs`, in the form that torch.export takes.
+    """
+    graph.eval()
+    # The first warns of torchvision's operators, which no model here has; the second of matrices
+    # that are taken out of the graph.
+    for name in ("torch.onnx._internal.exporter._registration", "onnx_ir.serde"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            graph,
+            inputs,
+            input_names=names,
+            output_names=out,
+            dynamic_shapes=shapes,  # type: ignore[arg-type]
+            opset_version=_OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None
+    matrices: dict[str, Array] = {}
+    for name, initializer in program.model.graph.initializers.items():
+        content = initializer.const_value
+        assert content is not None
+        if int(content.dtype) == onnx.TensorProto.FLOAT and len(content.shape) > 1 < content.size:
+            matrices[name] = content.numpy()
+            initializer.const_value = None
+    proto = program.model_proto
+    for name, values in matrices.items():
+        proto.graph.initializer.add(name=name, dims=values.shape, data_type=onnx.TensorProto.FLOAT)
+    for node in proto.graph.node:
+        del node.metadata_props[:]  # stack traces, which contain paths of this machine
+    read = {name for node in proto.graph.node for name in node.input}
+    unread = [value for value in proto.graph.input if value.name not in read]
+    for value in unread:
+        proto.graph.input.remove(value)
+    return Traced(proto, matrices)
 
 
 def read_graph(path: Path) -> onnx.ModelProto:
@@ -67,7 +126,9 @@ def write_graph(
                 element = _smallest(values)
                 if element != values.dtype:
                     name += HALF
-                    casts.append(helper.make_node("Cast", [name], [tensor.name], to=_FLOAT))
+                    casts.append(
+                        helper.make_node("Cast", [name], [tensor.name], to=TensorProto.FLOAT)
+                    )
                 described = TensorProto(
                     name=name,
                     dims=values.shape,
@@ -88,9 +149,6 @@ def write_graph(
     else:
         partial.unlink()
         data.unlink(missing_ok=True)
-
-
-_FLOAT = TensorProto.FLOAT
 
 
 def stored_bytes(model: Decoder) -> int:

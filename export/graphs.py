@@ -6,20 +6,16 @@ are named `<name>.<layer>`. Graph inputs are in the manifest's order; unused one
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
-import onnx
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
 from concertina.v1 import bundle_pb2 as pb
-from export.graph_file import Array, Matrices, write_graph
+from export.graph_file import trace_graph, write_graph
 from export.kernel import (
     Kernel,
     free_entries,
@@ -34,7 +30,6 @@ from model.layers.architecture import OURS
 from model.layers.positions import Turn
 from model.patterns.pattern import Pattern, Place, StateTensor
 
-_OPSET = 18
 TORCH_TYPES = {
     pb.DATA_TYPE_FLOAT32: torch.float32,
     pb.DATA_TYPE_FLOAT16: torch.float16,
@@ -309,57 +304,3 @@ def export_fold(
     proto, matrices = trace_graph(graph, (example,), (shapes,), [t.name for t in state], outputs)
     name_weights(proto, matrices, model)
     write_graph(proto, path, matrices)
-
-
-class Traced(NamedTuple):
-    """A graph, and the content of those of its initializers that are matrices of floats.
-
-    Most of that content is the very memory of the model.
-    """
-
-    proto: onnx.ModelProto
-    matrices: Matrices
-
-
-def trace_graph(
-    graph: nn.Module, inputs: tuple[object, ...], shapes: object, names: list[str], out: list[str]
-) -> Traced:
-    """`graph` as ONNX, with names for inputs and outputs; unused inputs are left out.
-
-    shapes: the dynamic dimensions of the example `inputs`, in the form that torch.export takes.
-    """
-    graph.eval()
-    # The first warns of torchvision's operators, which no model here has; the second of matrices
-    # that are taken out of the graph.
-    for name in ("torch.onnx._internal.exporter._registration", "onnx_ir.serde"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            graph,
-            inputs,
-            input_names=names,
-            output_names=out,
-            dynamic_shapes=shapes,  # type: ignore[arg-type]
-            opset_version=_OPSET,
-            dynamo=True,
-            verbose=False,
-        )
-    assert program is not None
-    matrices: dict[str, Array] = {}
-    for name, value in program.model.graph.initializers.items():
-        content = value.const_value
-        assert content is not None
-        if content.dtype == onnx.TensorProto.FLOAT and len(content.shape) > 1 < content.size:
-            matrices[name] = content.numpy()
-            value.const_value = None
-    proto = program.model_proto
-    for name, values in matrices.items():
-        proto.graph.initializer.add(name=name, dims=values.shape, data_type=onnx.TensorProto.FLOAT)
-    for node in proto.graph.node:
-        del node.metadata_props[:]  # stack traces, which contain paths of this machine
-    read = {name for node in proto.graph.node for name in node.input}
-    unread = [value for value in proto.graph.input if value.name not in read]
-    for value in unread:
-        proto.graph.input.remove(value)
-    return Traced(proto, matrices)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from concertina.v1 import bundle_pb2 as pb
-from export.graphs import TORCH_TYPES, trace_graph
+from export.graph_file import trace_graph
+from export.graphs import TORCH_TYPES
 
 TAKE, PUT = "take.onnx", "put.onnx"
 

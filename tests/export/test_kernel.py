@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from export.graph_file import write_graph
-from export.graphs import trace_graph
+from export.graph_file import trace_graph, write_graph
 from export.kernel import group_query_attention
 from model.attention import push_and_attend
 
