@@ -22,7 +22,7 @@ from export.graphs import (
     export_fold,
     export_step,
     fold_example,
-    layers,
+    schedule_of,
     state_tensors,
 )
 from export.heldout import cache_units, calibration_windows, heldout_bits
@@ -31,6 +31,7 @@ from export.packing import Packed
 from export.parity import check_parity
 from export.quantise import BLOCK, pack_weights, quantise_step, round_activations
 from export.weights import round_weights
+from model.config import ModelConfig
 from model.data import END_OF_TEXT, Dataset, DatasetInfo
 from model.decoder import Decoder
 from model.run import Checkpoint, load_checkpoint
@@ -103,6 +104,13 @@ def export_bundle(
             f"{bundle_folder} exists and is not a bundle: choose another folder, or remove it"
         )
     checkpoint = load_checkpoint(checkpoint_folder)
+    if checkpoint.config.architecture.folding is not None and (
+        state_precision is not None or data_type != pb.DATA_TYPE_FLOAT32
+    ):
+        raise ValueError(
+            "the layers of this model attend in several ways, and such a state is in float32 only: "
+            "leave --state out"
+        )
     if precision is not None:
         _check_fit(precision.heldout.info, checkpoint.data)
     if state_precision is not None:
@@ -269,12 +277,14 @@ def describe(
         ),
         metrics=metrics,
         parameters=sum(p.numel() for p in checkpoint.model.parameters()),
-        attention=config.attention + (f":{config.pooling}" if config.pooling != "max" else ""),
+        attention=_attention(config),
         cost=count_cost(checkpoint.model),
     )
-    schedule = layers(checkpoint.model)[0].schedule
+    schedule = schedule_of(checkpoint.model)
     if schedule is not None:
         manifest.fold.span, manifest.fold.binary = schedule.span, schedule.binary
+        manifest.fold.keep_first = schedule.keep_first
+        manifest.fold.keep_newest = schedule.keep_newest
         manifest.fold.resets = _fold_resets(checkpoint.model)
     if checkpoint.origin is not None:
         origin = checkpoint.origin
@@ -293,14 +303,24 @@ def describe(
     return manifest
 
 
+def _attention(config: ModelConfig) -> str:
+    """See `Manifest.attention`."""
+    if config.architecture.folding is not None:
+        return f"folded:{config.architecture.folding.summary}"
+    return config.attention + (f":{config.pooling}" if config.pooling != "max" else "")
+
+
 @torch.no_grad()
 def _fold_resets(model: Decoder) -> bool:
     """Whether only stack entries remain after a fold; see `FoldSchedule.resets`."""
-    schedule, state = layers(model)[0].schedule, state_tensors(model)
+    schedule, state = schedule_of(model), state_tensors(model)
     if schedule is None or any(t.kind == pb.STATE_KIND_HISTORY for t in state):
         return False
+    if model.config.architecture.folding is not None:
+        return False
     graph = FoldGraph(model)
-    after = graph([torch.randn_like(x) for x in fold_example(model, schedule.span, schedule.span)])
+    example, tokens = fold_example(model, schedule.span, schedule.span)
+    after = graph([torch.randn_like(x) for x in example], tokens)
     given = dict(zip(graph.changed, after, strict=True))
     return all(
         t.name in given and bool((given[t.name] == t.initial).all())

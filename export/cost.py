@@ -10,7 +10,14 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from concertina.v1 import bundle_pb2 as pb
-from export.graphs import FoldGraph, StepGraph, fold_example, layers, state_tensors, step_example
+from export.graphs import (
+    FoldGraph,
+    StepGraph,
+    fold_example,
+    schedule_of,
+    state_tensors,
+    step_example,
+)
 from model.attention import push_and_attend
 from model.decoder import Decoder
 
@@ -20,11 +27,11 @@ def count_cost(model: Decoder) -> pb.Cost:
     """Floating-point operations of the matrix products of one stream's step and fold."""
     one, two = _count_step(model, 1), _count_step(model, 2)
     cost = pb.Cost(step=2 * one - two, step_entry=two - one)
-    schedule = layers(model)[0].schedule
+    schedule = schedule_of(model)
     if schedule is None:
         return cost
     if not schedule.binary:
-        cost.fold = _count_fold(model, schedule.span, schedule.span)
+        cost.fold = _count_fold(model, schedule.taken, schedule.span)
         return cost
     sizes = [(1 + carries, 1 << carries) for carries in (1, 2, 3)]
     counted = [_count_fold(model, *size) for size in sizes]
@@ -35,15 +42,15 @@ def count_cost(model: Decoder) -> pb.Cost:
 
 def _count_step(model: Decoder, entries: int) -> int:
     """Operations of one token, with stacks of `entries`; the plain kernel reads all of them."""
-    tokens, positions, lengths, longest, _, state = step_example(model, batch=1, time=1)
-    assert isinstance(lengths, Tensor) and isinstance(state, list)
+    tokens, positions, lengths, longest, _, state, others = step_example(model, batch=1, time=1)
+    assert isinstance(state, list)
     state = [
         values[:, :, :entries] if tensor.kind == pb.STATE_KIND_STACK else values
         for tensor, values in zip(state_tensors(model), state, strict=True)
     ]
     graph = StepGraph(model, _plain_kernel)
     with FlopCounterMode(display=False) as counter:
-        graph(tokens, positions, lengths, longest, torch.zeros(1, dtype=torch.int64), state)
+        graph(tokens, positions, lengths, longest, torch.zeros(1, dtype=torch.int64), state, others)
     return int(counter.get_total_flops())
 
 
@@ -64,5 +71,5 @@ def _plain_kernel(
 
 def _count_fold(model: Decoder, entries: int, rows: int) -> int:
     with FlopCounterMode(display=False) as counter:
-        FoldGraph(model)(fold_example(model, entries, rows, batch=1))
+        FoldGraph(model)(*fold_example(model, entries, rows, batch=1))
     return int(counter.get_total_flops())

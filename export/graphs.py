@@ -28,7 +28,7 @@ from model.attention import widen
 from model.decoder import Block, Decoder
 from model.layers.architecture import OURS
 from model.layers.positions import Turn
-from model.patterns.pattern import Pattern, Place, StateTensor
+from model.patterns.pattern import Pattern, Place, Schedule, StateTensor
 
 TORCH_TYPES = {
     pb.DATA_TYPE_FLOAT32: torch.float32,
@@ -53,6 +53,21 @@ def layers(model: Decoder) -> list[Pattern]:
     return [block.pattern for block in model.blocks if isinstance(block, Block)]
 
 
+def schedule_of(model: Decoder) -> Schedule | None:
+    """When state folds, which is the same for all layers that fold; None if none does."""
+    return next((p.schedule for p in layers(model) if p.schedule is not None), None)
+
+
+def kept_of(pattern: Pattern) -> int:
+    """Entries that the stacks of a layer keep of a folded block."""
+    return next((tensor.kept for tensor in pattern.state() if tensor.kind == "stack"), 1)
+
+
+def other_lengths(model: Decoder) -> list[int]:
+    """What stacks keep of a folded block, other than one entry: their lengths are others, too."""
+    return sorted({kept_of(pattern) for pattern in layers(model)} - {1})
+
+
 def state_tensors(
     model: Decoder, data_type: pb.DataType = pb.DATA_TYPE_FLOAT32
 ) -> list[pb.StateTensor]:
@@ -71,6 +86,7 @@ def state_tensors(
             shape=tensor.shape,
             data_type=_type_of(tensor, data_type),
             initial=tensor.initial,
+            kept=None if tensor.kept == 1 else tensor.kept,
         )
         for layer, pattern in enumerate(layers(model))
         for tensor in pattern.state()
@@ -104,6 +120,8 @@ class StepGraph(nn.Module):
     `logits[R, vocabulary]`, then the changed state. With stacks, B > 1 and T > 1 together need
     empty stacks. The T tokens must not cross a point where a fold is due.
 
+    Stacks that keep k entries of a folded block, other than 1, have `lengths.k` and `longest.k`.
+
     kernel: pushes and attends. units: of caches in int8.
     """
 
@@ -128,9 +146,12 @@ class StepGraph(nn.Module):
         longest: Tensor,
         rows: Tensor,
         state: list[Tensor],
+        others: list[Tensor],
     ) -> tuple[Tensor, list[Tensor]]:
-        """See the class."""
+        """See the class. others: the other lengths and upper bounds, in turn."""
         remaining = iter(state)
+        pairs = zip(others[::2], others[1::2], strict=True)
+        grown = {1: (lengths, longest), **dict(zip(other_lengths(self.model), pairs, strict=True))}
 
         following: dict[str, Tensor] = {}
         x = self.model.embed_at(tokens, positions)
@@ -142,8 +163,9 @@ class StepGraph(nn.Module):
                 pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, x: Tensor, layer: int = layer
             ) -> Tensor:
                 units = [self.units[f"{name}.{layer}"] for name in CACHES if self.units]
-                push = partial(self.kernel, lengths=lengths, longest=longest, units=units)
-                place = Place(positions, lengths, push)
+                entries, most = grown[kept_of(pattern)]
+                push = partial(self.kernel, lengths=entries, longest=most, units=units)
+                place = Place(positions, entries, push)
                 given = {t.name: next(remaining) for t in pattern.state()}
                 out, changed = pattern.step(q, k, v, x, place, given)
                 following.update({f"{name}.{layer}": changed[name] for name in changed})
@@ -166,9 +188,10 @@ class StepGraph(nn.Module):
 
 
 class FoldGraph(nn.Module):
-    """Folds the state of every layer, as `Pattern.fold` describes.
+    """Folds the state of every layer that folds, as `Pattern.fold_at` describes.
 
-    Computes in float32 at least; `units`, of caches in int8, turn them into numbers and back.
+    Inputs: the state, and `tokens[B]`, how many tokens each stream has. Computes in float32 at
+    least; `units`, of caches in int8, turn them into numbers and back.
     """
 
     def __init__(self, model: Decoder, units: Units | None = None) -> None:
@@ -178,7 +201,7 @@ class FoldGraph(nn.Module):
         self.changed: list[str] = []
         """Names of the state tensors that the last pass returned."""
 
-    def forward(self, state: list[Tensor]) -> list[Tensor]:
+    def forward(self, state: list[Tensor], tokens: Tensor) -> list[Tensor]:
         """See the class."""
         remaining = iter(state)
         following: dict[str, Tensor] = {}
@@ -189,8 +212,10 @@ class FoldGraph(nn.Module):
             units = {
                 name: u for name in given if (u := self.units.get(f"{name}.{layer}")) is not None
             }
-            changed = pattern.fold(wide | {name: wide[name] * unit for name, unit in units.items()})
-            for name, part in changed.items():
+            if pattern.schedule is None:
+                continue
+            numbers = wide | {name: wide[name] * unit for name, unit in units.items()}
+            for name, part in pattern.fold_at(numbers, tokens).items():
                 if name in units:
                     part = (part / units[name]).round().clamp(-LARGEST - 1, LARGEST)
                 following[f"{name}.{layer}"] = part.to(given[name].dtype)
@@ -213,6 +238,11 @@ def step_example(
         torch.tensor(time, dtype=torch.int32),
         torch.arange(batch * time - 1),
         state,
+        [
+            torch.full(shape, time, dtype=torch.int32)
+            for _ in other_lengths(model)
+            for shape in ((batch,), ())
+        ],
     )
 
 
@@ -227,7 +257,7 @@ def fold_example(
     rows: int,
     batch: int = 2,
     data_type: pb.DataType = pb.DATA_TYPE_FLOAT32,
-) -> list[Tensor]:
+) -> tuple[list[Tensor], Tensor]:
     """Example inputs of the fold graph: `entries` of each stack, `rows` of each history."""
     example = []
     for tensor in state_tensors(model, data_type):
@@ -237,7 +267,7 @@ def fold_example(
         elif tensor.kind == pb.STATE_KIND_HISTORY:
             shape[0] = rows
         example.append(torch.zeros(batch, *shape, dtype=TORCH_TYPES[tensor.data_type]))
-    return example
+    return example, torch.full((batch,), entries)
 
 
 def export_step(
@@ -266,9 +296,12 @@ def export_step(
         None,
         {0: chosen},
         [{0: batch} for _ in names],
+        [shape for _ in other_lengths(model) for shape in ({0: batch}, None)],
     )
     graph(*inputs)
     inputs_named = ["tokens", "positions", "lengths", "longest", "rows", *names]
+    for kept in other_lengths(model):
+        inputs_named += [f"lengths.{kept}", f"longest.{kept}"]
     outputs = ["logits", *(f"next.{name}" for name in graph.changed)]
     proto, matrices = trace_graph(graph, inputs, shapes, inputs_named, outputs)
     pack_attention(proto)
@@ -286,9 +319,9 @@ def export_fold(
 ) -> None:
     """Write the fold graph of `model` to `path`. The pattern must have a fold."""
     graph = FoldGraph(model, units)
-    schedule = layers(model)[0].schedule
+    schedule = schedule_of(model)
     assert schedule is not None
-    sizes = (3, 4) if schedule.binary else (schedule.span, schedule.span)
+    sizes = (3, 4) if schedule.binary else (schedule.taken, schedule.span)
     state, batch = state_tensors(model), Dim("batch")
     example = fold_example(model, *sizes, data_type=data_type)
     shapes: list[dict[int, object]] = [{0: batch} for _ in state]
@@ -299,8 +332,9 @@ def export_fold(
                 shape[2] = entries
             elif tensor.kind == pb.STATE_KIND_HISTORY:
                 shape[1] = rows
-    graph(example)
+    graph(*example)
     outputs = [f"next.{name}" for name in graph.changed]
-    proto, matrices = trace_graph(graph, (example,), (shapes,), [t.name for t in state], outputs)
+    names = [*(t.name for t in state), "tokens"]
+    proto, matrices = trace_graph(graph, example, (shapes, {0: batch}), names, outputs)
     name_weights(proto, matrices, model)
     write_graph(proto, path, matrices)

@@ -165,7 +165,9 @@ def free_entries(proto: onnx.ModelProto, stacks: set[str]) -> None:
     """Let the stacks have any number of entries. The kernel takes it from the buffer it gets."""
     for value in (*proto.graph.input, *proto.graph.output):
         if value.name.removeprefix("next.") in stacks:
-            value.type.tensor_type.shape.dim[2].dim_param = "entries"
+            # Not one name for all: stacks of several lengths may be side by side.
+            name = value.name.removeprefix("next.")
+            value.type.tensor_type.shape.dim[2].dim_param = f"entries.{name}"
 
 
 def _multiply_scale(node: onnx.NodeProto, factor: float) -> None:

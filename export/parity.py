@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from concertina.v1 import bundle_pb2 as pb
-from export.graphs import LARGEST, FoldGraph, StepGraph, Units, layers, state_tensors
+from export.graphs import LARGEST, FoldGraph, StepGraph, Units, schedule_of, state_tensors
 from export.streaming import Array, Graphs, Stream, prefill
 from model.attention import push_and_attend
 from model.decoder import Decoder
@@ -50,15 +50,17 @@ def check_parity(
 ) -> pb.Parity:
     """Largest difference of a logit between the graphs in `folder` and `model`.
 
-    Compares every prefix length up to 3 spans + 2, several chunkings, and a batch of streams at
-    different positions. Raises ParityError above `TOLERANCE` or, for an architecture that is not
-    ours, above what PyTorch's forward in float32 differs, if that is more: such logits are as large
-    as they are. If the state is float16, the limit is `HALF_TOLERANCE`; if it is int8 with these
-    `units`, `INTEGER_TOLERANCE`; if activations are `rounded`, `ROUNDED_TOLERANCE`.
+    Compares every prefix length up to 3 spans + 2, behind the blocks that no fold takes; several
+    chunkings; and a batch of streams at different positions. Raises ParityError above `TOLERANCE`
+    or, for an architecture that is not ours, above what PyTorch's forward in float32 differs, if
+    that is more: such logits are as large as they are. If the state is float16, the limit is
+    `HALF_TOLERANCE`; if it is int8 with these `units`, `INTEGER_TOLERANCE`; if activations are
+    `rounded`, `ROUNDED_TOLERANCE`.
     """
     rng = np.random.default_rng(seed)
     span = model.config.span
-    length = min(3 * span + 2, manifest.context)
+    kept = manifest.fold.keep_first + manifest.fold.keep_newest
+    length = min((3 + kept) * span + 2, manifest.context)
     tokens = rng.integers(manifest.vocabulary, size=(4, length))
     if model.config.starts:
         tokens[:, 0] = manifest.vocabulary + rng.integers(1 + len(manifest.labels), size=4)
@@ -144,7 +146,8 @@ def _mixed_phases(
     """Decode four streams at different positions in one batch; each leaves it at its end."""
     length = tokens.shape[1]
     solos = []
-    for row, begun in enumerate((1, span - 1, span, 2 * span + 1)):
+    last = length - span - 1  # in the block before the last one
+    for row, begun in enumerate((1, span - 1, span, max(1, last))):
         solo = graphs.start(1, length)
         got = prefill(graphs, solo, tokens[row : row + 1, : min(begun, length - 1)], span, None)
         worst = _worse(worst, got, expected[row : row + 1, : got.shape[1]])
@@ -175,7 +178,7 @@ def _rounded_logits(model: Decoder, units: Units, tokens: Tensor) -> Tensor:
 
     The exported graphs share no rounding with this, so that the two check each other.
     """
-    schedule, tensors = layers(model)[0].schedule, state_tensors(model)
+    schedule, tensors = schedule_of(model), state_tensors(model)
     stacks = [tensor.kind == pb.STATE_KIND_STACK for tensor in tensors]
     batch, length = tokens.shape
     state = [torch.full((batch, *t.shape), t.initial).double() for t in tensors]
@@ -193,6 +196,7 @@ def _rounded_logits(model: Decoder, units: Units, tokens: Tensor) -> Tensor:
             longest,
             rows,
             state,
+            [],
         )
         parts.append(logits.view(batch, end - begin, -1))
         for name, values in zip(step.changed, changed, strict=True):
@@ -205,7 +209,7 @@ def _rounded_logits(model: Decoder, units: Units, tokens: Tensor) -> Tensor:
             values[:, :, first:entries] if stack else values
             for values, stack in zip(state, stacks, strict=True)
         ]
-        folded = fold(given)
+        folded = fold(given, torch.full((batch,), end))
         for name, values in zip(fold.changed, folded, strict=True):
             place = places[name]
             if name in units:

@@ -42,6 +42,8 @@ class Graphs:
         self.tensors = list(manifest.state)
         self.span = manifest.fold.span if manifest.HasField("fold") else None
         self.binary = manifest.fold.binary
+        self.kept = manifest.fold.keep_first + manifest.fold.keep_newest
+        self.taken = (1 + manifest.fold.keep_newest) * manifest.fold.span
         self.step_session = load(folder / "step.onnx", options)
         self.free = {
             value.name
@@ -83,6 +85,10 @@ class Graphs:
             "longest": np.array(stream.lengths.max(), np.int32),
             "rows": np.arange(batch * time),
         }
+        for kept in {t.kept for t in self.tensors if t.HasField("kept")}:
+            lengths = (self._lengths(stream, kept) + time).astype(np.int32)
+            feeds[f"lengths.{kept}"] = lengths
+            feeds[f"longest.{kept}"] = np.array(lengths.max(), np.int32)
         binding = self.step_session.io_binding()
         taken = {value.name for value in self.step_session.get_inputs()}
         given = {value.name for value in self.step_session.get_outputs()}
@@ -105,26 +111,43 @@ class Graphs:
         if self.fold_session is None or self.span is None:
             return
         given = [value.name.removeprefix("next.") for value in self.fold_session.get_outputs()]
-        for row in np.flatnonzero(stream.positions % self.span == 0):
+        due = stream.positions % self.span == 0
+        for row in np.flatnonzero(due & (stream.positions > self.kept * self.span)):
             position, length = int(stream.positions[row]), int(stream.lengths[row])
             tokens = position & -position if self.binary else self.span
-            entries = tokens.bit_length() if self.binary else self.span
-            newest = {
-                pb.STATE_KIND_STACK: (row, slice(None), slice(length - entries, length)),
-                pb.STATE_KIND_HISTORY: (row, slice(position - tokens, position)),
-                pb.STATE_KIND_RECURRENT: (row,),
+            entries = tokens.bit_length() if self.binary else self.taken
+            parts = {}
+            for t in self.tensors:
+                end = length
+                if t.HasField("kept"):
+                    end = int(self._lengths(stream, t.kept, folding=True)[row])
+                newest = {
+                    pb.STATE_KIND_STACK: (row, slice(None), slice(max(0, end - entries), end)),
+                    pb.STATE_KIND_HISTORY: (row, slice(position - tokens, position)),
+                    pb.STATE_KIND_RECURRENT: (row,),
+                }
+                parts[t.name] = t.kind, stream.state[t.name][newest[t.kind]]
+            feeds = {
+                v.name: np.array([position]) if v.name == "tokens" else parts[v.name][1][None]
+                for v in self.fold_session.get_inputs()
             }
-            parts = {t.name: (t.kind, stream.state[t.name][newest[t.kind]]) for t in self.tensors}
-            feeds = {v.name: parts[v.name][1][None] for v in self.fold_session.get_inputs()}
             folded = self.fold_session.run(None, feeds)
             for name, values in zip(given, folded, strict=True):
                 kind, part = parts[name]
                 if kind == pb.STATE_KIND_STACK:
                     part[:] = _JUNK if part.dtype.kind == "f" else _INTEGER_JUNK
-                    part[:, 0] = values[0, :, 0]
+                    part[:, : values.shape[2]] = values[0]
                 else:
                     part[:] = values[0]
-            stream.lengths[row] = length - entries + 1
+            stream.lengths[row] = length - (entries - 1 if self.binary else self.span - 1)
+
+    def _lengths(self, stream: Stream, kept: int, folding: bool = False) -> npt.NDArray[np.int64]:
+        """Entries of stacks that keep so many of a block; `folding`: before the folds now due."""
+        assert self.span is not None
+        complete = (stream.positions - folding) // self.span
+        folded = np.maximum(0, complete - self.kept)
+        lengths: npt.NDArray[np.int64] = stream.positions - folded * (self.span - kept)
+        return lengths
 
 
 def _unset(tensor: pb.StateTensor) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-from model.layers.architecture import OURS, Architecture
+from model.layers.architecture import OURS, Architecture, Folding
 
 Attention = Literal[
     "full",
@@ -119,9 +119,26 @@ class ModelConfig:
             )
         if built.windows and len(built.windows) != self.layers:
             raise ValueError(f"windows has {len(built.windows)} layers of {self.layers}")
-        for name in ("kv_heads", "rope", "windows"):
+        for name in ("kv_heads", "rope", "windows", "folding"):
             if getattr(built, name) and self.attention != "full":
                 raise ValueError(f"{name} needs full attention, and attention is {self.attention}")
+        if built.folding is not None:
+            self._check_folding(built.folding)
+
+    def _check_folding(self, folding: Folding) -> None:
+        if len(folding.layers) != self.layers:
+            raise ValueError(f"folding has {len(folding.layers)} layers of {self.layers}")
+        if self.context < self.span:
+            raise ValueError(
+                f"context {self.context} is shorter than one block of {self.span} tokens: folding "
+                "needs a span of at most the context"
+            )
+        for layer, window in enumerate(self.architecture.windows):
+            if window and folding.layers[layer] != "full":
+                raise ValueError(
+                    f"layer {layer} attends to the newest {window} tokens only, so that it cannot "
+                    f"be {folding.layers[layer]}: leave it full"
+                )
 
     @classmethod
     def read(cls, raw: Mapping[str, Any]) -> ModelConfig:

@@ -26,6 +26,7 @@ from export.weights import load_decoder
 from model.config import ModelConfig
 from model.data import DatasetInfo
 from model.decoder import Block, Decoder
+from model.layers.architecture import Architecture, Folding, Rope
 from model.run import CHECKPOINT, CONFIG, TrainConfig
 from tests.once import one_at_a_time
 
@@ -66,6 +67,39 @@ def write_checkpoint(folder: Path, config: ModelConfig, info: DatasetInfo) -> Pa
     return folder
 
 
+FOLDED = {
+    "folded:max": Folding(("full", "window", "fold"), 1, 0, "max"),
+    "folded:tangent": Folding(("fold", "full", "window"), 1, 1, "tangent"),
+    "folded:fitted": Folding(("full", "fold", "window"), 0, 1, "fitted"),
+}
+"""Patterns of bundles whose layers attend in several ways, as the manifest writes them."""
+
+
+def folded_config(folding: Folding, context: int = 32, span: int = 8) -> ModelConfig:
+    """A small model of another's: its keys turn with their positions, and its heads share them."""
+    return ModelConfig(
+        7,
+        context=context,
+        width=16,
+        layers=len(folding.layers),
+        heads=4,
+        mlp=24,
+        span=span,
+        attention="full",
+        positions="none",
+        architecture=Architecture(
+            kv_heads=2,
+            head_dim=8,
+            norm="rms",
+            activation="silu",
+            gated=True,
+            biases=(),
+            rope=Rope((1.0, 0.3, 0.1, 0.03)),
+            folding=folding,
+        ),
+    )
+
+
 def checkpoint_of(bundle: Path) -> Path:
     """The checkpoint beside a bundle that `export_tiny` made."""
     return bundle.with_name(f"{bundle.name}-checkpoint")
@@ -91,20 +125,23 @@ def _export(root: Path, name: str, pattern: str, context: int, span: int, half: 
         "image", 7, "noise", "CC0-1.0", 8, 4, tuple((40 * k, 9, 7) for k in range(7)), ("a", "b")
     )
     text = DatasetInfo("text", 7, "noise", "CC0-1.0")
-    info = text if pattern == "full" or context != 32 else pixels
-    variant = Variant.parse(pattern)
-    config = ModelConfig(
-        info.vocabulary,
-        context=context,
-        width=16,
-        layers=2,
-        heads=2,
-        mlp=24,
-        span=span,
-        attention=variant.attention,
-        pooling=variant.pooling,
-        starts=info.starts,
-    )
+    info = text if pattern in ("full", *FOLDED) or context != 32 else pixels
+    if pattern in FOLDED:
+        config = folded_config(FOLDED[pattern], context, span)
+    else:
+        variant = Variant.parse(pattern)
+        config = ModelConfig(
+            info.vocabulary,
+            context=context,
+            width=16,
+            layers=2,
+            heads=2,
+            mlp=24,
+            span=span,
+            attention=variant.attention,
+            pooling=variant.pooling,
+            starts=info.starts,
+        )
     checkpoint = write_checkpoint(root / f"{name}-checkpoint", config, info)
     data_type = pb.DATA_TYPE_FLOAT16 if half else pb.DATA_TYPE_FLOAT32
     export_bundle(checkpoint, root / name, name=f"tiny-{name}", version="7", data_type=data_type)

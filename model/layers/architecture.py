@@ -9,6 +9,8 @@ from typing import Any, Literal, get_args
 Normalisation = Literal["layer", "rms"]
 Activation = Literal["squared-relu", "relu", "silu", "gelu", "gelu-tanh"]
 Biased = Literal["qkv", "out", "mlp", "head"]
+LayerAttention = Literal["full", "fold", "window"]
+Summary = Literal["max", "tangent", "fitted"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,43 @@ class Rope:
     """Radians by which each pair turns from a token to the next; float32 numbers."""
     scale: float = 1.0
     """Factor of what was turned; yarn sharpens attention by it."""
+
+
+@dataclass(frozen=True)
+class Folding:
+    """Which layers of a model that was trained with full attention remember less.
+
+    Such a layer keeps the first `sink` blocks, the newest `window` complete ones and the open one.
+    A block that leaves the window is folded into one entry, or dropped.
+    """
+
+    layers: tuple[LayerAttention, ...]
+    """For each layer: all tokens stay, old blocks are folded, or dropped."""
+    sink: int = 1
+    window: int = 3
+    summary: Summary = "tangent"
+    """How a block is folded."""
+
+    def __post_init__(self) -> None:
+        for layer, attention in enumerate(self.layers):
+            if attention not in get_args(LayerAttention):
+                raise ValueError(
+                    f"folding of layer {layer} must be one of "
+                    f"{', '.join(get_args(LayerAttention))}; got {attention!r}"
+                )
+        if self.summary not in get_args(Summary):
+            raise ValueError(
+                f"summary must be one of {', '.join(get_args(Summary))}; got {self.summary!r}"
+            )
+        for name in ("sink", "window"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 blocks or more, got {getattr(self, name)}")
+        if {*self.layers} <= {"full"}:
+            raise ValueError(
+                "folding leaves every layer full: name layers to fold, or leave it out"
+            )
+        if "fold" not in self.layers and not self.window:
+            raise ValueError("window must be at least 1 block where no layer folds, got 0")
 
 
 @dataclass(frozen=True)
@@ -51,6 +90,8 @@ class Architecture:
     """Layers that take no part in `rope`."""
     windows: tuple[int, ...] = ()
     """For each layer, how many of the newest tokens are attended to; 0 means all. Empty: all."""
+    folding: Folding | None = None
+    """None: every layer keeps all tokens."""
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -79,6 +120,8 @@ class Architecture:
         }
         if rope := fields.get("rope"):
             fields["rope"] = Rope(tuple(rope["frequencies"]), rope["scale"])
+        if folding := fields.get("folding"):
+            fields["folding"] = Folding(**{**folding, "layers": tuple(folding["layers"])})
         return cls(**fields)
 
 

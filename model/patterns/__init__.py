@@ -7,6 +7,7 @@ from collections.abc import Callable
 from model.config import Attention, ModelConfig
 from model.patterns.axial import AxialRowMajor
 from model.patterns.fixed import BidirectionalFixed, Fixed, SparseFixed
+from model.patterns.folded import Folded, Windowed
 from model.patterns.full import Full
 from model.patterns.horizontal import AxialHorizontal
 from model.patterns.logsparse import HierarchicalLogsparse, Logsparse
@@ -34,7 +35,10 @@ PATTERNS: dict[Attention, Callable[[ModelConfig], Pattern]] = {
 
 
 def make_pattern(config: ModelConfig, layer: int = 0) -> Pattern:
-    """The attention pattern of one layer, chosen by `config.attention`."""
-    if config.architecture.windows:
-        return Full(config, config.architecture.windows[layer])
+    """The attention pattern of one layer, chosen by `config.attention` and the architecture."""
+    built = config.architecture
+    if built.folding is not None and built.folding.layers[layer] != "full":
+        return (Folded if built.folding.layers[layer] == "fold" else Windowed)(config)
+    if built.windows:
+        return Full(config, built.windows[layer])
     return PATTERNS[config.attention](config)

@@ -19,6 +19,8 @@ class Full(Pattern):
         super().__init__()
         self.window = window
         self.stack = (config.kv_heads, config.context, config.head_dim)
+        # Beside layers that fold, no fold takes anything of this one.
+        self.kept = 1 if config.architecture.folding is None else config.span
 
     def support(self, position: int) -> Support:
         """See Pattern."""
@@ -30,7 +32,8 @@ class Full(Pattern):
 
     def state(self) -> tuple[StateTensor, ...]:
         """See Pattern."""
-        return StateTensor("keys", "stack", self.stack), StateTensor("values", "stack", self.stack)
+        names = ("keys", "values")
+        return tuple(StateTensor(name, "stack", self.stack, kept=self.kept) for name in names)
 
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, place: Place, state: State

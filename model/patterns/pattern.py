@@ -42,6 +42,8 @@ class StateTensor:
     kind: Literal["stack", "history", "recurrent"]
     shape: tuple[int, ...]
     initial: float = 0.0
+    kept: int = 1
+    """Of a stack: entries that are left of a folded block. The span: it is never folded."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,30 @@ class Schedule:
     It takes the newest `span` entries of every stack and `span` rows of every history. If `binary`,
     it takes 1 + z entries and 2^z rows, where 2^z is the largest power of two that divides the
     number of tokens, like the carries of a binary counter.
+
+    The first `keep_first` blocks are not folded, and a block only when `keep_newest` complete ones
+    have followed it: then a fold takes the entries of these, too, and no rows.
     """
 
     span: int
     binary: bool = False
+    keep_first: int = 0
+    keep_newest: int = 0
+
+    @property
+    def taken(self) -> int:
+        """Entries that a fold takes, if not `binary`."""
+        return (1 + self.keep_newest) * self.span
+
+    def entries(self, pushed: int, kept: int = 1) -> int:
+        """Entries of a stack that keeps `kept` of a block, after `pushed` tokens."""
+        folded = max(0, pushed // self.span - self.keep_first - self.keep_newest)
+        return pushed - folded * (self.span - kept)
+
+    def most_entries(self, context: int, kept: int = 1) -> int:
+        """The most entries on the way to `context` tokens, if not `binary`."""
+        ends = {context, context - context % self.span or context}
+        return max(self.entries(end - 1, kept) + 1 for end in ends)
 
 
 class Push(Protocol):
@@ -114,3 +136,11 @@ class Pattern(nn.Module, ABC):
         it is the new content of the part.
         """
         raise NotImplementedError
+
+    def fold_at(self, state: State, tokens: Tensor) -> State:
+        """The same, if it is known how many `tokens[B]` each stream has.
+
+        With blocks that the schedule keeps, what replaces the part of a stack has the entries of
+        these, too. A stack of whose part nothing is left may be missing.
+        """
+        return self.fold(state)

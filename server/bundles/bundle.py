@@ -21,6 +21,9 @@ from concertina.v1 import bundle_pb2 as pb
 from server.bundles.state import StateKind, StateTensor, state_tensors
 from server.errors import BundleError
 
+_SUMMING = (":mean", ":tangent", ":fitted")
+"""Ends of the names of patterns whose folds depend on sums over tokens."""
+
 
 @dataclass(frozen=True)
 class Bundle:
@@ -107,7 +110,7 @@ class Bundle:
     @property
     def rounds_sums(self) -> bool:
         """Whether the caches are int8 and depend on sums over the tokens of a pass."""
-        return self.rounds_state and self.manifest.attention.endswith(":mean")
+        return self.rounds_state and self.manifest.attention.endswith(_SUMMING)
 
     @property
     def rounds_state(self) -> bool:
@@ -150,9 +153,17 @@ class Bundle:
         listed = {file.path for file in self.manifest.files}
         return {self.take_path.name, self.put_path.name} <= listed
 
-    def entries(self, pushed: Count) -> Count:
-        """Valid entries of every stack after `pushed` tokens and their folds."""
-        return resources.entries(self.manifest, pushed)
+    def entries(self, pushed: Count, kept: int = 1) -> Count:
+        """Valid entries after `pushed` tokens and their folds, of stacks that keep so many of a
+        folded block; see `StateTensor`.
+        """
+        return resources.entries(self.manifest, pushed, kept)
+
+    @cached_property
+    def other_lengths(self) -> tuple[int, ...]:
+        """What stacks keep of a folded block, other than one entry: they have other lengths."""
+        stacks = (tensor for tensor in self.state if tensor.name in self.stacks)
+        return tuple(sorted({tensor.kept for tensor in stacks} - {1}))
 
     @cached_property
     def state(self) -> tuple[StateTensor, ...]:
@@ -177,7 +188,7 @@ class Bundle:
         """Bytes of state that one stream needs after `pushed` tokens, by kind."""
         units = self._unit_bytes
         return {
-            "stack": units["stack"] * self.entries(pushed),
+            "stack": sum(n * self.entries(pushed, kept) for kept, n in self._entry_bytes.items()),
             "history": units["history"] * pushed,
             "recurrent": units["recurrent"],
         }
@@ -186,7 +197,9 @@ class Bundle:
         """The same, summed over streams with `pushed[B]` tokens."""
         units = self._unit_bytes
         return {
-            "stack": units["stack"] * int(self.entries(pushed).sum()),
+            "stack": sum(
+                n * int(self.entries(pushed, kept).sum()) for kept, n in self._entry_bytes.items()
+            ),
             "history": units["history"] * int(pushed.sum()),
             "recurrent": units["recurrent"] * len(pushed),
         }
@@ -194,6 +207,10 @@ class Bundle:
     @cached_property
     def _unit_bytes(self) -> dict[str, int]:
         return resources.unit_bytes(self.manifest)
+
+    @cached_property
+    def _entry_bytes(self) -> dict[int, int]:
+        return resources.entry_bytes(self.manifest)
 
     @property
     def max_state_bytes(self) -> int:
@@ -245,9 +262,14 @@ def _flaw(bundle: Bundle) -> str:
         _ = bundle.chat_template
     except ChatTemplateError as error:
         raise BundleError(f"{bundle.folder / TEMPLATE} {error}") from None
-    most = int(np.max(bundle.entries(np.arange(context)))) + 1 if bundle.stacks else 0
+    fold = manifest.fold
+    if (fold.keep_first or fold.keep_newest) and (fold.binary or fold.resets or not fold.span):
+        return "a fold that keeps blocks, and is binary, resets or has no span"
     for tensor in manifest.state:
-        shape = list(tensor.shape)
+        shape, kept = list(tensor.shape), resources.kept_entries(tensor)
+        if kept not in (0, 1, fold.span) or (kept != 1 and (fold.binary or fold.resets)):
+            return f"state {tensor.name} keeps {kept} entries of a block"
+        most = int(np.max(bundle.entries(np.arange(context), kept))) + 1
         along = {pb.STATE_KIND_STACK: (1, most), pb.STATE_KIND_HISTORY: (0, context)}
         axis, least = along.get(tensor.kind, (-1, 0))
         if tensor.data_type == pb.DATA_TYPE_INT8 and tensor.initial:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from concertina.bundle.resources import ELEMENT_TYPES
+from concertina.bundle.resources import ELEMENT_TYPES, kept_entries
 from concertina.v1 import bundle_pb2 as pb
 
 
@@ -32,6 +32,8 @@ class StateTensor:
     shape: tuple[int, ...]
     element: type[np.generic]
     initial: float
+    kept: int = 1
+    """Of a stack: entries that are left of a folded block. The span: it is never folded."""
 
     @property
     def nbytes(self) -> int:
@@ -48,6 +50,7 @@ def state_tensors(manifest: pb.Manifest) -> tuple[StateTensor, ...]:
             tuple(tensor.shape),
             ELEMENT_TYPES[tensor.data_type],
             tensor.initial,
+            kept_entries(tensor),
         )
         for tensor in manifest.state
     )

@@ -215,8 +215,7 @@ class Cache:
         rows = [row for row in due if row not in ended]
         if not rows:
             return 0
-        self._fold(rows, self._pushed[rows].tolist())
-        return len(rows)
+        return self._fold(rows, self._pushed[rows].tolist())
 
     # ---- several tokens at once, for a batch of one stream
 
@@ -260,15 +259,23 @@ class Cache:
         self._pushed = np.append(self._pushed, pushed)
         return self.num_running - 1
 
-    def _fold(self, rows: Sequence[int], pushed: Sequence[int]) -> None:
+    def _fold(self, rows: Sequence[int], pushed: Sequence[int]) -> int:
+        """Fold rows whose block is full, after `pushed` tokens each. Returns how many are due."""
         by_size: dict[tuple[int, int], list[tuple[int, StateLength, StateLength]]] = {}
         for row, tokens in zip(rows, pushed, strict=True):
             entries, history = size = self._bundle.fold_size(tokens)
-            end = StateLength(self._bundle.entries(tokens - 1) + 1, tokens)
-            begin = StateLength(end.entries - entries, tokens - history)
+            if not entries:  # a block that stays as it is
+                continue
+            end = StateLength(
+                self._bundle.entries(tokens - 1) + 1,
+                tokens,
+                self._bundle.entries(tokens - 1, 0) + 1,
+            )
+            begin = StateLength(end.entries - entries, tokens - history, end.windowed - entries)
             by_size.setdefault(size, []).append((row, begin, end))
         for parts in by_size.values():
             self._runtime.fold(*zip(*parts, strict=True))
+        return sum(map(len, by_size.values()))
 
     def _room(self, pushed: int) -> int:
         if self._bundle.span is None:
@@ -276,4 +283,5 @@ class Cache:
         return self._bundle.span - pushed % self._bundle.span
 
     def _length(self, pushed: int) -> StateLength:
-        return StateLength(self._bundle.entries(pushed), pushed)
+        entries = self._bundle.entries
+        return StateLength(entries(pushed), pushed, entries(pushed, 0))

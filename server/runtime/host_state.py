@@ -18,6 +18,8 @@ from server.bundles.state import StateKind, StateTensor
 
 NEXT = "next."
 """Prefix of the names of the graphs' state outputs."""
+TOKENS = "tokens"
+"""Input of the fold graph: how many tokens each stream has."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,17 @@ class StateLength:
     """The length of a stream's state."""
 
     entries: int
-    """Number of valid entries of each stack."""
+    """Number of valid entries of each stack of which a fold keeps one entry a block."""
     tokens: int
-    """Number of valid rows of each history."""
+    """Number of valid rows of each history, and of entries of each stack that never folds."""
+    windowed: int = 0
+    """Number of valid entries of each stack of which a fold keeps nothing."""
+
+    def along(self, kind: StateKind, kept: int) -> int:
+        """Entries or rows of a tensor of this kind; `kept`: see `StateTensor`."""
+        if kind == StateKind.HISTORY:
+            return self.tokens
+        return {0: self.windowed, 1: self.entries}.get(kept, self.tokens)
 
 
 EMPTY = StateLength(0, 0)
@@ -79,27 +89,34 @@ class HostRows:
         """
         if len(rows) % 2:  # float products, too, sum the last of an odd number in another order
             rows, begins, ends = ([*each, each[-1]] for each in (rows, begins, ends))
-        layouts = set(self._layouts.values())
+        names = {v.name.removeprefix(NEXT) for v in (*session.get_inputs(), *session.get_outputs())}
+        layouts = {layout for name, layout in self._layouts.items() if name in names}
         indices = {layout: _line_indices(*layout, rows, begins, ends) for layout in layouts}
         size = sum(
             indices[self._layouts[value.name]][0].size * self._lines[value.name][0].nbytes
             for value in session.get_inputs()
+            if value.name != TOKENS
         )
+        tokens = np.array([end.tokens for end in ends])
         together = max(2, FOLDED_BYTES // size // 2 * 2)
         for first in range(0, len(rows), together):
             some = {layout: n[first : first + together] for layout, n in indices.items()}
-            self._fold(session, {name: some[layout] for name, layout in self._layouts.items()})
+            at = {name: some[layout] for name, layout in self._layouts.items() if layout in some}
+            self._fold(session, at, tokens[first : first + together])
         if size > KEPT_BYTES:
             self._taken.clear()
 
-    def _fold(self, session: Any, indices: dict[str, Ints]) -> None:
-        feeds = {v.name: self._take(v.name, indices[v.name]) for v in session.get_inputs()}
+    def _fold(self, session: Any, indices: dict[str, Ints], tokens: Ints) -> None:
+        feeds = {
+            v.name: tokens if v.name == TOKENS else self._take(v.name, indices[v.name])
+            for v in session.get_inputs()
+        }
         folded = session.run(None, feeds)
         for output, values in zip(session.get_outputs(), folded, strict=True):
             name = output.name.removeprefix(NEXT)
             at = indices[name]
             if self._tensors[name].kind == StateKind.STACK:
-                at = at[:, :, :1]  # a fold gives one entry for the part
+                at = at[:, :, : values.shape[2]]  # a fold gives fewer entries than it takes
             self._lines[name][at] = values.reshape(*at.shape, -1)
 
     def _take(self, name: str, indices: Ints) -> npt.NDArray[np.generic]:
@@ -147,48 +164,48 @@ class HostRows:
         """A view of a tensor's row between two lengths; of a recurrent tensor, the whole row."""
         buffer: npt.NDArray[np.generic] = self.buffers[tensor.name][row]
         if tensor.kind == StateKind.STACK:
-            return buffer[:, begin.entries : end.entries]
+            first, last = (at.along(tensor.kind, tensor.kept) for at in (begin, end))
+            return buffer[:, first:last]
         if tensor.kind == StateKind.HISTORY:
             return buffer[begin.tokens : end.tokens]
         return buffer
 
 
-_Layout = tuple[StateKind, int, int]
-"""Kind of a tensor, number of stacks in a row of it, and number of lines in a stack."""
+_Layout = tuple[StateKind, int, int, int]
+"""Kind of a tensor, number of stacks in a row of it, number of lines in a stack, and what is kept.
+"""
 
 
 def _line(tensor: StateTensor) -> int:
     """Number of elements of a line."""
-    _, stacks, length = _layout(tensor)
+    _, stacks, length, _ = _layout(tensor)
     return math.prod(tensor.shape) // (stacks * length)
 
 
 def _layout(tensor: StateTensor) -> _Layout:
     match tensor.kind:
         case StateKind.STACK:
-            return tensor.kind, tensor.shape[0], tensor.shape[1]
+            return tensor.kind, tensor.shape[0], tensor.shape[1], tensor.kept
         case StateKind.HISTORY:
-            return tensor.kind, 1, tensor.shape[0]
+            return tensor.kind, 1, tensor.shape[0], 1
         case _:
-            return tensor.kind, 1, 1
+            return tensor.kind, 1, 1, 1
 
 
 def _line_indices(
     kind: StateKind,
     stacks: int,
     length: int,
+    kept: int,
     rows: Sequence[int],
     begins: Sequence[StateLength],
     ends: Sequence[StateLength],
 ) -> Ints:
     """Indices of the lines of `rows` between two lengths, `[B, stacks, lines]`."""
-    match kind:
-        case StateKind.STACK:
-            first, count = [b.entries for b in begins], ends[0].entries - begins[0].entries
-        case StateKind.HISTORY:
-            first, count = [b.tokens for b in begins], ends[0].tokens - begins[0].tokens
-        case _:
-            first, count = [0] * len(rows), 1
+    first, count = [0] * len(rows), 1
+    if kind is not StateKind.RECURRENT:
+        first = [begin.along(kind, kept) for begin in begins]
+        count = ends[0].along(kind, kept) - first[0]
     stack = np.array(rows)[:, None] * stacks + np.arange(stacks)
     begin: Ints = stack * length + np.array(first)[:, None]
     return begin[:, :, None] + np.arange(count)

@@ -14,7 +14,6 @@ import onnxruntime as ort
 
 from server.arrays import Floats, Ints, State
 from server.bundles.bundle import Bundle
-from server.bundles.state import StateTensor
 from server.config import ConfigError, Provider
 from server.errors import BundleError
 from server.runtime.device_state import DeviceRows
@@ -58,6 +57,7 @@ class Runtime:
                 f"{provider} needs float16: export the checkpoint again with --state float16"
             )
         self._tensors = bundle.state
+        self._bundle = bundle
         self._pairs = bundle.pairs_rows
         self._step_session = _load(bundle.step_path, threads, provider)
         self._fold_session = _load(bundle.fold_path, 1, provider) if bundle.span else None
@@ -160,7 +160,7 @@ class Runtime:
             self._steps.clear()  # they are bound to the old one
         place = first, len(tokens)
         if place not in self._steps:
-            self._steps[place] = _Binding(self._step_session, self._tensors, self.rows, *place)
+            self._steps[place] = _Binding(self._step_session, self._bundle, self.rows, *place)
         logits = self._logits[:wanted]
         self._steps[place].run(tokens, positions, lengths, logits)
         return logits
@@ -176,12 +176,13 @@ class _Binding:
     def __init__(
         self,
         session: ort.InferenceSession,
-        tensors: Sequence[StateTensor],
+        bundle: Bundle,
         rows: HostRows | DeviceRows,
         first: int,
         batch: int,
     ) -> None:
         self._session = session
+        self._bundle = bundle
         self._rows = rows  # keeps the memory that the binding points to alive
         self._io = session.io_binding()
         self._inputs = {value.name for value in session.get_inputs()}
@@ -192,7 +193,14 @@ class _Binding:
         self._lengths, self._longest = np.empty(batch, np.int32), np.empty((), np.int32)
         self._bind_input("lengths", self._lengths)
         self._bind_input("longest", self._longest)
-        for tensor in tensors:
+        self._others = {
+            kept: (np.empty(batch, np.int32), np.empty((), np.int32))
+            for kept in bundle.other_lengths
+        }
+        for kept, (entries, most) in self._others.items():
+            self._bind_input(f"lengths.{kept}", entries)
+            self._bind_input(f"longest.{kept}", most)
+        for tensor in bundle.state:
             element, shape = tensor.element, [batch, *tensor.shape]
             buffer = (rows.device, 0, element, shape, rows.address(tensor.name, first))
             if tensor.name in self._inputs:
@@ -216,6 +224,9 @@ class _Binding:
             self._io.bind_ortvalue_output(_LOGITS, ort.OrtValue.ortvalue_from_numpy(logits))
         self._tokens[...], self._positions[...] = tokens, positions
         self._lengths[...], self._longest[...] = lengths, lengths.max()
+        for kept, (entries, most) in self._others.items():
+            entries[...] = self._bundle.entries(positions[:, 0], kept) + tokens.shape[1]
+            most[...] = entries.max()
         self._session.run_with_iobinding(self._io)
 
     def _bind_input(self, name: str, values: npt.NDArray[np.generic]) -> None:

@@ -225,7 +225,7 @@ def _saved_state(bundle: Bundle, stored: pb.OutputSnapshot) -> SavedState:
     for tensor in bundle.state:
         shape = list(tensor.shape)
         if tensor.kind is StateKind.STACK:
-            shape[1] = int(bundle.entries(pushed))
+            shape[1] = int(bundle.entries(pushed, tensor.kept))
         elif tensor.kind is StateKind.HISTORY:
             shape[0] = pushed
         content, width = stored.state[tensor.name], np.dtype(tensor.element).itemsize

@@ -18,11 +18,16 @@ from model.patterns.pattern import Pattern, Place
 
 def entries_after(pattern: Pattern, pushed: int) -> int:
     """Valid entries of every stack after `pushed` tokens and the folds they made due."""
+    keeps = {tensor.kept for tensor in pattern.state() if tensor.kind == "stack"}
+    if pattern.schedule is not None and not pattern.schedule.binary:
+        (kept,) = keeps or {1}
+        sizes = [pattern.schedule.span] * (pushed // pattern.schedule.span)
+        first, newest = pattern.schedule.keep_first, pattern.schedule.keep_newest
+        folded = sizes[first : len(sizes) - newest]
+        return pushed - sum(folded) + kept * len(folded)
     if pattern.schedule is None:
         return pushed
-    if pattern.schedule.binary:
-        return pushed.bit_count()
-    return pushed // pattern.schedule.span + pushed % pattern.schedule.span
+    return pushed.bit_count()
 
 
 class Streams:
@@ -74,8 +79,10 @@ class Streams:
         schedule, pushed = self.pattern.schedule, self.pushed[row]
         if schedule is None or pushed % schedule.span:
             return
+        if pushed // schedule.span <= schedule.keep_first + schedule.keep_newest:
+            return
         carries = (pushed & -pushed).bit_length() - 1
-        entries = 1 + carries if schedule.binary else schedule.span
+        entries = 1 + carries if schedule.binary else schedule.span * (1 + schedule.keep_newest)
         tokens = 1 << carries if schedule.binary else schedule.span
         end = entries_after(self.pattern, pushed - 1) + 1
         part = {
@@ -84,11 +91,12 @@ class Streams:
             "recurrent": (),
         }
         given = {t.name: self.state[t.name][(row, *part[t.kind])][None] for t in self.tensors}
-        changed = self.pattern.fold(given)
+        changed = self.pattern.fold_at(given, torch.tensor([pushed]))
         for t in self.tensors:
             if t.name in changed:
                 if t.kind == "stack":
-                    self.state[t.name][row, :, end - entries] = changed[t.name][0, :, 0]
+                    left = changed[t.name][0]
+                    self.state[t.name][row, :, end - entries :][:, : left.shape[1]] = left
                 else:
                     self.state[t.name][(row, *part[t.kind])] = changed[t.name][0]
 

@@ -146,8 +146,8 @@ MUTANTS = (
         ),
         (
             "a fold at the wrong base",
-            "self._bundle.entries(tokens - 1) + 1",
-            "self._bundle.entries(tokens - 1) + 2",
+            "self._bundle.entries(tokens - 1) + 1,",
+            "self._bundle.entries(tokens - 1) + 2,",
             "test_prefill_in_any_chunks",
         ),
         (
@@ -158,8 +158,8 @@ MUTANTS = (
         ),
         (
             "a history's newest row forgotten",
-            "return StateLength(self._bundle.entries(pushed), pushed)",
-            "return StateLength(self._bundle.entries(pushed), pushed - 1)",
+            "return StateLength(entries(pushed), pushed, entries(pushed, 0))",
+            "return StateLength(entries(pushed), pushed - 1, entries(pushed, 0))",
             "test_any_prefix_in_the_prefill_slot_and_the_rest_in_the_batch",
         ),
     ),

@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from model.patterns import PATTERNS
-from tests.checkpoints import export_tiny
+from tests.checkpoints import FOLDED, export_tiny
 
-SERVED = [*sorted(PATTERNS.keys() - {"fixed-bidirectional"}), "fixed:mean", "fixed:deepset-max"]
-FAST = ("fixed", "full", "logsparse", "mixture")
+SERVED = [
+    *sorted(PATTERNS.keys() - {"fixed-bidirectional"}),
+    *("fixed:mean", "fixed:deepset-max", *FOLDED),
+]
+FAST = ("fixed", "full", "logsparse", "mixture", "folded:fitted")
 """Together they have all kinds of state: folded by block, by carry, or never."""
 
 

@@ -73,7 +73,8 @@ class Served:
             for row in range(num_rows(self.bundle, self.slots)):
                 tokens = pushed.get(row, 0)
                 if tensor.kind == pb.STATE_KIND_STACK:
-                    buffer[row, :, self.bundle.entries(tokens) :] = value
+                    kept = tensor.kept if tensor.HasField("kept") else 1
+                    buffer[row, :, self.bundle.entries(tokens, kept) :] = value
                 elif tensor.kind == pb.STATE_KIND_HISTORY:
                     buffer[row, tokens:] = value
                 elif row not in pushed:

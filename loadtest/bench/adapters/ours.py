@@ -182,7 +182,7 @@ def _made_up(bundle: Bundle, context: int) -> SavedState:
     for tensor in bundle.state:
         shape = list(tensor.shape)
         if tensor.kind is StateKind.STACK:
-            shape[1] = bundle.entries(context)
+            shape[1] = bundle.entries(context, tensor.kept)
         value = tensor.initial if tensor.kind is StateKind.RECURRENT else _FILLER
         state[tensor.name] = np.broadcast_to(np.asarray(value, tensor.element), shape)
     return SavedState(state, context)

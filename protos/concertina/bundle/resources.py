@@ -29,15 +29,28 @@ KIND_NAMES = {
 }
 
 
-def entries(manifest: pb.Manifest, pushed: Count) -> Count:
-    """Valid entries of every stack after `pushed` tokens and their folds."""
+def entries(manifest: pb.Manifest, pushed: Count, kept: int = 1) -> Count:
+    """Valid entries of a stack after `pushed` tokens and their folds.
+
+    kept: how many are left of a folded block; see `StateTensor.kept`.
+    """
     if not manifest.HasField("fold"):
         return pushed
     if manifest.fold.binary:
         if isinstance(pushed, np.ndarray):
             return np.bitwise_count(pushed).astype(np.int64)
         return pushed.bit_count()
-    return pushed // manifest.fold.span + pushed % manifest.fold.span
+    fold = manifest.fold
+    left = pushed // fold.span - fold.keep_first - fold.keep_newest
+    if isinstance(pushed, np.ndarray):
+        dropped: npt.NDArray[np.int64] = np.maximum(left, 0) * (fold.span - kept)
+        return pushed - dropped
+    return pushed - max(left, 0) * (fold.span - kept)
+
+
+def kept_entries(tensor: pb.StateTensor) -> int:
+    """Entries of a stack that are left of a folded block."""
+    return tensor.kept if tensor.HasField("kept") else 1
 
 
 def fold_size(manifest: pb.Manifest, pushed: int) -> tuple[int, int]:
@@ -45,13 +58,15 @@ def fold_size(manifest: pb.Manifest, pushed: int) -> tuple[int, int]:
 
     `(0, 0)` if no fold is due.
     """
-    span = manifest.fold.span
-    if not span or not pushed or pushed % span:
+    fold = manifest.fold
+    if not fold.span or not pushed or pushed % fold.span:
         return 0, 0
-    if manifest.fold.binary:
+    if fold.binary:
         rows = pushed & -pushed
         return rows.bit_length(), rows
-    return span, span
+    if pushed // fold.span <= fold.keep_first + fold.keep_newest:
+        return 0, 0
+    return fold.span * (1 + fold.keep_newest), fold.span
 
 
 def unit_bytes(manifest: pb.Manifest) -> dict[str, int]:
@@ -67,11 +82,24 @@ def unit_bytes(manifest: pb.Manifest) -> dict[str, int]:
     return units
 
 
+def entry_bytes(manifest: pb.Manifest) -> dict[int, int]:
+    """Bytes of one entry of all stacks, by how many entries they keep of a folded block."""
+    units: dict[int, int] = {}
+    for tensor in manifest.state:
+        if tensor.kind == pb.STATE_KIND_STACK:
+            shape, kept = list(tensor.shape), kept_entries(tensor)
+            size = math.prod((shape[0], *shape[2:])) * ELEMENT_BYTES[tensor.data_type]
+            units[kept] = units.get(kept, 0) + size
+    return units
+
+
 def state_bytes(manifest: pb.Manifest, pushed: Count) -> Count:
     """Bytes of state that a stream needs after `pushed` tokens."""
     units = unit_bytes(manifest)
-    grown = units["stack"] * entries(manifest, pushed) + units["history"] * pushed
-    return grown + units["recurrent"]
+    grown = units["history"] * pushed + units["recurrent"]
+    for kept, size in entry_bytes(manifest).items():
+        grown = grown + size * entries(manifest, pushed, kept)
+    return grown
 
 
 def peak_state_bytes(manifest: pb.Manifest, pushed: int) -> int:
@@ -80,15 +108,16 @@ def peak_state_bytes(manifest: pb.Manifest, pushed: int) -> int:
     A stack is largest just before a fold, after the push of the token that makes the fold due.
     """
     units = unit_bytes(manifest)
+    stacks = entry_bytes(manifest).items()
     return (
-        units["stack"] * peak_entries(manifest, pushed)
+        sum(size * peak_entries(manifest, pushed, kept) for kept, size in stacks)
         + units["history"] * pushed
         + units["recurrent"]
     )
 
 
-def peak_entries(manifest: pb.Manifest, pushed: int) -> int:
-    """The largest number of entries of a stack up to `pushed` tokens."""
+def peak_entries(manifest: pb.Manifest, pushed: int, kept: int = 1) -> int:
+    """The largest number of entries of a stack up to `pushed` tokens; `kept`: see `entries`."""
     if not pushed:
         return 0
     if manifest.HasField("fold") and manifest.fold.binary:
@@ -97,7 +126,7 @@ def peak_entries(manifest: pb.Manifest, pushed: int) -> int:
         return pushed.bit_length()
     span = manifest.fold.span if manifest.HasField("fold") else pushed
     last_fold = pushed - pushed % span
-    return max(entries(manifest, end - 1) + 1 for end in {last_fold or pushed, pushed})
+    return max(entries(manifest, end - 1, kept) + 1 for end in {last_fold or pushed, pushed})
 
 
 def step_flops(manifest: pb.Manifest, position: int) -> int:
@@ -106,7 +135,10 @@ def step_flops(manifest: pb.Manifest, position: int) -> int:
     Counts matrix products; a multiply-add is two operations. Positions begin at 0.
     """
     cost = manifest.cost
-    flops = cost.step + cost.step_entry * (entries(manifest, position) + 1)
+    stacks = [kept_entries(t) for t in manifest.state if t.kind == pb.STATE_KIND_STACK]
+    attended = sum(entries(manifest, position, kept) + 1 for kept in stacks)
+    # All layers have the same shape, so that an entry costs the same in each of them.
+    flops = cost.step + cost.step_entry * attended // max(1, len(stacks))
     taken, rows = fold_size(manifest, position + 1)
     if taken:
         flops += cost.fold + cost.fold_entry * taken + cost.fold_row * rows

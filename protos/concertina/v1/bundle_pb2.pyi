@@ -121,28 +121,34 @@ class ImageFormat(_message.Message):
     def __init__(self, width: _Optional[int] = ..., height: _Optional[int] = ..., palette: _Optional[bytes] = ...) -> None: ...
 
 class StateTensor(_message.Message):
-    __slots__ = ("name", "kind", "shape", "data_type", "initial")
+    __slots__ = ("name", "kind", "shape", "data_type", "initial", "kept")
     NAME_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
     DATA_TYPE_FIELD_NUMBER: _ClassVar[int]
     INITIAL_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
     name: str
     kind: StateKind
     shape: _containers.RepeatedScalarFieldContainer[int]
     data_type: DataType
     initial: float
-    def __init__(self, name: _Optional[str] = ..., kind: _Optional[_Union[StateKind, str]] = ..., shape: _Optional[_Iterable[int]] = ..., data_type: _Optional[_Union[DataType, str]] = ..., initial: _Optional[float] = ...) -> None: ...
+    kept: int
+    def __init__(self, name: _Optional[str] = ..., kind: _Optional[_Union[StateKind, str]] = ..., shape: _Optional[_Iterable[int]] = ..., data_type: _Optional[_Union[DataType, str]] = ..., initial: _Optional[float] = ..., kept: _Optional[int] = ...) -> None: ...
 
 class FoldSchedule(_message.Message):
-    __slots__ = ("span", "binary", "resets")
+    __slots__ = ("span", "binary", "resets", "keep_first", "keep_newest")
     SPAN_FIELD_NUMBER: _ClassVar[int]
     BINARY_FIELD_NUMBER: _ClassVar[int]
     RESETS_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIRST_FIELD_NUMBER: _ClassVar[int]
+    KEEP_NEWEST_FIELD_NUMBER: _ClassVar[int]
     span: int
     binary: bool
     resets: bool
-    def __init__(self, span: _Optional[int] = ..., binary: _Optional[bool] = ..., resets: _Optional[bool] = ...) -> None: ...
+    keep_first: int
+    keep_newest: int
+    def __init__(self, span: _Optional[int] = ..., binary: _Optional[bool] = ..., resets: _Optional[bool] = ..., keep_first: _Optional[int] = ..., keep_newest: _Optional[int] = ...) -> None: ...
 
 class Cost(_message.Message):
     __slots__ = ("step", "step_entry", "fold", "fold_entry", "fold_row")
