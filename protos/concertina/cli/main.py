@@ -104,6 +104,12 @@ def _convert() -> Any:
     return convert
 
 
+def _uptrain() -> Any:
+    from model.uptraining.command import uptrain
+
+    return uptrain
+
+
 def _export() -> Any:
     from export.command import export
 
@@ -132,6 +138,7 @@ COMMANDS = {
     "data": Command("Prepare training data.", _data),
     "train": Command("Train a model.", _train),
     "convert": Command("Take over a pretrained model.", _convert),
+    "uptrain": Command("Make a model remember less.", _uptrain),
     "export": Command("Turn a checkpoint into a bundle.", _export),
     "compare": Command("Train patterns side by side.", _compare),
 }
