@@ -27,7 +27,7 @@ MUTANTS = (
         ),
         (
             "a counter folds as blocks do",
-            "if manifest.fold.binary:\n        rows",
+            "if fold.binary:\n        rows",
             "if False:\n        rows",
             "test_prefill_in_any_chunks",
         ),
