@@ -6,6 +6,7 @@ from tests.mutants.mutant import bugs
 
 _PATTERNS = "tests/model/test_patterns.py"
 _LAYERS = "tests/model/test_streams.py"
+_FOLDED = "tests/model/test_folded.py"
 
 MUTANTS = (
     *bugs(
@@ -265,6 +266,19 @@ MUTANTS = (
             "longest step back missing (stream)",
             "self.bits = (config.context - 1).bit_length()",
             "self.bits = (config.context - 2).bit_length()",
+        ),
+    ),
+    *bugs(
+        "model/patterns/folded.py",
+        _FOLDED,
+        ("a fold turns keys on, and not back", "cosines, -sines)", "cosines, sines)"),
+        ("a fold turns keys back by the newest block", "(self.window + 1) * span +", "span +"),
+        ("a window is one block wider", "rows // span - self.window  #", "rows // span - 2  #"),
+        ("a group folds as its first head", "softmax(logits).mean(2)", "softmax(logits)[:, :, 0]"),
+        (
+            "the block itself judges what to keep",
+            "first + self.window * span : last + self.window * span",
+            "first:last",
         ),
     ),
 )

@@ -64,6 +64,12 @@ MUTANTS = (
         "server/runtime/host_state.py",
         _STREAMS,
         (
+            "layers that stay full count the entries of those that fold",
+            ".get(kept, self.tokens)",
+            ".get(kept, self.entries)",
+            "test_any_prefix_in_the_prefill_slot_and_the_rest_in_the_batch",
+        ),
+        (
             "a move leaves the query maximum behind",
             "part[...] = self._part(tensor, source, EMPTY, length)",
             "part[...] = part if part.ndim == 2 else self._part(tensor, source, EMPTY, length)",
