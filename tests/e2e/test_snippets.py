@@ -46,6 +46,7 @@ NOT_RUN = {
     "concertina data": "needs data, or takes minutes; tests/model",
     "concertina train": "takes hours; tests/model",
     "concertina convert": "needs a pretrained model; tests/model/pretrained",
+    "concertina uptrain": "needs a pretrained model; tests/model/uptraining",
     "concertina export": "needs a trained model; tests/export",
     "concertina compare": "takes hours; tests/export",
     "concertina bench": "takes minutes to hours; tests/loadtest/bench",
@@ -64,7 +65,7 @@ NOT_RUN = {
     "grpcurl": "is not ours",
     "helm install": "needs a cluster; tests/helm",
 }
-PARSED = ("serve", "loadtest", "train", "export", "compare", "bench", "data", "generate")
+PARSED = ("serve", "loadtest", "train", "uptrain", "export", "compare", "bench", "data", "generate")
 
 
 def _lines(document: Path) -> Iterator[str]:
