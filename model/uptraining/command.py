@@ -32,7 +32,9 @@ def uptrain(
     ],
     budget: Annotated[
         float,
-        typer.Option(help="State to keep, as a share of that of full attention in the context."),
+        typer.Option(
+            min=0, max=1, help="State to keep, as a share of full attention's in the context."
+        ),
     ] = 0.25,
     span: Annotated[int, typer.Option(min=2, help="Tokens per block.")] = 32,
     sink: Annotated[int, typer.Option(min=0, help="First blocks that no layer forgets.")] = 1,
