@@ -27,7 +27,7 @@ _WORK = 1_200_000
 _WIDTH, _HEIGHT, _MARGIN = 640, 280, 44
 _PARTS = {"model": "Model", "train": "Training", "init": "Begins with", "data": "Data"}
 """The parts of a configuration, and their titles."""
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 46rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
@@ -67,7 +67,7 @@ def write_report(folder: Path, info: DatasetInfo, samples: Tokens | None = None)
         folder / REPORT,
         f'<!doctype html>\n<html lang="en"><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width"><title>{title}</title>\n'
-        f"<style>{_STYLE}</style>\n" + "\n".join(parts) + "\n</html>\n",
+        f"<style>{STYLE}</style>\n" + "\n".join(parts) + "\n</html>\n",
     )
 
 

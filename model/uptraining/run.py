@@ -30,11 +30,14 @@ from model.run import (
     write_whole,
 )
 from model.uptraining.choose import LayerErrors, choose, share, with_layers
+from model.uptraining.compared import Comparison, compare
+from model.uptraining.report import write_report
 from model.uptraining.summaries import PASS, FitConfig, Fitted, fit_layers
 from model.uptraining.texts import encoder, windows
 from model.uptraining.weights import given_weights, summary_numbers
 
 _HEAD = "head.weight"
+_SHORTEST = 256
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,10 @@ class Settings:
     window_tokens: int = 2048
     """Tokens of a window of text."""
     fit: FitConfig = field(default_factory=FitConfig)
+    measured: tuple[int, ...] = ()
+    """Lengths of held-out texts on which to compare; none are compared on none."""
+    texts: int = 4
+    """How many texts of each length."""
 
     def __post_init__(self) -> None:
         if not 0 < self.budget < 1:
@@ -65,6 +72,13 @@ class Settings:
                 f"tokens is {self.tokens}: it must be at least {2 * self.window_tokens}, two "
                 "windows, as the last one is not fitted on"
             )
+        if self.texts < 1:
+            raise ValueError(f"texts must be at least 1, got {self.texts}")
+        if min(self.measured, default=_SHORTEST) < _SHORTEST:
+            raise ValueError(
+                f"measured is {min(self.measured)}: a text needs at least {_SHORTEST} tokens, to "
+                "have room for a pass key"
+            )
         for name in ("steps", "rate"):
             if getattr(self.fit, name) <= 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self.fit, name)}")
@@ -77,6 +91,8 @@ class Uptrained:
     config: ModelConfig
     errors: tuple[LayerErrors, ...]
     seconds: float
+    comparison: Comparison | None = None
+    """With full attention and with windows; None if nothing was measured."""
 
     @property
     def share(self) -> float:
@@ -91,12 +107,14 @@ def uptrain(
     settings: Settings,
     *,
     on_layer: Callable[[Fitted, int], None] = lambda done, layers: None,
+    on_variant: Callable[[str], None] = lambda what: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Uptrained:
     """Write the run `out`: the model of `run` with layers that fold, chosen within the budget.
 
-    The training part of `dataset` is what summaries are fitted on. A pass that was interrupted goes
-    on if everything is as before. Raises RunError if the model cannot be folded or `out` is in use,
+    The training part of `dataset` is what summaries are fitted on; the held-out part is what the
+    model is measured on, and if sliding windows that keep as much lose less, these it gets. A pass
+    that was interrupted goes on if everything is as before. Raises RunError if the model cannot be folded or `out` is in use,
     BudgetError if the budget is too small, and Interrupted if `stop` says so.
     """
     began = time.monotonic()
@@ -124,8 +142,16 @@ def uptrain(
         lambda done: on_layer(done, config.layers),
         stop,
     )
-    chosen = with_layers(config, choose(config, errors, settings.budget))
-    done = Uptrained(chosen, tuple(errors), time.monotonic() - began)
+    chosen, found = with_layers(config, choose(config, errors, settings.budget)), None
+    if settings.measured:
+        hays = [
+            windows(dataset.heldout, encode, first, count=settings.texts, length=length)
+            for length in sorted(settings.measured)
+        ]
+        numbers = summary_numbers(model)
+        found = compare(checkpoint, chosen, numbers, hays, encode, on_variant)
+        chosen = chosen if found.folds_win else found.window
+    done = Uptrained(chosen, tuple(errors), time.monotonic() - began, found)
     _write(run, out, checkpoint, model, done, settings)
     return done
 
@@ -136,11 +162,14 @@ def _every_layer_folded(run: Path, checkpoint: Checkpoint, settings: Settings) -
         raise RunError(f"{run} has {config.attention} attention: only full attention can be folded")
     if built.folding is not None:
         raise RunError(f"{run} is folded already: begin with the run that it was made of")
-    if settings.window_tokens > config.context:
-        raise RunError(
-            f"windows of {settings.window_tokens:,} tokens are longer than the model's context of "
-            f"{config.context:,}: lower --window-tokens"
-        )
+    for option, length in (
+        ("--window-tokens", settings.window_tokens),
+        ("--measure", max(settings.measured, default=0)),
+    ):
+        if length > config.context:
+            raise RunError(
+                f"{option} is {length:,}, and the model's context is {config.context:,}: lower it"
+            )
     layers = tuple("full" if width else "fold" for width in built.windows or (0,) * config.layers)
     try:
         folding = Folding(layers, settings.sink, settings.window, "fitted")  # type: ignore[arg-type]
@@ -150,9 +179,9 @@ def _every_layer_folded(run: Path, checkpoint: Checkpoint, settings: Settings) -
 
 
 def _key(run: Path, dataset: Dataset, settings: Settings) -> str:
-    """Stands for everything that a fit depends on. The budget is none of it."""
+    """Stands for everything that a fit depends on; the budget and what is measured do not."""
     file = (run / CHECKPOINT).stat()
-    fields = asdict(replace(settings, budget=0.5))
+    fields = asdict(replace(settings, budget=0.5, measured=(), texts=1))
     content = json.dumps([fields, file.st_size, file.st_mtime_ns, asdict(dataset.info)])
     digest = hashlib.sha256(content.encode())
     digest.update(dataset.train.tobytes())
@@ -188,6 +217,15 @@ def _write(
         if not (tied and name == _HEAD)
     }
     metrics = {**checkpoint.metrics, "state_share": done.share}
+    if done.comparison is not None:
+        folding = done.config.architecture.folding
+        assert folding is not None
+        write_report(out, folding.layers, done.errors, done.comparison)
+        for each in done.comparison.measured:
+            for loss, keys in zip(each.losses, each.keys, strict=True):
+                metrics[f"{each.variant}_nats_{loss.length}"] = loss.mean
+                metrics[f"{each.variant}_last_quarter_nats_{loss.length}"] = loss.parts[-1]
+                metrics[f"{each.variant}_keys_{loss.length}"] = keys.digits_right
     partial = out / (CHECKPOINT + PARTIAL)
     save_file(weights, partial, {"step": str(checkpoint.step), "metrics": json.dumps(metrics)})
     os.replace(partial, out / CHECKPOINT)

@@ -15,10 +15,15 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.data import Dataset, DatasetInfo
 from model.layers.architecture import Folding
+from model.report import REPORT
 from model.run import CHECKPOINT, CONFIG, RunError, load_checkpoint
 from model.uptraining.choose import BudgetError
+from model.uptraining.compared import TITLES, Comparison, Measured, Variant, verdict
+from model.uptraining.measure import Keys, Losses, losses
 from model.uptraining.run import Settings, uptrain
 from model.uptraining.summaries import PASS, FitConfig, Fitted, Interrupted
+from model.uptraining.texts import encoder, windows
+from model.uptraining.weights import given_weights
 from tests.checkpoints import folded_config, write_checkpoint
 
 INFO = DatasetInfo("text", 256, "noise", "CC0-1.0")
@@ -31,7 +36,7 @@ def text(seed: int = 0) -> Dataset:
     words = rng.integers(97, 123, size=(40, 5))
     words[:, 4] = 32
     content = words[rng.integers(40, size=1200)].astype(np.uint8).ravel()
-    return Dataset(INFO, content, content[:1000])
+    return Dataset(INFO, content, content[:3000])
 
 
 def config_of(context: int = 256) -> ModelConfig:
@@ -128,7 +133,7 @@ def test_what_cannot_be_folded_is_refused_by_name(run: Path, tmp_path: Path) -> 
     write_checkpoint(tmp_path / "folded", folded, INFO)
     with pytest.raises(RunError, match="is folded already"):
         uptrain(tmp_path / "folded", out, data, SETTINGS)
-    with pytest.raises(RunError, match="windows of 300 tokens are longer than the model's context"):
+    with pytest.raises(RunError, match="--window-tokens is 300, and the model's context is 256"):
         uptrain(run, out, data, replace(SETTINGS, tokens=600, window_tokens=300))
     with pytest.raises(RunError, match="exists: choose another folder"):
         uptrain(run, again, data, SETTINGS)
@@ -147,9 +152,76 @@ def test_what_cannot_be_folded_is_refused_by_name(run: Path, tmp_path: Path) -> 
         ({"window_tokens": 39}, "window_tokens is 39: with this span, sink and window it must be"),
         ({"tokens": 191}, "tokens is 191: it must be at least 192"),
         ({"fit": FitConfig(steps=0)}, "steps must be above 0, got 0"),
+        ({"texts": 0}, "texts must be at least 1, got 0"),
+        ({"measured": (2048, 255)}, "measured is 255: a text needs at least 256 tokens"),
         ({"fit": FitConfig(rate=0)}, "rate must be above 0, got 0"),
     ],
 )
 def test_impossible_settings_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(SETTINGS, **changes)  # type: ignore[arg-type]
+
+
+MEASURED = replace(SETTINGS, measured=(256,), texts=3)
+
+
+def made_up(run: Path, gain: float) -> Comparison:
+    """A comparison that folds win by `gain`."""
+    config = config_of()
+    layers = Folding(("full", "window", "window"), 1, 3, "max")
+    window = replace(config, span=8, architecture=replace(config.architecture, folding=layers))
+    lost = Losses(256, (2.0, 1.0, 1.0, 1.0), (1.0, 1.0))
+    variants: list[Variant] = ["full", "swapped", "folded", "window"]
+    measured = [Measured(each, 0.5, (lost,), (Keys(256, 0.75, 2),)) for each in variants]
+    return Comparison(tuple(measured), window, gain, 0.01)
+
+
+def test_what_loses_to_windows_does_not_fold(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, gain in (("folds", 0.1), ("windows", -0.1)):
+        found = made_up(run, gain)
+        monkeypatch.setattr("model.uptraining.run.compare", lambda *_, found=found: found)
+        made = uptrain(run, tmp_path / name, text(), MEASURED)
+        out = load_checkpoint(tmp_path / name)
+        assert out.config == made.config
+        assert (out.config == found.window) == (name == "windows")
+        assert any("pattern" in key for key in weights(tmp_path / name)) == (name == "folds")
+        assert out.metrics["window_nats_256"] == 1.25
+        assert out.metrics["folded_last_quarter_nats_256"] == 1.0
+        assert out.metrics["full_keys_256"] == 0.75
+        report = (tmp_path / name / REPORT).read_text()
+        other = "windows" if name == "folds" else "folds"
+        assert f"{name} lose 0.100 ± 0.020 nats a token less than {other}" in report
+        assert "<td>first blocks and sliding windows</td><td>0.500</td><td>256</td>" in report
+
+
+def test_every_variant_is_measured_on_the_same_text(run: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    made = uptrain(run, tmp_path / "out", text(), MEASURED, on_variant=said.append)
+    found = made.comparison
+    assert found is not None and said == [*TITLES.values()]
+    by_name = {each.variant: each for each in found.measured}
+    dataset = text()
+    hay = windows(dataset.heldout, *encoder(run, load_checkpoint(run)), count=3, length=256)
+    full = load_checkpoint(run)
+    assert by_name["full"].losses == (losses(full.model, hay),)
+    slides = given_weights(found.window, full.model)
+    assert by_name["window"].losses == (losses(slides, hay),)
+    assert by_name["window"].share >= by_name["folded"].share
+    assert by_name["folded"].losses != by_name["swapped"].losses
+    pairs = zip(
+        by_name["window"].losses[0].last_by_window,
+        by_name["folded"].losses[0].last_by_window,
+        strict=True,
+    )
+    assert found.gain == pytest.approx(np.mean([a - b for a, b in pairs]))
+    if found.folds_win:
+        own = load_checkpoint(tmp_path / "out").model
+        assert by_name["folded"].losses == (losses(own, hay),)
+
+
+def test_a_difference_within_its_error_is_said_to_be_none(run: Path) -> None:
+    assert verdict(made_up(run, 0.019)).endswith("that is not clear of chance")
+    assert verdict(made_up(run, -0.021)).endswith("in the last quarter of 256 tokens")
+    assert "±" not in verdict(replace(made_up(run, 0.1), error=float("nan")))
