@@ -15,7 +15,7 @@ from concertina.codecs.chat_template import TEMPLATE
 from concertina.codecs.tokenizer_file import TOKENIZER
 from concertina.v1 import bundle_pb2 as pb
 from export.cost import count_cost
-from export.graph_file import LARGEST_GRAPH, lies_beside, stored_bytes
+from export.graph_file import LARGEST_GRAPH, lies_beside, stored
 from export.graphs import (
     FoldGraph,
     Units,
@@ -111,8 +111,11 @@ def export_bundle(
         state_tensors(checkpoint.model, pb.DATA_TYPE_INT8)
     if checkpoint.origin is None:  # a pretrained model is served as it is
         round_weights(checkpoint.model)
-    beside = stored_bytes(checkpoint.model) > largest_graph
+    size, widest = stored(checkpoint.model)
+    beside = size > largest_graph
     manifest = describe(checkpoint, name, version, data_type)
+    if widest != pb.DATA_TYPE_FLOAT16:
+        manifest.weights = widest
     bundle_folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{bundle_folder.name}.", dir=bundle_folder.parent))
     try:

@@ -151,6 +151,11 @@ def test_weights_are_stored_as_small_as_loses_nothing(
     graph = onnx.load(tmp_path / "bundle" / "step.onnx").graph
     matrices = {t.data_type for t in graph.initializer if len(t.dims) == 2 and t.data_type != 7}
     assert matrices == {stored}
+    assert manifest.weights == {
+        torch.float32: pb.DATA_TYPE_FLOAT32,
+        torch.float16: pb.DATA_TYPE_UNSPECIFIED,  # as ever
+        torch.bfloat16: pb.DATA_TYPE_BFLOAT16,
+    }.get(kind)
     expected = load_checkpoint(tmp_path / "run").model.state_dict()
     for name, weight in load_decoder(tmp_path / "bundle").state_dict().items():
         assert torch.equal(weight, expected[name]), name

@@ -27,10 +27,10 @@ class Model:
     slots: streams that decode at the same time; `queue_limit` more may wait.
     max_state_bytes: size of one stream's state at its largest.
     metrics: measured on held-out data in training, for example `bits/byte`.
-    weights: how matrices are stored: `float16`, `int8` or `int4`.
-    weights_loss: bits per held-out token that this costs compared with `float16`.
+    weights: how matrices are stored: `float32`, `bfloat16`, `float16`, `int8` or `int4`.
+    weights_loss: bits per held-out byte or pixel that `int8` or `int4` costs.
     state: how keys and values of streams are kept: `float32`, `float16` or `int8`.
-    state_loss: bits per held-out token that `int8` costs compared with `float32`.
+    state_loss: bits per held-out byte or pixel that `int8` costs compared with `float32`.
     has_tokenizer: whether tokens are pieces of text, which `tokenize` gives, and not its bytes.
     """
 
@@ -127,7 +127,7 @@ def model_from(model: model_service_pb2.Model) -> Model:
         attention=manifest.attention,
         parameters=manifest.parameters,
         metrics=dict(manifest.metrics),
-        weights=f"int{quantisation.bits}" if quantisation.bits else "float16",
+        weights=f"int{quantisation.bits}" if quantisation.bits else _weights_type(manifest),
         weights_loss=quantisation.heldout - quantisation.heldout_float16,
         state=_state_type(manifest),
         state_loss=of_state.heldout - of_state.heldout_float32,
@@ -138,9 +138,18 @@ def model_from(model: model_service_pb2.Model) -> Model:
     )
 
 
+def _weights_type(manifest: bundle_pb2.Manifest) -> str:
+    """Name of the type of matrices that are not quantised."""
+    return _type_name(manifest.weights or bundle_pb2.DATA_TYPE_FLOAT16)
+
+
 def _state_type(manifest: bundle_pb2.Manifest) -> str:
     """Name of the smallest type in the state: the caches may be smaller than the rest of it."""
     types = {tensor.data_type for tensor in manifest.state}
     small = (bundle_pb2.DATA_TYPE_INT8, bundle_pb2.DATA_TYPE_FLOAT16)
     found = next((kind for kind in small if kind in types), bundle_pb2.DATA_TYPE_FLOAT32)
-    return bundle_pb2.DataType.Name(found).removeprefix("DATA_TYPE_").lower()
+    return _type_name(found)
+
+
+def _type_name(kind: bundle_pb2.DataType) -> str:
+    return bundle_pb2.DataType.Name(kind).removeprefix("DATA_TYPE_").lower()

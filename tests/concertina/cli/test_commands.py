@@ -711,6 +711,10 @@ def test_models_json(fake: Fake, run: Run) -> None:
     assert (code, text["name"], text["metrics"]) == (0, "prose", {"bits/byte": 1.25})
     assert (text["weights"], text["weights_loss"]) == ("float16", 0)
     assert (text["state"], text["state_loss"]) == ("float32", 0)
+    text_as_it_was, _ = fake.models
+    text_as_it_was.manifest.weights = bundle_pb2.DATA_TYPE_BFLOAT16
+    assert json.loads(run("models", "--json")[1].splitlines()[0])["weights"] == "bfloat16"
+    assert "+" not in run("models")[1]
     assert image["image"] == {"width": 4, "height": 3, "palette": "000000fffffff" + "f00000000ff"}
 
 
