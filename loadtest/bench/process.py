@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import selectors
 import signal
@@ -18,6 +19,7 @@ from typing import Protocol
 import psutil
 
 import loadtest
+from loadtest.bench.contestants import SOURCE
 from loadtest.bench.worker import FAILED, OUT_OF_MEMORY, Answer, Job
 
 # Our folders come last, so that the peers' own packages are found first.
@@ -175,6 +177,24 @@ def in_processes(peer_python: Mapping[str, str]) -> Iterator[Open]:
     finally:
         for contender in opened:
             contender.close()
+
+
+def prepare_source(path: Path, models: Path) -> Path:
+    """Make of a pretrained model what the engines take, unless it is there; the folder of it.
+
+    Raises RuntimeError, with the reason, where that is not possible.
+    """
+    path = path.resolve()
+    newest = max((path.stat().st_mtime_ns, *(each.stat().st_mtime_ns for each in path.glob("*"))))
+    key = hashlib.sha256(f"{path}\0{newest}".encode()).hexdigest()[:12]
+    folder = models / f"{path.stem}-{key}"
+    if not (folder / SOURCE).exists():
+        command = [sys.executable, "-m", "loadtest.bench.adapters.sources", str(path), str(folder)]
+        made = subprocess.run(command, capture_output=True, text=True)
+        if made.returncode:
+            last = (made.stderr.strip().splitlines() or [f"exit code {made.returncode}"])[-1]
+            raise RuntimeError(last.removeprefix("error: "))
+    return folder
 
 
 def command_for(job: Job, peer_python: Mapping[str, str]) -> list[str]:

@@ -53,6 +53,7 @@ class Job:
     window_s: float
     memory_bytes: int
     open_s: float
+    source: str = ""
 
     @staticmethod
     def parse(text: str) -> Job:
@@ -79,6 +80,7 @@ class Job:
             self.mode,
             self.weights,
             self.state,
+            Path(self.source) if self.source else None,
         )
 
 

@@ -1,11 +1,14 @@
-"""Transformers on PyTorch: a Llama of our size, decoded greedily over its static cache."""
+"""Transformers on PyTorch, decoded greedily over its static cache.
+
+The model is a pretrained one, or a Llama of our size.
+"""
 
 from __future__ import annotations
 
 import time
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from loadtest.bench.adapters.adapter import FirstToken, Session, Setting, Window
 from loadtest.bench.plan import Shape
@@ -63,15 +66,17 @@ class _Static:
     def __init__(self, setting: Setting, context: int) -> None:
         torch.set_num_threads(setting.threads)
         self._streams, self._context = setting.streams, context
-        self._model = LlamaForCausalLM.from_pretrained(setting.folder, dtype=torch.float32).eval()
+        weights, state = getattr(torch, setting.weights), getattr(torch, setting.state)
+        loaded = AutoModelForCausalLM.from_pretrained(setting.folder, dtype=weights)
+        self._model = loaded.eval()
         room = setting.context + setting.room
         self._cache = StaticCache(config=self._model.config, max_cache_len=room)
         shape = setting.shape
         self._cache.early_initialization(
             batch_size=setting.streams,
-            num_heads=shape.heads,
+            num_heads=shape.cached_heads,
             head_dim=shape.head_dim,
-            dtype=torch.float32,
+            dtype=state,
             device=torch.device("cpu"),
         )
         for layer in self._cache.layers:
