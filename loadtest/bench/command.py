@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import shutil
 import tempfile
 import time
@@ -12,9 +10,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import psutil
 import typer
@@ -23,19 +20,22 @@ from concertina.bundle.manifest import ManifestError
 from concertina.cli.output import plain_console, print_whole
 from concertina.machine import cores as usable_cores
 from concertina.machine import memory_bytes
-from loadtest.bench.contestants import CONTESTANTS, Source, contestants_of, read_source
+from loadtest.bench.contestants import CONTESTANTS, ON_GPU, Source, contestants_of, read_source
 from loadtest.bench.plan import (
     CELLS,
+    DRY_RUN,
+    DRY_RUN_CELLS,
     FIRST_TOKEN,
     QUICK_CELLS,
     ROOM,
     Cell,
     Plan,
+    Shape,
     expected_s,
     parse_cell,
 )
 from loadtest.bench.plots import plot
-from loadtest.bench.process import in_processes, prepare_source
+from loadtest.bench.process import describe_machine, in_processes, prepare_source
 from loadtest.bench.report import as_json
 from loadtest.bench.run import Progress, Report, run
 from loadtest.bench.tables import render
@@ -46,7 +46,6 @@ _CELLS = ",".join(str(cell).replace(" ", "") for cell in CELLS)
 _CELLS_OF_SOURCE = "256x1,256x8"
 _MEMORY_SHARE = 0.9
 _QUICK_ROUNDS, _QUICK_OPEN_S = 5, 120.0
-_LIBRARIES = ("concertina", "onnxruntime", "numpy")
 
 
 def bench(
@@ -56,16 +55,13 @@ def bench(
     source: Annotated[
         Path | None,
         typer.Option(
-            exists=True,
             help="Pretrained model that all run in place of random weights: a run, a Hugging Face "
             "folder, or a GGUF file, which llama.cpp then runs, too.",
         ),
     ] = None,
     bundle: Annotated[
         list[Path] | None,
-        typer.Option(
-            exists=True, help="Bundle of --source, of any precision, to measure too; repeat."
-        ),
+        typer.Option(help="Bundle of --source, of any precision, to measure too; repeat."),
     ] = None,
     cells: Annotated[
         str | None,
@@ -82,6 +78,17 @@ def bench(
             "ours, ours-cache-float16, names of bundles, and the peers; default all."
         ),
     ] = "",
+    device: Annotated[
+        Literal["cpu", "cuda"],
+        typer.Option(
+            help="Where all compute; on a GPU ours with float16 caches and transformers. "
+            "docs/performance.md has a script for one."
+        ),
+    ] = "cpu",
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="A tiny model and cell, to see what works here, and fails."),
+    ] = False,
     rounds: Annotated[
         int | None,
         typer.Option(min=1, help="Rounds of each cell, two windows each; default 9, quick 5."),
@@ -97,7 +104,8 @@ def bench(
         float | None,
         typer.Option(
             min=0.1,
-            help="GB for all contestants that are open at once; default 90% of what is free.",
+            help="GB for all contestants that are open at once, with --device cuda of the card; "
+            "default 90% of the memory that is free.",
         ),
     ] = None,
     open_limit: Annotated[
@@ -144,6 +152,8 @@ def bench(
     """
     cores = usable_cores()
     free = min(psutil.virtual_memory().available, memory_bytes()) * _MEMORY_SHARE
+    if source is not None and (device != "cpu" or dry_run):
+        raise typer.BadParameter("--source is measured as it is, on the CPU")
     if bundle and source is None:
         raise typer.BadParameter("--bundle needs --source, the model that it is of")
     pythons = _pythons(peer_python or [])
@@ -157,6 +167,8 @@ def bench(
         first_token_rounds=min(rounds or Plan.first_token_rounds, Plan.first_token_rounds),
         window_s=window,
         threads=min(threads or cores, cores),
+        device=device,
+        shape=DRY_RUN if dry_run else Shape(),
         memory_bytes=int(memory * _GIGABYTE if memory else free),
         open_s=open_limit or (_QUICK_OPEN_S if quick else Plan.open_s),
     )
@@ -168,26 +180,16 @@ def bench(
             folder = _prepared(source, folder)
             plan = _plan_of(plan, read_source(folder), bundle or [])
         else:
-            plan = replace(plan, contestants=CONTESTANTS)
+            plan = replace(plan, contestants=CONTESTANTS if device == "cpu" else ON_GPU)
         plan = _chosen(plan, only)
         plan = replace(plan, cells=_wanted(plan, quick, cells, first_token))
+        if dry_run:
+            plan = replace(plan, cells=DRY_RUN_CELLS, rounds=1, window_s=0.01)
         report = _measure(plan, pythons, folder, json_file)
     print_whole(render(report))
     if plots is not None:
         for path in plot(report, plots):
             typer.echo(path)
-
-
-def describe_machine() -> dict[str, object]:
-    """The machine that the figures depend on."""
-    return {
-        "cpu": _cpu_name(),
-        "cores": usable_cores(),
-        "memory_bytes": psutil.virtual_memory().total,
-        "load": os.getloadavg(),
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in _LIBRARIES},
-    }
 
 
 def _measure(
@@ -306,19 +308,3 @@ def _pythons(given: list[str]) -> dict[str, str]:
             raise typer.BadParameter(f"--peer-python: {path} is no program that can be run")
         pythons[name] = path
     return pythons
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"

@@ -48,6 +48,12 @@ def _llama(kind: str, weights: str, state: str) -> Contestant:
     return Contestant(f"llama-{kind}", title, "llama", "", weights, state, process_mib=300)
 
 
+def _transformers(kind: str) -> Contestant:
+    title = f"Transformers, static cache, {kind}"
+    name = f"transformers-{kind}"
+    return Contestant(name, title, "transformers", "", kind, kind, process_mib=400)
+
+
 OURS, OURS_FULL, OURS_1K = "fixed", "full", "fixed-1k"
 CONTESTANTS = (
     _ours(OURS, "Combiner-Fixed"),
@@ -88,16 +94,14 @@ CONTESTANTS = (
     _llama("q8_0", "q8_0", "float16"),
     _llama("q4_0", "q4_0", "float16"),
     Contestant("transformers", "Transformers, static cache", "transformers", process_mib=400),
-    Contestant(
-        "transformers-bfloat16",
-        "Transformers, static cache, bfloat16",
-        "transformers",
-        "",
-        "bfloat16",
-        "bfloat16",
-        process_mib=400,
-    ),
+    _transformers("bfloat16"),
 )
+ON_GPU = (
+    *(c for c in CONTESTANTS if c.name in ("fixed-cache-float16", "transformers")),
+    _transformers("bfloat16"),
+    _transformers("float16"),
+)
+"""Those that compute on a card: what CUDA's attention takes of ours, and Transformers with SDPA."""
 INSTALL = {
     "genai": "pip install onnxruntime-genai transformers torch onnx onnxscript",
     "transformers": "pip install transformers torch",

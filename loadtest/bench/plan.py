@@ -151,6 +151,8 @@ CELLS = (
 )
 FIRST_TOKEN = Cell(PROMPT, 1, first_token=True)
 QUICK_CELLS = (Cell(16_384, 8),)
+DRY_RUN = Shape(layers=1, width=128, heads=2, mlp=256)
+DRY_RUN_CELLS = (Cell(64, 2),)
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,8 @@ class Plan:
     settle_s: float = 0.05
     """Between two windows, for the threads of the last one to fall asleep."""
     threads: int = 1
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where all of them compute."""
     memory_bytes: int = 8 << 30
     """Most memory of all contestants that are open at once."""
     open_s: float = 900.0

@@ -302,6 +302,7 @@ def job_of(plan: Plan, cell: Cell, contestant: Contestant, folder: Path) -> Job:
         memory_bytes=plan.memory_bytes,
         open_s=plan.open_s,
         source=contestant.source,
+        device=plan.device,
     )
 
 

@@ -60,13 +60,14 @@ def _cell_table(report: Report, result: CellResult) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("engine")
     unit = "s" if result.cell.first_token else "ms a step"
-    for column in (unit, "tokens/s", "MB of a stream", f"/ {base}", f"/ {best}"):
+    for column in (unit, "tokens/s", "of a stream", "MB of a stream", f"/ {base}", f"/ {best}"):
         table.add_column(column, justify="right")
     for entry in result.entries:
         table.add_row(
             titles[entry.name],
             _duration(result, rounds, entry),
-            _rate(result, rounds, entry),
+            _rate(result, rounds, entry, 1),
+            _rate(result, rounds, entry, result.cell.streams),
             "" if result.cell.first_token else f"{entry.cache_bytes / 1e6:,.1f}",
             *(str(ratio(rounds, entry.name, mine) or "") for mine in (base, best)),
         )
@@ -81,11 +82,11 @@ def _duration(result: CellResult, rounds: Sequence[Round], entry: Entry) -> str:
     return str(Spread(steps.low * scale, steps.median * scale, steps.high * scale, steps.count))
 
 
-def _rate(result: CellResult, rounds: Sequence[Round], entry: Entry) -> str:
+def _rate(result: CellResult, rounds: Sequence[Round], entry: Entry, streams: int) -> str:
     rate = tokens_per_s(result.cell, rounds, entry.name)
     if entry.outcome != OK or rate is None or result.cell.first_token:
         return ""
-    return f"{rate.median:,.0f}"
+    return f"{rate.median / streams:,.0f}"
 
 
 def _is_headline(found: Ratio) -> bool:

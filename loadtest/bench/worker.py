@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 from loadtest.bench.adapters.adapter import Adapter, FirstToken, Session, Setting, TooLong
 from loadtest.bench.plan import Shape
@@ -54,6 +54,7 @@ class Job:
     memory_bytes: int
     open_s: float
     source: str = ""
+    device: Literal["cpu", "cuda"] = "cpu"
 
     @staticmethod
     def parse(text: str) -> Job:
@@ -81,6 +82,7 @@ class Job:
             self.weights,
             self.state,
             Path(self.source) if self.source else None,
+            self.device,
         )
 
 
@@ -225,7 +227,8 @@ DISTRIBUTIONS = {
 def _limit(job: Job) -> None:
     """The same cores for every engine, and so much memory that the machine stays usable."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: job.threads])
-    resource.setrlimit(resource.RLIMIT_DATA, (job.memory_bytes, resource.RLIM_INFINITY))
+    if job.device == "cpu":  # drivers of a card reserve much more than they use
+        resource.setrlimit(resource.RLIMIT_DATA, (job.memory_bytes, resource.RLIM_INFINITY))
 
 
 def _size(session: Session, job: Job) -> tuple[int, int]:

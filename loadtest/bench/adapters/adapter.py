@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from loadtest.bench.plan import Shape
 
@@ -34,6 +34,7 @@ class Setting:
     """Types of what is stored."""
     source: Path | None = None
     """What the model is made of; None: random weights."""
+    device: Literal["cpu", "cuda"] = "cpu"
 
 
 class TooLong(Exception):

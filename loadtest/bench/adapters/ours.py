@@ -63,7 +63,7 @@ def open_session(setting: Setting) -> Session:
 
 def open_prompt(setting: Setting) -> FirstToken:
     """See Adapter. Every prompt is another one: the engine keeps the blocks of prompts."""
-    config = EngineConfig(slots=1, threads=setting.threads)
+    config = EngineConfig(slots=1, threads=setting.threads, provider=setting.device)
     model = ServedModel(load_bundle(setting.folder), config)
     asyncio.run(_generate(model, min(_WARM_UP_TOKENS, setting.context), seed=0))
     seeds = count(1)
@@ -116,7 +116,9 @@ class _Streams:
     """Streams of an engine, read to their end by asyncio as the servicer reads them."""
 
     def __init__(self, bundle: Bundle, setting: Setting) -> None:
-        config = EngineConfig(slots=setting.streams, threads=setting.threads)
+        config = EngineConfig(
+            slots=setting.streams, threads=setting.threads, provider=setting.device
+        )
         self._streams = setting.streams
         self._temperature = 0.0 if setting.mode == "greedy" else 1.0
         self._model = ServedModel(bundle, config)
@@ -160,9 +162,8 @@ class _Steps:
     def __init__(self, bundle: Bundle, setting: Setting) -> None:
         self._bundle = bundle
         self._streams = setting.streams
-        self._cache = Cache(
-            bundle, Runtime(bundle, setting.streams + 1, setting.threads), setting.streams
-        )
+        runtime = Runtime(bundle, setting.streams + 1, setting.threads, setting.device)
+        self._cache = Cache(bundle, runtime, setting.streams)
         self._saved = _made_up(bundle, setting.context)
 
     @property
