@@ -125,7 +125,7 @@ def bench(
     ] = None,
     models: Annotated[
         Path | None,
-        typer.Option(help="Folder that keeps the random models for the next run; default none."),
+        typer.Option(help="Folder that keeps the models for the next run; default none."),
     ] = None,
     json_file: Annotated[
         Path | None,
@@ -172,7 +172,8 @@ def bench(
         memory_bytes=int(memory * _GIGABYTE if memory else free),
         open_s=open_limit or (_QUICK_OPEN_S if quick else Plan.open_s),
     )
-    kept = nullcontext(models) if models else tempfile.TemporaryDirectory(prefix="concertina-")
+    is_kept = models is not None and not dry_run  # tiny models have the names of others
+    kept = nullcontext(models) if is_kept else tempfile.TemporaryDirectory(prefix="concertina-")
     with kept as root:
         folder = Path(root).resolve()
         folder.mkdir(parents=True, exist_ok=True)
@@ -272,7 +273,9 @@ def _chosen(plan: Plan, only: str) -> Plan:
 def _wanted(plan: Plan, quick: bool, cells: str | None, first_token: bool) -> tuple[Cell, ...]:
     usual = _CELLS_OF_SOURCE if plan.source else _CELLS
     wanted = QUICK_CELLS if quick else _cells(usual if cells is None else cells)
-    if first_token and not quick and not (plan.source and FIRST_TOKEN.context > plan.longest):
+    if first_token and not quick and not (
+        plan.source and FIRST_TOKEN.context + ROOM > plan.longest
+    ):
         wanted += (FIRST_TOKEN,)
     if not wanted:
         raise typer.BadParameter("--cells is empty, and so is the plan without --first-token")

@@ -17,7 +17,7 @@ def run(out: Path, python: str | Path, **variables: str) -> subprocess.Completed
     """The script with `out` as its folder."""
     environment = {**os.environ, "DRY_RUN": "1", "PYTHON": str(python), **variables}
     return subprocess.run(
-        ["bash", SCRIPT, out], env=environment, capture_output=True, text=True, timeout=300
+        ["bash", SCRIPT, out], env=environment, capture_output=True, text=True, timeout=900
     )
 
 
@@ -34,7 +34,7 @@ def test_a_dry_run_measures_and_sums_up(tmp_path: Path) -> None:
     for name in names:
         assert f"{name}: " in summary
     assert "tokens/s a stream" in summary
-    assert "4 skipped" in summary or "8 skipped" in summary or "skipped" in summary
+    assert "skipped" in summary, "the tests for a GPU are not even collected"
 
 
 def test_what_fails_is_told_and_the_rest_goes_on(tmp_path: Path) -> None:
@@ -59,4 +59,5 @@ def test_all_parts_together_take_at_most_eight_minutes() -> None:
         if line.lstrip().startswith("part ")
     ]
     assert len(limits) == 5
-    assert sum(limit + 5 for limit in limits) <= 8 * 60 + 15
+    until_killed = 5
+    assert sum(limit + until_killed for limit in limits) <= 8 * 60

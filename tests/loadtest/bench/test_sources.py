@@ -52,6 +52,15 @@ def test_a_run_becomes_the_folder_that_it_was_made_of(name: str, tmp_path: Path)
         assert torch.equal(loaded(tokens).logits, make(name)(tokens).logits)
 
 
+def test_the_base_of_the_positions_is_found_again(tmp_path: Path) -> None:
+    for theta in (1e4, 130_000.0, 5e5, 123_456.0):
+        folder = tmp_path / str(theta)
+        folder.mkdir()
+        convert(write(folder / "hf", rope_theta=theta), folder / "run")
+        write_transformers(folder / "run", folder / "back")
+        assert json.loads((folder / "back" / "config.json").read_text())["rope_theta"] == theta
+
+
 @pytest.mark.parametrize(
     ("name", "why"),
     [
