@@ -52,6 +52,7 @@ NOT_RUN = {
     "python -m": "takes minutes; the modules have tests of their own",
     "make": "CI runs it",
     "bash .ci/run": "is what runs this",
+    "bash loadtest/bench/gpu.sh": "needs a GPU; tests/loadtest/bench/test_gpu_script.py",
     "source .venv": "there is none where the tools lie elsewhere",
     "pip install": "installs; CI does so by make",
     "apt-get": "installs; CI does so where it may",
