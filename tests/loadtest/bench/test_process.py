@@ -38,6 +38,7 @@ for line in sys.stdin:
     if request == "child":
         child = subprocess.Popen(["sleep", "3600"]); print(child.pid, file=sys.stderr)
         print(json.dumps({"steps": child.pid}), flush=True); continue
+    while request == "burn" and time.process_time() < 0.2: pass
     if request == "raise": raise SystemExit("it broke")
     if request == "detached":
         child = subprocess.Popen(["sleep", "3600"], start_new_session=True)
@@ -68,7 +69,8 @@ def gone(pid: int) -> bool:
 def test_a_contestant_answers_and_stays_open(puppet: ContenderProcess) -> None:
     assert puppet.ask("one", 20).detail == "one"
     assert puppet.ask("two", 20).detail == "two"
-    assert puppet.cpu_s() > 0
+    assert puppet.ask("burn", 20).detail == "burn"
+    assert puppet.cpu_s() >= 0.1
 
 
 def test_one_that_dies_fails_and_says_what_it_said(puppet: ContenderProcess) -> None:
