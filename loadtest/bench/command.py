@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -172,8 +172,9 @@ def bench(
         memory_bytes=int(memory * _GIGABYTE if memory else free),
         open_s=open_limit or (_QUICK_OPEN_S if quick else Plan.open_s),
     )
-    is_kept = models is not None and not dry_run  # tiny models have the names of others
-    kept = nullcontext(models) if is_kept else tempfile.TemporaryDirectory(prefix="concertina-")
+    kept: AbstractContextManager[Path | str] = tempfile.TemporaryDirectory(prefix="concertina-")
+    if models is not None and not dry_run:  # tiny models have the names of others
+        kept = nullcontext(models)
     with kept as root:
         folder = Path(root).resolve()
         folder.mkdir(parents=True, exist_ok=True)
@@ -273,8 +274,10 @@ def _chosen(plan: Plan, only: str) -> Plan:
 def _wanted(plan: Plan, quick: bool, cells: str | None, first_token: bool) -> tuple[Cell, ...]:
     usual = _CELLS_OF_SOURCE if plan.source else _CELLS
     wanted = QUICK_CELLS if quick else _cells(usual if cells is None else cells)
-    if first_token and not quick and not (
-        plan.source and FIRST_TOKEN.context + ROOM > plan.longest
+    if (
+        first_token
+        and not quick
+        and not (plan.source and FIRST_TOKEN.context + ROOM > plan.longest)
     ):
         wanted += (FIRST_TOKEN,)
     if not wanted:

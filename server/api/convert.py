@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from google.protobuf.duration_pb2 import Duration
@@ -128,14 +128,15 @@ def response_message(
     match event:
         case Delta(first_position=position, tokens=tokens, text=text):
             rgb = bundle.codec.rgb(tokens)
-            logprobs = _logprobs_messages(event.logprobs)
+            logprobs = _logprobs_messages(bundle, tokens, event.logprobs)
             response.tokens.CopyFrom(
                 pb.Tokens(
                     first_position=position, ids=tokens, text=text, rgb=rgb, logprobs=logprobs
                 )
             )
         case PromptLogprobs(first_position=position):
-            logprobs = _logprobs_messages(event.logprobs)
+            tokens = request.prompt.tokens[position : position + len(event.logprobs)].tolist()
+            logprobs = _logprobs_messages(bundle, tokens, event.logprobs)
             response.prompt_logprobs.CopyFrom(
                 pb.PromptLogprobs(first_position=position, logprobs=logprobs)
             )
@@ -150,11 +151,21 @@ def response_message(
     return response
 
 
-def _logprobs_messages(logprobs: Iterable[TokenLogprobs]) -> list[pb.TokenLogprobs]:
-    return [
+def _logprobs_messages(
+    bundle: Bundle, tokens: Iterable[int], logprobs: Sequence[TokenLogprobs]
+) -> list[pb.TokenLogprobs]:
+    if not logprobs:
+        return []
+    messages = [
         pb.TokenLogprobs(logprob=p.logprob, top_ids=p.top_ids, top_logprobs=p.top_logprobs)
         for p in logprobs
     ]
+    if bundle.codec.writes_text:
+        pieces = bundle.codec.text.pieces
+        for token, message in zip(tokens, messages, strict=True):
+            message.piece = pieces[token]
+            message.top_pieces.extend([pieces[each] for each in message.top_ids])
+    return messages
 
 
 def error_message(error: RequestError) -> pb.Error:

@@ -19,7 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
 
-from concertina.bundle.manifest import MANIFEST
+from concertina.bundle.manifest import MANIFEST, read_manifest, write_manifest
 from concertina.codecs.tokenizer_file import TOKENIZER
 from server.bundles.bundle import Bundle, load_bundle
 from server.errors import BundleError
@@ -79,7 +79,7 @@ def _converted(source: Path, name: str, say: Say) -> Bundle:
     with _alone(folder):
         if folder.exists():
             try:
-                return load_bundle(folder)
+                return _named(load_bundle(folder), name)
             except BundleError as error:
                 say(f"{error}: it is made again")
                 shutil.rmtree(folder)
@@ -97,6 +97,16 @@ def _converted(source: Path, name: str, say: Say) -> Bundle:
                 )
             run_command(source, "export", run, folder, "--name", name)
         return load_bundle(folder)
+
+
+def _named(bundle: Bundle, name: str) -> Bundle:
+    """The bundle, named after its source; one that was put into the cache may not be."""
+    if bundle.name == name:
+        return bundle
+    manifest = read_manifest(bundle.folder)
+    manifest.name = name
+    write_manifest(bundle.folder, manifest, [file.path for file in manifest.files])
+    return load_bundle(bundle.folder)
 
 
 def _digest(source: Path) -> str:

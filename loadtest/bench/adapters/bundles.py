@@ -15,7 +15,7 @@ from concertina.bundle.manifest import write_manifest
 from concertina.codecs.tokenizer_file import TOKENIZER
 from concertina.v1 import bundle_pb2 as pb
 from export.bundle import describe
-from export.graph_file import LARGEST_GRAPH, stored_bytes
+from export.graph_file import LARGEST_GRAPH, stored
 from export.graphs import Units, export_fold, export_step, layers, state_tensors
 from export.heldout import cache_units
 from export.moves import export_moves
@@ -95,7 +95,7 @@ def make_bundle_of(run: Path, folder: Path, context: int, state: str = "float32"
         round_weights(checkpoint.model)
     manifest = describe(checkpoint, "bench", "pretrained", data_type)
     files = ["step.onnx"]
-    beside = stored_bytes(checkpoint.model) > LARGEST_GRAPH
+    beside = stored(checkpoint.model).bytes > LARGEST_GRAPH
     export_step(checkpoint.model, folder / "step.onnx", data_type, beside=beside)
     if manifest.HasField("fold"):
         export_fold(checkpoint.model, folder / "fold.onnx", data_type)

@@ -87,11 +87,16 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Natural logarithms of the probabilities of a token, and of the likeliest tokens there."""
+    """Natural logarithms of the probabilities of a token, and of the likeliest tokens there.
+
+    piece, top_pieces: the bytes that each of them is, maybe a part of a character; of text models.
+    """
 
     logprob: float
     top_ids: tuple[int, ...]
     top_logprobs: tuple[float, ...]
+    piece: bytes = b""
+    top_pieces: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ class Model:
     state: how keys and values of streams are kept: `float32`, `float16` or `int8`.
     state_loss: bits per held-out byte or pixel that `int8` costs compared with `float32`.
     has_tokenizer: whether tokens are pieces of text, which `tokenize` gives, and not its bytes.
+    begin_token: the token that stands before every prompt; None if it is no id, or there is none.
     """
 
     name: str
@@ -53,6 +54,12 @@ class Model:
     queue_limit: int
     max_state_bytes: int
     has_tokenizer: bool = False
+    begin_token: int | None = None
+
+    @property
+    def counts_first_token(self) -> bool:
+        """Whether the first token of a prompt is predicted and counted, as the others are."""
+        return not self.has_tokenizer or self.begin_token is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +119,7 @@ def score_from(response: generation_service_pb2.ScoreResponse) -> Score:
 def model_from(model: model_service_pb2.Model) -> Model:
     """The model in a response."""
     manifest, quantisation = model.manifest, model.manifest.quantisation
+    tokenizer = manifest.tokenizer
     of_state, image = manifest.state_quantisation, None
     if manifest.HasField("image"):
         image = ImageFormat(manifest.image.width, manifest.image.height, manifest.image.palette)
@@ -135,6 +143,7 @@ def model_from(model: model_service_pb2.Model) -> Model:
         queue_limit=model.queue_limit,
         max_state_bytes=model.max_state_bytes,
         has_tokenizer=manifest.HasField("tokenizer"),
+        begin_token=tokenizer.begin_token if tokenizer.HasField("begin_token") else None,
     )
 
 

@@ -271,7 +271,8 @@ def test_generate_json_is_an_object_per_event(fake: Fake, run: Run) -> None:
 
 
 def test_events_of_two_words_are_named_as_on_the_wire(fake: Fake, run: Run) -> None:
-    told = pb.PromptLogprobs(logprobs=[pb.TokenLogprobs(logprob=-0.5)])
+    one = pb.TokenLogprobs(logprob=-0.5, piece=b"\xe2\x82", top_ids=[7], top_pieces=[b"a"])
+    told = pb.PromptLogprobs(logprobs=[one])
     fake.script = [
         fake.accepted(prompt_tokens=1),
         pb.GenerateResponse(sequence=2, prompt_logprobs=told),
@@ -282,7 +283,15 @@ def test_events_of_two_words_are_named_as_on_the_wire(fake: Fake, run: Run) -> N
         "event": "prompt_logprobs",
         "sequence": 2,
         "first_position": 0,
-        "logprobs": [{"logprob": -0.5, "top_ids": [], "top_logprobs": []}],
+        "logprobs": [
+            {
+                "logprob": -0.5,
+                "top_ids": [7],
+                "top_logprobs": [],
+                "piece": "e282",
+                "top_pieces": ["61"],
+            }
+        ],
     }
 
 

@@ -135,6 +135,35 @@ async def test_a_score_says_how_many_bytes_its_tokens_are(served: Served, kind: 
         assert (len(score.bits), score.text_bytes) == (count - 1, rest)
 
 
+async def test_log_probabilities_say_which_bytes_each_token_is(served: Served, kind: str) -> None:
+    said = trained(kind).encode("the café 你好", add_special_tokens=False).ids  # split characters
+    end, room = trained(kind).token_to_id("</s>"), CONTEXT // 2
+    script(served.model, [*said, end] * (CONTEXT // len(said)))
+    request = pb.GenerateRequest(
+        prompt=_PROMPT,
+        sampling=pb.SamplingParameters(temperature=0),
+        stopping=pb.StoppingCriteria(max_tokens=room, ignore_eos=True),
+        output=pb.OutputOptions(logprobs=2, prompt_logprobs=1),
+    )
+    pieces = served.model.bundle.codec.text.pieces
+    prompt, text, told = b"", "", list[bytes]()
+    async for event in served.generation.Generate(request, timeout=LIMIT_S):
+        both = (*event.prompt_logprobs.logprobs, *event.tokens.logprobs)
+        for one in both:
+            assert [*one.top_pieces] == [pieces[each] for each in one.top_ids]
+        prompt += b"".join(one.piece for one in event.prompt_logprobs.logprobs)
+        told += [one.piece for one in event.tokens.logprobs]
+        text += event.tokens.text
+        assert [one.piece for one in event.tokens.logprobs] == [
+            pieces[each] for each in event.tokens.ids
+        ]
+    assert len(told) == room and b"" in told  # an end token is no text
+    whole = text.rstrip("\ufffd")  # the limit may tear the last character
+    assert b"".join(told).startswith(whole.encode()) and "你好" in whole
+    start = b"" if kind == BYTE_FALLBACK else b"the"
+    assert (start + prompt).decode().strip() == _PROMPT.text
+
+
 async def test_tokens_of_a_prompt_and_back(served: Served, kind: str) -> None:
     text = "Hello world, naïve café 👩‍👩‍👧‍👦" * 20  # longer than the context
     told = await served.models.Tokenize(model_pb.TokenizeRequest(prompt=pb.Prompt(text=text)))
@@ -209,6 +238,9 @@ async def test_messages_become_a_prompt_by_the_bundle_s_template(tmp_path: Path)
     ids = prompt_tokens(other, prompt, room=1)
     text = "the quick fox!"
     assert [ids.start, *ids.tokens] == trained(BYTE_LEVEL).encode(text).ids
+    long = plain.with_template("{{ messages | length }} {{ messages[-1].content }}")
+    ids = prompt_tokens(long, _messages(*["x"] * 1023, "y"), room=1)
+    assert [ids.start, *ids.tokens] == trained(BYTE_LEVEL).encode("1024 y").ids
     for bundle, given, named in (
         (plain, prompt, "has no chat template: give text, or have it served with --chat-template"),
         (own, _messages(), "prompt.messages is empty: give at least 1 message"),
