@@ -44,7 +44,7 @@ SCHEMAS: dict[str, Schema] = {
     "an address": {"type": "string", "format": "ipv4"},
     "a name for all": {"type": "string", "format": "uuid"},
     "one of some": {"enum": ["red", "green", "blue", 7, None, {"a": [1]}]},
-    "a constant": {"const": {"kind": "none", "values": [1, 2.5, "\u00e4\n\""]}},
+    "a constant": {"const": {"kind": "none", "values": [1, 2.5, '\u00e4\n"']}},
     "two types": {"type": ["integer", "null"], "minimum": 0, "maximum": 9},
     "an empty record": _record(),
     "a record": _record(name=_WORD, age={"type": "integer", "minimum": 0, "maximum": 150}),

@@ -258,30 +258,41 @@ def _sampling(parameters: ContinueParameters) -> pb.SamplingParameters:
 
 
 def _grammar(parameters: ContinueParameters) -> pb.Grammar | None:
-    given = {name: value for name in _GRAMMARS if (value := parameters.get(name))}
+    given = {name: parameters.get(name) for name in _GRAMMARS}
+    given = {name: value for name, value in given.items() if value not in (None, False)}
     if len(given) > 1:
         first, second, *_ = given
         raise InvalidRequest(
             f"sampling.grammar is {first} and {second}: an output can only be one of them",
             field="sampling.grammar",
         )
-    if not given:
-        return None
-    ((name, value),) = given.items()
-    if name == "json_schema" and isinstance(value, Mapping):
-        try:
-            value = json.dumps(value, allow_nan=False)
-        except (TypeError, ValueError, RecursionError) as error:
-            reason = cut(str(error), _MOST_REASON)
-            raise InvalidRequest(
-                f"sampling.grammar.json_schema cannot be written as JSON: {reason}",
-                field="sampling.grammar.json_schema",
-            ) from None
-    if name == "json_object":
-        return pb.Grammar(json_object=pb.JsonObject())
-    if name == "choice":
-        return message(pb.Grammar, choice=message(pb.Choice, texts=value))
-    return message(pb.Grammar, **{name: value})
+    for name, value in given.items():
+        if name == "json_object":
+            return pb.Grammar(json_object=pb.JsonObject())
+        if name == "json_schema" and isinstance(value, Mapping):
+            value = _schema_text(value)
+        if name == "choice" and isinstance(value, str):
+            raise _no_grammar(name, "must be a list of strings")
+        if not value and isinstance(value, Sized):
+            # On the wire, what is empty is left out, so that it would allow anything.
+            raise _no_grammar(name, "is empty: it must hold at least 1; None allows all")
+        if name == "choice":
+            value = message(pb.Choice, texts=value)
+        return message(pb.Grammar, **{name: value})
+    return None
+
+
+def _schema_text(schema: Mapping[str, object]) -> str:
+    try:
+        return json.dumps(schema, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        reason = cut(str(error), _MOST_REASON)
+        raise _no_grammar("json_schema", f"cannot be written as JSON: {reason}") from None
+
+
+def _no_grammar(name: str, reason: str) -> InvalidRequest:
+    field = f"sampling.grammar.{name}"
+    return InvalidRequest(f"{field} {reason}", field=field)
 
 
 def _stopping(parameters: ContinueParameters) -> pb.StoppingCriteria:

@@ -198,11 +198,15 @@ HOSTILE = {
     "a long list": ("json_schema", '{"type":"array","minItems":1000000000}'),
     "patterns at once": (
         "json_schema",
-        json.dumps({"allOf": [{"type": "string", "pattern": f".*{c}.{{12}}"} for c in "abcdefghi"]}),
+        json.dumps(
+            {"allOf": [{"type": "string", "pattern": f".*{c}.{{12}}"} for c in "abcdefghi"]}
+        ),
     ),
     "alternatives at once": (
         "json_schema",
-        json.dumps({"allOf": [{"anyOf": [{"required": [f"{a}{b}"]} for a in "abcdef"]} for b in "abcdefgh"]}),
+        json.dumps(
+            {"allOf": [{"anyOf": [{"required": [a + b]} for a in "abcdef"]} for b in "abcdefgh"]}
+        ),
     ),
     "a large prime": ("json_schema", '{"type":"integer","multipleOf":982451653}'),
     "many properties": (
