@@ -13,7 +13,7 @@ from server.bundles.bundle import Bundle
 from server.checkpoint import Finish, FinishReason, TokenLogprobs
 from server.engine.updates import HandedOver, Scored
 from server.errors import RequestError
-from server.request import Lease, LogitsProcessors, Prompt, Request
+from server.request import Grammar, Lease, LogitsProcessors, Prompt, Request
 from server.sessions.subscriber import Delta, Event, PromptLogprobs
 
 _REASONS = {
@@ -93,7 +93,16 @@ def _sampling_message(request: Request) -> pb.SamplingParameters:
         logit_bias=dict(processors.bias),
         allowed_token_ids=processors.allowed,
         bad_words=[bytes(word).decode() for word in (*processors.bad_words, *processors.bad_bytes)],
+        grammar=None if sampling.grammar is None else _grammar_message(sampling.grammar),
     )
+
+
+def _grammar_message(grammar: Grammar) -> pb.Grammar:
+    if grammar.kind == "json_object":
+        return pb.Grammar(json_object=pb.JsonObject())
+    if grammar.kind == "choice":
+        return pb.Grammar(choice=pb.Choice(texts=grammar.texts))
+    return pb.Grammar(**{grammar.kind: grammar.texts[0]})
 
 
 def _stopping_message(bundle: Bundle, request: Request) -> pb.StoppingCriteria:

@@ -128,7 +128,7 @@ MUTANTS = (
         _TOKENS,
         (
             "a token is drawn where none is left",
-            "if ours.max() == -np.inf:",
+            "if ours is scratch.row and ours.max() == -np.inf:",
             "if False:",
             "test_processors_step_by_step",
         ),

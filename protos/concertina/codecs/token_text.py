@@ -62,6 +62,14 @@ class TokenText:
         return tokens[first : bisect_left(ordered, word + _LAST, first)]
 
     @cached_property
+    def altered_first(self) -> Ids:
+        """The tokens that stand for another text where they begin one."""
+        spaced = range(len(self.pieces)) if self.strip else ()
+        altered = {token for token in spaced if self.pieces[token].startswith(b" ")}
+        altered |= {t for t, piece in self.opening.items() if piece != self.pieces[t]}
+        return np.array(sorted(altered), np.int64)
+
+    @cached_property
     def _joined(self) -> tuple[npt.NDArray[np.uint8], Ids]:
         """The bytes of all tokens, and which token each byte is of."""
         lengths = [len(piece) for piece in self.pieces]

@@ -179,6 +179,20 @@ def test_generate_passes_its_options_on(fake: Fake, run: Run) -> None:
     assert fake.requests == [expected]
 
 
+def test_what_an_output_must_be(fake: Fake, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "schema.json").write_text('{"type": "object"}')
+    given = {
+        ("--json-schema", str(tmp_path / "schema.json")): pb.Grammar(
+            json_schema='{"type": "object"}'
+        ),
+        ("--regex", "a+"): pb.Grammar(regex="a+"),
+        ("--choice", "yes", "--choice", "no"): pb.Grammar(choice=pb.Choice(texts=["yes", "no"])),
+    }
+    for options in given:
+        assert run("generate", "x", *options)[0] == 0
+    assert [request.sampling.grammar for request in fake.requests] == [*given.values()]
+
+
 def test_several_outputs_are_written_one_after_the_other(fake: Fake, run: Run) -> None:
     fake.script = [
         fake.accepted(outputs=3),
