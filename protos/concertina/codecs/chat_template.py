@@ -38,9 +38,10 @@ class _Generation(Extension):
 
     tags = {"generation"}  # noqa: RUF012  # as Jinja has it
 
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)  # what is set within is not known behind it
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,13 @@ class ChatTemplate:
     template: Template = field(repr=False)
     tokens: Mapping[str, str]
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The text of a prompt that ends where the model's answer begins.
+    def render(
+        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+    ) -> str:
+        """The text of a conversation.
 
-        messages: the role and the content of each. Raises ChatTemplateError.
+        messages: the role and the content of each. add_generation_prompt: whether it ends where the
+        model's answer begins, as a prompt does. Raises ChatTemplateError.
         """
         size = sum(len(value) for message in messages for value in message.values())
         budget, parts = Budget.of(size), list[str]()
@@ -62,7 +66,7 @@ class ChatTemplate:
             "messages": [dict(message) for message in messages],
             "tools": None,
             "documents": None,
-            "add_generation_prompt": True,
+            "add_generation_prompt": add_generation_prompt,
         }
         try:
             with budget:
