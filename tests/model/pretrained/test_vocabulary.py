@@ -123,6 +123,7 @@ def fields(**changes: Any) -> dict[str, Any]:
     merges = [m if isinstance(m, str) else " ".join(m) for m in spec["model"]["merges"]]
     made = {
         "model": "gpt2",
+        "pre": "gpt-2",
         "tokens": tokens,
         "token_type": kinds,
         "merges": merges,
@@ -152,6 +153,7 @@ def test_the_tokenizer_of_a_gguf_file_is_that_of_the_folder() -> None:
         ("smollm", ["1", "2", "3", "4", "5", " don", "'", "T"]),
         ("llama-bpe", ["123", "45", " don", "'T"]),
         ("qwen2", ["1", "2", "3", "4", "5", " don", "'T"]),
+        ("tekken", ["1", "2", "3", "4", "5", " don", "'T"]),
     ],
 )
 def test_text_is_cut_as_the_file_says(kind: str, parts: list[str]) -> None:
@@ -159,7 +161,7 @@ def test_text_is_cut_as_the_file_says(kind: str, parts: list[str]) -> None:
     cut = Tokenizer.from_buffer(found.files["tokenizer.json"]).pre_tokenizer
     pieces = [piece.replace("\u0120", " ") for piece, _ in cut.pre_tokenize_str("12345 don'T")]
     assert pieces == parts
-    assert found.begin_token == (1 if kind == "llama-bpe" else None)
+    assert found.begin_token == (1 if kind in ("llama-bpe", "tekken") else None)
 
 
 @pytest.mark.parametrize(("adds", "begin"), [(True, 1), (False, None)])
@@ -170,8 +172,25 @@ def test_a_gguf_file_says_whether_a_token_comes_first(adds: bool, begin: int | N
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model": "llama"}, "tokenizer of the kind llama; of GGUF files, supported are gpt2"),
-        ({"pre": "tekken"}, "gpt2 with tekken"),
+        ({"model": "t5"}, "tokenizer of the kind 't5'; of GGUF files, supported are 'llama', and"),
+        ({"model": ["a"] * 999}, r"of the kind \['a', .* \(length 999\); of GGUF files"),
+        *(
+            ({"pre": kind}, f"'gpt2' with {kind!r}; of GGUF files, supported are 'llama', and")
+            for kind in (
+                "default",
+                "deepseek-llm",
+                "deepseek-r1-qwen",
+                "gpt-4o",
+                "qwen35",
+                "",
+                None,
+            )
+        ),
+        ({"pre": ["qwen2"]}, r"'gpt2' with \['qwen2'\]"),
+        ({"tokens": "ab"}, "tokens is 'ab': it has to be a list of str"),
+        ({"tokens": [1, 2]}, "tokens is .*: it has to be a list of str"),
+        ({"merges": [1]}, "merges is .*: it has to be a list of str"),
+        ({"token_type": 3}, "token_type is 3: it has to be a list of int"),
         ({"tokens": ["a", "a"], "token_type": [1, 1]}, "tokens twice"),
         ({"token_type": [1]}, "without a type"),
         ({"merges": ["a"]}, "merges what are no tokens"),
