@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from model.pretrained.json_file import read_json
+from model.pretrained.files import read_json
 from model.pretrained.source import UNKNOWN_LICENSE, PretrainedError, Source
 from model.pretrained.vocabulary import read_vocabulary
 

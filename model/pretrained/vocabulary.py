@@ -8,7 +8,7 @@ from typing import Any
 
 from concertina.codecs.chat_template import TEMPLATE
 from concertina.codecs.tokenizer_file import MOST_BYTES, TOKENIZER, TokenizerError, steps_of
-from model.pretrained.json_file import read_json
+from model.pretrained.files import read_json
 from model.pretrained.source import PretrainedError, Vocabulary
 
 _CONFIG, _SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
