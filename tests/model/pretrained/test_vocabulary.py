@@ -18,6 +18,8 @@ from model.pretrained.vocabulary import read_vocabulary
 from tests.model.pretrained.folders import write
 from tests.tokenizers_made import BYTE_LEVEL, TEXTS, content_of, trained
 
+MODEL = {"type": "BPE", "vocab": {}, "merges": []}
+BY_BYTES = {"add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 BEGINS = {
     "type": "TemplateProcessing",
     "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A"}}],
@@ -37,7 +39,7 @@ def folder_of(path: Path, **files: Any) -> Path:
 def test_a_folder_says_what_its_tokens_are(tmp_path: Path) -> None:
     folder = folder_of(
         tmp_path / "tiny",
-        tokenizer__json={"model": {}, "post_processor": BEGINS},
+        tokenizer__json={"model": MODEL, "post_processor": BEGINS},
         special_tokens_map__json={"unk_token": {"content": "<unk>"}, "eos_token": "</s>"},
         tokenizer_config__json={
             "bos_token": "<s>",
@@ -79,7 +81,7 @@ def test_a_template_of_its_own_counts_more(tmp_path: Path) -> None:
 def test_the_begin_token_is_what_the_tokenizer_puts_first(
     processor: Any, config: Any, begin: int | None, tmp_path: Path
 ) -> None:
-    tokenizer = {"model": {}, "post_processor": processor}
+    tokenizer = {"model": MODEL, "post_processor": processor}
     folder = folder_of(tmp_path / "tiny", tokenizer__json=tokenizer, tokenizer_config__json=config)
     assert read_vocabulary(folder).begin_token == begin
 
@@ -88,14 +90,19 @@ def test_the_begin_token_is_what_the_tokenizer_puts_first(
     "processor", [7, {"type": "TemplateProcessing", "single": 3}, {**BEGINS, "special_tokens": {}}]
 )
 def test_a_broken_post_processor_is_refused(processor: Any, tmp_path: Path) -> None:
-    folder = folder_of(tmp_path / "tiny", tokenizer__json={"post_processor": processor})
+    folder = folder_of(
+        tmp_path / "tiny", tokenizer__json={"model": MODEL, "post_processor": processor}
+    )
     with pytest.raises(PretrainedError, match="post_processor that cannot be read"):
         read_vocabulary(folder)
 
 
 def test_a_bundle_has_what_the_folder_has(tmp_path: Path) -> None:
     source = write(tmp_path / "hf")
-    (source / "tokenizer.json").write_text(json.dumps({"model": {}, "post_processor": BEGINS}))
+    model = {"type": "BPE", "vocab": {"<s>": 1}, "merges": []}
+    written = {"version": "1.0", "model": model, "decoder": {"type": "ByteLevel", **BY_BYTES}}
+    content = json.dumps({**written, "added_tokens": [], "post_processor": {**BEGINS, "pair": []}})
+    (source / "tokenizer.json").write_text(content)
     (source / "tokenizer_config.json").write_text('{"bos_token": "<s>", "chat_template": "hi"}')
     convert(source, tmp_path / "run")
     export_bundle(tmp_path / "run", tmp_path / "bundle", name="tiny")
