@@ -15,11 +15,10 @@ from model.pretrained.convert import convert
 from model.pretrained.gguf_vocabulary import vocabulary_of
 from model.pretrained.source import PretrainedError
 from model.pretrained.vocabulary import read_vocabulary
-from tests.model.pretrained.folders import write
+from tests.model.pretrained.folders import TOKENIZER, write
 from tests.tokenizers_made import BYTE_LEVEL, TEXTS, content_of, trained
 
 MODEL = {"type": "BPE", "vocab": {}, "merges": []}
-BY_BYTES = {"add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 BEGINS = {
     "type": "TemplateProcessing",
     "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A"}}],
@@ -99,10 +98,7 @@ def test_a_broken_post_processor_is_refused(processor: Any, tmp_path: Path) -> N
 
 def test_a_bundle_has_what_the_folder_has(tmp_path: Path) -> None:
     source = write(tmp_path / "hf")
-    model = {"type": "BPE", "vocab": {"<s>": 1}, "merges": []}
-    written = {"version": "1.0", "model": model, "decoder": {"type": "ByteLevel", **BY_BYTES}}
-    content = json.dumps({**written, "added_tokens": [], "post_processor": {**BEGINS, "pair": []}})
-    (source / "tokenizer.json").write_text(content)
+    (source / "tokenizer.json").write_text(TOKENIZER)
     (source / "tokenizer_config.json").write_text('{"bos_token": "<s>", "chat_template": "hi"}')
     convert(source, tmp_path / "run")
     export_bundle(tmp_path / "run", tmp_path / "bundle", name="tiny")
