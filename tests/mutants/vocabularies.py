@@ -172,6 +172,26 @@ MUTANTS = (
         ("words inside a token are allowed", "found = list(self._containing)", "found = []"),
     ),
     *bugs(
+        "server/api/convert.py",
+        _SERVED,
+        (
+            "tokens of a prompt have the strings of its beginning",
+            "request.prompt.tokens[position : position + len(event.logprobs)]",
+            "request.prompt.tokens[: len(event.logprobs)]",
+            "test_log_probabilities_name_their_tokens",
+        ),
+    ),
+    *bugs(
+        "server/sessions/subscriber.py",
+        "tests/server/sessions/test_subscriber.py",
+        (
+            "the rest of an event waits for the interval",
+            "enough = self._is_in_parts or len(",
+            "enough = len(",
+            "test_log_probabilities_come_in_parts_and_the_rest_at_once",
+        ),
+    ),
+    *bugs(
         "protos/concertina/codecs/starts.py",
         _SERVED,
         (

@@ -274,7 +274,16 @@ def _finished(sequence: int, finished: pb.Finished, output: int) -> Finished:
 
 def _logprobs(messages: Iterable[pb.TokenLogprobs]) -> tuple[TokenLogprobs, ...]:
     return tuple(
-        TokenLogprobs(one.logprob, tuple(one.top_ids), tuple(one.top_logprobs)) for one in messages
+        TokenLogprobs(
+            one.logprob,
+            tuple(one.top_ids),
+            tuple(one.top_logprobs),
+            one.token,
+            one.piece,
+            tuple(one.top_tokens),
+            tuple(one.top_pieces),
+        )
+        for one in messages
     )
 
 

@@ -87,11 +87,20 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Natural logarithms of the probabilities of a token, and of the likeliest tokens there."""
+    """Natural logarithms of the probabilities of a token, and of the likeliest tokens there.
+
+    token, top_tokens: the tokens as strings: their text, or the names of special tokens.
+    piece, top_pieces: the bytes of text that they are; none for special tokens. All of them are
+    empty for image models.
+    """
 
     logprob: float
     top_ids: tuple[int, ...]
     top_logprobs: tuple[float, ...]
+    token: str = ""
+    piece: bytes = b""
+    top_tokens: tuple[str, ...] = ()
+    top_pieces: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

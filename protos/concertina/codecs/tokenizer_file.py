@@ -12,6 +12,9 @@ TOKENIZER: Final = "tokenizer.json"
 MOST_BYTES: Final = 48 << 20
 """Size of the largest file that is read; that of Gemma 3, with 262,144 tokens, has 32 MiB."""
 
+LONGEST_TOKEN: Final = 512
+"""Characters of the longest token; those of models have up to 128, as runs of spaces have."""
+
 _MOST_ITEMS: Final = 4_000_000  # three for each merge and one for each token: a million of each
 _MOST_STEPS: Final = 32
 _LONGEST_PATTERN: Final = 4096

@@ -271,7 +271,7 @@ def test_generate_json_is_an_object_per_event(fake: Fake, run: Run) -> None:
 
 
 def test_events_of_two_words_are_named_as_on_the_wire(fake: Fake, run: Run) -> None:
-    told = pb.PromptLogprobs(logprobs=[pb.TokenLogprobs(logprob=-0.5)])
+    told = pb.PromptLogprobs(logprobs=[pb.TokenLogprobs(logprob=-0.5, token="a", piece=b"a")])
     fake.script = [
         fake.accepted(prompt_tokens=1),
         pb.GenerateResponse(sequence=2, prompt_logprobs=told),
@@ -282,7 +282,17 @@ def test_events_of_two_words_are_named_as_on_the_wire(fake: Fake, run: Run) -> N
         "event": "prompt_logprobs",
         "sequence": 2,
         "first_position": 0,
-        "logprobs": [{"logprob": -0.5, "top_ids": [], "top_logprobs": []}],
+        "logprobs": [
+            {
+                "logprob": -0.5,
+                "top_ids": [],
+                "top_logprobs": [],
+                "token": "a",
+                "piece": "61",
+                "top_tokens": [],
+                "top_pieces": [],
+            }
+        ],
     }
 
 
