@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 from google.protobuf.duration_pb2 import Duration
 
+from concertina.codecs.codec import Codec
 from concertina.v1 import generation_service_pb2 as pb
 from server.arrays import Ints
 from server.bundles.bundle import Bundle
@@ -102,7 +103,9 @@ def _grammar_message(grammar: Grammar) -> pb.Grammar:
         return pb.Grammar(json_object=pb.JsonObject())
     if grammar.kind == "choice":
         return pb.Grammar(choice=pb.Choice(texts=grammar.texts))
-    return pb.Grammar(**{grammar.kind: grammar.texts[0]})
+    message = pb.Grammar()
+    setattr(message, grammar.kind, grammar.texts[0])
+    return message
 
 
 def _stopping_message(bundle: Bundle, request: Request) -> pb.StoppingCriteria:
@@ -137,15 +140,15 @@ def response_message(
     match event:
         case Delta(first_position=position, tokens=tokens, text=text):
             rgb = bundle.codec.rgb(tokens)
-            logprobs = _logprobs_messages(bundle, tokens, event.logprobs)
+            logprobs = _logprobs_messages(bundle.codec, tokens, event.logprobs)
             response.tokens.CopyFrom(
                 pb.Tokens(
                     first_position=position, ids=tokens, text=text, rgb=rgb, logprobs=logprobs
                 )
             )
         case PromptLogprobs(first_position=position):
-            tokens = request.prompt.tokens[position : position + len(event.logprobs)].tolist()
-            logprobs = _logprobs_messages(bundle, tokens, event.logprobs)
+            told = request.prompt.tokens[position : position + len(event.logprobs)].tolist()
+            logprobs = _logprobs_messages(bundle.codec, told, event.logprobs)
             response.prompt_logprobs.CopyFrom(
                 pb.PromptLogprobs(first_position=position, logprobs=logprobs)
             )
@@ -161,19 +164,19 @@ def response_message(
 
 
 def _logprobs_messages(
-    bundle: Bundle, tokens: Iterable[int], logprobs: Sequence[TokenLogprobs]
+    codec: Codec, tokens: Iterable[int], logprobs: Iterable[TokenLogprobs]
 ) -> list[pb.TokenLogprobs]:
-    if not logprobs:
-        return []
+    """One message for each of `logprobs`, with the strings of `tokens` if they are text."""
     messages = [
         pb.TokenLogprobs(logprob=p.logprob, top_ids=p.top_ids, top_logprobs=p.top_logprobs)
         for p in logprobs
     ]
-    if bundle.codec.writes_text:
-        pieces = bundle.codec.text.pieces
-        for token, message in zip(tokens, messages, strict=True):
-            message.piece = pieces[token]
-            message.top_pieces.extend([pieces[each] for each in message.top_ids])
+    if codec.writes_text:
+        text = codec.text
+        for token, message in zip(tokens, messages, strict=False):  # no messages: none are wanted
+            message.token, message.piece = text.written(token), text.pieces[token]
+            message.top_tokens.extend([text.written(other) for other in message.top_ids])
+            message.top_pieces.extend([text.pieces[other] for other in message.top_ids])
     return messages
 
 

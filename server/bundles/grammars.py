@@ -12,7 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from functools import cached_property
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
@@ -37,7 +37,7 @@ _LIMITS: Final = LLParserLimits(
 # Without a bound, a model may write nothing but spaces until its tokens are used up.
 _SPACE: Final = r"[ \t\n\r]{0,32}"
 # What cannot be enforced is refused, whatever the schema itself says of that.
-_JSON: Final = {"whitespace_pattern": _SPACE, "lenient": False, "coerce_one_of": False}
+_JSON: Final[Any] = {"whitespace_pattern": _SPACE, "lenient": False, "coerce_one_of": False}
 _OBJECT: Final = '{"type":"object"}'
 GRAMMAR_KINDS: Final = frozenset({"json_schema", "json_object", "regex", "choice", "lark"})
 """The fields of the message Grammar."""

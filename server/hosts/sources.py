@@ -113,7 +113,7 @@ def _digest(source: Path) -> str:
     """Changes when a file of the source changes; weights are not read for it."""
     files = [source] if source.is_file() else sorted({f for p in _FILES for f in source.glob(p)})
     digest = hashlib.sha256(_CONVERSION.encode())
-    for file in files:
+    for file in filter(Path.exists, files):  # a link that leads nowhere is refused later
         found = file.stat()
         digest.update(f"\0{file.name}\0{found.st_size}\0{found.st_mtime_ns}".encode())
     return digest.hexdigest()[:16]
@@ -121,10 +121,25 @@ def _digest(source: Path) -> str:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Waits until no other process makes this folder."""
-    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    """Waits until no other process makes this folder. Leaves nothing behind."""
+    path = folder.with_name(f".{folder.name}.lock")
+    while True:
+        with path.open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not _is_at(path, lock.fileno()):
+                continue  # who had it before has removed it, and another may hold a new one
+            try:
+                yield
+            finally:
+                path.unlink()
+            return
+
+
+def _is_at(path: Path, file: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file))
+    except FileNotFoundError:
+        return False
 
 
 def _require_extra(source: Path) -> None:

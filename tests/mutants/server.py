@@ -259,8 +259,8 @@ MUTANTS = (
     Mutant(
         "a backlog is one event, however large",
         "server/sessions/subscriber.py",
-        """self._tokens[:EVENT_TOKENS], self._logprobs[:EVENT_TOKENS]
-        del self._tokens[:EVENT_TOKENS], self._logprobs[:EVENT_TOKENS]""",
+        """self._tokens[:most], self._logprobs[:most]
+        del self._tokens[:most], self._logprobs[:most]""",
         """self._tokens[:], self._logprobs[:]
         del self._tokens[:], self._logprobs[:]""",
         "tests/server/sessions/test_races.py",

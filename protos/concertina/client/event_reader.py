@@ -278,7 +278,9 @@ def _logprobs(messages: Iterable[pb.TokenLogprobs]) -> tuple[TokenLogprobs, ...]
             one.logprob,
             tuple(one.top_ids),
             tuple(one.top_logprobs),
+            one.token,
             one.piece,
+            tuple(one.top_tokens),
             tuple(one.top_pieces),
         )
         for one in messages

@@ -89,13 +89,17 @@ class Accepted:
 class TokenLogprobs:
     """Natural logarithms of the probabilities of a token, and of the likeliest tokens there.
 
-    piece, top_pieces: the bytes that each of them is, maybe a part of a character; of text models.
+    token, top_tokens: the tokens as strings: their text, or the names of special tokens.
+    piece, top_pieces: the bytes of text that they are; none for special tokens. All of them are
+    empty for image models.
     """
 
     logprob: float
     top_ids: tuple[int, ...]
     top_logprobs: tuple[float, ...]
+    token: str = ""
     piece: bytes = b""
+    top_tokens: tuple[str, ...] = ()
     top_pieces: tuple[bytes, ...] = ()
 
 

@@ -268,18 +268,22 @@ class Tokens(_message.Message):
     def __init__(self, first_position: _Optional[int] = ..., ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., rgb: _Optional[bytes] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ...) -> None: ...
 
 class TokenLogprobs(_message.Message):
-    __slots__ = ("logprob", "top_ids", "top_logprobs", "piece", "top_pieces")
+    __slots__ = ("logprob", "top_ids", "top_logprobs", "token", "piece", "top_tokens", "top_pieces")
     LOGPROB_FIELD_NUMBER: _ClassVar[int]
     TOP_IDS_FIELD_NUMBER: _ClassVar[int]
     TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
     PIECE_FIELD_NUMBER: _ClassVar[int]
+    TOP_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TOP_PIECES_FIELD_NUMBER: _ClassVar[int]
     logprob: float
     top_ids: _containers.RepeatedScalarFieldContainer[int]
     top_logprobs: _containers.RepeatedScalarFieldContainer[float]
+    token: str
     piece: bytes
+    top_tokens: _containers.RepeatedScalarFieldContainer[str]
     top_pieces: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, logprob: _Optional[float] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ..., piece: _Optional[bytes] = ..., top_pieces: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    def __init__(self, logprob: _Optional[float] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ..., token: _Optional[str] = ..., piece: _Optional[bytes] = ..., top_tokens: _Optional[_Iterable[str]] = ..., top_pieces: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class PromptLogprobs(_message.Message):
     __slots__ = ("first_position", "logprobs")

@@ -188,6 +188,7 @@ def test_what_an_output_must_be(fake: Fake, run: Run, tmp_path: Path) -> None:
         ("--regex", "a+"): pb.Grammar(regex="a+"),
         ("--choice", "yes", "--choice", "no"): pb.Grammar(choice=pb.Choice(texts=["yes", "no"])),
     }
+    fake.script = [fake.accepted(), fake.text(2, 0, "yes"), fake.finished(3)]
     for options in given:
         assert run("generate", "x", *options)[0] == 0
     assert [request.sampling.grammar for request in fake.requests] == [*given.values()]
@@ -285,8 +286,7 @@ def test_generate_json_is_an_object_per_event(fake: Fake, run: Run) -> None:
 
 
 def test_events_of_two_words_are_named_as_on_the_wire(fake: Fake, run: Run) -> None:
-    one = pb.TokenLogprobs(logprob=-0.5, piece=b"\xe2\x82", top_ids=[7], top_pieces=[b"a"])
-    told = pb.PromptLogprobs(logprobs=[one])
+    told = pb.PromptLogprobs(logprobs=[pb.TokenLogprobs(logprob=-0.5, token="a", piece=b"a")])
     fake.script = [
         fake.accepted(prompt_tokens=1),
         pb.GenerateResponse(sequence=2, prompt_logprobs=told),
@@ -300,10 +300,12 @@ def test_events_of_two_words_are_named_as_on_the_wire(fake: Fake, run: Run) -> N
         "logprobs": [
             {
                 "logprob": -0.5,
-                "top_ids": [7],
+                "top_ids": [],
                 "top_logprobs": [],
-                "piece": "e282",
-                "top_pieces": ["61"],
+                "token": "a",
+                "piece": "61",
+                "top_tokens": [],
+                "top_pieces": [],
             }
         ],
     }

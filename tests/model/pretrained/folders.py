@@ -23,6 +23,31 @@ SETTINGS: dict[str, Any] = {
     "eos_token_id": [2, 3],
 }
 
+TOKENIZER = json.dumps(
+    {
+        "version": "1.0",
+        "added_tokens": [],
+        "pre_tokenizer": None,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [
+                {"SpecialToken": {"id": "<s>", "type_id": 0}},
+                {"Sequence": {"id": "A", "type_id": 0}},
+            ],
+            "pair": [],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+        },
+        "decoder": {
+            "type": "ByteLevel",
+            "add_prefix_space": False,
+            "trim_offsets": True,
+            "use_regex": True,
+        },
+        "model": {"type": "BPE", "vocab": {"<s>": 1, "a": 4, "b": 5, "ab": 6}, "merges": ["a b"]},
+    }
+)
+"""The smallest tokenizer that can be used; it begins every text with token 1."""
+
 
 def tensors(**changes: Any) -> dict[str, Tensor]:
     """Random weights by name; `changes` are those of the settings."""

@@ -123,6 +123,40 @@ async def test_no_bad_word_is_generated_whatever_its_tokens(served: Served, kind
         assert len(text) >= 40 and "ba" not in text and "eb" not in text
 
 
+async def test_log_probabilities_name_their_tokens(served: Served, kind: str) -> None:
+    """As strings and bytes, for the prompt and what follows; special tokens by their names."""
+    tokenizer, codec = trained(kind), served.model.bundle.codec
+    prompt = pb.Prompt(text="the é fox<|im_end|>")
+    asked = tokenizer.encode(prompt.text, add_special_tokens=False).ids
+    asked = asked[kind == BYTE_LEVEL :]  # without a begin token, the first takes its place
+    end, size = tokenizer.token_to_id("</s>"), tokenizer.get_vocab_size()
+    script(served.model, [0] * len(asked) + [end, asked[0], size] * 4)
+    request = pb.GenerateRequest(
+        prompt=prompt,
+        sampling=pb.SamplingParameters(temperature=0),
+        stopping=pb.StoppingCriteria(max_tokens=6, ignore_eos=True),
+        output=pb.OutputOptions(logprobs=20, prompt_logprobs=3),
+    )
+    ids, told = list(asked), list[pb.TokenLogprobs]()
+    async for event in served.generation.Generate(request, timeout=LIMIT_S):
+        ids += event.tokens.ids
+        told += [*event.prompt_logprobs.logprobs, *event.tokens.logprobs]
+    assert len(ids) == len(told) == len(asked) + 6
+    texts, special = list[str](), tokenizer.get_added_tokens_decoder()
+    for token, one in zip(ids, told, strict=True):
+        for each, name, piece in (
+            (token, one.token, one.piece),
+            *zip(one.top_ids, one.top_tokens, one.top_pieces, strict=True),
+        ):
+            assert piece == codec.text.pieces[each]
+            assert name == (piece.decode(errors="replace") or tokenizer.id_to_token(each) or "")
+            assert bool(piece) == (each < size and not (each in special and special[each].special))
+        texts.append(one.token)
+    assert "é" in b"".join(one.piece for one in told).decode(errors="replace")
+    assert {"<|im_end|>", "</s>", ""} <= {*texts} and any(" " in text for text in texts)
+    assert len(told[-1].top_tokens) == 20
+
+
 async def test_a_score_says_how_many_bytes_its_tokens_are(served: Served, kind: str) -> None:
     text = "the quick brown fox — é"
     count = len(trained(kind).encode(text, add_special_tokens=False).ids)
