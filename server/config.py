@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Final, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, get_args
 
 from concertina.addresses import join, reachable
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 Provider = Literal["cpu", "cuda"]
 """Device that computes: the CPU, or an NVIDIA GPU."""
@@ -46,11 +49,16 @@ RANGES: Final = {
     "max_request_bytes": Range(MEBIBYTE, 1024 * MEBIBYTE),
     "drain_seconds": Range(0, 24 * 3600),
     "snapshot_ttl": Range(1, 30 * 24 * 3600),
+    "http_port": Range(0, 65535),
+    "max_body_bytes": Range(1024, 1024 * MEBIBYTE),
+    "streams_per_key": Range(1, 1_000_000),
+    "slow_reader_seconds": Range(1, 3600),
 }
-"""The range of every number of EngineConfig and ServeConfig."""
+"""The range of every number of EngineConfig, ServeConfig and GatewaySettings."""
 
 
-def _check_numbers(config: EngineConfig | ServeConfig) -> None:
+def check_numbers(config: DataclassInstance) -> None:
+    """Raise ConfigError for a number of a configuration that is out of its range."""
     for setting in fields(config):
         if setting.name not in RANGES:
             continue
@@ -107,7 +115,7 @@ class EngineConfig:
     """Device that computes and holds the state in its memory."""
 
     def __post_init__(self) -> None:
-        _check_numbers(self)
+        check_numbers(self)
         if self.provider not in get_args(Provider):
             raise ConfigError(
                 f"provider is {self.provider}: it must be {' or '.join(get_args(Provider))}"
@@ -188,7 +196,7 @@ class ServeConfig:
             )
         if not self.host:
             raise ConfigError("host is empty: give an address such as 127.0.0.1")
-        _check_numbers(self)
+        check_numbers(self)
         if self.metrics_port == self.port:
             raise ConfigError(f"metrics_port is {self.port}: it must differ from port")
 
