@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple, get_args
+from typing import Any, Final, Literal, NamedTuple, get_args
 
 from concertina.addresses import join, reachable
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 Provider = Literal["cpu", "cuda"]
 """Device that computes: the CPU, or an NVIDIA GPU."""
@@ -57,7 +54,7 @@ RANGES: Final = {
 """The range of every number of EngineConfig, ServeConfig and GatewaySettings."""
 
 
-def check_numbers(config: DataclassInstance) -> None:
+def check_numbers(config: Any) -> None:
     """Raise ConfigError for a number of a configuration that is out of its range."""
     for setting in fields(config):
         if setting.name not in RANGES:
@@ -160,6 +157,9 @@ class ServeConfig:
     metrics_port: int = 9100
     """Port for Prometheus metrics and health on the same host; 0 turns it off."""
 
+    http_port: int = 0
+    """Port of OpenAI's HTTP API on the same host; 0 turns it off."""
+
     replicas: int = 1
     """Number of server processes; each has all engines."""
 
@@ -199,6 +199,10 @@ class ServeConfig:
         check_numbers(self)
         if self.metrics_port == self.port:
             raise ConfigError(f"metrics_port is {self.port}: it must differ from port")
+        if self.http_port and self.http_port in (self.port, self.metrics_port):
+            raise ConfigError(
+                f"http_port is {self.http_port}: it must differ from port and metrics_port"
+            )
 
     @property
     def address(self) -> str:

@@ -145,7 +145,10 @@ def _invalid(error: InvalidRequest) -> HttpError:
     too_long = error.field == "prompt" and error.limit is not None
     too_long = too_long or (param == "max_tokens" and "context" in str(error))
     code = "context_length_exceeded" if too_long else None
-    return HttpError(400, str(error), param=param, code=code)
+    message = str(error)
+    if param is not None and not error.field.startswith("prompt"):
+        message = message.replace(error.field.split("[")[0], param, 1)
+    return HttpError(400, message, param=param, code=code)
 
 
 def param_of(field: str) -> str | None:

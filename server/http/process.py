@@ -32,6 +32,7 @@ _LARGEST_HEADERS: Final = 64 * 1024
 _POLL_SECONDS: Final = 0.1
 _RENEWAL_SECONDS: Final = 5.0
 _GRACE_SECONDS: Final = 10.0
+_ORPHAN_SECONDS: Final = 5
 
 _log = logging.getLogger(__name__)
 
@@ -139,4 +140,5 @@ async def _end_with_parent(server: uvicorn.Server) -> None:
 
     loop.add_reader(sys.stdin.fileno(), read)
     await ended.wait()
+    server.config.timeout_graceful_shutdown = _ORPHAN_SECONDS  # the server has gone as well
     server.should_exit = True

@@ -60,7 +60,9 @@ def serving(*arguments: str, port: int | None = None) -> Iterator[Server]:
     free, metrics_port = free_ports(2)
     port = port or free
     address, metrics_address = f"127.0.0.1:{port}", f"127.0.0.1:{metrics_port}"
-    ports = ("--port", str(port), "--metrics-port", str(metrics_port))
+    ports: tuple[str, ...] = ("--port", str(port), "--metrics-port", str(metrics_port))
+    if "--http-port" not in arguments:
+        ports += ("--http-port", "0")
     with tempfile.NamedTemporaryFile() as log:
         process = concertina("serve", *arguments, *ports, stdout=log, stderr=log)
         server = Server(address, metrics_address, process, Path(log.name))

@@ -72,7 +72,8 @@ def test_defaults_are_those_of_the_container(
     monkeypatch.setattr("server.hosts.local.serve", lambda config, _: served.append(config))
     monkeypatch.setattr(serve_module, "interrupt_on_stop_signals", lambda: None)
     port, metrics_port = free_ports(2)
-    serve([image_bundle], local=True, port=port, metrics_port=metrics_port, **options)
+    ports = {"port": port, "metrics_port": metrics_port, "http_port": 0}
+    serve([image_bundle], local=True, **ports, **options)
     (config,) = served
     assert config.engine.state_limit_bytes == state_limit_bytes
     assert config.engine.threads == threads
