@@ -26,7 +26,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
 # Before onnxruntime is imported, by whomever.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-# A machine that tests for us says so in these, and what we start would write in colour there.
+# Where these are set, help pages are coloured, and onnxruntime turns its telemetry off by itself.
 for name in ("CI", "GITHUB_ACTIONS", "FORCE_COLOR", "PY_COLORS", "CLICOLOR_FORCE"):
     os.environ.pop(name, None)
 

@@ -18,14 +18,19 @@ import pytest
 
 from concertina.cli.main import COMMANDS, command_line
 from tests.e2e.servers import ROOT, Server, serving
+from tests.server.tokenizer_bundles import make_tokenizer_bundle
+from tests.tokenizers_made import BYTE_LEVEL
 
 NAMES = ("README.md", "CONTRIBUTING.md", "protos/README.md")
 DOCUMENTS = sorted([*(ROOT / name for name in NAMES), *ROOT.glob("docs/*.md")])
 WAIT = 120.0
+CHAT = "bring-your-own.md"
+TEMPLATE = "{% for message in messages %}<|im_start|>{{ message.content }}<|im_end|>{% endfor %}"
 BUNDLES = [str(ROOT / "bundles" / name) for name in ("python-4k", "emoji-32")]
 
 # Lines of a document that run here begin with one of these.
 RUN = (
+    "concertina chat",
     "concertina generate",
     "concertina paint",
     "concertina score",
@@ -40,6 +45,7 @@ NOT_RUN = {
     "concertina loadtest": "takes a minute; tests/loadtest",
     "concertina data": "needs data, or takes minutes; tests/model",
     "concertina train": "takes hours; tests/model",
+    "concertina convert": "needs a pretrained model; tests/model/pretrained",
     "concertina export": "needs a trained model; tests/export",
     "concertina compare": "takes hours; tests/export",
     "concertina bench": "takes minutes to hours; tests/loadtest/bench",
@@ -74,7 +80,7 @@ def _python(document: Path) -> list[str]:
 
 
 SNIPPETS = [
-    pytest.param(code, id=f"{document.name}-{index}")
+    pytest.param(document.name, code, id=f"{document.name}-{index}")
     for document in DOCUMENTS
     for index, code in enumerate(_python(document))
 ]
@@ -97,8 +103,23 @@ def served() -> Iterator[Server]:
             yield server
 
 
+@pytest.fixture(scope="module")
+def chatting(tiny_bundles: Path) -> Iterator[Server]:
+    """A server of one model with a chat template."""
+    bundle = make_tokenizer_bundle(tiny_bundles / "chatting", BYTE_LEVEL, TEMPLATE, context=256)
+    with serving(str(bundle), "--local", "--threads", "1") as server:
+        yield server
+
+
 @pytest.fixture
-def home(tmp_path: Path, served: Server, monkeypatch: pytest.MonkeyPatch) -> Path:
+def address(document: str, request: pytest.FixtureRequest) -> str:
+    """Where the models are that a document writes about."""
+    server: Server = request.getfixturevalue("chatting" if document == CHAT else "served")
+    return server.address
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder like the root of a checkout, where `concertina` is a command."""
     for path in ROOT.iterdir():
         if not path.name.startswith("."):
@@ -109,7 +130,6 @@ def home(tmp_path: Path, served: Server, monkeypatch: pytest.MonkeyPatch) -> Pat
     program.chmod(0o700)
     monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'protos'}")
-    monkeypatch.setenv("CONCERTINA_ADDRESS", served.address)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -129,21 +149,24 @@ def test_every_line_runs_or_has_a_reason() -> None:
     assert [start for start in NOT_RUN if not any(x.startswith(start) for _, x in LINES)] == []
 
 
-@pytest.mark.parametrize("code", SNIPPETS)
+@pytest.mark.parametrize(("document", "code"), SNIPPETS)
 def test_python_runs_as_it_is_printed(
-    code: str, home: Path, served: Server, capsys: pytest.CaptureFixture[str]
+    document: str, code: str, home: Path, address: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "127.0.0.1:9000" in code
-    exec(compile(code.replace("127.0.0.1:9000", served.address), "snippet", "exec"), {})
+    exec(compile(code.replace("127.0.0.1:9000", address), "snippet", "exec"), {})
     assert capsys.readouterr().out.strip()
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_shell_runs_as_it_is_printed(document: Path, home: Path) -> None:
-    for line in _lines(document):
-        if _reason(line):
-            continue
-        ran = subprocess.run(line, shell=True, capture_output=True, text=True, timeout=WAIT)
+@pytest.mark.parametrize("document", sorted({name for name, line in LINES if not _reason(line)}))
+def test_shell_runs_as_it_is_printed(
+    document: str, home: Path, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CONCERTINA_ADDRESS", address)
+    for line in (line for name, line in LINES if name == document and not _reason(line)):
+        ran = subprocess.run(
+            line, shell=True, input="Hello\n", capture_output=True, text=True, timeout=WAIT
+        )
         assert ran.returncode == 0, (line, ran.stderr)
 
 

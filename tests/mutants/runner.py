@@ -5,16 +5,22 @@ Each bug is one replacement in one file; it has to apply exactly once, or its en
 
 from __future__ import annotations
 
+import compileall
+import json
 import os
+import select
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 
 from tests.mutants.mutant import Mutant
 
@@ -24,6 +30,9 @@ SOURCES = (
     "pyproject.toml",
 )
 TIME_LIMIT_S = 600
+
+Warm = subprocess.Popen[bytes]
+Idle = SimpleQueue[Warm]
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,7 @@ def copy_tree(root: Path, target: Path) -> None:
     target.mkdir()
     for name in SOURCES:
         if (root / name).is_dir():
-            ignore = shutil.ignore_patterns("__pycache__", "node_modules")
+            ignore = shutil.ignore_patterns("node_modules")
             shutil.copytree(root / name, target / name, ignore=ignore)
         else:
             shutil.copy2(root / name, target / name)
@@ -64,61 +73,103 @@ def plant(tree: Path, mutant: Mutant) -> None:
     if path.suffix == ".py":
         compile(mutated, mutant.file, "exec")
     path.write_text(mutated, encoding="utf-8")
+    for compiled in (path.parent / "__pycache__").glob(f"{path.stem}.*.pyc"):
+        compiled.unlink()  # told apart by second and size alone
 
 
-def run_tests(tree: Path, tests: Sequence[str], bundles: Path | None = None) -> Outcome:
-    """Run `tests` in `tree` until one fails, with the bundles in `bundles`, or newly exported."""
+@contextmanager
+def borrowed(idle: Idle) -> Iterator[Warm]:
+    """One of the processes that run tests, for as long as it is needed."""
+    process = idle.get()
+    try:
+        yield process
+    finally:
+        idle.put(process)
+
+
+@contextmanager
+def warm() -> Iterator[Warm]:
+    """A process that runs tests, one run after the other (warm.py)."""
     environment = {
-        **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
-        **({} if bundles is None else {"TINY_BUNDLES": str(bundles)}),
+        # Bundles of another run were exported without the bug.
+        **{k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TINY_BUNDLES")},
         "OMP_NUM_THREADS": "1",  # several of these run side by side
+        "ORT_DISABLE_TELEMETRY": "1",  # onnxruntime asks when it is imported
         "HYPOTHESIS_PROFILE": "first",  # that there is a failure is enough
         "LIMIT_S": "20",  # whoever waits in vain need not wait long
-        "PYTHONDONTWRITEBYTECODE": "1",
     }
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no"]
+    with subprocess.Popen(
+        [sys.executable, Path(__file__).with_name("warm.py")],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        bufsize=0,  # select sees every answer that is not read
+    ) as process:
+        assert process.stdin is not None
+        yield process
+        process.stdin.close()
+
+
+def run_tests(
+    process: Warm, tree: Path, tests: Sequence[str], bundles: Path | None = None
+) -> Outcome:
+    """Run `tests` in `tree` until one fails, with the bundles in `bundles`, or newly exported."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    options = ["-x", "-q", "-p", "no:cacheprovider", "--tb=no", f"--basetemp={tree / 'tmp'}"]
+    environment = {} if bundles is None else {"TINY_BUNDLES": str(bundles)}
+    log = tree / "pytest.log"
     began = time.monotonic()
-    try:
-        done = subprocess.run(
-            [*command, f"--basetemp={tree / 'tmp'}", *tests],
-            cwd=tree,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=TIME_LIMIT_S,
-        )
-    except subprocess.TimeoutExpired:
-        return Outcome(None, f"did not end within {TIME_LIMIT_S} s", time.monotonic() - began)
-    lines = (done.stdout + done.stderr).splitlines()
+    request = json.dumps([str(tree), environment, [*options, *tests], str(log)])
+    process.stdin.write(f"{request}\n".encode())
+    fork = int(process.stdout.readline())
+    cut = not select.select([process.stdout], [], [], TIME_LIMIT_S)[0]
+    if cut:
+        os.killpg(fork, signal.SIGKILL)
+    code = int(process.stdout.readline())
+    seconds = time.monotonic() - began
+    if cut:
+        return Outcome(None, f"did not end within {TIME_LIMIT_S} s", seconds)
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    failure = failed[0] if failed else f"pytest ended with {done.returncode}: {''.join(lines[-1:])}"
-    return Outcome(done.returncode, failure, time.monotonic() - began)
+    failure = failed[0] if failed else f"pytest ended with {code}: {''.join(lines[-1:])}"
+    return Outcome(code, failure, seconds)
 
 
-def try_sound(root: Path, work: Path, mutants: Sequence[Mutant]) -> Outcome:
+def try_sound(idle: Idle, work: Path, mutants: Sequence[Mutant]) -> Outcome:
     """Run the tests of all `mutants` without any; leaves the bundles that they export."""
-    copy_tree(root, work / "sound")
-    return run_tests(work / "sound", sorted({m.test for m in mutants}), work / "bundles")
+    copy_tree(work / "source", work / "sound")
+    tests = sorted({mutant.test for mutant in mutants})
+    with borrowed(idle) as process:
+        return run_tests(process, work / "sound", tests, work / "bundles")
 
 
-def try_mutant(root: Path, work: Path, mutant: Mutant, sound: Future[Outcome]) -> Outcome:
-    """Run the test of `mutant`, planted into a copy of `root`."""
+def try_mutant(idle: Idle, work: Path, mutant: Mutant, sound: Future[Outcome]) -> Outcome:
+    """Run the test of `mutant`, planted into a copy of the source."""
     tree = work / mutant.name.replace(" ", "-")
-    copy_tree(root, tree)
+    copy_tree(work / "source", tree)
     plant(tree, mutant)
-    if not mutant.file.startswith(("server/", "protos/", "loadtest/")):
-        return run_tests(tree, [mutant.test])
-    sound.result()  # what is read is not what was mutated
-    return run_tests(tree, [mutant.test], work / "bundles")
+    bundles = None
+    if mutant.file.startswith(("server/", "protos/", "loadtest/")):
+        sound.result()  # what is read is not what was mutated
+        bundles = work / "bundles"
+    with borrowed(idle) as process:
+        return run_tests(process, tree, [mutant.test], bundles)
 
 
 def survey(root: Path, mutants: Sequence[Mutant], jobs: int) -> bool:
     """Plant each of `mutants` and print which test notices it; whether all are noticed."""
     caught = 0
-    with tempfile.TemporaryDirectory(prefix="mutants-") as folder, ThreadPoolExecutor(jobs) as pool:
-        work = Path(folder)
-        sound = pool.submit(try_sound, root, work, mutants)
-        outcomes = pool.map(lambda mutant: try_mutant(root, work, mutant, sound), mutants)
+    idle: Idle = SimpleQueue()
+    with ExitStack() as stack:
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mutants-")))
+        copy_tree(root, work / "source")
+        compileall.compile_dir(work / "source", quiet=2)
+        for _ in range(jobs):
+            idle.put(stack.enter_context(warm()))
+        pool = stack.enter_context(ThreadPoolExecutor(jobs))
+        sound = pool.submit(try_sound, idle, work, mutants)
+        outcomes = pool.map(lambda mutant: try_mutant(idle, work, mutant, sound), mutants)
         if sound.result().code != 0:
             print(f"The tests have to pass without a bug: {sound.result().failure}")
             pool.shutdown(cancel_futures=True)

