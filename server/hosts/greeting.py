@@ -28,6 +28,8 @@ def greeting(config: ServeConfig, bundles: Sequence[Bundle]) -> list[str]:
         return [*lines, f"see: concertina models {' '.join(_access(config, ''))}"]
     first = bundles[0]
     verb = 'generate "import "' if first.codec.writes_text else "paint"
+    if first.chat_template is not None:
+        verb = "chat"
     command = f"concertina {verb} -m {shlex.quote(first.name)}"
     if config.keys is not None and not _key_for(config.keys, first.name):
         keys = shlex.quote(str(config.keys))

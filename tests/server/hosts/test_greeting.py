@@ -20,8 +20,10 @@ from tests.certificates import Certificates
 from tests.e2e.servers import ROOT, serving
 
 CONFIG = ServeConfig((Path("bundle"),), port=9012, metrics_port=9013)
-TEXT: Any = SimpleNamespace(name="prose", codec=SimpleNamespace(writes_text=True))
-IMAGE: Any = SimpleNamespace(name="two words", codec=SimpleNamespace(writes_text=False))
+_TEXT, _PIXELS = SimpleNamespace(writes_text=True), SimpleNamespace(writes_text=False)
+TEXT: Any = SimpleNamespace(name="prose", codec=_TEXT, chat_template=None)
+IMAGE: Any = SimpleNamespace(name="two words", codec=_PIXELS, chat_template=None)
+CHAT: Any = SimpleNamespace(name="talk", codec=_TEXT, chat_template="{{ messages }}")
 WAIT = 60.0
 
 
@@ -35,6 +37,7 @@ def test_where_it_listens_and_who_may_call() -> None:
         "  metrics  http://127.0.0.1:9013/metrics",
         'try: concertina generate "import " -m prose --address 127.0.0.1:9012',
     ]
+    assert last(CONFIG, CHAT) == "try: concertina chat -m talk --address 127.0.0.1:9012"
     assert last(CONFIG, IMAGE).startswith("try: concertina paint -m 'two words' --address")
     assert greeting(replace(CONFIG, metrics_port=0), []) == [
         "  gRPC     127.0.0.1:9012 (plaintext, for anyone who can reach it)",
