@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -134,7 +135,9 @@ def test_a_path_out_of_the_bundle_is_refused(
     for secret in (copied.parent / "secret", copied / "sub" / "secret"):
         secret.write_text("not of the bundle")
     manifest = read_manifest(copied)
-    monkeypatch.setattr(Path, "read_bytes", lambda path: b"not of the bundle")
+    content = b"not of the bundle"
+    found = (hashlib.sha256(content).hexdigest(), len(content))
+    monkeypatch.setattr("concertina.bundle.manifest._checksum", lambda path: found)
     write_manifest(copied, manifest, [name])
     with pytest.raises(ManifestError, match=r"is not a plain file|cannot be read: Is a directory"):
         monkeypatch.undo()
