@@ -47,6 +47,7 @@ RANGES: Final = {
     "drain_seconds": Range(0, 24 * 3600),
     "snapshot_ttl": Range(1, 30 * 24 * 3600),
     "http_port": Range(0, 65535),
+    "plain_port": Range(0, 65535),
     "max_body_bytes": Range(1024, 1024 * MEBIBYTE),
     "streams_per_key": Range(1, 1_000_000),
     "slow_reader_seconds": Range(1, 3600),
@@ -160,6 +161,9 @@ class ServeConfig:
     http_port: int = 0
     """Port of OpenAI's HTTP API on the same host; 0 turns it off."""
 
+    plain_port: int = 0
+    """Port on loopback that accepts plaintext while the others have TLS; 0 opens none."""
+
     replicas: int = 1
     """Number of server processes; each has all engines."""
 
@@ -203,6 +207,10 @@ class ServeConfig:
             raise ConfigError(
                 f"http_port is {self.http_port}: it must differ from port and metrics_port"
             )
+        if self.plain_port and self.tls is None:
+            raise ConfigError(f"plain_port is {self.plain_port}: it needs TLS at the other port")
+        if self.plain_port and self.plain_port in (self.port, self.metrics_port, self.http_port):
+            raise ConfigError(f"plain_port is {self.plain_port}: it must differ from other ports")
 
     @property
     def address(self) -> str:

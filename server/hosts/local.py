@@ -32,6 +32,7 @@ try:
 except ImportError:
     from asyncio import new_event_loop  # type: ignore[assignment]
 
+_LOOPBACK: Final = "127.0.0.1"
 _CLOSE_SECONDS: Final = 2.0
 _PING_SECONDS: Final = 5 * 60
 handshake_seconds = 10.0
@@ -79,6 +80,8 @@ def make_server(config: ServeConfig, servicers: Servicers) -> grpc.aio.Server:
         server.add_insecure_port(address)
     else:
         server.add_secure_port(address, server_credentials(config.tls))
+        if config.plain_port:
+            server.add_insecure_port(join(_LOOPBACK, config.plain_port))
     return server
 
 

@@ -18,10 +18,10 @@ from concertina.cli.output import plain_console
 from concertina.codecs.chat_template import ChatTemplateError, compiled
 from concertina.machine import cores, cores_if_fewer, memory_bytes, share_of_memory
 from server.auth.api_keys import read_keys
-from server.auth.tls import require_usable
-from server.config import RANGES, ConfigError, EngineConfig, Provider, ServeConfig, TlsConfig
+from server.auth.tls import require_usable, tls_config
+from server.config import RANGES, ConfigError, EngineConfig, Provider, ServeConfig
 from server.hosts.greeting import greeting
-from server.hosts.ray_environment import HAPROXY_PROGRAM, ray_environment
+from server.hosts.ray_environment import HAPROXY_PROGRAM, LOOPBACK, ray_environment
 from server.hosts.scratch import scratch_folder
 from server.hosts.sources import bundle_of, is_pretrained
 from server.ops.ports import PortTaken, require_free
@@ -188,6 +188,14 @@ def serve(
     tls_client_ca: Annotated[
         Path | None, typer.Option(help="CA (PEM) of the certificates that callers must present.")
     ] = None,
+    plain_port: Annotated[
+        int,
+        _number(
+            "plain_port",
+            "Port on 127.0.0.1 that accepts plaintext beside TLS, for a gateway of your own, and "
+            "for whoever else is on this machine; 0 opens none.",
+        ),
+    ] = ServeConfig.plain_port,
     local: Annotated[
         bool, typer.Option("--local", help="Run in one process without Ray; starts in seconds.")
     ] = False,
@@ -216,7 +224,7 @@ def serve(
     folders = tuple(bundle.folder for bundle in opened)
     if threads == 0:
         threads = max(1, cores() // replicas) if replicas > 1 else cores_if_fewer()
-    tls = _tls(tls_cert, tls_key, tls_client_ca)
+    tls = tls_config(tls_cert, tls_key, tls_client_ca)
     if state_limit_bytes == 0:
         shares = replicas * (len(folders) or _WATCHED_SHARES)
         state_limit_bytes = memory_bytes() // (2 * shares)
@@ -229,6 +237,7 @@ def serve(
         port=port,
         metrics_port=metrics_port,
         http_port=http_port or 0,
+        plain_port=plain_port,
         replicas=replicas,
         drain_seconds=drain_seconds,
         keys=None if keys is None else keys.resolve(),
@@ -258,6 +267,8 @@ def serve(
     if tls is not None:
         require_usable(tls)
     _require_ports(host, port, metrics_port, http_port)
+    if plain_port:
+        require_free(LOOPBACK, plain_port, "choose another with --plain-port")
     if http_port is None:
         config = replace(config, http_port=_usual_http_port(config, console))
 
@@ -278,7 +289,7 @@ def serve(
 
 def _usual_http_port(config: ServeConfig, console: Console) -> int:
     """The port of the HTTP API that nobody has to ask for; 0, with a word, if it is taken."""
-    if _HTTP_PORT in (config.port, config.metrics_port):
+    if _HTTP_PORT in (config.port, config.metrics_port, config.plain_port):
         return 0
     try:
         require_free(config.host, _HTTP_PORT, "")
@@ -307,14 +318,6 @@ def _template(file: Path | None) -> str:
     except (ChatTemplateError, UnicodeDecodeError) as error:
         raise ConfigError(f"--chat-template: {file} {error}") from None
     return source
-
-
-def _tls(cert: Path | None, key: Path | None, client_ca: Path | None) -> TlsConfig | None:
-    if cert is None and key is None and client_ca is None:
-        return None
-    if cert is None or key is None:
-        raise ConfigError("TLS needs both --tls-cert and --tls-key")
-    return TlsConfig(cert.resolve(), key.resolve(), client_ca and client_ca.resolve())
 
 
 def _serve(config: ServeConfig, local: bool, announce: Callable[[str], None]) -> None:

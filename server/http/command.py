@@ -9,8 +9,8 @@ import typer
 
 from concertina.cli.options import Ca, Cert, CertKey, UseTls, access
 from concertina.cli.output import plain_console
-from server.auth.tls import require_usable
-from server.config import RANGES, ConfigError, ServeConfig, TlsConfig
+from server.auth.tls import require_usable, tls_config
+from server.config import RANGES, ServeConfig
 from server.http.settings import GatewaySettings
 from server.ops.logs import log_to_stderr
 
@@ -81,7 +81,7 @@ def gateway(
         upstream_tls=access(None, tls, ca, cert, cert_key).tls,
         host=host,
         port=port,
-        tls=_tls(tls_cert, tls_key, tls_client_ca),
+        tls=tls_config(tls_cert, tls_key, tls_client_ca),
         allowed_hosts=tuple(allow_host or ()),
         drain_seconds=drain_seconds,
         max_body_bytes=max_body_bytes,
@@ -101,11 +101,3 @@ def gateway(
             console.print(f"ready: {settings.url}/v1 for {settings.upstream}")
 
     serve(settings, announce)
-
-
-def _tls(cert: Path | None, key: Path | None, client_ca: Path | None) -> TlsConfig | None:
-    if cert is None and key is None and client_ca is None:
-        return None
-    if cert is None or key is None:
-        raise ConfigError("TLS needs both --tls-cert and --tls-key")
-    return TlsConfig(cert.resolve(), key.resolve(), client_ca and client_ca.resolve())

@@ -42,7 +42,8 @@ def serve(settings: GatewaySettings, announce: Callable[[], None]) -> None:
 
     Calls `announce` once callers can connect. Raises PortTaken.
     """
-    require_free(settings.host, settings.port, "choose another with --port")
+    option = "--http-port" if settings.with_parent else "--port"
+    require_free(settings.host, settings.port, f"choose another with {option}")
     # uvicorn says what happened in tracebacks of its own, beside the errors that we log.
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
     for number in STOP_SIGNALS:  # uvicorn raises them again when it has ended
