@@ -29,7 +29,7 @@ from server.ops.process import interrupt_on_stop_signals
 from server.snapshots.opening import open_store
 
 BUNDLES: Final = Path("bundles")
-_HTTP_PORT: Final = 8000
+HTTP_PORT: Final = 8000
 _WATCHED_SHARES: Final = 4  # with --watch: number of bundles that memory is divided for
 
 
@@ -289,14 +289,14 @@ def serve(
 
 def _usual_http_port(config: ServeConfig, console: Console) -> int:
     """The port of the HTTP API that nobody has to ask for; 0, with a word, if it is taken."""
-    if _HTTP_PORT in (config.port, config.metrics_port, config.plain_port):
+    if HTTP_PORT in (config.port, config.metrics_port, config.plain_port):
         return 0
     try:
-        require_free(config.host, _HTTP_PORT, "")
+        require_free(config.host, HTTP_PORT, "")
     except PortTaken:
-        console.print(f"no HTTP API: port {_HTTP_PORT} is taken; choose another with --http-port")
+        console.print(f"no HTTP API: port {HTTP_PORT} is taken; choose another with --http-port")
         return 0
-    return _HTTP_PORT
+    return HTTP_PORT
 
 
 def _require_ports(host: str, port: int, metrics_port: int, http_port: int | None) -> None:
