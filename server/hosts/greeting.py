@@ -17,6 +17,10 @@ from server.config import ServeConfig, TlsConfig
 def greeting(config: ServeConfig, bundles: Sequence[Bundle]) -> list[str]:
     """Lines for whoever has started the server. The last ones are to be copied to a shell."""
     lines = [f"  gRPC     {config.address} {_openness(config)}"]
+    if config.http_port:
+        scheme = "http" if config.tls is None else "https"
+        front = join(reachable(config.host), config.http_port)
+        lines.append(f"  OpenAI   {scheme}://{front}/v1")
     if config.metrics_port:
         metrics = join(reachable(config.host), config.metrics_port)
         lines.append(f"  metrics  http://{metrics}/metrics")

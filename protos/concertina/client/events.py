@@ -154,4 +154,19 @@ class Finished:
     output: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """How much of one output has arrived, for `resume`.
+
+    characters: of text, in code points. ended: whether its `Finished` has arrived.
+    prompt_logprobs: tokens of the prompt whose log-probabilities have arrived.
+    """
+
+    output: int = 0
+    tokens: int = 0
+    characters: int = 0
+    ended: bool = False
+    prompt_logprobs: int = 0
+
+
 Event: TypeAlias = Accepted | PromptLogprobs | Tokens | Finished

@@ -13,6 +13,7 @@ from google.protobuf.message import Message
 
 from concertina.bounds import bounds
 from concertina.client.errors import InvalidRequest
+from concertina.client.events import Cursor
 from concertina.client.pictures import (
     PNG,
     PillowImage,
@@ -185,6 +186,22 @@ def continue_request(
 def fork_request(stream_id: str, n: int) -> session_pb.ForkRequest:
     """A request for copies. Raises InvalidRequest for a number that the message cannot hold."""
     return message(session_pb.ForkRequest, stream_id=stream_id, n=n)
+
+
+def resume_request(stream_id: str, received: Iterable[Cursor]) -> pb.ResumeRequest:
+    """A request for the rest of a stream. Raises InvalidRequest for a cursor that is none."""
+    cursors = [
+        message(
+            pb.ResumeCursor,
+            output=each.output,
+            tokens=each.tokens,
+            characters=each.characters,
+            ended=each.ended,
+            prompt_logprobs=each.prompt_logprobs,
+        )
+        for each in received
+    ]
+    return message(pb.ResumeRequest, stream_id=stream_id, cursors=cursors)
 
 
 def score_request(prompt: PromptLike, model: str, label: str | None) -> pb.ScoreRequest:

@@ -56,6 +56,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "score": lambda client, **given: client.score("x", **given),
     "tokenize": lambda client, **given: client.tokenize("x", **given),
     "detokenize": lambda client, **given: client.detokenize([1], **given),
+    "resume": lambda client, **given: client.resume("s", **given),
     "models": lambda client, **given: client.models(**given),
     "model": lambda client, **given: client.model(**given),
     "pause": lambda client, **given: client.sessions.pause("s", **given),
@@ -324,10 +325,13 @@ def test_a_message_of_the_server_is_short(fake: Fake) -> None:
     assert len(str(raised.value)) <= SHORT
 
 
-@pytest.mark.parametrize("call", ["model", "pause", "continue_", "fork", "export", "delete"])
+@pytest.mark.parametrize(
+    "call", ["model", "resume", "pause", "continue_", "fork", "export", "delete"]
+)
 def test_a_name_that_is_no_text_is_named(using: Call, call: str) -> None:
     methods = {
         "model": lambda client, name: client.model(name),
+        "resume": lambda client, name: client.resume(name),
         "pause": lambda client, name: client.sessions.pause(name),
         "continue_": lambda client, name: client.sessions.continue_(name),
         "fork": lambda client, name: client.sessions.fork(name),
