@@ -273,8 +273,10 @@ def _chosen(plan: Plan, only: str) -> Plan:
 def _wanted(plan: Plan, quick: bool, cells: str | None, first_token: bool) -> tuple[Cell, ...]:
     usual = _CELLS_OF_SOURCE if plan.source else _CELLS
     wanted = QUICK_CELLS if quick else _cells(usual if cells is None else cells)
-    if first_token and not quick and not (
-        plan.source and FIRST_TOKEN.context + ROOM > plan.longest
+    if (
+        first_token
+        and not quick
+        and not (plan.source and FIRST_TOKEN.context + ROOM > plan.longest)
     ):
         wanted += (FIRST_TOKEN,)
     if not wanted:

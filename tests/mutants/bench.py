@@ -117,14 +117,14 @@ MUTANTS = (
         f"{_FOLDER}/test_sources.py",
         (
             "peers get a model with other positions",
-            "if make_rope({\"rope_theta\": theta}, head_dim) == rope:",
+            'if make_rope({"rope_theta": theta}, head_dim) == rope:',
             "if theta:",
             "test_what_is_not_written_is_named_with_the_remedy",
         ),
         (
             "peers get gate and up the other way round",
-            "parts = file.get_tensor(f\"model.{name}\").split(rows)",
-            "parts = file.get_tensor(f\"model.{name}\").split(rows)[:: 1 if len(rows) != 2 else -1]",
+            'parts = file.get_tensor(f"model.{name}").split(rows)',
+            'parts = file.get_tensor(f"model.{name}").split(rows)[:: 1 if len(rows) != 2 else -1]',
             "test_a_run_becomes_the_folder_that_it_was_made_of",
         ),
     ),

@@ -458,8 +458,8 @@ MUTANTS = (
         "tests/server/runtime/test_device_state.py",
         (
             "the CPU attends for a GPU, to int8 caches",
-            "if provider != \"cpu\" and (bundle.rounds_state or not bundle.moves_on_devices):",
-            "if provider != \"cpu\" and not bundle.moves_on_devices:",
+            'if provider != "cpu" and (bundle.rounds_state or not bundle.moves_on_devices):',
+            'if provider != "cpu" and not bundle.moves_on_devices:',
             "test_graphs_that_move_state_do_not_make_int8_caches_fit",
         ),
     ),
