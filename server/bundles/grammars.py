@@ -43,6 +43,7 @@ GRAMMAR_KINDS: Final = frozenset({"json_schema", "json_object", "regex", "choice
 """The fields of the message Grammar."""
 
 _MOST_KEPT: Final = 16
+_READ: Final = 128  # bytes
 _LONGEST_REASON: Final = 200
 _MOST_CHOICE_BYTES: Final = 65536
 
@@ -143,9 +144,21 @@ class _Vocabulary:
         self.special_token_ids = [codec.size]
         self._ids = {piece: token for token, piece in reversed([*enumerate(pieces)]) if piece}
         self._longest = max(map(len, self._ids), default=0)
+        letters = (self._ids.get(bytes((byte,)), -1) for byte in range(256))
+        self._letters = np.fromiter(letters, np.int64, 256)
 
     def __call__(self, content: bytes) -> list[int]:
-        """The tokens of text that is the only one possible, as the model would read them."""
+        """The tokens of text that is the only one possible, as the model would read them.
+
+        The library asks at every step for all such text, and uses the next tokens of it only, so
+        that what is far away is spelt byte by byte: that is fast.
+        """
+        ahead = self._letters[np.frombuffer(content[_READ:], np.uint8)]
+        if ahead.min(initial=0) < 0:
+            return self._longest_first(content)
+        return self._read(content[:_READ]) + ahead.tolist()
+
+    def _read(self, content: bytes) -> list[int]:
         if self._longest > 1:
             try:
                 tokens: list[int] = self._codec.from_text(content.decode()).tolist()

@@ -28,7 +28,7 @@ def _list(items: Schema, least: int = 0, most: int = 3) -> Schema:
 
 SCHEMAS: dict[str, Schema] = {
     "anything": {},
-    "any object": {"type": "object"},
+    "numbers of any size": _list({"type": "number"}, 1),
     "a boolean": {"type": "boolean"},
     "null": {"type": "null"},
     "an integer": {"type": "integer", "minimum": -50, "maximum": 5000},

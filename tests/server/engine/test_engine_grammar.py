@@ -70,6 +70,17 @@ async def test_every_output_is_what_the_schema_describes(
         check.validate(json.loads(outcome.text))
 
 
+async def test_any_object_is_one(wide_text: Bundle, start: Start) -> None:
+    short = LogitsProcessors(bias=((ord('"'), 4.0), (ord("}"), 2.0)))
+    sampling = with_grammar(wide_text, "json_object", processors=short)
+    model = start(wide_text, slots=4)
+    requests = [asked(wide_text, replace(sampling, output=output)) for output in range(4)]
+    streams = model.submit_together(requests)
+    for outcome in await asyncio.gather(*(read(model, stream) for stream in streams)):
+        assert reason_of(outcome) is FinishReason.END
+        assert isinstance(json.loads(outcome.text), dict)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 async def test_pieces_of_text_follow_it_too(tmp_path: Path, start: Start, kind: str) -> None:
     """Where the model may end, its end token ends it, and nowhere else."""
