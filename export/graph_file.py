@@ -34,7 +34,7 @@ _OPSET = 18
 _PAGE = 1 << 12  # where a tensor begins, so that it can be mapped
 _LEAST = 1 << 9  # what is smaller stays in the graph, where shapes are inferred from it
 _PIECE = 1 << 24  # numbers at a time
-_TYPES = {
+_TYPES: dict[np.dtype[Any], pb.DataType] = {
     np.dtype(np.float16): pb.DATA_TYPE_FLOAT16,
     np.dtype(ml_dtypes.bfloat16): pb.DATA_TYPE_BFLOAT16,
     np.dtype(np.float32): pb.DATA_TYPE_FLOAT32,
