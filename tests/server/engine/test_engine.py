@@ -130,7 +130,7 @@ async def test_scores_are_the_bits_of_the_model(
 async def test_scoring_needs_no_slot(text: Bundle, start: Start) -> None:
     """It runs while the only slot is taken, and affects no stream."""
     model = start(text, slots=1)
-    expected = await generate(model, ask(max_tokens=90))
+    expected = await generate(model, ask(max_tokens=400))
     order: list[str] = []
 
     async def noted(name: str, wanted: Request) -> Outcome:
@@ -139,7 +139,7 @@ async def test_scoring_needs_no_slot(text: Bundle, start: Start) -> None:
         return outcome
 
     long, _, scored = await asyncio.gather(
-        noted("long", ask(max_tokens=90)),
+        noted("long", ask(max_tokens=400)),
         noted("scored", ask(b"some words to score", score=True)),
         noted("scored", ask(b"more", score=True)),
     )
