@@ -103,7 +103,8 @@ def _write(
     for name, recipe in recipes.items():
         weight = recipe.read(source.tensors)
         if not all(map(math.isfinite, torch.aminmax(weight))):
-            raise PretrainedError(f"{recipe.parts[0][0]} has values that are no finite numbers")
+            names = " or ".join(name for name, _ in recipe.parts)
+            raise PretrainedError(f"{names} has values that are no finite numbers")
         weights[f"model.{name}"] = weight
         on_tensor(name, len(weights), len(recipes))
     save_file(weights, folder / CHECKPOINT, {"step": "0", "metrics": json.dumps({"tokens": 0})})

@@ -15,6 +15,7 @@ _SOURCES = "tests/server/hosts/test_sources.py"
 _FAMILIES = "tests/concertina/codecs/test_chat_families.py"
 _SENTENCEPIECE = "tests/model/pretrained/test_sentencepiece.py"
 _PRETRAINED = "tests/model/pretrained/test_vocabulary.py"
+_HOSTILE = "tests/model/pretrained/test_hostile.py"
 
 MUTANTS = (
     *bugs(
@@ -95,6 +96,30 @@ MUTANTS = (
             "nodes.Scope(body, lineno=line)",
             "body",
             "test_corners_of_the_sandbox_are_those_of_transformers",
+        ),
+    ),
+    *bugs(
+        "model/pretrained/files.py",
+        _HOSTILE,
+        (
+            "a link brings any file into a bundle",
+            "if not path.resolve().is_relative_to(root):",
+            "if False:",
+            "test_links_within_a_hub_s_cache_are_followed_and_no_others",
+        ),
+    ),
+    *bugs(
+        "model/pretrained/gguf_header.py",
+        _HOSTILE,
+        ("tensors share their bytes", "if stored.begin < end and stored.bytes:", "if False:"),
+    ),
+    *bugs(
+        "model/pretrained/vocabulary.py",
+        _HOSTILE,
+        (
+            "a template that loops is converted",
+            "    except HarmfulTemplateError as error:\n",
+            "    except ArithmeticError as error:\n",
         ),
     ),
     *bugs(

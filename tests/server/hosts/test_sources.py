@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 
 from export.bundle import export_bundle
 from model.pretrained.convert import convert
+from model.pretrained.source import PretrainedError
 from server.errors import BundleError
 from server.hosts import sources
 from server.hosts.sources import SourceError, bundle_of, is_pretrained
@@ -69,9 +71,17 @@ def test_a_model_is_converted_once(source: Path, commands: list[str], tmp_path: 
     assert any("this once" in line and str(bundle.folder) in line for line in said)
     assert bundle.chat_template is not None
     assert bundle.chat_template.render([{"role": "user", "content": "hi"}]) == "<s>hi"
-    assert [path for path in bundle.folder.parent.iterdir() if path.is_dir()] == [bundle.folder]
+    assert [*bundle.folder.parent.iterdir()] == [bundle.folder]
     assert bundle_of(source, said.append).fingerprint == bundle.fingerprint
     assert len(commands) == 2 and len(said) == 1
+
+
+def test_two_that_want_the_same_model_convert_it_once(source: Path, commands: list[str]) -> None:
+    with ThreadPoolExecutor(3) as threads:
+        bundles = [*threads.map(lambda _: bundle_of(source, str), range(3))]
+    assert commands == ["convert", "export"]
+    assert {bundle.fingerprint for bundle in bundles} == {bundles[0].fingerprint}
+    assert [*bundles[0].folder.parent.iterdir()] == [bundles[0].folder]
 
 
 def test_a_changed_model_is_another(source: Path, commands: list[str]) -> None:
@@ -106,6 +116,15 @@ def test_tokens_that_nobody_knows_are_refused(source: Path, commands: list[str])
     with pytest.raises(SourceError, match=r"no tokenizer\.json.*save_pretrained"):
         bundle_of(source, str)
     assert commands == ["convert"]
+
+
+def test_a_link_that_leads_nowhere_is_refused_in_words(source: Path, commands: list[str]) -> None:
+    (source / "chat_template.jinja").unlink()
+    (source / "chat_template.jinja").symlink_to("/nowhere/at/all")
+    (source / "tokenizer.json").unlink()
+    (source / "tokenizer.json").symlink_to("/dev/zero")
+    with pytest.raises(PretrainedError, match=r"tokenizer\.json is a link that leads out"):
+        bundle_of(source, str)
 
 
 def test_a_missing_extra_is_named(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
