@@ -15,6 +15,7 @@ from concertina.codecs.chat_template import TEMPLATE
 from concertina.codecs.tokenizer_file import TOKENIZER
 from concertina.v1 import bundle_pb2 as pb
 from export.cost import count_cost
+from export.graph_file import LARGEST_GRAPH, lies_beside, stored_bytes
 from export.graphs import (
     FoldGraph,
     Units,
@@ -29,13 +30,10 @@ from export.moves import export_moves
 from export.packing import Packed
 from export.parity import check_parity
 from export.quantise import BLOCK, pack_weights, quantise_step, round_activations
-from export.weights import round_weights, stored_bytes
+from export.weights import round_weights
 from model.data import END_OF_TEXT, Dataset, DatasetInfo
 from model.decoder import Decoder
 from model.run import Checkpoint, load_checkpoint
-
-LARGEST_GRAPH = (1 << 31) - (1 << 24)
-"""Bytes of weights in one file of ONNX, which is a protobuf message, beside its nodes."""
 
 _LIMITS = {8: 0.02, 4: 0.1}
 _STATE_LIMIT = 0.01
@@ -84,6 +82,7 @@ def export_bundle(
     precision: Precision | None = None,
     state_precision: StatePrecision | None = None,
     data_type: pb.DataType = pb.DATA_TYPE_FLOAT32,
+    largest_graph: int = LARGEST_GRAPH,
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> pb.Manifest:
     """Export the newest checkpoint of `checkpoint_folder` as the bundle `bundle_folder`.
@@ -92,6 +91,7 @@ def export_bundle(
     state_precision: makes keys and values int8; `data_type` must be float32 then.
     data_type: type of stacks and histories. A GPU needs float16; such a bundle also has the graphs
     that move state inside the device.
+    largest_graph: bytes of weights above which they are put beside the step graph.
 
     Raises ParityError if the parity check fails, LossError if the loss is above the limit,
     FileExistsError if `bundle_folder` exists and is not a bundle, and ValueError if the held-out
@@ -111,17 +111,13 @@ def export_bundle(
         state_tensors(checkpoint.model, pb.DATA_TYPE_INT8)
     if checkpoint.origin is None:  # a pretrained model is served as it is
         round_weights(checkpoint.model)
-    if (size := stored_bytes(checkpoint.model)) > LARGEST_GRAPH:
-        raise ValueError(
-            f"the weights take {size:,} bytes, and a graph holds at most {LARGEST_GRAPH:,}: this "
-            "model is too large for a bundle"
-        )
+    beside = stored_bytes(checkpoint.model) > largest_graph
     manifest = describe(checkpoint, name, version, data_type)
     bundle_folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{bundle_folder.name}.", dir=bundle_folder.parent))
     try:
         on_stage("exporting the step graph")
-        export_step(checkpoint.model, partial / "step.onnx", data_type)
+        export_step(checkpoint.model, partial / "step.onnx", data_type, beside=beside)
         files = ["step.onnx"]
         if manifest.HasField("fold"):
             on_stage("exporting the fold graph")
@@ -210,7 +206,7 @@ def narrow_caches(
     kernels use exact activations.
     """
     step = folder / "step.onnx"
-    export_step(model, step, pb.DATA_TYPE_INT8, units)
+    export_step(model, step, pb.DATA_TYPE_INT8, units, beside=lies_beside(step))
     if packed:
         quantise_step(step, packed)
     if manifest.HasField("fold"):

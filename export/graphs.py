@@ -6,18 +6,16 @@ are named `<name>.<layer>`. Graph inputs are in the manifest's order; unused one
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-import onnx
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
 from concertina.v1 import bundle_pb2 as pb
+from export.graph_file import trace_graph, write_graph
 from export.kernel import (
     Kernel,
     free_entries,
@@ -25,14 +23,13 @@ from export.kernel import (
     pack_attention,
     turn_in_kernel,
 )
-from export.weights import name_weights, store_half
+from export.weights import name_weights
 from model.attention import widen
 from model.decoder import Block, Decoder
 from model.layers.architecture import OURS
 from model.layers.positions import Turn
 from model.patterns.pattern import Pattern, Place, StateTensor
 
-_OPSET = 18
 TORCH_TYPES = {
     pb.DATA_TYPE_FLOAT32: torch.float32,
     pb.DATA_TYPE_FLOAT16: torch.float16,
@@ -248,11 +245,14 @@ def export_step(
     path: Path,
     data_type: pb.DataType = pb.DATA_TYPE_FLOAT32,
     units: Units | None = None,
+    *,
+    beside: bool = False,
 ) -> None:
     """Write the step graph of `model` to `path`, with its weights in two bytes where they fit.
 
-    data_type: type of the state, see `state_tensors`; int8 needs `units`. The stacks of an
-    architecture that is not ours may have fewer entries than the context.
+    data_type: type of the state, see `state_tensors`; int8 needs `units`. beside: puts the weights
+    into a file of their own. The stacks of an architecture that is not ours may have fewer entries
+    than the context.
     """
     graph = StepGraph(model, units=units)
     # The exporter treats equal sizes and size 1 as constants, so all example sizes differ.
@@ -270,13 +270,12 @@ def export_step(
     graph(*inputs)
     inputs_named = ["tokens", "positions", "lengths", "longest", "rows", *names]
     outputs = ["logits", *(f"next.{name}" for name in graph.changed)]
-    proto = trace_graph(graph, inputs, shapes, inputs_named, outputs)
+    proto, matrices = trace_graph(graph, inputs, shapes, inputs_named, outputs)
     pack_attention(proto)
     if model.config.architecture != OURS:
         free_entries(proto, {name for name in names if name.split(".")[0] in CACHES})
-    name_weights(proto, model)
-    store_half(proto)
-    onnx.save(proto, path)
+    name_weights(proto, matrices, model)
+    write_graph(proto, path, matrices, beside)
 
 
 def export_fold(
@@ -302,40 +301,6 @@ def export_fold(
                 shape[1] = rows
     graph(example)
     outputs = [f"next.{name}" for name in graph.changed]
-    proto = trace_graph(graph, (example,), (shapes,), [t.name for t in state], outputs)
-    name_weights(proto, model)
-    store_half(proto)
-    onnx.save(proto, path)
-
-
-def trace_graph(
-    graph: nn.Module, inputs: tuple[object, ...], shapes: object, names: list[str], out: list[str]
-) -> onnx.ModelProto:
-    """`graph` as ONNX, with names for inputs and outputs; unused inputs are left out.
-
-    shapes: the dynamic dimensions of the example `inputs`, in the form that torch.export takes.
-    """
-    graph.eval()
-    # It warns of torchvision's operators, which no model here has.
-    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            graph,
-            inputs,
-            input_names=names,
-            output_names=out,
-            dynamic_shapes=shapes,  # type: ignore[arg-type]
-            opset_version=_OPSET,
-            dynamo=True,
-            verbose=False,
-        )
-    assert program is not None
-    proto = program.model_proto
-    for node in proto.graph.node:
-        del node.metadata_props[:]  # stack traces, which contain paths of this machine
-    read = {name for node in proto.graph.node for name in node.input}
-    unread = [value for value in proto.graph.input if value.name not in read]
-    for value in unread:
-        proto.graph.input.remove(value)
-    return proto
+    proto, matrices = trace_graph(graph, (example,), (shapes,), [t.name for t in state], outputs)
+    name_weights(proto, matrices, model)
+    write_graph(proto, path, matrices)

@@ -8,6 +8,7 @@ to queries and keys first, the kernel takes the three apart, without the reshape
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -180,10 +181,10 @@ def _trace(
         if node.op_type in _FLAT:
             return _Third(node, list(node.output).index(name), scale)
         if node.op_type == "Mul" and node.input[1] in constants:
-            factor = numpy_helper.to_array(constants[node.input[1]])
-            if factor.size != 1:
+            factor = constants[node.input[1]]
+            if math.prod(factor.dims) != 1:
                 return None
-            scale *= factor.item()
+            scale *= numpy_helper.to_array(factor).item()
         elif node.op_type not in _VIEWS:
             return None
         name = node.input[0]

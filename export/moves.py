@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from concertina.v1 import bundle_pb2 as pb
-from export.graphs import TORCH_TYPES, trace_graph
+from export.graph_file import trace_graph
+from export.graphs import TORCH_TYPES
 
 TAKE, PUT = "take.onnx", "put.onnx"
 
@@ -81,7 +82,7 @@ def export_moves(state: Sequence[pb.StateTensor], folder: Path) -> list[str]:
         elif tensor.kind == pb.STATE_KIND_HISTORY:
             shape[1] = tokens
     buffer_shapes = [{0: slots} for _ in state]
-    proto = trace_graph(
+    proto, _ = trace_graph(
         take,
         (*index, buffers),
         (*index_shapes, buffer_shapes),
@@ -89,7 +90,7 @@ def export_moves(state: Sequence[pb.StateTensor], folder: Path) -> list[str]:
         part_names,
     )
     onnx.save(proto, folder / TAKE)
-    proto = trace_graph(
+    proto, _ = trace_graph(
         _PutGraph(state),
         (*index, buffers, parts),
         (*index_shapes, buffer_shapes, part_shapes),

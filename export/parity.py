@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from concertina.v1 import bundle_pb2 as pb
 from export.graphs import LARGEST, FoldGraph, StepGraph, Units, layers, state_tensors
@@ -30,6 +31,9 @@ INTEGER_TOLERANCE = 0.02
 """With int8 caches: the same. A number halfway between two integers may be rounded either way."""
 ROUNDED_TOLERANCE = 0.1
 """With activations rounded to 8 bits: the same, as a fraction of the largest logit."""
+
+_PIECE = 1 << 24
+"""Largest number of weights to widen at once."""
 
 
 class ParityError(Exception):
@@ -52,19 +56,22 @@ def check_parity(
     as they are. If the state is float16, the limit is `HALF_TOLERANCE`; if it is int8 with these
     `units`, `INTEGER_TOLERANCE`; if activations are `rounded`, `ROUNDED_TOLERANCE`.
     """
-    graphs = Graphs(folder, manifest)
     rng = np.random.default_rng(seed)
     span = model.config.span
     length = min(3 * span + 2, manifest.context)
     tokens = rng.integers(manifest.vocabulary, size=(4, length))
     if model.config.starts:
         tokens[:, 0] = manifest.vocabulary + rng.integers(1 + len(manifest.labels), size=4)
-    exact = copy.deepcopy(model).double()
     with torch.no_grad():
-        inputs = torch.from_numpy(tokens)
+        inputs, exact = torch.from_numpy(tokens), _widened(model)
         logits = exact(inputs) if units is None else _rounded_logits(exact, units, inputs)
-    expected = logits.numpy()  # [4, length, vocabulary]
+        expected = logits.numpy()  # [4, length, vocabulary]
+        tolerance, largest = TOLERANCE, float(np.abs(expected).max())
+        if model.config.architecture != OURS:
+            single = model(inputs).numpy()
+            tolerance = max(tolerance, float(np.abs(single - expected).max()))
 
+    graphs = Graphs(folder, manifest)
     worst, positions = 0.0, 0
     for limit in (1, max(2, span // 3), span):
         stream = graphs.start(1, length)
@@ -78,11 +85,6 @@ def check_parity(
     worst = _mixed_phases(graphs, tokens, expected, span, worst)
     positions += 4 * length
 
-    tolerance, largest = TOLERANCE, float(np.abs(expected).max())
-    if model.config.architecture != OURS:
-        with torch.no_grad():
-            single = model(torch.from_numpy(tokens)).numpy()
-        tolerance = max(tolerance, float(np.abs(single - expected).max()))
     if rounded:
         tolerance = ROUNDED_TOLERANCE * largest
     elif units is not None:
@@ -95,6 +97,36 @@ def check_parity(
             f"the limit is {tolerance:.3g}, so nothing was written"
         )
     return pb.Parity(max_error=worst, tolerance=tolerance, positions=positions)
+
+
+class _Wide(nn.Module):
+    """A Linear or an Embedding that computes in float64, and widens its weights when it does.
+
+    A module that is converted converts what it is made of; the one in `narrow` stays as it is.
+    """
+
+    def __init__(self, module: nn.Linear | nn.Embedding) -> None:
+        super().__init__()
+        self.narrow = (module,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        (module,) = self.narrow
+        if isinstance(module, nn.Embedding):
+            looked_up: Tensor = module(x)
+            return looked_up.double()
+        rows = max(1, _PIECE // module.in_features)
+        products = [F.linear(x, part.double()) for part in module.weight.split(rows)]
+        product = torch.cat(products, dim=-1)
+        return product if module.bias is None else product + module.bias.double()
+
+
+def _widened(model: Decoder) -> Decoder:
+    """`model` in float64, without another copy of its matrices: they are widened a piece at a time.
+
+    That changes no number of them, so the logits are those of a copy in float64.
+    """
+    matrices = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding)]
+    return copy.deepcopy(model, {id(module): _Wide(module) for module in matrices}).double()
 
 
 def _worse(worst: float, got: Array, expected: npt.NDArray[np.float64]) -> float:

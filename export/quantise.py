@@ -12,12 +12,13 @@ from pathlib import Path
 
 import onnx
 import torch
-from onnx import helper, numpy_helper
+from onnx import helper
 
+from export.graph_file import Array, lies_beside, read_graph, write_graph
 from export.packing import Packed, pack, unpack
-from export.weights import INTEGERS, SCALES, find_initializers, store_half
+from export.weights import INTEGERS, SCALES, find_initializers
 from model.decoder import Block, Decoder
-from model.initial import restore_float
+from model.initial import HALF
 
 BLOCK = 128
 """Number of weights that share a scale. Smaller blocks lose a little less but are slower."""
@@ -45,25 +46,27 @@ def quantise_step(path: Path, packed: Mapping[str, Packed]) -> None:
 
     The kernels still use exact activations, until `round_activations`.
     """
-    proto = onnx.load(path)
-    restore_float(proto)
+    proto = read_graph(path)
     graph = proto.graph
     initializers = find_initializers(proto)
     matrices = {initializers[name]: matrix for name, matrix in packed.items()}
     nodes = []
     for node in graph.node:
         matrix = matrices.get(node.input[1]) if len(node.input) > 1 else None
-        nodes.append(_in_few_bits(node, matrix) if matrix else node)
+        if not matrices.keys() & set(node.output):  # what widens a matrix of two bytes
+            nodes.append(_in_few_bits(node, matrix) if matrix else node)
     del graph.node[:]
     graph.node.extend(nodes)
-    kept = [tensor for tensor in graph.initializer if tensor.name not in matrices]
+    replaced = matrices.keys() | {name + HALF for name in matrices}
+    kept = [tensor for tensor in graph.initializer if tensor.name not in replaced]
     del graph.initializer[:]
     graph.initializer.extend(kept)
+    parts: dict[str, Array] = {}
     for name, matrix in matrices.items():
-        graph.initializer.append(numpy_helper.from_array(matrix.integers, name + INTEGERS))
-        graph.initializer.append(numpy_helper.from_array(matrix.scales, name + SCALES))
-    store_half(proto)
-    onnx.save(proto, path)
+        parts |= {name + INTEGERS: matrix.integers, name + SCALES: matrix.scales}
+    for name in parts:
+        graph.initializer.add(name=name)
+    write_graph(proto, path, parts, lies_beside(path))
 
 
 def round_activations(path: Path) -> None:
@@ -72,11 +75,11 @@ def round_activations(path: Path) -> None:
     This makes them fast. Each block of each token's input has its own scale, so a stream does not
     depend on the other streams of its batch.
     """
-    proto = onnx.load(path)
+    proto = read_graph(path)
     for node in proto.graph.node:
         if node.op_type == "MatMulNBits":
             node.attribute.append(helper.make_attribute("accuracy_level", _ROUNDED))
-    onnx.save(proto, path)
+    path.write_bytes(proto.SerializeToString())
 
 
 def _in_few_bits(node: onnx.NodeProto, matrix: Packed) -> onnx.NodeProto:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from concertina.bundle.manifest import read_manifest, write_manifest
 from concertina.v1 import bundle_pb2 as pb
 from export.bundle import export_bundle, narrow_caches
-from export.compare import Variant
+from export.comparison.compare import Variant
 from export.graphs import state_tensors
 from export.heldout import cache_units
 from export.quantise import BLOCK, pack_weights, quantise_step, round_activations

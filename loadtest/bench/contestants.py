@@ -46,6 +46,7 @@ CONTESTANTS = (
     _ours("fixed-int4", "weights in int4", "int4"),
     _ours("fixed-state8", "state in int8", state="int8"),
     _ours("fixed-int8-state8", "weights and state in int8", "int8", "int8"),
+    _ours("fixed-int4-state8", "weights in int4, state in int8", "int4", "int8"),
     Contestant(
         "fixed-steps",
         "Concertina, its steps alone",

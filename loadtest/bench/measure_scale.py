@@ -20,7 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import psutil
@@ -141,12 +141,18 @@ async def _watch(folder: Path, tokens: int, window: int) -> LongStream:
 
 
 def measure_many(
-    streams: int, context: int, span: int, steps: int, threads: int, shape: Shape = _BENCH
+    streams: int,
+    context: int,
+    span: int,
+    steps: int,
+    threads: int,
+    state: str = "float32",
+    shape: Shape = _BENCH,
 ) -> ManyStreams:
     """Decode `steps` tokens of each of `streams` streams that end within `context` tokens."""
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory) / "bundle"
-        setting = Setting(shape, folder, context - ROOM, streams, span, threads, ROOM)
+        setting = Setting(shape, folder, context - ROOM, streams, span, threads, ROOM, state=state)
         _prepare(setting)
         session = open_session(setting)
     try:
@@ -165,6 +171,7 @@ def _prepare(setting: Setting) -> None:
 
 
 app = typer.Typer(add_completion=False)
+_State = Literal["float32", "float16", "int8"]
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON.")
 ]
@@ -200,15 +207,17 @@ def many(
     span: Annotated[int, typer.Option(min=2, help="Tokens of a block.")] = 256,
     steps: Annotated[int, typer.Option(min=1, help="Tokens that each decodes.")] = 64,
     threads: Annotated[int, typer.Option(min=1, help="Threads of a step.")] = 2,
+    state: Annotated[_State, typer.Option(help="Precision of the state.")] = "float32",
     json_file: JsonFile = None,
 ) -> None:
     """Decode many streams deep in their context. Exit code 1 when they take too much memory.
 
     Examples:
     python -m loadtest.bench.measure_scale many
+    python -m loadtest.bench.measure_scale many --streams 1400 --state int8
     python -m loadtest.bench.measure_scale many --streams 8 --context 4096 --span 64
     """
-    found = measure_many(streams, context, span, steps, threads)
+    found = measure_many(streams, context, span, steps, threads, state)
     print(
         f"{found.streams} streams at {found.context:,} tokens, {found.state_bytes:,} bytes of "
         f"state each: {found.peak_resident / 2**30:.2f} GiB resident at most, "

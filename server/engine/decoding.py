@@ -213,7 +213,7 @@ class Decoding:
             self._metrics.first_token(now - stream.accepted_at)
         if reason is not None and stream.detokenizer.matched is None:
             text += stream.detokenizer.flush()
-        if stream.request.is_unsent(token):
+        if reason is not None and stream.request.is_unsent(token):
             stream.subscriber.put(StreamUpdate(text=text))
         else:
             stream.subscriber.put(StreamUpdate(token, text, logprobs))

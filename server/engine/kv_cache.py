@@ -213,6 +213,8 @@ class Cache:
         """Fold the blocks that the last step filled, except in `ended` rows. Returns how many."""
         due = np.flatnonzero(self._pushed % self._interval == 0).tolist()
         rows = [row for row in due if row not in ended]
+        if not rows:
+            return 0
         self._fold(rows, self._pushed[rows].tolist())
         return len(rows)
 

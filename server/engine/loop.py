@@ -12,7 +12,7 @@ from server.engine.interfaces import StreamHolder
 from server.engine.kv_cache import Cache
 from server.engine.lifecycle import StreamLifecycle
 from server.engine.placement import Placement
-from server.engine.scheduler import Load, Plan, next_credit, plan
+from server.engine.scheduler import DECODE, Load, Plan, next_credit, plan
 from server.ops.metrics import EngineMetrics
 
 
@@ -45,7 +45,7 @@ class StepLoop:
         now = time.monotonic()
         self._streams.expire(now)
         holder.expire(now)
-        todo = plan(self._load())
+        todo = DECODE if self._placement.only_runs else plan(self._load())
         try:
             self._execute(todo)
         except Exception:
@@ -72,7 +72,7 @@ class StepLoop:
 
     def _execute(self, todo: Plan) -> None:
         placement = self._placement
-        if todo != Plan(decode=True) or len(placement.running) > 1:
+        if todo != DECODE or len(placement.running) > 1:
             self._decoding.commit()
         if todo.preempt or todo.restore:
             self._exchange(todo)
@@ -138,6 +138,7 @@ class StepLoop:
 
     def _measure(self, idle: bool) -> None:
         if idle or self._metrics.are_due(time.monotonic()):
+            self._metrics.observe()
             self._metrics.holding(
                 len(self._placement.running),
                 len(self._placement.waiting),

@@ -39,6 +39,11 @@ class Placement:
 
     # ---- for the scheduler
 
+    @property
+    def only_runs(self) -> bool:
+        """Whether streams run, and none waits, is prefilled or is paused."""
+        return bool(self.running) and not (self.waiting or self.prefilling or self.paused)
+
     def in_prefill_slot(self) -> Prefilling | None:
         """The stream in the prefill slot, as the scheduler needs it; None if the slot is free."""
         stream = self.prefilling

@@ -70,7 +70,12 @@ class Plan:
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
-        return self == Plan()
+        return self == _IDLE
+
+
+_IDLE = Plan()
+DECODE = Plan(decode=True)
+"""What is planned while streams run, and none is in another place."""
 
 
 class _Source(IntEnum):

@@ -53,6 +53,7 @@ class Stream:
         self.detokenizer = self._new_detokenizer()
         self.base_tokens = self.base_characters = 0
         self.keeps_history = lease.keep_s > 0
+        self._final = request.stop_tokens | request.end_tokens
         # How far the model is.
         self.generated = 0
         self.last_token = request.prompt.last
@@ -158,23 +159,24 @@ class Stream:
         self, token: int, now: float, logprobs: TokenLogprobs | None = None
     ) -> tuple[str, FinishReason | None]:
         """Add a drawn token. Returns the text that it completes, and why the stream ends, if so."""
-        request = self.request
+        request, detokenizer = self.request, self.detokenizer
         self.generated += 1
         self.last_token = token
         if self.first_token_at is None:
             self.first_token_at = now
-        text = ""
-        if not request.is_unsent(token):
+        text, final = "", token in self._final
+        if not (final and request.is_unsent(token)):
             if self.keeps_history:
                 self.history.append(token)
                 if logprobs is not None:
                     self.logprobs.append(logprobs)
-            text = self.detokenizer.push(token, self.generated > request.min_tokens)
-        if token in request.stop_tokens or self.detokenizer.matched is not None:
+            text = detokenizer.push(token, self.generated > request.min_tokens)
+        if detokenizer.matched is not None:
             return text, FinishReason.STOP
-        if token in request.end_tokens:
-            return text, FinishReason.END
-        if len(request.prompt) + self.generated == request.complete_at:
+        if final:
+            return text, FinishReason.STOP if token in request.stop_tokens else FinishReason.END
+        complete_at = request.complete_at
+        if complete_at is not None and len(request.prompt) + self.generated == complete_at:
             return text, FinishReason.END
         if self.generated >= request.max_tokens:
             return text, FinishReason.MAX_TOKENS

@@ -109,6 +109,8 @@ class EngineMetrics:
     def __init__(self, model_name: str) -> None:
         self._name = model_name
         self._held_at = self._memory_at = 0.0
+        self._steps: list[tuple[int, float, float | None, int]] = []  # not observed yet
+        self._folded = 0  # not counted yet
         self._running = RUNNING.labels(model_name)
         self._waiting = WAITING.labels(model_name)
         self._paused = PAUSED.labels(model_name)
@@ -129,6 +131,7 @@ class EngineMetrics:
         """The engine closed: its gauges become 0 and its `size` bytes of state memory are freed."""
         BUFFER_BYTES.labels(self._name).dec(size)
         PREFIX_BYTES.labels(self._name).set(0)
+        self.observe()
         self.holding(0, 0, 0, dict.fromkeys(_STATE_KINDS, 0))
         self.admitted(0)
 
@@ -159,16 +162,27 @@ class EngineMetrics:
     def stepped(
         self, batch: int, seconds: float, since_last: float | None, tokens: int | None = None
     ) -> None:
-        """A decode step of `batch` streams took `seconds`.
+        """A decode step of `batch` streams took `seconds`. `observe` shows it.
 
         since_last: seconds since the step before; None for the first one. tokens: how many tokens
         the step drew; None for one per stream.
         """
-        self._batch_size.observe(batch)
-        self._decode_time.observe(seconds)
-        self._generated.inc(batch if tokens is None else tokens)
-        if since_last is not None:
-            self._inter_token.observe(since_last)
+        self._steps.append((batch, seconds, since_last, batch if tokens is None else tokens))
+
+    def observe(self) -> None:
+        """Show the steps and folds since the last call.
+
+        Many at once, since after a step the weights have pushed all this out of the caches.
+        """
+        for batch, seconds, since_last, _ in self._steps:
+            self._batch_size.observe(batch)
+            self._decode_time.observe(seconds)
+            if since_last is not None:
+                self._inter_token.observe(since_last)
+        self._generated.inc(sum(tokens for *_, tokens in self._steps))
+        self._folds.inc(self._folded)
+        self._steps.clear()
+        self._folded = 0
 
     def drafted(self, proposed: int, accepted: int) -> None:
         """Of `proposed` draft tokens, `accepted` were right."""
@@ -187,9 +201,8 @@ class EngineMetrics:
         PREFIX_BYTES.labels(self._name).set(kept)
 
     def folded(self, blocks: int) -> None:
-        """Blocks were folded into summaries."""
-        if blocks:
-            self._folds.inc(blocks)
+        """Blocks were folded into summaries. `observe` shows it."""
+        self._folded += blocks
 
     def started(self, queued_s: float) -> None:
         """A stream left the queue after `queued_s` seconds."""
@@ -200,7 +213,8 @@ class EngineMetrics:
         TIME_TO_FIRST_TOKEN.labels(self._name).observe(seconds)
 
     def finished(self, reason: str, seconds: float) -> None:
-        """A stream ended, `seconds` after acceptance."""
+        """A stream ended, `seconds` after acceptance. Who sees that sees its steps, too."""
+        self.observe()
         FINISHED.labels(self._name, reason).inc()
         STREAM_TIME.labels(self._name).observe(seconds)
 

@@ -86,9 +86,8 @@ class Runtime:
         batch = len(tokens)
         if self._pairs and batch % 2:
             tokens, positions, lengths = (_with_one(n) for n in (tokens, positions, lengths))
-        rows = len(tokens)
         columns = tokens[:, None], positions[:, None]
-        return self._run(0, *columns, lengths + 1, np.arange(rows))[:batch]
+        return self._run(0, *columns, lengths + 1, len(tokens))[:batch]
 
     def prefill(
         self, row: int, tokens: Ints, position: int, length: int, logits: bool = False
@@ -115,7 +114,7 @@ class Runtime:
             tokens[None],
             np.arange(position, position + time)[None],
             np.array([length + time]),
-            np.arange(time if logits else 0),
+            time if logits else 0,
         )
 
     def _push_one(self, row: int, token: Ints, position: int, length: int, logits: bool) -> Floats:
@@ -125,7 +124,7 @@ class Runtime:
             _with_one(token)[:, None],
             np.array([[position], [0]]),
             np.array([length + 1, 1]),
-            np.arange(2 if logits else 0),
+            2 if logits else 0,
         )
         return out[:1]
 
@@ -151,16 +150,19 @@ class Runtime:
         """Write tensors of a state of length `end` into `row`."""
         self.rows.write(row, end, state)
 
-    def _run(self, first: int, tokens: Ints, positions: Ints, lengths: Ints, rows: Ints) -> Floats:
-        """Run the step graph over the rows from `first` on; see `_Binding.run`."""
-        if len(rows) > len(self._logits):
-            self._logits = np.empty((len(rows), self._logits.shape[1]), np.float32)
+    def _run(self, first: int, tokens: Ints, positions: Ints, lengths: Ints, wanted: int) -> Floats:
+        """Run the step graph over the rows from `first` on; see `_Binding.run`.
+
+        Returns the logits of the first `wanted` tokens.
+        """
+        if wanted > len(self._logits):
+            self._logits = np.empty((wanted, self._logits.shape[1]), np.float32)
             self._steps.clear()  # they are bound to the old one
         place = first, len(tokens)
         if place not in self._steps:
             self._steps[place] = _Binding(self._step_session, self._tensors, self.rows, *place)
-        logits = self._logits[: len(rows)]
-        self._steps[place].run(tokens, positions, lengths, rows, logits)
+        logits = self._logits[:wanted]
+        self._steps[place].run(tokens, positions, lengths, logits)
         return logits
 
 
@@ -183,9 +185,13 @@ class _Binding:
         self._rows = rows  # keeps the memory that the binding points to alive
         self._io = session.io_binding()
         self._inputs = {value.name for value in session.get_inputs()}
+        self._kept: dict[str, npt.NDArray[np.generic]] = {}
         outputs = {value.name: value for value in session.get_outputs()}
-        self._logits: Floats | None = None
-        self._bound: dict[str, npt.NDArray[np.generic]] = {}
+        self._wanted = -1
+        self._tokens = self._positions = np.empty((0, 0), np.int64)
+        self._lengths, self._longest = np.empty(batch, np.int32), np.empty((), np.int32)
+        self._bind_input("lengths", self._lengths)
+        self._bind_input("longest", self._longest)
         for tensor in tensors:
             element, shape = tensor.element, [batch, *tensor.shape]
             buffer = (rows.device, 0, element, shape, rows.address(tensor.name, first))
@@ -194,27 +200,29 @@ class _Binding:
             if NEXT + tensor.name in outputs:
                 self._io.bind_output(NEXT + tensor.name, *buffer)
 
-    def run(self, tokens: Ints, positions: Ints, lengths: Ints, rows: Ints, logits: Floats) -> None:
+    def run(self, tokens: Ints, positions: Ints, lengths: Ints, logits: Floats) -> None:
         """Push `tokens[B, T]` at `positions[B, T]`; `lengths[B]` are those after the push.
 
-        The logits of the tokens with index `rows[R]` go to `logits[R, vocabulary]`, which begins
-        at the same address in each call.
+        The logits of the first R of the B * T tokens go to `logits[R, vocabulary]`, which begins at
+        the same address in each call.
         """
-        feeds = {"tokens": tokens, "positions": positions, "rows": rows}
-        if "longest" in self._inputs:
-            feeds["longest"] = np.array(lengths.max(), np.int32)
-        if "lengths" in self._inputs:
-            feeds["lengths"] = lengths.astype(np.int32)
-        for name, values in feeds.items():
-            bound = self._bound.get(name)
-            if bound is None or bound.shape != values.shape:
-                bound = self._bound[name] = np.empty_like(values, order="C")
-                self._io.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(bound))
-            bound[...] = values
-        if self._logits is None or len(self._logits) != len(logits):
-            self._logits = logits
+        if self._tokens.shape != tokens.shape:
+            self._tokens, self._positions = np.empty((2, *tokens.shape), np.int64)
+            self._bind_input("tokens", self._tokens)
+            self._bind_input("positions", self._positions)
+        if self._wanted != len(logits):
+            self._wanted = len(logits)
+            self._bind_input("rows", np.arange(self._wanted))
             self._io.bind_ortvalue_output(_LOGITS, ort.OrtValue.ortvalue_from_numpy(logits))
+        self._tokens[...], self._positions[...] = tokens, positions
+        self._lengths[...], self._longest[...] = lengths, lengths.max()
         self._session.run_with_iobinding(self._io)
+
+    def _bind_input(self, name: str, values: npt.NDArray[np.generic]) -> None:
+        """Bind an input to the memory of `values`, if the graph has it."""
+        if name in self._inputs:
+            self._kept[name] = values
+            self._io.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(values))
 
 
 def _with_one(values: Ints) -> Ints:

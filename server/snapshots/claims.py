@@ -48,8 +48,9 @@ class Claims:
             raise
         claim = claim_in(names)
         if claim is not None and claim.is_above(lease.epoch):
-            with suppress(OSError):
-                self._store.remove(lease.owner, lease.stream_id, [claimed[-1]])
+            if claim.deleted:  # a later epoch may have adopted it: then it stays
+                with suppress(OSError):
+                    self._store.remove(lease.owner, lease.stream_id, [claimed[-1]])
             raise AlreadyClaimed(claim)
         return names
 
@@ -79,14 +80,19 @@ class Claims:
             self._take_back(claimed)
 
     def _take_back(self, claimed: tuple[str, str, str]) -> None:
-        """Drop a claim, if it is ours and failed: another server may have made the same."""
+        """Drop a claim, if it is ours and failed: another server may have made the same.
+
+        One that a later epoch may have adopted meanwhile stays.
+        """
         with self._taking_back:
             if claimed not in self._doubtful:
                 return
             owner, stream_id, name = claimed
             found = self._store.get(owner, stream_id, [name])
             if name in found and _digest(found[name]) == self._doubtful[claimed]:
-                self._store.remove(owner, stream_id, [name])
+                claim = claim_in(self._store.names(owner, stream_id))
+                if claim is None or claim.deleted or origin_name(claim.epoch) == name:
+                    self._store.remove(owner, stream_id, [name])
             del self._doubtful[claimed]
 
 

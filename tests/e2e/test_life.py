@@ -62,7 +62,7 @@ def test_a_bundle_that_does_not_load_ends_the_start(
     bundle = tmp_path / "bundle"
     shutil.copytree(image_bundle, bundle)
     manifest = read_manifest(bundle)
-    (bundle / "step.onnx").write_bytes(b"not a graph")
+    (bundle / "step.onnx").write_bytes(b"\n\x0bnot a graph")
     write_manifest(bundle, manifest, [file.path for file in manifest.files])
     process = concertina("serve", str(bundle), *home, stderr=subprocess.PIPE)
     _, errors = process.communicate(timeout=START_SECONDS)

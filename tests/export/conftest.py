@@ -38,7 +38,12 @@ def ready_graphs(fixed_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         written = getattr(export.bundle, f"export_{part}")
 
         def copy(
-            model: Decoder, path: Path, data_type: int, *units: Units, write: Any = written
+            model: Decoder,
+            path: Path,
+            data_type: int,
+            *units: Units,
+            write: Any = written,
+            **_: Any,
         ) -> None:
             if units:
                 write(model, path, data_type, *units)

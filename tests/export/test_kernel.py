@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from export.graphs import trace_graph
+from export.graph_file import trace_graph, write_graph
 from export.kernel import group_query_attention
 from model.attention import push_and_attend
 
@@ -49,7 +48,8 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     names = ["q", "k", "v", "keys", "values", "lengths", "longest"]
     shapes = (*[{0: batch, 2: time}] * 3, *[{0: batch}] * 3, None)
     inputs = (*tokens, *caches, lengths, torch.tensor(5, dtype=torch.int32))
-    onnx.save(trace_graph(Push(), inputs, shapes, names, ["out", "next_k", "next_v"]), path)
+    proto, matrices = trace_graph(Push(), inputs, shapes, names, ["out", "next_k", "next_v"])
+    write_graph(proto, path, matrices)
     return path
 
 

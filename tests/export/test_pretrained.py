@@ -12,10 +12,10 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-import export.bundle
 from concertina.bundle.manifest import read_manifest
 from concertina.v1 import bundle_pb2 as pb
 from export.bundle import export_bundle
+from export.graph_file import lies_beside
 from export.streaming import Graphs, Stream, prefill
 from export.weights import load_decoder
 from model.pretrained.convert import convert
@@ -176,18 +176,11 @@ def test_the_manifest_says_what_the_source_said(tmp_path: Path) -> None:
     assert {file.path for file in manifest.files} == {"step.onnx", "tokenizer.json"}
 
 
-def test_a_model_too_large_for_one_file_is_refused_before_it_is_traced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_too_large_for_a_graph_lie_beside_it(tmp_path: Path) -> None:
     weights = {name: weight.half() for name, weight in tensors().items()}
     convert(write(tmp_path / "hf", weights), tmp_path / "run")
     # 4,192 numbers in matrices and 80 in vectors
-    for limit, refused in ((2 * 4192 + 4 * 80 - 1, True), (2 * 4192 + 4 * 80, False)):
-        monkeypatch.setattr(export.bundle, "LARGEST_GRAPH", limit)
-        monkeypatch.setattr(export.bundle, "export_step", _traced)
-        with pytest.raises(ValueError, match="weights take 8,704 bytes" if refused else "traced"):
-            export_bundle(tmp_path / "run", tmp_path / "bundle", name="tiny")
-
-
-def _traced(*_: object) -> None:
-    raise ValueError("traced")
+    for limit, beside in ((2 * 4192 + 4 * 80 - 1, True), (2 * 4192 + 4 * 80, False)):
+        folder = tmp_path / f"{limit}"
+        export_bundle(tmp_path / "run", folder, name="tiny", largest_graph=limit)
+        assert lies_beside(folder / "step.onnx") == beside

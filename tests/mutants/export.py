@@ -110,11 +110,11 @@ MUTANTS = (
         ),
     ),
     *bugs(
-        "export/weights.py",
+        "export/graph_file.py",
         _PRETRAINED,
         (
             "any weight is stored in two bytes",
-            "np.array_equal(half.astype(np.float32), values)",
+            "np.array_equal(v.astype(element).astype(v.dtype), v)",
             "True",
             "test_weights_are_stored_as_small_as_loses_nothing",
         ),

@@ -148,8 +148,8 @@ MUTANTS = (
         ),
         (
             "every size of a batch has logits of its own",
-            "logits = self._logits[: len(rows)]",
-            "logits = self._logits[: len(rows)].copy()",
+            "logits = self._logits[:wanted]",
+            "logits = self._logits[:wanted].copy()",
         ),
     ),
     *bugs(

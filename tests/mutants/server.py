@@ -43,14 +43,14 @@ MUTANTS = (
         ),
         (
             "a step's lengths off by one",
-            "lengths + 1, np",
-            "lengths, np",
+            "lengths + 1, len",
+            "lengths, len",
             "test_a_stream_that_begins_in_the_batch",
         ),
         (
             "a step reads a dead entry",
-            "lengths + 1, np",
-            "lengths + 2, np",
+            "lengths + 1, len",
+            "lengths + 2, len",
             "test_a_stream_that_begins_in_the_batch",
         ),
         (
@@ -424,5 +424,33 @@ MUTANTS = (
         "            finally:\n                self._creating.discard(path)\n\n        self._write",
         "            finally:\n                pass\n\n        self._write",
         _STORY,
+    ),
+    Mutant(
+        "a paused stream does not return while others run",
+        "server/engine/placement.py",
+        "(self.waiting or self.prefilling or self.paused)",
+        "(self.waiting or self.prefilling)",
+        "tests/server/engine/test_placement.py",
+    ),
+    Mutant(
+        "steps are not shown while their streams run",
+        "server/engine/loop.py",
+        "            self._metrics.observe()\n",
+        "            pass\n",
+        "tests/server/ops/test_metrics.py",
+    ),
+    Mutant(
+        "a prompt's logits are those that a pass before wanted",
+        "server/runtime/onnx_session.py",
+        "        if self._wanted != len(logits):",
+        "        if self._wanted < 0:",
+        "tests/server/engine/test_engine.py",
+    ),
+    Mutant(
+        "a torn character is forgotten where a token without text follows",
+        "protos/concertina/codecs/token_text.py",
+        "        if piece:  # nothing completes nothing\n            self",
+        "        if True:\n            self",
+        "tests/concertina/codecs/test_token_text.py",
     ),
 )

@@ -111,7 +111,7 @@ def _export() -> Any:
 
 
 def _compare() -> Any:
-    from export.compare_command import compare
+    from export.comparison.command import compare
 
     return compare
 

@@ -90,10 +90,16 @@ class TextDecoder:
         self._is_beginning = is_beginning and bool(text.opening or text.strip)
         errors = _EACH_BYTE if text.marks_each_byte else "replace"
         self._decode = codecs.getincrementaldecoder("utf-8")(errors).decode
+        self._may_be_torn = False  # whether the decoder may hold a part of a character
 
     def push(self, token: int) -> str:
         """The text that `token` completes."""
-        return self._decode(self.piece(token))
+        piece = self.piece(token)
+        if piece.isascii() and not self._may_be_torn:
+            return piece.decode("ascii")  # the same, in a fifth of the time
+        if piece:  # nothing completes nothing
+            self._may_be_torn = not piece.isascii()
+        return self._decode(piece)
 
     def piece(self, token: int) -> bytes:
         """The bytes that `token` adds. Only `push` turns them into text."""

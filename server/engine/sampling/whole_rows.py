@@ -42,9 +42,10 @@ class Filters:
         return np.flatnonzero(self.temperature == 0)
 
     @cached_property
-    def divisors(self) -> Doubles:
-        """Divisors of the logits, `[B, 1]`."""
-        return np.where(self.temperature == 0, 1.0, self.temperature)[:, None]
+    def divisors(self) -> Doubles | None:
+        """Divisors of the logits, `[B, 1]`; None if all are 1."""
+        divisors = np.where(self.temperature == 0, 1.0, self.temperature)[:, None]
+        return None if (divisors == 1).all() else divisors
 
     @cached_property
     def limited(self) -> Ints:
@@ -78,9 +79,11 @@ def draw(logits: Floats | Doubles, filters: Filters, numbers: Doubles) -> Ints:
     return picked
 
 
-def _exponentials(logits: Floats | Doubles, divisors: Doubles) -> Doubles:
+def _exponentials(logits: Floats | Doubles, divisors: Doubles | None) -> Doubles:
     """Probabilities, scaled so that the most likely token of each row has 1."""
-    weights: Doubles = logits / divisors
+    weights: Doubles = logits.astype(np.float64)
+    if divisors is not None:
+        weights /= divisors
     with np.errstate(invalid="ignore"):  # `failures` reports rows that are not finite
         weights -= weights.max(axis=1, keepdims=True)
     return np.exp(weights, out=weights)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from concertina.codecs.token_text import TextDecoder, TokenText
 
@@ -14,6 +16,14 @@ def test_a_token_may_be_any_bytes() -> None:
     assert decoder.flush() == ""
     assert text.decode([0, 1]) == "a\ufffd"
     assert text.bytes_of([0, 3, 2]) == b"a\xe2\xac!"
+
+
+@example([b"\xe2", b"", b"a"])  # what is torn stays torn
+@given(st.lists(st.sampled_from([b"", b"a", b"bc", b"\xe2", b"\x82", b"\xac!", b"\xe2\x82\xac"])))
+def test_pieces_become_the_text_of_all_their_bytes(pieces: list[bytes]) -> None:
+    decoder = TextDecoder(TokenText(tuple(pieces)))
+    text = "".join([decoder.push(token) for token in range(len(pieces))]) + decoder.flush()
+    assert text == b"".join(pieces).decode("utf-8", "replace")
 
 
 @pytest.mark.parametrize(

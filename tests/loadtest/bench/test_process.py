@@ -220,7 +220,7 @@ def test_two_of_ours_for_real(text_bundle: Path, full_bundle: Path, tmp_path: Pa
 def test_our_other_precisions_and_parts_for_real(tmp_path: Path) -> None:
     names = (
         *("fixed", "fixed-cache-float16", "fixed-int8", "fixed-int4"),
-        *("fixed-state8", "fixed-int8-state8", "fixed-steps"),
+        *("fixed-state8", "fixed-int8-state8", "fixed-int4-state8", "fixed-steps"),
     )
     cells = (Cell(64, 2), Cell(64, 1, first_token=True))
     shape = replace(SMALL, width=128)

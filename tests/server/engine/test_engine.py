@@ -171,7 +171,7 @@ async def test_a_prompt_that_is_predicted_takes_little_memory_for_logits(
 async def test_scoring_needs_no_slot(text: Bundle, start: Start) -> None:
     """It runs while the only slot is taken, and affects no stream."""
     model = start(text, slots=1)
-    expected = await generate(model, ask(max_tokens=90))
+    expected = await generate(model, ask(max_tokens=400))
     order: list[str] = []
 
     async def noted(name: str, wanted: Request) -> Outcome:
@@ -180,7 +180,7 @@ async def test_scoring_needs_no_slot(text: Bundle, start: Start) -> None:
         return outcome
 
     long, _, scored = await asyncio.gather(
-        noted("long", ask(max_tokens=90)),
+        noted("long", ask(max_tokens=400)),
         noted("scored", ask(b"some words to score", score=True)),
         noted("scored", ask(b"more", score=True)),
     )

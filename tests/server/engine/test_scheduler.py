@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.engine.scheduler import Load, Plan, Prefilling, Waiting, next_credit, plan
+from server.engine.scheduler import DECODE, Load, Plan, Prefilling, Waiting, next_credit, plan
 
 EMPTY = Load(
     num_running=0,
@@ -24,6 +24,14 @@ PROMPT, NO_PROMPT, SCORE = Waiting(20, True), Waiting(0, True), Waiting(20, Fals
 
 def _plan(**changes: object) -> Plan:
     return plan(replace(EMPTY, **changes))  # type: ignore[arg-type]
+
+
+@given(num_running=st.integers(1, 9), num_free=st.integers(0, 9), credit=st.floats(0, 1))
+def test_without_others_the_running_streams_decode(
+    num_running: int, num_free: int, credit: float
+) -> None:
+    """The loop does not ask then."""
+    assert _plan(num_running=num_running, num_free=num_free, prefill_credit_s=credit) == DECODE
 
 
 @pytest.mark.parametrize(

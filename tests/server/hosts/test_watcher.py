@@ -294,7 +294,7 @@ async def test_a_bundle_that_cannot_be_used_takes_nothing_down(
     served = await start()
     model = served.engines[TEXT]
     with caplog.at_level(logging.ERROR, logger="server"):
-        put(text_bundle, directory / "a", version, graph=b"not a graph")
+        put(text_bundle, directory / "a", version, graph=b"\n\x0bnot a graph")
         put(image_bundle, directory / "b", version)
         damage(directory / "b")
         await until(lambda: len(caplog.records) >= 2)

@@ -84,6 +84,20 @@ async def test_a_step_counts_once_and_its_tokens_all(text: Bundle, start: Start)
     assert [grown[name] for name in ("steps", "rows", "generated", "gaps")] == [5, 15, 15, 4]
 
 
+async def test_steps_show_while_their_stream_runs(
+    text: Bundle, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "GAUGE_INTERVAL_S", 0.0)  # after every step
+    model, before = start(text), _counts()
+    with Gate(model) as gate:
+        stream = model.submit(ask(max_tokens=20))
+        gate.let(4)
+        await until(lambda: _grown(before).get("steps") == 4)
+        assert _grown(before)["generated"] == 4
+        gate.let(float("inf"))
+        await read(model, stream)
+
+
 async def test_idle_time_is_not_a_slow_step(text: Bundle, start: Start) -> None:
     model, before = start(text), _counts()
     for _ in range(2):

@@ -32,6 +32,7 @@ from server.snapshots.names import (
 from server.snapshots.sealer import Sealer
 from server.snapshots.store import Store
 from server.snapshots.writer import SnapshotWriter
+from tests.server.snapshots.test_outages import until
 
 LIMIT_S = 30.0
 STREAM = Lease("s", (Request(prompt_of(256, [], "B"), max_tokens=50),), "me", keep_s=60.0)
@@ -284,6 +285,35 @@ def test_readers_follow_who_writes_meanwhile(
     assert stored(reader, stream) == ["abcde"]
 
 
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_a_claim_that_was_adopted_before_its_maker_knew_stays(
+    is_lost: bool,
+    text: Bundle,
+    open_writer: Writers,
+    stream: Lease,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever goes on in the next epoch reads the prompt from it; also if its answer is lost."""
+    writer, other = open_writer(), open_writer()
+    create = writer.store.create
+
+    def late(owner: str, stream_id: str, *rest: Any) -> None:
+        create(owner, stream_id, *rest)
+        other.begin(text, replace(stream, epoch=2), [at("ab")])
+        if is_lost:
+            patch.setattr(writer.store, "get", _failing)
+            raise OSError("the answer is lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.store, "create", late)
+        with pytest.raises(OSError if is_lost else AlreadyClaimed):
+            writer.begin(text, stream)
+    until(lambda: writer.is_up)
+    with pytest.raises(AlreadyClaimed):  # takes back what failed
+        writer.begin(text, stream)
+    assert stored(open_writer(), stream) == ["ab"]
+
+
 @pytest.mark.parametrize("landed", [True, False])
 def test_a_claim_whose_answer_got_lost_is_taken_back(
     landed: bool,
@@ -309,10 +339,7 @@ def test_a_claim_whose_answer_got_lost_is_taken_back(
             writer.begin(text, taken, [at("ab")])
     if not landed:
         other.begin(text, taken, [at("abc")])
-    limit = time.monotonic() + LIMIT_S
-    while epoch(writer, stream) != Claim(1 if landed else 2) or not writer.is_up:
-        assert time.monotonic() < limit
-        time.sleep(0.01)
+    until(lambda: epoch(writer, stream) == Claim(1 if landed else 2) and writer.is_up)
     time.sleep(0.1)
     assert epoch(other, stream) == Claim(1 if landed else 2)
     if landed:

@@ -22,9 +22,9 @@ from rich.progress import (
 
 from concertina.cli.output import plain_console
 from concertina.machine import cores_if_fewer
-from export.compare import Entry, check_memories, configure
-from export.compare import compare as compare_runs
-from export.comparison import table, write_report
+from export.comparison.compare import Entry, check_memories, configure
+from export.comparison.compare import compare as compare_runs
+from export.comparison.report import table, write_report
 from model.config import ModelConfig, Positions
 from model.data import load_dataset
 from model.run import Progress as TrainProgress

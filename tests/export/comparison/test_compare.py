@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from concertina.cli.main import main
-from export.compare import (
+from export.comparison.compare import (
     RESULTS,
     Entry,
     Result,
@@ -25,7 +25,7 @@ from export.compare import (
     configure,
     run_folder,
 )
-from export.comparison import table, write_report
+from export.comparison.report import table, write_report
 from model.config import ModelConfig
 from model.data import Dataset, DatasetInfo, save_dataset
 from model.decoder import Decoder

@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from export.compare import Result
+from export.comparison.compare import Result
 
 matplotlib.rcParams["svg.hashsalt"] = "concertina"  # the same results give the same file
 _FAMILIES = {  # Okabe and Ito's colours, which colour-blind readers can distinguish

@@ -1,0 +1,1 @@
+"""Trains attention patterns on the same budget, and reports what each of them gains and costs."""
