@@ -20,7 +20,7 @@ from server.engine.stream import Stream
 from server.engine.updates import Ending, Scored, StreamUpdate
 from server.ops.metrics import EngineMetrics
 
-_PREDICTED_BYTES: Final = 64 << 20
+PREDICTED_BYTES: Final = 64 << 20
 """Most memory for the logits of one pass of a prompt whose own tokens are predicted, in bytes."""
 
 
@@ -57,7 +57,7 @@ class Decoding:
         limit, stream = self._config.prefill_chunk, self._placement.prefilling
         if stream is not None and stream.request.predicts_prompt:
             row = self._bundle.vocabulary * np.dtype(np.float32).itemsize
-            limit = min(limit, max(1, _PREDICTED_BYTES // row))
+            limit = min(limit, max(1, PREDICTED_BYTES // row))
         return self._cache.prefill_room(limit)
 
     def prefill(self, stream: Stream, count: int) -> tuple[float, Ending | None]:

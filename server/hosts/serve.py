@@ -123,8 +123,6 @@ def serve(
     chat_template: Annotated[
         Path | None,
         typer.Option(
-            exists=True,
-            dir_okay=False,
             help="Jinja file that turns messages into text, in place of the bundles' own.",
         ),
     ] = None,
@@ -218,7 +216,7 @@ def serve(
     chosen = bundles or ([] if watch else find_bundles(BUNDLES))
     if any(is_pretrained(source) for source in chosen):
         _require_ports(host, port, metrics_port, http_port)  # before minutes of work
-    console = plain_console()
+    console, template = plain_console(), _template(chat_template)
     # Check files and ports first, so that a mistake ends the start at once, with a clear message.
     opened = [bundle_of(source, console.print) for source in chosen]
     folders = tuple(bundle.folder for bundle in opened)
@@ -246,7 +244,7 @@ def serve(
         snapshots_optional=snapshots_optional,
         snapshot_ttl=snapshot_ttl,
         engine=EngineConfig(
-            chat_template=_template(chat_template),
+            chat_template=template,
             draft_tokens=draft_tokens,
             snapshot_interval=snapshot_interval,
             session_bytes=session_bytes,
@@ -315,6 +313,8 @@ def _template(file: Path | None) -> str:
     try:
         source = file.read_text(encoding="utf-8")
         compiled(source, {})
+    except OSError as error:
+        raise ConfigError(f"--chat-template: {file} cannot be read: {error.strerror}") from None
     except (ChatTemplateError, UnicodeDecodeError) as error:
         raise ConfigError(f"--chat-template: {file} {error}") from None
     return source

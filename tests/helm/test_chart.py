@@ -280,6 +280,20 @@ def test_keys_and_certificates_come_from_secrets() -> None:
     assert len(pod(some)["volumes"]) == len(pod(closed)["volumes"]) - 1
 
 
+def test_a_chat_template_comes_from_a_config_map() -> None:
+    assert arguments(render())["chat_template"] is None
+    objects = render("server.chatTemplate=chatml")
+    file = arguments(objects)["chat_template"]
+    assert file.name == "chat_template.jinja"
+    (mount,) = (
+        each for each in server(objects)["volumeMounts"] if each["mountPath"] == str(file.parent)
+    )
+    assert mount["readOnly"] is True
+    (volume,) = (each for each in pod(objects)["volumes"] if each["name"] == mount["name"])
+    assert volume["configMap"] == {"name": "chatml"}
+    assert len(pod(objects)["volumes"]) == len(pod(render())["volumes"]) + 1
+
+
 def test_the_autoscaler_alone_says_how_many_pods() -> None:
     assert only(render("replicaCount=3"), "Deployment")["spec"]["replicas"] == 3
     objects = render("autoscaling.enabled=true")

@@ -79,6 +79,19 @@ def test_a_setting_out_of_range(image_bundle: Path) -> None:
         serve([image_bundle], slots=0, local=True)
 
 
+def test_a_chat_template_is_read_before_anything_is_converted(tmp_path: Path) -> None:
+    model, template = tmp_path / "model.gguf", tmp_path / "chat.jinja"
+    model.touch()  # to convert it would fail in another way
+    refused = {None: "cannot be read: No such file", b"{% for": "is no template", b"\xff": "utf-8"}
+    for content, complaint in refused.items():
+        if content is not None:
+            template.write_bytes(content)
+        with pytest.raises(ConfigError, match=rf"--chat-template: .*chat\.jinja.*{complaint}"):
+            serve([model], local=True, chat_template=template)
+    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+        serve([model], local=True, chat_template=tmp_path)
+
+
 @pytest.mark.parametrize(
     ("options", "state_limit_bytes", "threads", "session_bytes"),
     [

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from concertina.bundle.manifest import read_manifest, write_manifest
 from export.bundle import export_bundle
 from model.pretrained.convert import convert
 from model.pretrained.source import PretrainedError
@@ -99,6 +100,18 @@ def test_a_damaged_bundle_is_made_again(source: Path, commands: list[str]) -> No
     assert bundle_of(source, said.append).fingerprint == bundle.fingerprint
     assert len(commands) == 4
     assert "step.onnx" in said[0] and "made again" in said[0]
+
+
+def test_a_bundle_that_was_put_into_the_cache_has_the_name_of_its_source(
+    source: Path, commands: list[str]
+) -> None:
+    bundle = bundle_of(source, str)
+    manifest = read_manifest(bundle.folder)
+    manifest.name = "bundle"  # as `concertina export` calls it after its folder
+    write_manifest(bundle.folder, manifest, [file.path for file in manifest.files])
+    found = bundle_of(source, str)
+    assert (found.name, found.folder, len(commands)) == ("tiny", bundle.folder, 2)
+    assert found.fingerprint == bundle.fingerprint
 
 
 def test_what_a_killed_process_left_is_removed(source: Path, commands: list[str]) -> None:
