@@ -98,11 +98,14 @@ def _sampling_message(request: Request) -> pb.SamplingParameters:
 
 
 def _grammar_message(grammar: Grammar) -> pb.Grammar:
+    message = pb.Grammar()
     if grammar.kind == "json_object":
-        return pb.Grammar(json_object=pb.JsonObject())
-    if grammar.kind == "choice":
-        return pb.Grammar(choice=pb.Choice(texts=grammar.texts))
-    return pb.Grammar(**{grammar.kind: grammar.texts[0]})
+        message.json_object.SetInParent()
+    elif grammar.kind == "choice":
+        message.choice.texts.extend(grammar.texts)
+    else:
+        setattr(message, grammar.kind, *grammar.texts)
+    return message
 
 
 def _stopping_message(bundle: Bundle, request: Request) -> pb.StoppingCriteria:

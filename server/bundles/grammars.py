@@ -163,7 +163,7 @@ class _Vocabulary:
         ahead = self._letters[np.frombuffer(content[_READ:], np.uint8)]
         if ahead.min(initial=0) < 0:
             return self._longest_first(content)
-        return self._read(content[:_READ]) + ahead.tolist()
+        return [*self._read(content[:_READ]), *ahead.tolist()]
 
     def _read(self, content: bytes) -> list[int]:
         if self._longest > 1:
