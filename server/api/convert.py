@@ -99,12 +99,13 @@ def _sampling_message(request: Request) -> pb.SamplingParameters:
 
 
 def _grammar_message(grammar: Grammar) -> pb.Grammar:
-    if grammar.kind == "json_object":
-        return pb.Grammar(json_object=pb.JsonObject())
-    if grammar.kind == "choice":
-        return pb.Grammar(choice=pb.Choice(texts=grammar.texts))
     message = pb.Grammar()
-    setattr(message, grammar.kind, grammar.texts[0])
+    if grammar.kind == "json_object":
+        message.json_object.SetInParent()
+    elif grammar.kind == "choice":
+        message.choice.texts.extend(grammar.texts)
+    else:
+        setattr(message, grammar.kind, *grammar.texts)
     return message
 
 

@@ -12,7 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from functools import cached_property
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
@@ -22,6 +22,9 @@ from concertina.codecs.prompt_error import PromptError
 from server.arrays import Bools
 from server.errors import InvalidRequest
 from server.request import Grammar
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
 
 # Of the time and memory that one grammar takes. A step within them takes a few milliseconds at
 # most, a state of the lexer up to 2 KiB.
@@ -37,7 +40,11 @@ _LIMITS: Final = LLParserLimits(
 # Without a bound, a model may write nothing but spaces until its tokens are used up.
 _SPACE: Final = r"[ \t\n\r]{0,32}"
 # What cannot be enforced is refused, whatever the schema itself says of that.
-_JSON: Final[Any] = {"whitespace_pattern": _SPACE, "lenient": False, "coerce_one_of": False}
+_JSON: Final[JsonCompileOptions] = {
+    "whitespace_pattern": _SPACE,
+    "lenient": False,
+    "coerce_one_of": False,
+}
 _OBJECT: Final = '{"type":"object"}'
 GRAMMAR_KINDS: Final = frozenset({"json_schema", "json_object", "regex", "choice", "lark"})
 """The fields of the message Grammar."""
@@ -156,8 +163,7 @@ class _Vocabulary:
         ahead = self._letters[np.frombuffer(content[_READ:], np.uint8)]
         if ahead.min(initial=0) < 0:
             return self._longest_first(content)
-        tokens: list[int] = self._read(content[:_READ]) + ahead.tolist()
-        return tokens
+        return [*self._read(content[:_READ]), *ahead.tolist()]
 
     def _read(self, content: bytes) -> list[int]:
         if self._longest > 1:

@@ -59,7 +59,7 @@ MUTANTS = (
         "tests/server/bundles/test_grammars.py",
         (
             "a schema turns off what it asks for",
-            '"lenient": False, ',
+            '    "lenient": False,\n',
             "",
             "test_an_invalid_one_is_refused_with_field_and_reason",
         ),

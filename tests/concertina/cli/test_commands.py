@@ -190,6 +190,7 @@ def test_what_an_output_must_be(fake: Fake, run: Run, tmp_path: Path) -> None:
     }
     fake.script = [fake.accepted(), fake.text(2, 0, "yes"), fake.finished(3)]
     for options in given:
+        fake.script = [fake.accepted(), fake.finished(2)]
         assert run("generate", "x", *options)[0] == 0
     assert [request.sampling.grammar for request in fake.requests] == [*given.values()]
 
