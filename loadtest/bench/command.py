@@ -172,9 +172,11 @@ def bench(
         memory_bytes=int(memory * _GIGABYTE if memory else free),
         open_s=open_limit or (_QUICK_OPEN_S if quick else Plan.open_s),
     )
-    kept: AbstractContextManager[Path | str] = tempfile.TemporaryDirectory(prefix="concertina-")
-    if models is not None and not dry_run:  # tiny models have the names of others
-        kept = nullcontext(models)
+    kept: AbstractContextManager[Path | str] = (
+        tempfile.TemporaryDirectory(prefix="concertina-")
+        if models is None or dry_run  # whose tiny models have the names of others
+        else nullcontext(models)
+    )
     with kept as root:
         folder = Path(root).resolve()
         folder.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,7 @@ from model.pretrained.source import PretrainedError
 from server.bundles.bundle import load_bundle
 from tests.checkpoints import checkpoint_of, narrow_tiny, quantise_tiny
 from tests.model.pretrained.architectures import make, save
-from tests.model.pretrained.folders import write
+from tests.model.pretrained.folders import TOKENIZER, write
 
 SIXTEEN = Cell(16, 2)
 
@@ -160,7 +160,9 @@ def test_a_bundle_of_any_kind_is_a_contestant(fixed_bundle: Path, full_bundle: P
 def test_a_run_is_exported_for_no_more_tokens_than_are_measured(
     fixed_bundle: Path, tmp_path: Path
 ) -> None:
-    convert(write(tmp_path / "hf", max_position_embeddings=4096), tmp_path / "run")
+    folder = write(tmp_path / "hf", max_position_embeddings=4096)
+    (folder / "tokenizer.json").write_text(TOKENIZER)
+    convert(folder, tmp_path / "run")
     for name, state in (("a", "float32"), ("b", "float16")):
         make_bundle_of(tmp_path / "run", tmp_path / name, 700, state)
         bundle = load_bundle(tmp_path / name)

@@ -21,7 +21,7 @@ _GROWS = (
 
 
 def _folder(path: Path, template: str = "", **changes: Any) -> Path:
-    folder = write(path, **changes)
+    folder = write(path, tensors(), **changes)
     (folder / "tokenizer.json").write_text(TOKENIZER)
     if template:
         (folder / "chat_template.jinja").write_text(template)
