@@ -61,7 +61,7 @@ def client(server: Server) -> Iterator[Client]:
         yield client
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def front(text_bundle: Path, image_bundle: Path) -> Iterator[Front]:
     """A gateway to a server of `tiny-text` and `tiny-image`."""
     with serving_here(text_bundle, image_bundle) as upstream, fronting(upstream) as front:

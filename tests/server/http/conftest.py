@@ -12,7 +12,7 @@ from tests.concertina.conftest import fake as fake
 from tests.server.http.gateways import Front, fronting, serving
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def front(text_bundle: Path, image_bundle: Path) -> Iterator[Front]:
     """A gateway to a server of `tiny-text` and `tiny-image`."""
     with serving(text_bundle, image_bundle) as upstream, fronting(upstream) as front:
