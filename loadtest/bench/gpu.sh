@@ -37,7 +37,7 @@ part() {
 }
 
 if [[ -n ${DRY_RUN:-} ]]; then
-    device=cpu cells=(--dry-run --open-limit 400)
+    device=cpu cells=(--dry-run --open-limit 400 --only fixed-cache-float16,transformers,transformers-bfloat16)
 else
     device=cuda cells=(--cells 16kx64 --rounds 5 --open-limit 100)
     part card 15 nvidia-smi --query-gpu=name,driver_version,memory.total,memory.free --format=csv

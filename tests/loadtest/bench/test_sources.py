@@ -190,6 +190,7 @@ def test_who_cannot_take_the_model_is_named_and_not_started(tmp_path: Path) -> N
 def test_engines_decode_a_pretrained_model_in_turns(tmp_path: Path) -> None:
     """Ours from the run and as a bundle, beside Transformers, for real."""
     folder = write(tmp_path / "hf", max_position_embeddings=4096)
+    (folder / "tokenizer.json").write_text(TOKENIZER)
     made = prepare_source(folder, tmp_path / "models")
     source = read_source(made)
     make_bundle_of(Path(source.run), tmp_path / "given", 4096, "float16")
