@@ -108,7 +108,7 @@ MUTANTS = (
             "withheld tokens are withheld from every stream",
             "early = (self.withheld_owner == owner) & (position",
             "early = (self.withheld_owner >= 0) & (position",
-            "test_processors_step_by_step",
+            "test_tokens_are_withheld_from_the_stream_that_asks",
         ),
         (
             "what is recalled counts once",

@@ -203,7 +203,7 @@ MUTANTS = (
             "tokens of a prompt have the strings of its beginning",
             "request.prompt.tokens[position : position + len(event.logprobs)]",
             "request.prompt.tokens[: len(event.logprobs)]",
-            "test_log_probabilities_name_their_tokens",
+            "test_log_probabilities_of_the_end_of_a_prompt_name_its_tokens",
         ),
     ),
     *bugs(

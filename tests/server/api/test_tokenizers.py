@@ -13,12 +13,16 @@ from concertina.v1 import generation_service_pb2 as pb
 from concertina.v1 import generation_service_pb2_grpc as generation_grpc
 from concertina.v1 import model_service_pb2 as model_pb
 from concertina.v1 import model_service_pb2_grpc as model_grpc
+from server.api.convert import response_message
 from server.api.prompt import prompt_tokens
 from server.api.servicers import make_servicers
 from server.bundles.bundle import load_bundle
+from server.checkpoint import TokenLogprobs
 from server.config import EngineConfig
 from server.errors import BundleError, InvalidRequest
+from server.request import Request, prompt_of
 from server.sessions.served_model import ServedModel, serve_bundles
+from server.sessions.subscriber import PromptLogprobs
 from tests.server.engines import LIMIT_S, script
 from tests.server.tokenizer_bundles import CONTEXT, NAME, make_tokenizer_bundle
 from tests.tokenizers_made import BYTE_FALLBACK, BYTE_LEVEL, trained
@@ -121,6 +125,16 @@ async def test_no_bad_word_is_generated_whatever_its_tokens(served: Served, kind
         stopping = pb.StoppingCriteria(max_tokens=40)
         _, text, _ = await served.generate(prompt=_PROMPT, sampling=sampling, stopping=stopping)
         assert len(text) >= 40 and "ba" not in text and "eb" not in text
+
+
+async def test_log_probabilities_of_the_end_of_a_prompt_name_its_tokens(
+    served: Served, kind: str
+) -> None:
+    bundle = served.model.bundle
+    request = Request(prompt_of(bundle.manifest.vocabulary, [50, 60, 70], "L"))
+    event = PromptLogprobs(1, (TokenLogprobs(-1.0, (), ()), TokenLogprobs(-1.0, (), ())))
+    told = response_message(bundle, request, event, 1).prompt_logprobs.logprobs
+    assert [one.piece for one in told] == [bundle.codec.text.pieces[token] for token in (60, 70)]
 
 
 async def test_log_probabilities_name_their_tokens(served: Served, kind: str) -> None:
