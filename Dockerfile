@@ -34,7 +34,7 @@ ENV PATH=/opt/concertina/bin:$PATH \
 # `serve` takes every bundle in ./bundles unless some are named.
 WORKDIR /
 USER 10001:10001
-EXPOSE 9000 9100
+EXPOSE 9000 8000 9100
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s \
     CMD ["python", "-c", "import urllib.request; urllib.request.build_opener(urllib.request.ProxyHandler({})).open('http://127.0.0.1:9100/healthz', timeout=4)"]
 STOPSIGNAL SIGTERM

@@ -8,29 +8,32 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from concertina.bundle.manifest import MANIFEST, write_manifest
 from concertina.codecs.chat_template import TEMPLATE
 from concertina.codecs.tokenizer_file import TOKENIZER
 from concertina.v1 import bundle_pb2 as pb
-from export.cost import count_cost
-from export.graph_file import LARGEST_GRAPH, lies_beside, stored_bytes
+from export.cost import count_cost, folds_reset
+from export.graph_file import LARGEST_GRAPH, lies_beside, stored
 from export.graphs import (
-    FoldGraph,
     Units,
     export_fold,
     export_step,
-    fold_example,
     schedule_of,
     state_tensors,
 )
-from export.heldout import cache_units, calibration_windows, heldout_bits
+from export.heldout import cache_units, heldout_bits
 from export.moves import export_moves
 from export.packing import Packed
 from export.parity import check_parity
-from export.quantise import BLOCK, pack_weights, quantise_step, round_activations
+from export.quantise import (
+    BLOCK,
+    PRETRAINED_BLOCK,
+    pack_weights,
+    quantise_step,
+    round_activations,
+)
 from export.weights import round_weights
+from export.windows import Windows, text_windows, windows_of
 from model.config import ModelConfig
 from model.data import END_OF_TEXT, Dataset, DatasetInfo
 from model.decoder import Decoder
@@ -47,7 +50,7 @@ class LossError(Exception):
 
 @dataclass(frozen=True)
 class Precision:
-    """How to quantise matrices, and the largest loss, in bits per held-out token."""
+    """How to quantise matrices, and the largest loss, in bits per held-out byte or pixel."""
 
     bits: int
     heldout: Dataset
@@ -62,7 +65,7 @@ class Precision:
 
 @dataclass(frozen=True)
 class StatePrecision:
-    """That caches are int8, by which data, and the largest loss in bits per held-out token."""
+    """That caches are int8, by which data, and the largest loss; see Precision."""
 
     dataset: Dataset
     max_loss: float | None = None
@@ -111,16 +114,20 @@ def export_bundle(
             "the layers of this model attend in several ways, and such a state is in float32 only: "
             "leave --state out"
         )
+    windows = None
     if precision is not None:
-        _check_fit(precision.heldout.info, checkpoint.data)
+        windows = _windows(precision.heldout, checkpoint, checkpoint_folder)
     if state_precision is not None:
         assert data_type == pb.DATA_TYPE_FLOAT32
-        _check_fit(state_precision.dataset.info, checkpoint.data)
         state_tensors(checkpoint.model, pb.DATA_TYPE_INT8)
+        windows = _windows(state_precision.dataset, checkpoint, checkpoint_folder)
     if checkpoint.origin is None:  # a pretrained model is served as it is
         round_weights(checkpoint.model)
-    beside = stored_bytes(checkpoint.model) > largest_graph
+    size, widest = stored(checkpoint.model)
+    beside = size > largest_graph
     manifest = describe(checkpoint, name, version, data_type)
+    if widest != pb.DATA_TYPE_FLOAT16:
+        manifest.weights = widest
     bundle_folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{bundle_folder.name}.", dir=bundle_folder.parent))
     try:
@@ -135,21 +142,23 @@ def export_bundle(
             on_stage("exporting the graphs that move state")
             files += export_moves(manifest.state, partial)
         packed: Mapping[str, Packed] = {}
-        if precision is not None:
-            on_stage("measuring held-out bits with float16 weights")
-            manifest.quantisation.heldout_float16, _ = heldout_bits(
-                partial, manifest, precision.heldout
-            )
-            packed = pack_weights(checkpoint.model, precision.bits)
+        if precision is not None and windows is not None:
+            on_stage(f"measuring held-out bits with {weights_type(manifest)} weights")
+            noted = manifest.quantisation
+            noted.heldout_float16, _ = heldout_bits(partial, manifest, windows)
+            noted.bits = precision.bits
+            noted.block = BLOCK if checkpoint.origin is None else PRETRAINED_BLOCK
+            packed = pack_weights(checkpoint.model, noted.bits, noted.block)
             quantise_step(partial / "step.onnx", packed)
         on_stage("checking parity with the trained model")
         manifest.parity.CopyFrom(check_parity(partial, manifest, checkpoint.model))
-        if precision is not None:
+        if precision is not None and windows is not None:
             on_stage(f"measuring held-out bits with int{precision.bits} weights")
             round_activations(partial / "step.onnx")
-            _weigh(partial, manifest, checkpoint.model, precision)
-        if state_precision is not None:
-            _round_caches(partial, manifest, checkpoint.model, packed, state_precision, on_stage)
+            _weigh(partial, manifest, checkpoint.model, windows, precision.limit)
+        if state_precision is not None and windows is not None:
+            limit = state_precision.limit
+            _round_caches(partial, manifest, checkpoint.model, packed, windows, limit, on_stage)
         for extra in (TOKENIZER, TEMPLATE):
             if checkpoint.origin is not None and (checkpoint_folder / extra).exists():
                 shutil.copyfile(checkpoint_folder / extra, partial / extra)
@@ -164,6 +173,14 @@ def export_bundle(
     return manifest
 
 
+def _windows(dataset: Dataset, checkpoint: Checkpoint, folder: Path) -> Windows:
+    """What the model in `folder` is measured on. Raises ValueError if the data does not fit it."""
+    if checkpoint.origin is not None:
+        return text_windows(dataset, checkpoint.config, checkpoint.origin, folder)
+    _check_fit(dataset.info, checkpoint.data)
+    return windows_of(dataset, checkpoint.config.context)
+
+
 def _check_fit(given: DatasetInfo, trained: DatasetInfo) -> None:
     for field in ("modality", "vocabulary", "labels"):
         here, there = getattr(given, field), getattr(trained, field)
@@ -174,30 +191,47 @@ def _check_fit(given: DatasetInfo, trained: DatasetInfo) -> None:
             )
 
 
-def _weigh(folder: Path, manifest: pb.Manifest, model: Decoder, precision: Precision) -> None:
+def weights_type(manifest: pb.Manifest) -> str:
+    """Name of the type that the matrices have, or had before they were quantised."""
+    kind = manifest.weights or pb.DATA_TYPE_FLOAT16
+    return pb.DataType.Name(kind).removeprefix("DATA_TYPE_").lower()
+
+
+def loss_unit(manifest: pb.Manifest) -> str:
+    """What losses are for each of: tokens may be more than a byte."""
+    return "pixel" if manifest.modality == pb.MODALITY_IMAGE else "byte"
+
+
+def _weigh(
+    folder: Path, manifest: pb.Manifest, model: Decoder, windows: Windows, limit: float
+) -> None:
     """Record in `manifest` the loss of the quantised graphs. Raises LossError above the limit."""
     noted = manifest.quantisation
-    noted.bits, noted.block = precision.bits, BLOCK
     noted.rounded_parity.CopyFrom(check_parity(folder, manifest, model, rounded=True))
-    noted.heldout, noted.tokens = heldout_bits(folder, manifest, precision.heldout)
+    noted.heldout, noted.tokens = heldout_bits(folder, manifest, windows)
     _check_loss(
-        (f"int{precision.bits} weights", noted.heldout),
-        ("float16 weights", noted.heldout_float16),
-        precision.limit,
+        manifest,
+        (f"int{noted.bits} weights", noted.heldout),
+        (f"{weights_type(manifest)} weights", noted.heldout_float16),
+        limit,
         "use more bits",
     )
 
 
 def _check_loss(
-    rounded: tuple[str, float], exact: tuple[str, float], limit: float, remedy: str
+    manifest: pb.Manifest,
+    rounded: tuple[str, float],
+    exact: tuple[str, float],
+    limit: float,
+    remedy: str,
 ) -> None:
     """Raise LossError if what is `rounded`, with its held-out bits, loses too much."""
     loss = rounded[1] - exact[1]
     if not loss <= limit:
         raise LossError(
-            f"{rounded[0]} need {rounded[1]:.4f} bits per held-out token, {exact[0]} "
-            f"{exact[1]:.4f}: {loss:.4f} more, and the limit is {limit:g}, so nothing was written; "
-            f"{remedy}, or raise --max-loss"
+            f"{rounded[0]} need {rounded[1]:.4f} bits per held-out {loss_unit(manifest)}, "
+            f"{exact[0]} {exact[1]:.4f}: {loss:.4f} more, and the limit is {limit:g}, so nothing "
+            f"was written; {remedy}, or raise --max-loss"
         )
 
 
@@ -228,29 +262,31 @@ def _round_caches(
     manifest: pb.Manifest,
     model: Decoder,
     packed: Mapping[str, Packed],
-    precision: StatePrecision,
+    windows: Windows,
+    limit: float,
     on_stage: Callable[[str], None],
 ) -> None:
     """Put graphs with int8 caches in place of those in `folder`, and their loss into `manifest`.
 
     Raises ParityError if they compute something else, and LossError above the limit.
     """
-    noted, dataset = manifest.state_quantisation, precision.dataset
+    noted = manifest.state_quantisation
     on_stage("measuring held-out bits with float32 caches")
-    noted.heldout_float32, _ = heldout_bits(folder, manifest, dataset)
+    noted.heldout_float32, _ = heldout_bits(folder, manifest, windows)
     on_stage("exporting the graphs with int8 caches")
-    units = cache_units(folder, manifest, calibration_windows(dataset, manifest.context))
+    units = cache_units(folder, manifest, windows.training)
     narrow_caches(folder, manifest, model, units, packed)
     on_stage("checking parity with int8 caches")
     noted.parity.CopyFrom(check_parity(folder, manifest, model, units=units))
     on_stage("measuring held-out bits with int8 caches")
     if packed:
         round_activations(folder / "step.onnx")
-    noted.heldout, noted.tokens = heldout_bits(folder, manifest, dataset)
+    noted.heldout, noted.tokens = heldout_bits(folder, manifest, windows)
     _check_loss(
+        manifest,
         ("int8 caches", noted.heldout),
         ("float32 caches", noted.heldout_float32),
-        precision.limit,
+        limit,
         "use --state float32",
     )
 
@@ -285,7 +321,7 @@ def describe(
         manifest.fold.span, manifest.fold.binary = schedule.span, schedule.binary
         manifest.fold.keep_first = schedule.keep_first
         manifest.fold.keep_newest = schedule.keep_newest
-        manifest.fold.resets = _fold_resets(checkpoint.model)
+        manifest.fold.resets = folds_reset(checkpoint.model)
     if checkpoint.origin is not None:
         origin = checkpoint.origin
         manifest.tokenizer.template_tokens.update(origin.template_tokens)
@@ -308,22 +344,3 @@ def _attention(config: ModelConfig) -> str:
     if config.architecture.folding is not None:
         return f"folded:{config.architecture.folding.summary}"
     return config.attention + (f":{config.pooling}" if config.pooling != "max" else "")
-
-
-@torch.no_grad()
-def _fold_resets(model: Decoder) -> bool:
-    """Whether only stack entries remain after a fold; see `FoldSchedule.resets`."""
-    schedule, state = schedule_of(model), state_tensors(model)
-    if schedule is None or any(t.kind == pb.STATE_KIND_HISTORY for t in state):
-        return False
-    if model.config.architecture.folding is not None:
-        return False
-    graph = FoldGraph(model)
-    example, tokens = fold_example(model, schedule.span, schedule.span)
-    after = graph([torch.randn_like(x) for x in example], tokens)
-    given = dict(zip(graph.changed, after, strict=True))
-    return all(
-        t.name in given and bool((given[t.name] == t.initial).all())
-        for t in state
-        if t.kind == pb.STATE_KIND_RECURRENT
-    )

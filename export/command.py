@@ -10,7 +10,14 @@ from rich.text import Text
 
 from concertina.cli.output import plain_console
 from concertina.v1 import bundle_pb2 as pb
-from export.bundle import LossError, Precision, StatePrecision, export_bundle
+from export.bundle import (
+    LossError,
+    Precision,
+    StatePrecision,
+    export_bundle,
+    loss_unit,
+    weights_type,
+)
 from export.parity import ParityError
 from model.data import load_dataset
 
@@ -31,7 +38,11 @@ def export(
     ] = "",
     version: Annotated[str, typer.Option(help="Version of the model; free text.")] = "1",
     weights: Annotated[
-        Literal["float16", "int8", "int4"], typer.Option(help="Type of the stored matrices.")
+        Literal["float16", "int8", "int4"],
+        typer.Option(
+            help="Type of the stored matrices; float16 leaves those of a converted model as they "
+            "are."
+        ),
     ] = "float16",
     state: Annotated[
         Literal["float32", "float16", "int8"],
@@ -40,16 +51,16 @@ def export(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="Dataset of the model; its held-out part measures the loss of int8 and int4, and "
-            "its training part the range of int8 caches."
+            help="Dataset of the model, or of any text for a converted one; its held-out part "
+            "measures the loss of int8 and int4, and its training part the range of int8 caches."
         ),
     ] = None,
     max_loss: Annotated[
         float | None,
         typer.Option(
             min=0,
-            help="Largest loss in bits per held-out token, of weights and of caches each; default: "
-            "int8 weights 0.02, int4 weights 0.1, int8 caches 0.01.",
+            help="Largest loss in bits per held-out byte or pixel, of weights and of caches each; "
+            "default: int8 weights 0.02, int4 weights 0.1, int8 caches 0.01.",
             show_default=False,
         ),
     ] = None,
@@ -66,11 +77,12 @@ def export(
     concertina export runs/python bundles/python-int8 --weights int8 --data data/python
     concertina export runs/python bundles/python-8 --weights int8 --state int8 --data data/python
     concertina export runs/python bundles/python-gpu --state float16
+    concertina export runs/smollm2 bundles/smollm2-int8 --weights int8 --data data/notes
     """
     rounded = [f"{weights} weights"] * (weights != "float16") + ["int8 caches"] * (state == "int8")
     if rounded and data is None:
         raise typer.BadParameter(
-            f"{' and '.join(rounded)} need the model's dataset to measure the loss: add --data"
+            f"{' and '.join(rounded)} need a dataset to measure the loss: add --data"
         )
     if not rounded and (data, max_loss) != (None, None):
         raise typer.BadParameter(
@@ -108,14 +120,14 @@ def export(
     if manifest.HasField("quantisation"):
         measured = manifest.quantisation
         console.print(
-            f"{weights}: {measured.heldout:.4f} bits per held-out token, "
-            f"{measured.heldout - measured.heldout_float16:+.4f} against float16, "
+            f"{weights}: {measured.heldout:.4f} bits per held-out {loss_unit(manifest)}, "
+            f"{measured.heldout - measured.heldout_float16:+.4f} against {weights_type(manifest)}, "
             f"over {measured.tokens:,} tokens",
         )
     if manifest.HasField("state_quantisation"):
         of_state = manifest.state_quantisation
         console.print(
-            f"int8 caches: {of_state.heldout:.4f} bits per held-out token, "
+            f"int8 caches: {of_state.heldout:.4f} bits per held-out {loss_unit(manifest)}, "
             f"{of_state.heldout - of_state.heldout_float32:+.4f} against float32, "
             f"over {of_state.tokens:,} tokens",
         )

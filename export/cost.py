@@ -40,6 +40,25 @@ def count_cost(model: Decoder) -> pb.Cost:
     return cost
 
 
+@torch.no_grad()
+def folds_reset(model: Decoder) -> bool:
+    """Whether only stack entries remain after a fold; see `FoldSchedule.resets`."""
+    schedule, state = schedule_of(model), state_tensors(model)
+    if schedule is None or any(t.kind == pb.STATE_KIND_HISTORY for t in state):
+        return False
+    if model.config.architecture.folding is not None:
+        return False
+    graph = FoldGraph(model)
+    example, tokens = fold_example(model, schedule.span, schedule.span)
+    after = graph([torch.randn_like(x) for x in example], tokens)
+    given = dict(zip(graph.changed, after, strict=True))
+    return all(
+        t.name in given and bool((given[t.name] == t.initial).all())
+        for t in state
+        if t.kind == pb.STATE_KIND_RECURRENT
+    )
+
+
 def _count_step(model: Decoder, entries: int) -> int:
     """Operations of one token, with stacks of `entries`; the plain kernel reads all of them."""
     tokens, positions, lengths, longest, _, state, others = step_example(model, batch=1, time=1)

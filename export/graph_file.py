@@ -21,6 +21,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import nn
 
+from concertina.v1 import bundle_pb2 as pb
 from model.decoder import Decoder
 from model.initial import HALF
 
@@ -33,7 +34,12 @@ _OPSET = 18
 _PAGE = 1 << 12  # where a tensor begins, so that it can be mapped
 _LEAST = 1 << 9  # what is smaller stays in the graph, where shapes are inferred from it
 _PIECE = 1 << 24  # numbers at a time
-_TYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+_TYPES: dict[np.dtype[Any], pb.DataType] = {
+    np.dtype(np.float16): pb.DATA_TYPE_FLOAT16,
+    np.dtype(ml_dtypes.bfloat16): pb.DATA_TYPE_BFLOAT16,
+    np.dtype(np.float32): pb.DATA_TYPE_FLOAT32,
+}
+"""From narrow to wide."""
 
 Array = npt.NDArray[Any]
 Matrices = Mapping[str, Array]
@@ -151,11 +157,25 @@ def write_graph(
         data.unlink(missing_ok=True)
 
 
-def stored_bytes(model: Decoder) -> int:
-    """Bytes of the weights of `model` in a graph, as `write_graph` stores them."""
-    matrices = (p.detach().numpy() for p in model.parameters() if p.ndim >= 2)
-    vectors = sum(4 * p.numel() for p in model.parameters() if p.ndim < 2)
-    return vectors + sum(_smallest(m).itemsize * m.size for m in matrices)
+class Stored(NamedTuple):
+    """How `write_graph` stores the weights of a model."""
+
+    bytes: int
+    widest: pb.DataType
+    """Of the types of the matrices."""
+
+
+def stored(model: Decoder) -> Stored:
+    """How the weights of `model` are stored."""
+    size, types = 0, {np.dtype(np.float16)}
+    for parameter in model.parameters():
+        if parameter.ndim < 2:
+            size += 4 * parameter.numel()
+            continue
+        element = _smallest(parameter.detach().numpy())
+        size += element.itemsize * parameter.numel()
+        types.add(element)
+    return Stored(size, next(kind for element, kind in [*_TYPES.items()][::-1] if element in types))
 
 
 def _data(path: Path) -> Path:

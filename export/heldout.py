@@ -12,46 +12,25 @@ import torch
 from concertina.v1 import bundle_pb2 as pb
 from export.graphs import CACHES, LARGEST, Units
 from export.streaming import Array, Graphs, prefill
-from model.data import Dataset, Tokens, draw_batch, heldout_batches
+from export.windows import Windows
+from model.data import Tokens
 
-TOKENS = 1 << 16
-"""Largest number of held-out tokens to measure: whole windows, spread evenly over the data."""
-_MEASURED = 1 << 15
 _LEAST = 1e-4  # unit of a channel that is always 0; float16 holds it in full
 _CHUNK = 64  # tokens per pass; fewer before a fold
 
 
-def heldout_bits(folder: Path, manifest: pb.Manifest, dataset: Dataset) -> tuple[float, int]:
-    """Bits per held-out token of the graphs in `folder`, and the number of tokens measured.
-
-    Raises ValueError if the data is shorter than one window.
-    """
+def heldout_bits(folder: Path, manifest: pb.Manifest, windows: Windows) -> tuple[float, int]:
+    """Bits per held-out byte or pixel of the graphs in `folder`, and the number of tokens."""
     graphs = Graphs(folder, manifest)
-    limit = max(1, TOKENS // manifest.context)
     nats, count = 0.0, 0
-    for inputs, targets in heldout_batches(dataset, manifest.context, 1, limit):
-        logits = prefill(graphs, graphs.start(1), inputs, _CHUNK, None)[0].astype(np.float64)
+    for inputs, targets in windows.heldout:
+        stream = graphs.start(1, inputs.shape[1])
+        logits = prefill(graphs, stream, inputs, _CHUNK, None)[0].astype(np.float64)
         logits -= logits.max(-1, keepdims=True)
         chosen = np.take_along_axis(logits, targets[0, :, None], -1)[:, 0]
         nats += float((np.log(np.exp(logits).sum(-1)) - chosen).sum())
         count += targets.size
-    if not count:
-        raise ValueError(f"the held-out data is shorter than one window of {manifest.context}")
-    return nats / count / math.log(2), count
-
-
-def calibration_windows(dataset: Dataset, context: int) -> Iterable[Tokens]:
-    """Inputs `[1, T]` for `cache_units`: of the training data, and one of random tokens.
-
-    Training data, so that the loss is measured on data that the units have not seen. Random tokens,
-    so that a prompt unlike the data does not go beyond the units either.
-    """
-    for step in range(max(1, _MEASURED // context)):
-        yield draw_batch(dataset, context, 1, seed=0, step=step)[0]
-    vocabulary = dataset.info.vocabulary
-    tokens = np.random.default_rng(0).integers(vocabulary, size=(1, context))
-    tokens[:, 0] = vocabulary
-    yield tokens
+    return nats / windows.size / math.log(2), count
 
 
 def cache_units(folder: Path, manifest: pb.Manifest, windows: Iterable[Tokens]) -> Units:
@@ -63,7 +42,7 @@ def cache_units(folder: Path, manifest: pb.Manifest, windows: Iterable[Tokens]) 
     graphs = Graphs(folder, manifest)
     most: dict[str, Array] = {}
     for inputs in windows:
-        stream, done = graphs.start(1), 0
+        stream, done = graphs.start(1, inputs.shape[1]), 0
         while done < inputs.shape[1]:
             room = _CHUNK if graphs.span is None else graphs.span - done % graphs.span
             part = np.ascontiguousarray(inputs[:, done : done + min(_CHUNK, room)])

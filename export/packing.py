@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 Matrix = npt.NDArray[np.float32]
 
+_PIECE = 1 << 22  # weights to quantise at a time: what is tried takes several times their memory
 _SHRINK = np.linspace(1, 0.7, 13, dtype=np.float32)
 """Scales to try, as fractions of the scale that clips no weight."""
 
@@ -46,6 +47,19 @@ def pack(matrix: Matrix, bits: int, block: int) -> Packed:
     A scale may be negative. The negative side has one integer more, and the scale's sign puts the
     weight of largest magnitude on that side.
     """
+    rows = max(1, _PIECE // matrix.shape[1])
+    parts = [
+        _pack_rows(matrix[first : first + rows], bits, block)
+        for first in range(0, len(matrix), rows)
+    ]
+    integers, scales = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return Packed(integers, scales, bits, matrix.shape[1])
+
+
+def _pack_rows(
+    matrix: Matrix, bits: int, block: int
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
+    """Integers and scales of some rows; see Packed."""
     rows, columns = matrix.shape
     padded = np.pad(matrix, ((0, 0), (0, -columns % block)))
     blocks = padded.reshape(rows, -1, block)
@@ -63,7 +77,7 @@ def pack(matrix: Matrix, bits: int, block: int) -> Packed:
     codes: npt.NDArray[np.uint8] = (integers + half).astype(np.uint8)
     if bits == 4:
         codes = codes[..., ::2] + codes[..., 1::2] * np.uint8(16)
-    return Packed(codes, scales[..., 0], bits, columns)
+    return codes, scales[..., 0]
 
 
 def unpack(packed: Packed) -> Matrix:

@@ -181,7 +181,14 @@ def _rounded_logits(model: Decoder, units: Units, tokens: Tensor) -> Tensor:
     schedule, tensors = schedule_of(model), state_tensors(model)
     stacks = [tensor.kind == pb.STATE_KIND_STACK for tensor in tensors]
     batch, length = tokens.shape
-    state = [torch.full((batch, *t.shape), t.initial).double() for t in tensors]
+    shapes = [[*t.shape] for t in tensors]
+    for shape, stack in zip(shapes, stacks, strict=True):
+        if stack:  # most contexts are longer than what is compared
+            shape[1] = min(shape[1], length)
+    state = [
+        torch.full((batch, *shape), t.initial).double()
+        for shape, t in zip(shapes, tensors, strict=True)
+    ]
     step, fold = StepGraph(model, _attend_rounded, units), FoldGraph(model)
     places = {tensor.name: place for place, tensor in enumerate(tensors)}
     entries, parts, span = 0, [], schedule.span if schedule else length

@@ -2,7 +2,8 @@
 
 The large matrix products (projections, MLP, head) become `com.microsoft.MatMulNBits`. Other weights
 are not changed: embeddings are only looked up, the patterns' own weights are small and may also be
-in the fold graph, and norms and biases are not matrices.
+in the fold graph, and norms and biases are not matrices. A head that is tied shares its integers
+with the embeddings, which become `com.microsoft.GatherBlockQuantized`.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import onnx
 import torch
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from export.graph_file import Array, lies_beside, read_graph, write_graph
 from export.packing import Packed, pack, unpack
@@ -22,20 +24,27 @@ from model.initial import HALF
 
 BLOCK = 128
 """Number of weights that share a scale. Smaller blocks lose a little less but are slower."""
+PRETRAINED_BLOCK = 32
+"""The same for pretrained models, whose matrices have rare large weights."""
+_LOOKED_UP_BITS = 8  # of a matrix that is the head and the embeddings
 _ROUNDED = 4  # with this accuracy_level, the kernel rounds its input to 8 bits
 
 
-def pack_weights(model: Decoder, bits: int) -> dict[str, Packed]:
-    """Quantised matrices of `model` (4 or 8 bits), by name. Also rounds those in `model` itself."""
-    # A tied head is looked up in, too.
-    matrices = {} if model.config.architecture.tied else {"head.weight": model.head.weight}
-    for layer, block in enumerate(model.blocks):
-        assert isinstance(block, Block)
+def pack_weights(model: Decoder, bits: int, block: int = BLOCK) -> dict[str, Packed]:
+    """Quantised matrices of `model` (4 or 8 bits), by name. Also rounds those in `model` itself.
+
+    block: number of weights that share a scale.
+    """
+    matrices = {"head.weight": model.head.weight}
+    for layer, part in enumerate(model.blocks):
+        assert isinstance(part, Block)
         for name in ("qkv", "out", "up", "down"):
-            matrices[f"blocks.{layer}.{name}.weight"] = getattr(block, name).weight
+            matrices[f"blocks.{layer}.{name}.weight"] = getattr(part, name).weight
     packed = {}
+    tied = model.config.architecture.tied
     for name, matrix in matrices.items():
-        packed[name] = pack(matrix.detach().numpy(), bits, BLOCK)
+        enough = _LOOKED_UP_BITS if tied and matrix is model.head.weight else bits
+        packed[name] = pack(matrix.detach().numpy(), enough, block)
         with torch.no_grad():
             matrix.copy_(torch.from_numpy(unpack(packed[name])))
     return packed
@@ -52,9 +61,14 @@ def quantise_step(path: Path, packed: Mapping[str, Packed]) -> None:
     matrices = {initializers[name]: matrix for name, matrix in packed.items()}
     nodes = []
     for node in graph.node:
-        matrix = matrices.get(node.input[1]) if len(node.input) > 1 else None
-        if not matrices.keys() & set(node.output):  # what widens a matrix of two bytes
-            nodes.append(_in_few_bits(node, matrix) if matrix else node)
+        if matrices.keys() & set(node.output):  # what widens a matrix of two bytes
+            continue
+        if node.op_type == "Gather" and node.input[0] in matrices:
+            nodes += _look_up(graph, node, matrices[node.input[0]])
+        elif len(node.input) > 1 and node.input[1] in matrices:
+            nodes.append(_in_few_bits(node, matrices[node.input[1]]))
+        else:
+            nodes.append(node)
     del graph.node[:]
     graph.node.extend(nodes)
     replaced = matrices.keys() | {name + HALF for name in matrices}
@@ -96,3 +110,34 @@ def _in_few_bits(node: onnx.NodeProto, matrix: Packed) -> onnx.NodeProto:
         bits=matrix.bits,
         block_size=matrix.block,
     )
+
+
+def _look_up(graph: onnx.GraphProto, node: onnx.NodeProto, matrix: Packed) -> list[onnx.NodeProto]:
+    """The nodes that replace the Gather of rows of a matrix, whose product is taken, too.
+
+    The product wants its integers as `[N, blocks, b]`, so that is what rows are looked up in.
+    """
+    name, (out,) = node.input[0], node.output
+    sizes = {"axis": [2], "begin": [0], "row": [0, 0, -1], "end": [matrix.columns]}
+    constants = {part: f"{name}.{part}" for part in sizes}
+    for part, numbers in sizes.items():
+        graph.initializer.append(numpy_helper.from_array(np.array(numbers), constants[part]))
+    scales, blocks, row = f"{name}.scale_of_block", f"{out}.blocks", f"{out}.row"
+    return [
+        helper.make_node("Unsqueeze", [name + SCALES, constants["axis"]], [scales]),
+        helper.make_node(
+            "GatherBlockQuantized",
+            [name + INTEGERS, node.input[1], scales],
+            [blocks],
+            node.name,
+            domain="com.microsoft",
+            bits=matrix.bits,
+            block_size=matrix.block,
+            gather_axis=0,
+            quantize_axis=2,
+        ),
+        helper.make_node("Reshape", [blocks, constants["row"]], [row]),
+        helper.make_node(
+            "Slice", [row, constants["begin"], constants["end"], constants["axis"]], [out]
+        ),
+    ]

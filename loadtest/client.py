@@ -146,7 +146,9 @@ def _miscount(request: Request, prompt_tokens: int, output_tokens: int) -> str:
 
     Text prompts are not counted: only the server knows how many tokens they are.
     """
-    asked = None if isinstance(request.prompt, str) else len(request.prompt or ())
+    asked = None
+    if not isinstance(request.prompt, str):
+        asked = len(request.prompt or ()) - (not request.first_counts)
     if asked is not None and prompt_tokens != asked:
         return f"the server counts {prompt_tokens} prompt tokens, {asked} were sent"
     if output_tokens != request.output_tokens:

@@ -74,6 +74,8 @@ async def measure(plan: Plan, access: Access) -> tuple[Model, Run]:
             prompt_lengths=plan.prompt_tokens,
             output_lengths=plan.output_tokens,
             prompts=plan.prompts,
+            begin=served.begin_token,
+            has_begin=served.counts_first_token,
         )
         warmed = await _phase("warm-up", plan, clients, drawn, plan.warmup, None)
         if warmed.interrupted:

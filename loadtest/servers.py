@@ -73,6 +73,8 @@ def start(
     """
     command = [sys.executable, "-m", "concertina.cli.main", "serve", str(bundle), *options]
     command += ["--port", str(port), "--metrics-port", str(metrics_port)]
+    if "--http-port" not in options:
+        command += ["--http-port", "0"]
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
     with open(output or os.devnull, "ab") as printed:

@@ -24,11 +24,15 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One stream to ask for. The prompt is text, token ids, or None for an unconditional start."""
+    """One stream to ask for. The prompt is text, token ids, or None for an unconditional start.
+
+    first_counts: whether the server counts the first id; not if it is what others follow from.
+    """
 
     prompt: str | tuple[int, ...] | None
     output_tokens: int
     seed: int
+    first_counts: bool = True
 
 
 def parse_lengths(text: str, *, minimum: int) -> Lengths:
@@ -52,17 +56,24 @@ def draw_requests(
     prompt_lengths: Lengths,
     output_lengths: Lengths,
     prompts: Sequence[str] = (),
+    begin: int | None = None,
+    has_begin: bool = True,
 ) -> Iterator[Request]:
     """Requests without end, the same for the same arguments.
 
     Prompts are drawn from `prompts`, or else are `prompt_lengths` random ids below `vocabulary`.
+    begin: the id of the token that the server puts before each prompt, and would not count twice.
+    has_begin: whether the model can begin with nothing; for one that cannot, a prompt has one id
+    more, which the server does not count.
     """
     rng = random.Random(seed)
     ids = range(vocabulary)
     while True:
-        prompt = (
-            rng.choice(prompts)
-            if prompts
-            else tuple(rng.choices(ids, k=prompt_lengths.draw(rng))) or None
-        )
-        yield Request(prompt, output_lengths.draw(rng), rng.getrandbits(63))
+        prompt: str | tuple[int, ...] | None
+        if prompts:
+            prompt, first_counts = rng.choice(prompts), True
+        else:
+            size = prompt_lengths.draw(rng) + (not has_begin)
+            prompt = tuple(rng.choices(ids, k=size)) or None
+            first_counts = has_begin and not (prompt and prompt[0] == begin)
+        yield Request(prompt, output_lengths.draw(rng), rng.getrandbits(63), first_counts)

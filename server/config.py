@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Final, Literal, NamedTuple, get_args
+from typing import Any, Final, Literal, NamedTuple, get_args
 
 from concertina.addresses import join, reachable
 
@@ -46,11 +46,17 @@ RANGES: Final = {
     "max_request_bytes": Range(MEBIBYTE, 1024 * MEBIBYTE),
     "drain_seconds": Range(0, 24 * 3600),
     "snapshot_ttl": Range(1, 30 * 24 * 3600),
+    "http_port": Range(0, 65535),
+    "plain_port": Range(0, 65535),
+    "max_body_bytes": Range(1024, 1024 * MEBIBYTE),
+    "streams_per_key": Range(1, 1_000_000),
+    "slow_reader_seconds": Range(1, 3600),
 }
-"""The range of every number of EngineConfig and ServeConfig."""
+"""The range of every number of EngineConfig, ServeConfig and GatewaySettings."""
 
 
-def _check_numbers(config: EngineConfig | ServeConfig) -> None:
+def check_numbers(config: Any) -> None:
+    """Raise ConfigError for a number of a configuration that is out of its range."""
     for setting in fields(config):
         if setting.name not in RANGES:
             continue
@@ -107,7 +113,7 @@ class EngineConfig:
     """Device that computes and holds the state in its memory."""
 
     def __post_init__(self) -> None:
-        _check_numbers(self)
+        check_numbers(self)
         if self.provider not in get_args(Provider):
             raise ConfigError(
                 f"provider is {self.provider}: it must be {' or '.join(get_args(Provider))}"
@@ -152,6 +158,12 @@ class ServeConfig:
     metrics_port: int = 9100
     """Port for Prometheus metrics and health on the same host; 0 turns it off."""
 
+    http_port: int = 0
+    """Port of OpenAI's HTTP API on the same host; 0 turns it off."""
+
+    plain_port: int = 0
+    """Port on loopback that accepts plaintext while the others have TLS; 0 opens none."""
+
     replicas: int = 1
     """Number of server processes; each has all engines."""
 
@@ -188,9 +200,17 @@ class ServeConfig:
             )
         if not self.host:
             raise ConfigError("host is empty: give an address such as 127.0.0.1")
-        _check_numbers(self)
+        check_numbers(self)
         if self.metrics_port == self.port:
             raise ConfigError(f"metrics_port is {self.port}: it must differ from port")
+        if self.http_port and self.http_port in (self.port, self.metrics_port):
+            raise ConfigError(
+                f"http_port is {self.http_port}: it must differ from port and metrics_port"
+            )
+        if self.plain_port and self.tls is None:
+            raise ConfigError(f"plain_port is {self.plain_port}: it needs TLS at the other port")
+        if self.plain_port and self.plain_port in (self.port, self.metrics_port, self.http_port):
+            raise ConfigError(f"plain_port is {self.plain_port}: it must differ from other ports")
 
     @property
     def address(self) -> str:

@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from server.arrays import Ints
+from server.arrays import Bools, Ints
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +82,45 @@ class LogitsProcessors:
     presence_penalty: float = 0.0
 
 
+class Matcher(Protocol):
+    """Follows an output through a grammar, token by token."""
+
+    def copy(self) -> Matcher:
+        """One that stands at the same place, and goes on by itself."""
+
+    def allowed(self) -> tuple[Bools, bool]:
+        """Whether each token may come next, `[V]`, and whether the output may end here."""
+
+    def push(self, tokens: Sequence[int]) -> None:
+        """Go on with `tokens`. One that may not come next is a fault."""
+
+    def fits(self, tokens: Sequence[int]) -> bool:
+        """Whether all of `tokens` may come next. Stays where it is."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the output is complete, and nothing may follow."""
+
+    @property
+    def fault(self) -> str:
+        """Why it cannot go on; empty if it can."""
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What an output must be; see the message Grammar in generation_service.proto.
+
+    kind: the name of its field there. texts: the schema, the expression or the grammar; the strings
+    of a choice. beginning: where outputs begin. It never goes on: outputs go on with copies.
+    """
+
+    kind: str
+    texts: tuple[str, ...]
+    beginning: Matcher = field(compare=False, repr=False)
+
+
+_GRAMMAR_BYTES = 1 << 20  # about what most compiled ones take, with the states met on the way
+
 LONGEST_BAD_WORD = 64
 """Largest number of tokens in a bad word, or of bytes if its letters are not tokens."""
 
@@ -96,6 +137,7 @@ class SamplingParameters:
     output: index of the output in its request.
     logprobs: number of most likely tokens to report with each token; None reports nothing.
     processors: changes to the logits; None if there are none.
+    grammar: what the output must be; None if it may be anything.
     """
 
     temperature: float = 1.0
@@ -107,6 +149,7 @@ class SamplingParameters:
     output: int = 0
     logprobs: int | None = None
     processors: LogitsProcessors | None = None
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True)
@@ -150,7 +193,10 @@ class Request:
         if (given := self.sampling.processors) is not None:
             numbers += 2 * len(given.bias) + len(given.allowed) + len(given.withheld)
             numbers += sum(map(len, given.bad_words)) + sum(map(len, given.bad_bytes))
-        return NUMBER_BYTES * numbers + sum(_TEXT_BYTES + 4 * len(text) for text in self.stop)
+        size = NUMBER_BYTES * numbers + sum(_TEXT_BYTES + 4 * len(text) for text in self.stop)
+        if (grammar := self.sampling.grammar) is not None:
+            size += _GRAMMAR_BYTES + sum(_TEXT_BYTES + 4 * len(text) for text in grammar.texts)
+        return size
 
     def is_unsent(self, token: int) -> bool:
         """Whether this token ends the stream and is not sent."""

@@ -17,10 +17,10 @@ PALETTE = tuple((17 * k, 255 - 17 * k, 40 * (k % 4)) for k in range(16))
 _SPAN = 8
 
 
-def make_text_bundle(folder: Path) -> Path:
+def make_text_bundle(folder: Path, context: int = 96) -> Path:
     """A byte model with a context of 96 tokens and a span of 8, exported to `folder` once."""
     info = DatasetInfo("text", 256, source="random bytes", license="CC0-1.0")
-    return _make(folder, TEXT_MODEL, info, context=96)
+    return _make(folder, TEXT_MODEL, info, context)
 
 
 def make_image_bundle(folder: Path) -> Path:

@@ -3,35 +3,39 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from importlib.metadata import PackageNotFoundError, version
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import psutil
 import typer
 
+from concertina.bundle.manifest import ManifestError
 from concertina.cli.output import plain_console, print_whole
 from concertina.machine import cores as usable_cores
 from concertina.machine import memory_bytes
-from loadtest.bench.contestants import CONTESTANTS
+from loadtest.bench.contestants import CONTESTANTS, ON_GPU, Source, contestants_of, read_source
 from loadtest.bench.plan import (
     CELLS,
+    DRY_RUN,
+    DRY_RUN_CELLS,
     FIRST_TOKEN,
     QUICK_CELLS,
+    ROOM,
     Cell,
     Plan,
+    Shape,
     expected_s,
     parse_cell,
 )
 from loadtest.bench.plots import plot
-from loadtest.bench.process import in_processes
+from loadtest.bench.process import describe_machine, in_processes, prepare_source
 from loadtest.bench.report import as_json
 from loadtest.bench.run import Progress, Report, run
 from loadtest.bench.tables import render
@@ -39,27 +43,52 @@ from loadtest.bench.worker import PACKAGES
 
 _GIGABYTE = 10**9
 _CELLS = ",".join(str(cell).replace(" ", "") for cell in CELLS)
+_CELLS_OF_SOURCE = "256x1,256x8"
 _MEMORY_SHARE = 0.9
 _QUICK_ROUNDS, _QUICK_OPEN_S = 5, 120.0
-_LIBRARIES = ("concertina", "onnxruntime", "numpy")
 
 
 def bench(
     quick: Annotated[
         bool, typer.Option("--quick", help="One cell: 16k x 8, in about ten minutes.")
     ] = False,
-    cells: Annotated[
-        str,
+    source: Annotated[
+        Path | None,
         typer.Option(
-            help="Contexts and streams to measure, with commas between; '' for none of them."
+            help="Pretrained model that all run in place of random weights: a run, a Hugging Face "
+            "folder, or a GGUF file, which llama.cpp then runs, too.",
         ),
-    ] = _CELLS,
+    ] = None,
+    bundle: Annotated[
+        list[Path] | None,
+        typer.Option(help="Bundle of --source, of any precision, to measure too; repeat."),
+    ] = None,
+    cells: Annotated[
+        str | None,
+        typer.Option(
+            help="Contexts and streams to measure, with commas between; '' for none of them. "
+            f"Default: {_CELLS}; with --source {_CELLS_OF_SOURCE}.",
+            show_default=False,
+        ),
+    ] = None,
     only: Annotated[
         str,
         typer.Option(
-            help=f"Contestants, likewise: {', '.join(c.name for c in CONTESTANTS)}; default all."
+            help=f"Contestants, likewise: {', '.join(c.name for c in CONTESTANTS)}; with --source "
+            "ours, ours-cache-float16, names of bundles, and the peers; default all."
         ),
     ] = "",
+    device: Annotated[
+        Literal["cpu", "cuda"],
+        typer.Option(
+            help="Where all compute; on a GPU ours with float16 caches and transformers. "
+            "docs/performance.md has a script for one."
+        ),
+    ] = "cpu",
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="A tiny model and cell, to see what works here, and fails."),
+    ] = False,
     rounds: Annotated[
         int | None,
         typer.Option(min=1, help="Rounds of each cell, two windows each; default 9, quick 5."),
@@ -75,7 +104,8 @@ def bench(
         float | None,
         typer.Option(
             min=0.1,
-            help="GB for all contestants that are open at once; default 90% of what is free.",
+            help="GB for all contestants that are open at once, with --device cuda of the card; "
+            "default 90% of the memory that is free.",
         ),
     ] = None,
     open_limit: Annotated[
@@ -95,7 +125,7 @@ def bench(
     ] = None,
     models: Annotated[
         Path | None,
-        typer.Option(help="Folder that keeps the random models for the next run; default none."),
+        typer.Option(help="Folder that keeps the models for the next run; default none."),
     ] = None,
     json_file: Annotated[
         Path | None,
@@ -110,64 +140,69 @@ def bench(
     All contestants of a cell stay open, each in a process of its own, and their windows go round
     A B C C B A: one computes, the others sleep. A ratio is the median of those within a round, so
     that it holds on a machine whose speed changes. All models have random weights: 8 layers, width
-    512, 25M parameters. Needs the extra 'train'; the peers may live in environments of their own,
-    and the report names those that are missing.
+    512, 25M parameters; with --source, all are that model, and decode greedily. Needs the extra
+    'train'; the peers may live in environments of their own, and the report names those that are
+    missing.
 
     Examples:
     concertina bench --quick --json quick.json
     concertina bench --peer-python genai=genai/bin/python --peer-python vllm=vllm/bin/python
+    concertina bench --source models/smollm2.Q4_1.gguf --bundle bundles/smollm2-int8 --models kept
     concertina bench --cells 256x1,16kx8 --only fixed,fixed-int8,full --rounds 20 --plots .
     """
     cores = usable_cores()
     free = min(psutil.virtual_memory().available, memory_bytes()) * _MEMORY_SHARE
-    given = _names(only)
-    wanted = QUICK_CELLS if quick else _cells(cells)
-    wanted += (FIRST_TOKEN,) if first_token and not quick else ()
-    if not wanted:
-        raise typer.BadParameter("--cells is empty, and so is the plan without --first-token")
-    plan = Plan(
-        cells=wanted,
-        contestants=tuple(c for c in CONTESTANTS if not given or c.name in given),
-        asked_for=bool(given),
-        rounds=rounds or (_QUICK_ROUNDS if quick else Plan.rounds),
-        first_token_rounds=min(rounds or Plan.first_token_rounds, Plan.first_token_rounds),
-        window_s=window,
-        threads=min(threads or cores, cores),
-        memory_bytes=int(memory * _GIGABYTE if memory else free),
-        open_s=open_limit or (_QUICK_OPEN_S if quick else Plan.open_s),
-    )
+    if source is not None and (device != "cpu" or dry_run):
+        raise typer.BadParameter("--source is measured as it is, on the CPU")
+    if bundle and source is None:
+        raise typer.BadParameter("--bundle needs --source, the model that it is of")
     pythons = _pythons(peer_python or [])
     for path in (json_file, plots):
         if path is not None:  # not after hours
             path.parent.mkdir(parents=True, exist_ok=True)
-    report = _measure(plan, pythons, models, json_file)
+    plan = Plan(
+        cells=(),
+        contestants=(),
+        rounds=rounds or (_QUICK_ROUNDS if quick else Plan.rounds),
+        first_token_rounds=min(rounds or Plan.first_token_rounds, Plan.first_token_rounds),
+        window_s=window,
+        threads=min(threads or cores, cores),
+        device=device,
+        shape=DRY_RUN if dry_run else Shape(),
+        memory_bytes=int(memory * _GIGABYTE if memory else free),
+        open_s=open_limit or (_QUICK_OPEN_S if quick else Plan.open_s),
+    )
+    kept: AbstractContextManager[Path | str] = (
+        tempfile.TemporaryDirectory(prefix="concertina-")
+        if models is None or dry_run  # whose tiny models have the names of others
+        else nullcontext(models)
+    )
+    with kept as root:
+        folder = Path(root).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        if source is not None:
+            folder = _prepared(source, folder)
+            plan = _plan_of(plan, read_source(folder), bundle or [])
+        else:
+            plan = replace(plan, contestants=CONTESTANTS if device == "cpu" else ON_GPU)
+        plan = _chosen(plan, only)
+        plan = replace(plan, cells=_wanted(plan, quick, cells, first_token))
+        if dry_run:
+            plan = replace(plan, cells=DRY_RUN_CELLS, rounds=1, window_s=0.01)
+        report = _measure(plan, pythons, folder, json_file)
     print_whole(render(report))
     if plots is not None:
         for path in plot(report, plots):
             typer.echo(path)
 
 
-def describe_machine() -> dict[str, object]:
-    """The machine that the figures depend on."""
-    return {
-        "cpu": _cpu_name(),
-        "cores": usable_cores(),
-        "memory_bytes": psutil.virtual_memory().total,
-        "load": os.getloadavg(),
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in _LIBRARIES},
-    }
-
-
 def _measure(
-    plan: Plan, pythons: Mapping[str, str], models: Path | None, json_file: Path | None
+    plan: Plan, pythons: Mapping[str, str], folder: Path, json_file: Path | None
 ) -> Report:
     console = plain_console(stderr=True)
     machine = describe_machine()
-    kept = nullcontext(models) if models else tempfile.TemporaryDirectory(prefix="concertina-")
     clock = Waiting(plan)
-    with kept as folder, in_processes(pythons) as open_contender, console.status("") as status:
-        Path(folder).mkdir(parents=True, exist_ok=True)
+    with in_processes(pythons) as open_contender, console.status("") as status:
 
         def on_progress(progress: Progress) -> None:
             what = clock.describe(progress)
@@ -178,7 +213,7 @@ def _measure(
                 text = json.dumps(as_json(report, machine), indent=1)
                 json_file.write_text(text + "\n", encoding="utf-8")
 
-        return run(plan, open_contender, Path(folder).resolve(), on_progress, on_cell=on_cell)
+        return run(plan, open_contender, folder, on_progress, on_cell=on_cell)
 
 
 class Waiting:
@@ -203,11 +238,59 @@ def _span(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
-def _names(only: str) -> set[str]:
+def _prepared(source: Path, folder: Path) -> Path:
+    try:
+        return prepare_source(source, folder)
+    except RuntimeError as error:
+        raise typer.BadParameter(f"--source: {error}") from None
+
+
+def _plan_of(plan: Plan, source: Source, bundles: Sequence[Path]) -> Plan:
+    try:
+        contestants = contestants_of(source, bundles)
+    except ManifestError as error:
+        raise typer.BadParameter(f"--bundle: {error}") from None
+    name, times = Counter(each.name for each in contestants).most_common(1)[0]
+    if times > 1:
+        raise typer.BadParameter(f"--bundle: two contestants are called {name}: rename a folder")
+    return replace(
+        plan,
+        contestants=contestants,
+        source=source.name,
+        shape=source.shape,
+        longest=source.context,
+    )
+
+
+def _chosen(plan: Plan, only: str) -> Plan:
     given = {name.strip() for name in only.split(",") if name.strip()}
-    if unknown := given - {c.name for c in CONTESTANTS}:
-        raise typer.BadParameter(f"--only: there is no {', '.join(sorted(unknown))}; see --help")
-    return given
+    if unknown := given - {c.name for c in plan.contestants}:
+        raise typer.BadParameter(
+            f"--only: there is no {', '.join(sorted(unknown))}; there are "
+            f"{', '.join(c.name for c in plan.contestants)}"
+        )
+    chosen = tuple(c for c in plan.contestants if not given or c.name in given)
+    return replace(plan, contestants=chosen, asked_for=bool(given))
+
+
+def _wanted(plan: Plan, quick: bool, cells: str | None, first_token: bool) -> tuple[Cell, ...]:
+    usual = _CELLS_OF_SOURCE if plan.source else _CELLS
+    wanted = QUICK_CELLS if quick else _cells(usual if cells is None else cells)
+    if (
+        first_token
+        and not quick
+        and not (plan.source and FIRST_TOKEN.context + ROOM > plan.longest)
+    ):
+        wanted += (FIRST_TOKEN,)
+    if not wanted:
+        raise typer.BadParameter("--cells is empty, and so is the plan without --first-token")
+    for cell in wanted:
+        if plan.longest and cell.context + ROOM > plan.longest:
+            raise typer.BadParameter(
+                f"--cells: {cell} and {ROOM} more tokens are above the model's context, "
+                f"{plan.longest}"
+            )
+    return wanted
 
 
 def _cells(text: str) -> tuple[Cell, ...]:
@@ -233,19 +316,3 @@ def _pythons(given: list[str]) -> dict[str, str]:
             raise typer.BadParameter(f"--peer-python: {path} is no program that can be run")
         pythons[name] = path
     return pythons
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"

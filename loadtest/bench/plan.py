@@ -1,4 +1,4 @@
-"""What is compared: one architecture, the cells of a table, and the engines measured in them."""
+"""What is compared: one model, the cells of a table, and the engines measured in them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ ROOM = 512
 MAKE_UP = 1 << 31
 """Streams times squared context from which computing a context takes minutes to hours."""
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
-_MATRICES = {**_BYTES, "q8_0": 1, "int4": 0.5, "q4_0": 0.5}
+_MATRICES = {**_BYTES, "q8_0": 1, "int4": 0.5, "q4_0": 0.5, "gguf": 4}
+"""Bytes of a weight; of a GGUF file as it is, at most."""
 _MEBIBYTE = 1 << 20
 _ACTIVATIONS = 12
 """Vectors of the model's width that a prompt's token takes while it is computed."""
@@ -31,11 +32,24 @@ class Shape:
     heads: int = 8
     mlp: int = 2048
     vocabulary: int = 256
+    kv_heads: int = 0
+    """Heads of keys and values; 0: as many as heads."""
+    channels: int = 0
+    """Of a head; 0: the width divided by the heads."""
+    gated: bool = False
+    """Whether its MLP has three matrices."""
+    tied: bool = False
+    """Whether the embeddings are the head's matrix."""
 
     @property
     def head_dim(self) -> int:
         """Width of one head."""
-        return self.width // self.heads
+        return self.channels or self.width // self.heads
+
+    @property
+    def cached_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.kv_heads or self.heads
 
     @property
     def gated_mlp(self) -> int:
@@ -47,12 +61,13 @@ class Shape:
 
     def entry_bytes(self, state: str = "float32") -> int:
         """Bytes of one token's keys and values on all layers, in elements of type `state`."""
-        return 2 * self.layers * self.width * _BYTES[state]
+        return 2 * self.layers * self.cached_heads * self.head_dim * _BYTES[state]
 
     def matrix_bytes(self, weights: str) -> int:
         """About the bytes of all matrices, in elements of type `weights`."""
-        layer = 4 * self.width**2 + 2 * self.width * self.mlp
-        count = self.layers * layer + 2 * self.width * self.vocabulary
+        attention = 2 * (self.heads + self.cached_heads) * self.head_dim
+        layer = self.width * (attention + (3 if self.gated else 2) * self.mlp)
+        count = self.layers * layer + (1 if self.tied else 2) * self.width * self.vocabulary
         return int(count * _MATRICES[weights])
 
 
@@ -108,6 +123,14 @@ class Contestant:
     """Rows of state that it holds besides those of the streams."""
     process_mib: int = 150
     """About what its process takes besides weights and state."""
+    folder: str = ""
+    """Where its model is, if that is ready; a file, for an engine that takes one."""
+    source: str = ""
+    """What its model is made of; empty: random weights."""
+    state_bytes: int = 0
+    """Held for a stream if the model is ready; 0: by arithmetic."""
+    unable: str = ""
+    """Why it cannot take the model."""
 
     @property
     def is_ours(self) -> bool:
@@ -128,6 +151,8 @@ CELLS = (
 )
 FIRST_TOKEN = Cell(PROMPT, 1, first_token=True)
 QUICK_CELLS = (Cell(16_384, 8),)
+DRY_RUN = Shape(layers=1, width=128, heads=2, mlp=256)
+DRY_RUN_CELLS = (Cell(64, 2),)
 
 
 @dataclass(frozen=True)
@@ -139,6 +164,10 @@ class Plan:
     asked_for: bool = False
     """Whether the user named the contestants."""
     shape: Shape = field(default_factory=Shape)
+    source: str = ""
+    """Name of the pretrained model that all run; empty: random weights."""
+    longest: int = 0
+    """Its context; 0: none."""
     rounds: int = 9
     first_token_rounds: int = 3
     window_s: float = 0.5
@@ -146,6 +175,8 @@ class Plan:
     settle_s: float = 0.05
     """Between two windows, for the threads of the last one to fall asleep."""
     threads: int = 1
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where all of them compute."""
     memory_bytes: int = 8 << 30
     """Most memory of all contestants that are open at once."""
     open_s: float = 900.0
@@ -190,6 +221,8 @@ def span_of(contestant: Contestant, context: int) -> int | None:
 
 def cache_bytes(shape: Shape, contestant: Contestant, context: int) -> int:
     """Bytes of state reserved for a stream at `context`, with its room, by arithmetic."""
+    if contestant.state_bytes:
+        return contestant.state_bytes
     context = contestant.at or context
     span, tokens = span_of(contestant, context), context + ROOM
     entry = shape.entry_bytes(contestant.state)

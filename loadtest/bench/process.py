@@ -1,9 +1,14 @@
-"""Contestants in processes that stay open: one asks, the others wait and compute nothing."""
+"""Contestants in processes that stay open, and the machine that they share.
+
+One is asked, the others wait and compute nothing.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
+import platform
 import selectors
 import signal
 import subprocess
@@ -12,12 +17,15 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Protocol
 
 import psutil
 
 import loadtest
+from concertina.machine import cores as usable_cores
+from loadtest.bench.contestants import SOURCE
 from loadtest.bench.worker import FAILED, OUT_OF_MEMORY, Answer, Job
 
 # Our folders come last, so that the peers' own packages are found first.
@@ -26,6 +34,7 @@ _BOOT = (
     "runpy.run_module('loadtest.bench.worker', run_name='__main__', alter_sys=True)"
 )
 _CLOSE_S = 2.0
+_LIBRARIES = ("concertina", "onnxruntime", "numpy")
 
 
 class Contender(Protocol):
@@ -177,6 +186,26 @@ def in_processes(peer_python: Mapping[str, str]) -> Iterator[Open]:
             contender.close()
 
 
+def prepare_source(path: Path, models: Path) -> Path:
+    """Make of a pretrained model what the engines take, unless it is there; the folder of it.
+
+    Raises RuntimeError, with the reason, where that is not possible.
+    """
+    path = path.resolve()
+    if not path.exists():
+        raise RuntimeError(f"{path} does not exist")
+    newest = max((path.stat().st_mtime_ns, *(each.stat().st_mtime_ns for each in path.glob("*"))))
+    key = hashlib.sha256(f"{path}\0{newest}".encode()).hexdigest()[:12]
+    folder = models / f"{path.stem}-{key}"
+    if not (folder / SOURCE).exists():
+        command = [sys.executable, "-m", "loadtest.bench.adapters.sources", str(path), str(folder)]
+        made = subprocess.run(command, capture_output=True, text=True)
+        if made.returncode:
+            last = (made.stderr.strip().splitlines() or [f"exit code {made.returncode}"])[-1]
+            raise RuntimeError(last.removeprefix("error: "))
+    return folder
+
+
 def command_for(job: Job, peer_python: Mapping[str, str]) -> list[str]:
     """What starts the worker of a job."""
     if job.adapter == "ours":
@@ -184,3 +213,31 @@ def command_for(job: Job, peer_python: Mapping[str, str]) -> list[str]:
     python = peer_python.get(job.adapter) or peer_python.get("") or sys.executable
     paths = [str(Path(path).parent) for path in loadtest.__path__]
     return [python, "-c", _BOOT.format(paths=paths), str(job)]
+
+
+def describe_machine() -> dict[str, object]:
+    """The machine that the figures depend on."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": usable_cores(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "load": os.getloadavg(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in _LIBRARIES},
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -57,6 +57,8 @@ TARGETS = {
     "decode_256_32_best": Target(at_least=4),
     "decode_256_1_float32": Target(at_least=1.25),
     "first_token_16k_best": Target(at_least=6),
+    "pretrained_256_1_best": Target(at_least=0.95),
+    "pretrained_256_8_best": Target(at_least=0.95),
     "step_64k_over_1k_span_256_8": Target(at_most=1.3),
     "cache_64k_smallest_vs_full_float32": Target(at_most=1 / 500),
     "cache_64k_smallest_vs_smallest_rival": Target(at_most=1 / 120),
@@ -88,6 +90,17 @@ class Ratio:
         return f"met, without {', '.join(self.without)}" if self.without else "met"
 
 
+def base_of(contestants: Iterable[Contestant]) -> str:
+    """Our setting in float32, or our first where none is; what other settings are held against."""
+    ours = [c for c in contestants if c.role == "ours"]
+    return next((c.name for c in (*(c for c in ours if c.is_float32), *ours)), OURS)
+
+
+def key_of(plan: Plan, cell: Cell) -> str:
+    """The beginning of the names of a cell's ratios."""
+    return f"pretrained_{cell.key.removeprefix('decode_')}" if plan.source else cell.key
+
+
 def all_rounds(result: CellResult) -> list[Round]:
     """Those of all groups: contestants of different groups never meet in one."""
     return [each for group in result.groups for each in group.rounds]
@@ -96,6 +109,7 @@ def all_rounds(result: CellResult) -> list[Round]:
 def ratios(report: Report) -> list[Ratio]:
     """Every comparison that the measurements allow. Of times, 2 means: ours takes half as long.
 
+    `<cell>` begins with `pretrained` where all run one pretrained model.
     `<cell>_best`: our fastest setting and the fastest of all rivals, each cell anew.
     `<cell>_float32`: our float32 and the fastest rival whose weights and state are float32, too.
     `<cell>_<ours>_vs_<rival>`: those two settings of ours and every rival.
@@ -112,7 +126,8 @@ def _of_cell(plan: Plan, result: CellResult) -> Iterator[Ratio]:
     entries = {entry.name: entry for entry in result.entries}
     able = [known[name] for name, entry in entries.items() if entry.outcome == OK]
     ours = [c.name for c in able if c.role == "ours"]
-    base = OURS if OURS in ours else next(iter(ours), "")
+    base = base_of(able)
+    key = key_of(plan, cell)
     best = fastest(rounds, ours, base)
     rivals = [c for c in able if c.role == "rival" and not is_check(c, cell)]
     missing = [
@@ -129,16 +144,18 @@ def _of_cell(plan: Plan, result: CellResult) -> Iterator[Ratio]:
     alike = {c.name for c in rivals if c.is_float32}
     for label, mine, names, away in (
         ("best", best, {c.name for c in rivals}, missing),
-        ("float32", OURS, alike, [c for c in missing if c.is_float32]),
+        ("float32", base, alike, [c for c in missing if c.is_float32]),
     ):
+        if label == "float32" and not (mine in known and known[mine].is_float32):
+            continue
         medians = {rival: pair.median for (us, rival), pair in pairs.items() if us == mine}
         if here := names & medians.keys():
             theirs = min(here, key=medians.__getitem__)
             without = (*(c.name for c in away), *([_NOT_NAMED] if plan.asked_for else []))
-            yield Ratio(f"{cell.key}_{label}", theirs, mine, pairs[mine, theirs], without)
+            yield Ratio(f"{key}_{label}", theirs, mine, pairs[mine, theirs], without)
     for (mine, theirs), pair in pairs.items():
-        yield Ratio(f"{cell.key}_{mine}_vs_{theirs}", theirs, mine, pair)
-    if not cell.first_token:
+        yield Ratio(f"{key}_{mine}_vs_{theirs}", theirs, mine, pair)
+    if not cell.first_token and not plan.source:
         yield from _of_state(known, result)
     if at_1k := ratio(rounds, OURS, OURS_1K):
         yield Ratio(f"step_64k_over_1k_span_256_{cell.streams}", OURS, OURS_1K, at_1k)
@@ -292,4 +309,4 @@ def from_json(text: Mapping[str, Any]) -> Report:
         )
         for result in text["results"]
     )
-    return Report(Plan(**{f.name: plan[f.name] for f in fields(Plan)}), results)
+    return Report(Plan(**{f.name: plan[f.name] for f in fields(Plan) if f.name in plan}), results)

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from loadtest.bench.contestants import INSTALL, OURS
+from loadtest.bench.contestants import INSTALL
 from loadtest.bench.plan import (
     ROOM,
     Cell,
@@ -22,7 +22,7 @@ from loadtest.bench.plan import (
 )
 from loadtest.bench.process import Clock, Contender, Open
 from loadtest.bench.rounds import Round, fastest, turns
-from loadtest.bench.worker import NOT_INSTALLED, OK, OUT_OF_MEMORY, Answer, Job
+from loadtest.bench.worker import FAILED, NOT_INSTALLED, OK, OUT_OF_MEMORY, Answer, Job
 
 _OPENING = 0.3
 """Share of a group's time that passes until all have their context."""
@@ -171,7 +171,7 @@ def _in_parts(table: _Table, able: list[Contestant]) -> list[Group]:
 def _anchors(ours: list[Contestant], groups: list[Group], table: _Table) -> list[Contestant]:
     """Our float32 and our best, in this order; the best alone where that is float32."""
     open_ones = {c.name: c for c in ours if table.answers[c.name].outcome == OK}
-    base = OURS if OURS in open_ones else next(iter(open_ones), "")
+    base = next((c.name for c in open_ones.values() if c.is_float32), next(iter(open_ones), ""))
     rounds = [each for group in groups for each in group.rounds]
     best = fastest(rounds, list(open_ones), base)
     return [open_ones[name] for name in dict.fromkeys((base, best)) if name in open_ones]
@@ -252,6 +252,8 @@ def _open(table: _Table, contestant: Contestant, stack: ExitStack) -> Contender 
 
 
 def _prepare(table: _Table, contestant: Contestant) -> Answer:
+    if contestant.unable:
+        return Answer(FAILED, contestant.unable)
     if not fits(table.plan, table.cell, [contestant]):
         return _no_room(table, contestant)
     try:
@@ -289,7 +291,7 @@ def job_of(plan: Plan, cell: Cell, contestant: Contestant, folder: Path) -> Job:
         mode=contestant.mode,
         weights=contestant.weights,
         state=contestant.state,
-        folder=str(folder / "-".join(model)),
+        folder=contestant.folder or str(folder / "-".join(model)),
         shape=plan.shape,
         context=context,
         streams=cell.streams,
@@ -299,6 +301,8 @@ def job_of(plan: Plan, cell: Cell, contestant: Contestant, folder: Path) -> Job:
         window_s=plan.window_s,
         memory_bytes=plan.memory_bytes,
         open_s=plan.open_s,
+        source=contestant.source,
+        device=plan.device,
     )
 
 

@@ -17,12 +17,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from loadtest.bench.contestants import OURS
 from loadtest.bench.report import (
     TARGETS,
     Ratio,
     absent,
     all_rounds,
+    base_of,
     doubts,
     from_json,
     ratios,
@@ -35,6 +35,8 @@ from loadtest.bench.worker import OK
 
 BEGIN = "<!-- Written by python -m loadtest.bench.tables: begin -->"
 END = "<!-- Written by python -m loadtest.bench.tables: end -->"
+BEGIN_PRETRAINED = BEGIN.replace("tables:", "tables, pretrained:")
+END_PRETRAINED = END.replace("tables:", "tables, pretrained:")
 
 
 def render(report: Report) -> RenderableType:
@@ -52,19 +54,22 @@ def _cell_table(report: Report, result: CellResult) -> Table:
     titles = {c.name: c.title for c in report.plan.contestants}
     rounds = all_rounds(result)
     ours = [c.name for c in report.plan.contestants if c.role == "ours"]
-    best = fastest(rounds, ours, OURS)
-    table = Table(title=str(result.cell), title_justify="left")
+    base = base_of(report.plan.contestants)
+    best = fastest(rounds, ours, base)
+    title = f"{report.plan.source}, {result.cell}" if report.plan.source else str(result.cell)
+    table = Table(title=title, title_justify="left")
     table.add_column("engine")
     unit = "s" if result.cell.first_token else "ms a step"
-    for column in (unit, "tokens/s", "MB of a stream", f"/ {OURS}", f"/ {best}"):
+    for column in (unit, "tokens/s", "of a stream", "MB of a stream", f"/ {base}", f"/ {best}"):
         table.add_column(column, justify="right")
     for entry in result.entries:
         table.add_row(
             titles[entry.name],
             _duration(result, rounds, entry),
-            _rate(result, rounds, entry),
+            _rate(result, rounds, entry, 1),
+            _rate(result, rounds, entry, result.cell.streams),
             "" if result.cell.first_token else f"{entry.cache_bytes / 1e6:,.1f}",
-            *(str(ratio(rounds, entry.name, mine) or "") for mine in (OURS, best)),
+            *(str(ratio(rounds, entry.name, mine) or "") for mine in (base, best)),
         )
     return table
 
@@ -77,11 +82,11 @@ def _duration(result: CellResult, rounds: Sequence[Round], entry: Entry) -> str:
     return str(Spread(steps.low * scale, steps.median * scale, steps.high * scale, steps.count))
 
 
-def _rate(result: CellResult, rounds: Sequence[Round], entry: Entry) -> str:
+def _rate(result: CellResult, rounds: Sequence[Round], entry: Entry, streams: int) -> str:
     rate = tokens_per_s(result.cell, rounds, entry.name)
     if entry.outcome != OK or rate is None or result.cell.first_token:
         return ""
-    return f"{rate.median:,.0f}"
+    return f"{rate.median / streams:,.0f}"
 
 
 def _is_headline(found: Ratio) -> bool:
@@ -107,6 +112,7 @@ def markdown(report: Report, machine: dict[str, Any]) -> str:
     """The same for a document: contestants by cells, then the ratios, then the remarks."""
     cells = [str(result.cell) for result in report.results]
     lines = [
+        f"{f'{report.plan.source}; ' if report.plan.source else ''}"
         f"{machine.get('cpu')}, {report.plan.threads} threads; ms a step (first token: s), median "
         "and quartiles of all windows:",
         "",
@@ -138,12 +144,12 @@ def _row(texts: Iterable[str]) -> list[str]:
     return ["| " + " | ".join(texts) + " |"]
 
 
-def put_between(document: str, text: str) -> str:
+def put_between(document: str, text: str, begin: str = BEGIN, end: str = END) -> str:
     """`document` with `text` in place of what is between the marks. Raises ValueError."""
-    before, begin, rest = document.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"the document has no lines {BEGIN!r} and {END!r}")
+    before, found, rest = document.partition(begin)
+    _, ended, after = rest.partition(end)
+    if not found or not ended:
+        raise ValueError(f"the document has no lines {begin!r} and {end!r}")
     return f"{before}{begin}\n\n{text}\n\n{end}{after}"
 
 
@@ -169,11 +175,15 @@ def tables(
     if not documents:
         typer.echo(text)
     for path in documents:
-        path.write_text(put_between(path.read_text(encoding="utf-8"), text), encoding="utf-8")
+        marks = (BEGIN_PRETRAINED, END_PRETRAINED) if report.plan.source else (BEGIN, END)
+        whole = put_between(path.read_text(encoding="utf-8"), text, *marks)
+        path.write_text(whole, encoding="utf-8")
 
 
 def join(reports: Sequence[Report]) -> Report:
     """Several runs with different cells as one; of a cell, the last run counts."""
+    if len({report.plan.source for report in reports}) > 1:
+        raise typer.BadParameter("these files are of different models: name those of one")
     by_cell = {result.cell: result for report in reports for result in report.results}
     known = {c.name: c for report in reports for c in report.plan.contestants}
     ordered = sorted(by_cell, key=lambda cell: (cell.first_token, cell))

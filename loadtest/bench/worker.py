@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 from loadtest.bench.adapters.adapter import Adapter, FirstToken, Session, Setting, TooLong
 from loadtest.bench.plan import Shape
@@ -53,6 +53,8 @@ class Job:
     window_s: float
     memory_bytes: int
     open_s: float
+    source: str = ""
+    device: Literal["cpu", "cuda"] = "cpu"
 
     @staticmethod
     def parse(text: str) -> Job:
@@ -79,6 +81,8 @@ class Job:
             self.mode,
             self.weights,
             self.state,
+            Path(self.source) if self.source else None,
+            self.device,
         )
 
 
@@ -223,7 +227,8 @@ DISTRIBUTIONS = {
 def _limit(job: Job) -> None:
     """The same cores for every engine, and so much memory that the machine stays usable."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: job.threads])
-    resource.setrlimit(resource.RLIMIT_DATA, (job.memory_bytes, resource.RLIM_INFINITY))
+    if job.device == "cpu":  # drivers of a card reserve much more than they use
+        resource.setrlimit(resource.RLIMIT_DATA, (job.memory_bytes, resource.RLIM_INFINITY))
 
 
 def _size(session: Session, job: Job) -> tuple[int, int]:

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 
+from concertina.machine import memory_bytes
+from concertina.shown import cut, shown
 from model.config import ModelConfig
 from model.data import DatasetInfo
 from model.pretrained.folder import open_folder
 from model.pretrained.gguf_file import SUFFIX, open_gguf
 from model.pretrained.settings import configure
 from model.pretrained.source import PretrainedError, Source
-from model.pretrained.weights import find_parameters
+from model.pretrained.vocabulary import require_usable
+from model.pretrained.weights import Recipe, find_parameters
 from model.run import CHECKPOINT, CONFIG, Origin, TrainConfig
 
 _CHUNK = 1 << 22
+_PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 OnTensor = Callable[[str, int, int], None]
 """Called with the name of a parameter, and how many of how many are read."""
@@ -46,11 +52,14 @@ def convert(
         raise FileExistsError(f"{run} exists: choose another folder, or remove it")
     with open_source(source) as opened:
         config = configure(opened.settings, opened.divisors)
+        recipes = find_parameters(opened.tensors, config, opened.settings["model_type"])
+        _require_room(recipes)
+        require_usable(opened.vocabulary, config.vocabulary)
         origin = _origin(opened, license)
         run.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{run.name}.", dir=run.parent))
         try:
-            _write(partial, opened, config, origin, on_tensor)
+            _write(partial, opened, recipes, config, origin, on_tensor)
             partial.chmod(0o755)
             partial.rename(run)
         finally:
@@ -64,16 +73,39 @@ def open_source(path: Path) -> AbstractContextManager[Source]:
         return open_folder(path)
     if path.is_file() and path.suffix == SUFFIX:
         return open_gguf(path)
+    if path.is_file() and path.suffix in _PICKLED:
+        raise PretrainedError(
+            f"{path} has pickled weights, which can run code: save the model as safetensors, and "
+            "name its folder"
+        )
     raise PretrainedError(f"{path} is neither the folder of a model nor a {SUFFIX} file")
 
 
+def _require_room(recipes: Mapping[str, Recipe]) -> None:
+    """Raise PretrainedError if the weights, in two bytes each, are more than there is memory."""
+    count = sum(math.prod(shape) for recipe in recipes.values() for _, shape in recipe.parts)
+    if 2 * count > (room := memory_bytes()):
+        raise PretrainedError(
+            f"the model has {count:,} weights, and {room / 1e9:.0f} GB of memory are too little "
+            "for them: convert it on a larger machine"
+        )
+
+
 def _write(
-    folder: Path, source: Source, config: ModelConfig, origin: Origin, on_tensor: OnTensor
+    folder: Path,
+    source: Source,
+    recipes: Mapping[str, Recipe],
+    config: ModelConfig,
+    origin: Origin,
+    on_tensor: OnTensor,
 ) -> None:
     weights = {}
-    recipes = find_parameters(source.tensors, config, origin.architecture)
     for name, recipe in recipes.items():
-        weights[f"model.{name}"] = recipe.read(source.tensors)
+        weight = recipe.read(source.tensors)
+        if not all(map(math.isfinite, torch.aminmax(weight))):
+            names = " or ".join(name for name, _ in recipe.parts)
+            raise PretrainedError(f"{names} has values that are no finite numbers")
+        weights[f"model.{name}"] = weight
         on_tensor(name, len(weights), len(recipes))
     save_file(weights, folder / CHECKPOINT, {"step": "0", "metrics": json.dumps({"tokens": 0})})
     data = DatasetInfo("text", config.vocabulary, origin.source, origin.license)
@@ -89,7 +121,7 @@ def _write(
 
 
 def _origin(source: Source, license: str | None) -> Origin:
-    settings = source.settings
+    settings, name = source.settings, source.settings.get("_name_or_path")
     _token(settings, "bos_token_id", settings.get("bos_token_id"))  # wrong, even if it is not used
     ends = settings.get("eos_token_id")
     digest = hashlib.sha256()
@@ -98,7 +130,7 @@ def _origin(source: Source, license: str | None) -> Origin:
             while chunk := content.read(_CHUNK):
                 digest.update(chunk)
     return Origin(
-        source=str(settings.get("_name_or_path") or source.path.resolve().name),
+        source=cut(name) if isinstance(name, str) and name else source.path.resolve().name,
         architecture=settings["model_type"],
         license=license or source.license,
         weights_sha256=digest.hexdigest(),
@@ -117,6 +149,6 @@ def _token(settings: Any, name: str, value: object) -> int | None:
         return None
     if not isinstance(value, int) or not 0 <= value < settings["vocab_size"]:
         raise PretrainedError(
-            f"{name} is {value!r}; tokens of the model are below {settings['vocab_size']}"
+            f"{name} is {shown(value)}; tokens of the model are below {settings['vocab_size']}"
         )
     return value

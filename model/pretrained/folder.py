@@ -11,14 +11,15 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from model.pretrained.json_file import read_json
+from concertina.shown import cut, shown
+from model.pretrained.files import find_file, read_json
 from model.pretrained.source import UNKNOWN_LICENSE, PretrainedError, Source
 from model.pretrained.vocabulary import read_vocabulary
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _GENERATION = "generation_config.json"
-_MOST_HEADER = 32 << 20
+_MOST_HEADER, _LONGEST_NAME = 32 << 20, 255
 _LICENSE = re.compile(r"^license:[ \t]*['\"]?([\w.+-]+)", re.MULTILINE)
 _TOKENS = ("bos_token_id", "eos_token_id")
 
@@ -52,9 +53,9 @@ class _Shards:
 @contextmanager
 def open_folder(path: Path) -> Iterator[Source]:
     """The model in the folder `path`, open for reading. Raises PretrainedError."""
-    settings = read_json(path / CONFIG)
-    if (path / _GENERATION).exists():
-        generation = read_json(path / _GENERATION)
+    settings = read_json(path, CONFIG)
+    if find_file(path, _GENERATION):
+        generation = read_json(path, _GENERATION)
         settings |= {name: generation[name] for name in _TOKENS if generation.get(name) is not None}
     files = _weight_files(path)
     with ExitStack() as stack:
@@ -67,22 +68,30 @@ def open_folder(path: Path) -> Iterator[Source]:
 
 
 def _weight_files(path: Path) -> tuple[Path, ...]:
-    if (path / WEIGHTS).exists():
-        return (path / WEIGHTS,)
-    if not (path / _INDEX).exists():
+    if whole := find_file(path, WEIGHTS):
+        return (whole,)
+    if not find_file(path, _INDEX):
         hint = ""
         if any(path.glob("*.bin")) or any(path.glob("*.pt*")):
             hint = "; it has pickled weights, which can run code: save it as safetensors"
         raise PretrainedError(f"{path} has neither {WEIGHTS} nor {_INDEX}{hint}")
-    listed = read_json(path / _INDEX).get("weight_map")
+    listed = read_json(path, _INDEX).get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise PretrainedError(f"{path / _INDEX} has no weight_map")
     names = sorted({str(name) for name in listed.values()})
     for name in names:
-        if Path(name).name != name or not name.endswith(".safetensors") or "\0" in name:
-            raise PretrainedError(f"{path / _INDEX} names {name!r}, which is no file of the folder")
-        if not (path / name).is_file():
-            raise PretrainedError(f"{path} has no {name}, which {_INDEX} names: it is incomplete")
+        if (
+            Path(name).name != name
+            or not name.endswith(".safetensors")
+            or ("\0" in name or len(name) > _LONGEST_NAME)
+        ):
+            raise PretrainedError(
+                f"{path / _INDEX} names {shown(name)}, which is no file of the folder"
+            )
+        if not find_file(path, name):
+            raise PretrainedError(
+                f"{path} has no {cut(name, 80)}, which {_INDEX} names: it is incomplete"
+            )
     return tuple(path / name for name in names)
 
 
@@ -102,8 +111,8 @@ def _open(stack: ExitStack, file: Path) -> Any:
 
 def _license(path: Path) -> str:
     """What the front matter of the model card says."""
-    card = path / "README.md"
-    if not card.is_file():
+    card = find_file(path, "README.md")
+    if card is None:
         return UNKNOWN_LICENSE
     with card.open(encoding="utf-8", errors="replace") as file:
         found = _LICENSE.search(file.read(1 << 16))

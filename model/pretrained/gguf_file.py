@@ -14,6 +14,7 @@ from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 from torch import Tensor
 
+from concertina.shown import cut, shown
 from model.pretrained.gguf_header import Header, Stored, read_header
 from model.pretrained.gguf_vocabulary import vocabulary_of
 from model.pretrained.source import UNKNOWN_LICENSE, PretrainedError, Source
@@ -24,7 +25,7 @@ _FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "smollm3": "s
 _INTERLEAVED = ("llama", "smollm3")
 """Architectures whose rows of q and k are stored in pairs: llama.cpp turns neighbours."""
 _KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
-_DIVISORS = "rope_freqs.weight"
+_DIVISORS, _MOST_DIVISORS = "rope_freqs.weight", 1 << 16
 _NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -79,11 +80,14 @@ def open_gguf(path: Path) -> Iterator[Source]:
     heads = {}
     if header.fields["general.architecture"] in _INTERLEAVED:
         counts = ("num_attention_heads", "num_key_value_heads")
-        heads = {part: settings[name] for part, name in zip("qk", counts, strict=True)}
+        heads = {part: settings.get(name, 0) for part, name in zip("qk", counts, strict=True)}
     divisors: tuple[float, ...] = ()
     if _DIVISORS in header.tensors:
+        if (size := header.tensors[_DIVISORS].bytes) > _MOST_DIVISORS:
+            raise PretrainedError(f"{_DIVISORS} has {size:,} bytes, the limit is {_MOST_DIVISORS}")
         divisors = tuple(read_tensor(path, _DIVISORS, header.tensors[_DIVISORS]).tolist())
-    license = str(header.fields.get("general.license", UNKNOWN_LICENSE))
+    license = header.fields.get("general.license")
+    license = cut(license, 80) if isinstance(license, str) else UNKNOWN_LICENSE
     tensors = _Blocks(path, header, heads)
     vocabulary = vocabulary_of(header.fields)
     yield Source(path, settings, tensors, (path,), license, divisors, vocabulary)
@@ -126,9 +130,9 @@ def _sort_halves(rows: Tensor, heads: int) -> Tensor:
 def _settings(header: Header) -> dict[str, Any]:
     fields = header.fields
     kind = fields.get("general.architecture")
-    if kind not in _FAMILIES:
+    if kind not in [*_FAMILIES]:
         raise PretrainedError(
-            f"general.architecture is {kind!r}; of GGUF files, supported are "
+            f"general.architecture is {shown(kind)}; of GGUF files, supported are "
             f"{', '.join(_FAMILIES)}: take the model's Hugging Face folder"
         )
 
@@ -138,7 +142,9 @@ def _settings(header: Header) -> dict[str, Any]:
     embeddings = header.tensors.get("token_embd.weight")
     dims = get("attention.key_length"), get("attention.value_length")
     if dims[0] != dims[1]:
-        raise PretrainedError(f"keys have {dims[0]} channels and values {dims[1]}: not supported")
+        raise PretrainedError(
+            f"keys have {shown(dims[0])} channels and values {shown(dims[1])}: not supported"
+        )
     biased = "blk.0.attn_output.bias" in header.tensors
     settings = {
         "model_type": "mistral" if get("attention.sliding_window") else _FAMILIES[kind],

@@ -16,6 +16,7 @@ from typing import Any
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from concertina.shown import cut, shown
 from model.pretrained.source import PretrainedError
 
 _MAGIC, _VERSIONS = b"GGUF", (2, 3)
@@ -37,6 +38,8 @@ _MOST_FIELDS, _MOST_TENSORS = 4096, 65_536
 _MOST_ITEMS = 1 << 21
 """Of all arrays together: a vocabulary has less than half a million tokens, and as many merges."""
 _MOST_DIMENSIONS = 4
+_MOST_BYTES = 128 << 20
+"""Of the header; a vocabulary with its merges has 10 MB."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ class _Reader:
         listed = [self._tensor() for _ in range(tensors)]
         alignment = fields.get("general.alignment", 32)
         if not isinstance(alignment, int) or not 0 < alignment <= 1 << 20:
-            raise PretrainedError(f"{self._path} has an alignment of {alignment!r}")
+            raise PretrainedError(f"{self._path} has an alignment of {shown(alignment)}")
         begin = -(-self._at // alignment) * alignment
         found = {
             name: Stored(kind, shape, begin + offset, size)
@@ -101,13 +104,26 @@ class _Reader:
         for name, stored in found.items():
             if stored.begin + stored.bytes > len(self._content):
                 raise PretrainedError(
-                    f"{self._path} ends within the tensor {name}: the file is not complete"
+                    f"{self._path} ends within the tensor {cut(name, 80)}: the file is not complete"
                 )
+        self._require_apart(found)
         return Header(fields, found)
+
+    def _require_apart(self, found: dict[str, Stored]) -> None:
+        """Raise PretrainedError if tensors share bytes: so a small file would be a large model."""
+        end = self._at
+        for name, stored in sorted(found.items(), key=lambda each: each[1].begin):
+            if stored.begin < end and stored.bytes:
+                raise PretrainedError(f"{self._path}: the tensor {cut(name, 80)} lies in another")
+            end = max(end, stored.begin + stored.bytes)
 
     def _take(self, size: int) -> bytes:
         if size > len(self._content) - self._at:
             raise PretrainedError(f"{self._path} ends within its header: the file is not complete")
+        if self._at + size > _MOST_BYTES:
+            raise PretrainedError(
+                f"{self._path} has a header of more than {_MOST_BYTES:,} bytes, which is the limit"
+            )
         self._at += size
         return self._content[self._at - size : self._at]
 
@@ -146,14 +162,20 @@ class _Reader:
     def _tensor(self) -> tuple[str, GGMLQuantizationType, tuple[int, ...], int, int]:
         name, dimensions = self._text(), self._number("<I")
         if not 0 < dimensions <= _MOST_DIMENSIONS:
-            raise PretrainedError(f"{self._path}: the tensor {name} has {dimensions} dimensions")
+            raise PretrainedError(
+                f"{self._path}: the tensor {cut(name, 80)} has {dimensions} dimensions"
+            )
         shape = tuple(self._number("<Q") for _ in range(dimensions))[::-1]
         number, offset = self._number("<I"), self._number("<Q")
         try:
             kind = GGMLQuantizationType(number)
         except ValueError:
-            raise PretrainedError(f"{name} is stored as type {number}, which is unknown") from None
+            raise PretrainedError(
+                f"{cut(name, 80)} is stored as type {number}, which is unknown"
+            ) from None
         block, size = GGML_QUANT_SIZES[kind]
         if shape[-1] % block:
-            raise PretrainedError(f"{name} has rows of {shape[-1]}, and {kind.name} has {block}")
+            raise PretrainedError(
+                f"{cut(name, 80)} has rows of {shape[-1]}, and {kind.name} has {block}"
+            )
         return name, kind, shape, offset, math.prod(shape) // block * size

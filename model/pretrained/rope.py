@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from concertina.shown import shown
 from model.layers.architecture import Rope
 from model.pretrained.source import PretrainedError, Settings
 
@@ -35,7 +36,7 @@ def make_rope(
     """
     given = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     if not isinstance(given, dict):
-        raise PretrainedError(f"rope_scaling is {given!r}: it must be a table of settings")
+        raise PretrainedError(f"rope_scaling is {shown(given)}: it must be a table of settings")
     merged = {
         "rope_theta": settings.get("rope_theta", base),
         "partial_rotary_factor": settings.get("partial_rotary_factor", share),
@@ -46,9 +47,9 @@ def make_rope(
         name = "original_max_position_embeddings"
         merged[name] = settings[name]
     kind = merged.get("rope_type") or merged.get("type") or "default"
-    if kind not in _KINDS:
+    if kind not in [*_KINDS]:
         raise PretrainedError(
-            f"rope_type is {kind!r}; supported are {', '.join(_KINDS)}: this model cannot be "
+            f"rope_type is {shown(kind)}; supported are {', '.join(_KINDS)}: this model cannot be "
             "converted"
         )
     channels = int(head_dim * _number(merged, "partial_rotary_factor"))
@@ -62,7 +63,7 @@ def make_rope(
         if len(divisors) != pairs:
             raise PretrainedError(f"there are {len(divisors)} rope factors for {pairs} pairs")
         frequencies = frequencies / torch.tensor(divisors, dtype=torch.float32)
-    if not torch.isfinite(frequencies).all():
+    if not torch.isfinite(frequencies).all() or not math.isfinite(scale):
         raise PretrainedError("the frequencies of the rotary positions are not finite numbers")
     return Rope(tuple(frequencies.tolist()), scale)
 
@@ -70,7 +71,9 @@ def make_rope(
 def _number(given: dict[str, Any], name: str) -> float:
     value = given.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise PretrainedError(f"{name} of the rotary positions is {value!r}: it must be above 0")
+        raise PretrainedError(
+            f"{name} of the rotary positions is {shown(value)}: it must be above 0"
+        )
     return float(value)
 
 

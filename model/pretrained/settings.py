@@ -6,8 +6,10 @@ What a decoder cannot be is refused by name, and never approximated.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 from typing import Any
 
+from concertina.shown import cut, shown
 from model.config import ModelConfig
 from model.layers.architecture import Activation, Architecture, Biased
 from model.pretrained.rope import make_rope
@@ -36,8 +38,8 @@ _REFUSED = {
     "scale_attn_by_inverse_layer_idx": "attention scaled by layer",
 }
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-_LARGEST = 2**24
-"""No size of a model is above this; a larger one is a mistake or an attack."""
+_LARGEST, _MOST_LAYERS, _WIDEST_HEAD = 2**24, 4096, 65_536
+"""No size of a model is above these; a larger one is a mistake or an attack."""
 
 
 def configure(settings: Settings, divisors: Sequence[float] = ()) -> ModelConfig:
@@ -46,35 +48,40 @@ def configure(settings: Settings, divisors: Sequence[float] = ()) -> ModelConfig
     divisors: see `make_rope`.
     """
     family = settings.get("model_type")
+    named = cut(family, 80) if isinstance(family, str) else shown(family)
     for name in _EXPERTS:
         if isinstance(settings.get(name), int) and settings[name] > 1:
             raise PretrainedError(
-                f"{name} is {settings[name]}: {family} is a mixture of experts, and those are not "
-                "supported"
+                f"{name} is {shown(settings[name])}: {named} is a mixture of experts, and "
+                "those are not supported"
             )
     for name, what in _REFUSED.items():
         if settings.get(name):
-            raise PretrainedError(f"{name} is set: {family} has {what}, which is not supported")
-    if family not in FAMILIES:
+            raise PretrainedError(f"{name} is set: {named} has {what}, which is not supported")
+    if family not in [*FAMILIES]:
         raise PretrainedError(
-            f"model_type is {family!r}; supported are {', '.join(FAMILIES)}: this model cannot be "
-            "converted"
+            f"model_type is {shown(family)}; supported are {', '.join(FAMILIES)}: this model "
+            "cannot be converted"
         )
     make = {"gpt2": _gpt2, "gpt_neox": _gpt_neox}.get(family)
     try:
         return make(settings) if make else _llama(settings, divisors)
     except PretrainedError:
         raise
-    except ValueError as error:
-        raise PretrainedError(f"the settings of the model do not fit: {error}") from None
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        reason = cut(str(error), 200)  # a setting of another type than all that are known
+        raise PretrainedError(f"the settings of the model do not fit: {reason}") from None
 
 
 def _llama(settings: Settings, divisors: Sequence[float]) -> ModelConfig:
     """Llama and its relatives: RMS norms, gated MLP, shared heads, rotary positions."""
     family = settings["model_type"]
-    layers, heads = _size(settings, "num_hidden_layers"), _size(settings, "num_attention_heads")
+    layers, heads = _layers(settings), _size(settings, "num_attention_heads")
     width = _size(settings, "hidden_size")
-    dim = _size(settings, "head_dim", 128 if family == "qwen3" else _head_dim(width, heads))
+    dim = 128 if family == "qwen3" else None
+    if dim is None and settings.get("head_dim") is None:
+        dim = _head_dim(width, heads)
+    dim = _size(settings, "head_dim", dim, largest=_WIDEST_HEAD)
     biases: tuple[Biased, ...] = ("qkv",) if family == "qwen2" else ()
     if settings.get("attention_bias") and family not in ("qwen2", "mistral"):
         biases = ("qkv", "out")
@@ -114,7 +121,7 @@ def _gpt2(settings: Settings) -> ModelConfig:
     return _config(
         settings,
         width=width,
-        layers=_size(settings, "n_layer"),
+        layers=_layers(settings, "n_layer"),
         heads=_size(settings, "n_head"),
         mlp=_size(settings, "n_inner", 4 * width),
         context=_size(settings, "n_positions"),
@@ -141,7 +148,7 @@ def _gpt_neox(settings: Settings) -> ModelConfig:
     return _config(
         settings,
         width=width,
-        layers=_size(settings, "num_hidden_layers"),
+        layers=_layers(settings),
         heads=heads,
         mlp=_size(settings, "intermediate_size"),
         context=_size(settings, "max_position_embeddings"),
@@ -173,8 +180,12 @@ def _config(settings: Settings, **fields: Any) -> ModelConfig:
     )
 
 
+def _layers(settings: Settings, name: str = "num_hidden_layers") -> int:
+    return _size(settings, name, largest=_MOST_LAYERS)
+
+
 def _head_dim(width: int, heads: int) -> int:
-    if width % heads:
+    if width % heads or width // heads > _WIDEST_HEAD:
         raise PretrainedError(f"a width of {width} has no {heads} equal heads")
     return width // heads
 
@@ -199,7 +210,7 @@ def _windows(settings: Settings, layers: int) -> tuple[int, ...]:
     if len(kinds) != layers:
         raise PretrainedError(f"layer_types has {len(kinds)} entries for {layers} layers")
     if unknown := sorted({*kinds} - {"full_attention", "sliding_attention"}):
-        raise PretrainedError(f"layer_types has {unknown[0]!r}, which is not supported")
+        raise PretrainedError(f"layer_types has {shown(unknown[0])}, which is not supported")
     windows = tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
     return windows if any(windows) else ()
 
@@ -217,27 +228,29 @@ def _unturned(settings: Settings, layers: int) -> tuple[int, ...]:
 
 def _activation(settings: Settings, name: str, default: str) -> Activation:
     given = settings.get(name, default)
-    if given not in _ACTIVATIONS:
+    if given not in [*_ACTIVATIONS]:
         raise PretrainedError(
-            f"{name} is {given!r}; supported are {', '.join(_ACTIVATIONS)}: this model cannot be "
-            "converted"
+            f"{name} is {shown(given)}; supported are {', '.join(_ACTIVATIONS)}: this model "
+            "cannot be converted"
         )
     return _ACTIVATIONS[given]
 
 
-def _size(settings: Settings, name: str, default: int | None = None) -> int:
+def _size(
+    settings: Settings, name: str, default: int | None = None, largest: int = _LARGEST
+) -> int:
     value = settings.get(name)
     if value is None:
         value = default
     if value is None:
         raise PretrainedError(f"the settings of the model lack {name}")
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= _LARGEST:
-        raise PretrainedError(f"{name} is {value!r}: it must be from 1 to {_LARGEST:,}")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= largest:
+        raise PretrainedError(f"{name} is {shown(value)}: it must be from 1 to {largest:,}")
     return value
 
 
 def _real(settings: Settings, name: str, default: float) -> float:
     value = settings.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise PretrainedError(f"{name} is {value!r}: it must be a number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+        raise PretrainedError(f"{name} is {shown(value)}: it must be a number")
     return float(value)

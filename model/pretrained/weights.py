@@ -34,13 +34,8 @@ def find_parameters(tensors: Tensors, config: ModelConfig, family: str) -> dict[
 
     Raises PretrainedError if a tensor is missing, has another shape, or is not used.
     """
-    prefix = "" if tensors.shape(_first(family)) is not None else _PREFIXES[family]
-    found = {
-        name: Recipe(tuple((prefix + part, shape) for part, shape in recipe.parts), recipe.finish)
-        for name, recipe in _body(config, family).items()
-    }
-    if not config.architecture.tied:
-        found["head.weight"] = Recipe(((_HEADS[family], (config.vocabulary, config.width)),))
+    prefix = "" if tensors.shape(_first(family)) is not None else PREFIXES[family]
+    found = recipes(config, family, prefix)
     for recipe in found.values():
         for part, shape in recipe.parts:
             _check(tensors, part, shape)
@@ -54,7 +49,18 @@ def find_parameters(tensors: Tensors, config: ModelConfig, family: str) -> dict[
     return found
 
 
-_PREFIXES = {**dict.fromkeys(LLAMA_LIKE, "model."), "gpt2": "transformer.", "gpt_neox": "gpt_neox."}
+def recipes(config: ModelConfig, family: str, prefix: str) -> dict[str, Recipe]:
+    """The same, of whatever tensors; prefix: of their names, but for the head's."""
+    found = {
+        name: Recipe(tuple((prefix + part, shape) for part, shape in recipe.parts), recipe.finish)
+        for name, recipe in _body(config, family).items()
+    }
+    if not config.architecture.tied:
+        found["head.weight"] = Recipe(((_HEADS[family], (config.vocabulary, config.width)),))
+    return found
+
+
+PREFIXES = {**dict.fromkeys(LLAMA_LIKE, "model."), "gpt2": "transformer.", "gpt_neox": "gpt_neox."}
 _HEADS = {**dict.fromkeys(LLAMA_LIKE, "lm_head.weight"), "gpt2": "lm_head.weight"}
 _HEADS["gpt_neox"] = "embed_out.weight"
 _IGNORED = re.compile(r"(^lm_head\.weight|\.inv_freq|\.attn\.bias|\.masked_bias|attention\.bias)$")

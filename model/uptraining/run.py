@@ -114,8 +114,9 @@ def uptrain(
 
     The training part of `dataset` is what summaries are fitted on; the held-out part is what the
     model is measured on, and if sliding windows that keep as much lose less, these it gets. A pass
-    that was interrupted goes on if everything is as before. Raises RunError if the model cannot be folded or `out` is in use,
-    BudgetError if the budget is too small, and Interrupted if `stop` says so.
+    that was interrupted goes on if everything is as before. Raises RunError if the model cannot be
+    folded or `out` is in use, BudgetError if the budget is too small, and Interrupted if `stop`
+    says so.
     """
     began = time.monotonic()
     if (out / CHECKPOINT).exists() or (out.exists() and not out.is_dir()):

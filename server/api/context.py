@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import grpc
@@ -25,6 +27,7 @@ _log = logging.getLogger(__name__)
 INTERNAL = "internal error; see the server's log"
 
 _Response = TypeVar("_Response")
+_COMPILER = ThreadPoolExecutor(1, "grammars")
 
 
 class Context(Protocol):
@@ -58,8 +61,17 @@ def admitted(callers: Callers, context: Context, request: Message) -> Caller:
     return caller
 
 
-async def off_loop(is_long: bool, work: Callable[..., _Response], *arguments: Any) -> _Response:
-    """What `work` returns. If it is long, another thread does it, so that the loop goes on."""
+async def off_loop(
+    is_long: bool, work: Callable[..., _Response], *arguments: Any, compiles: bool = False
+) -> _Response:
+    """What `work` returns. If it is long, another thread does it, so that the loop goes on.
+
+    compiles: it may compile a grammar. One thread does all of these, so that many requests with
+    grammars that take long hold up each other, and no thread that the others need.
+    """
+    if compiles:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(_COMPILER, partial(work, *arguments))
     return await asyncio.to_thread(work, *arguments) if is_long else work(*arguments)
 
 

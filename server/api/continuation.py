@@ -44,6 +44,13 @@ def continued(
     else:
         checkpoint = _unpause(asked, output, request, model.bundle.context)
     requests = generate_request(model.bundle, asked, model.config)
+    grammar = requests[0].sampling.grammar
+    if grammar is not None and not grammar.beginning.copy().fits(checkpoint.generated):
+        raise InvalidRequest(
+            "sampling.grammar does not allow what the stream has generated before its pause: give "
+            "one that does, or none, or a prompt, after which the grammar begins anew",
+            field="sampling.grammar",
+        )
     lease = replace(
         session.lease,
         requests=requests,

@@ -7,13 +7,14 @@ from collections.abc import Iterable
 import numpy as np
 from google.protobuf.duration_pb2 import Duration
 
+from concertina.codecs.codec import Codec
 from concertina.v1 import generation_service_pb2 as pb
 from server.arrays import Ints
 from server.bundles.bundle import Bundle
 from server.checkpoint import Finish, FinishReason, TokenLogprobs
 from server.engine.updates import HandedOver, Scored
 from server.errors import RequestError
-from server.request import Lease, LogitsProcessors, Prompt, Request
+from server.request import Grammar, Lease, LogitsProcessors, Prompt, Request
 from server.sessions.subscriber import Delta, Event, PromptLogprobs
 
 _REASONS = {
@@ -93,7 +94,19 @@ def _sampling_message(request: Request) -> pb.SamplingParameters:
         logit_bias=dict(processors.bias),
         allowed_token_ids=processors.allowed,
         bad_words=[bytes(word).decode() for word in (*processors.bad_words, *processors.bad_bytes)],
+        grammar=None if sampling.grammar is None else _grammar_message(sampling.grammar),
     )
+
+
+def _grammar_message(grammar: Grammar) -> pb.Grammar:
+    message = pb.Grammar()
+    if grammar.kind == "json_object":
+        message.json_object.SetInParent()
+    elif grammar.kind == "choice":
+        message.choice.texts.extend(grammar.texts)
+    else:
+        setattr(message, grammar.kind, *grammar.texts)
+    return message
 
 
 def _stopping_message(bundle: Bundle, request: Request) -> pb.StoppingCriteria:
@@ -128,14 +141,15 @@ def response_message(
     match event:
         case Delta(first_position=position, tokens=tokens, text=text):
             rgb = bundle.codec.rgb(tokens)
-            logprobs = _logprobs_messages(event.logprobs)
+            logprobs = _logprobs_messages(bundle.codec, tokens, event.logprobs)
             response.tokens.CopyFrom(
                 pb.Tokens(
                     first_position=position, ids=tokens, text=text, rgb=rgb, logprobs=logprobs
                 )
             )
         case PromptLogprobs(first_position=position):
-            logprobs = _logprobs_messages(event.logprobs)
+            told = request.prompt.tokens[position : position + len(event.logprobs)].tolist()
+            logprobs = _logprobs_messages(bundle.codec, told, event.logprobs)
             response.prompt_logprobs.CopyFrom(
                 pb.PromptLogprobs(first_position=position, logprobs=logprobs)
             )
@@ -150,11 +164,21 @@ def response_message(
     return response
 
 
-def _logprobs_messages(logprobs: Iterable[TokenLogprobs]) -> list[pb.TokenLogprobs]:
-    return [
+def _logprobs_messages(
+    codec: Codec, tokens: Iterable[int], logprobs: Iterable[TokenLogprobs]
+) -> list[pb.TokenLogprobs]:
+    """One message for each of `logprobs`, with the strings of `tokens` if they are text."""
+    messages = [
         pb.TokenLogprobs(logprob=p.logprob, top_ids=p.top_ids, top_logprobs=p.top_logprobs)
         for p in logprobs
     ]
+    if codec.writes_text:
+        text = codec.text
+        for token, message in zip(tokens, messages, strict=False):  # no messages: none are wanted
+            message.token, message.piece = text.written(token), text.pieces[token]
+            message.top_tokens.extend([text.written(other) for other in message.top_ids])
+            message.top_pieces.extend([text.pieces[other] for other in message.top_ids])
+    return messages
 
 
 def error_message(error: RequestError) -> pb.Error:

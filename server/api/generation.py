@@ -74,7 +74,12 @@ class GenerationServicer(generation_grpc.GenerationServiceServicer):
         if not request.idempotency_key:  # a key may name a stream that exists already
             model.require_room()  # the cheapest check first: under overload, most requests end here
         requests = await off_loop(
-            takes_long(request), generate_request, model.bundle, request, model.config
+            takes_long(request),
+            generate_request,
+            model.bundle,
+            request,
+            model.config,
+            compiles=request.sampling.HasField("grammar"),
         )
         return await self._opener.start(
             model,

@@ -186,7 +186,12 @@ class SessionServicer(session_grpc.SessionServiceServicer):
                 model, session = held
                 _require_ended(session)
                 lease, checkpoint = await off_loop(
-                    takes_long(request) or _is_deep(session), continued, model, session, request
+                    takes_long(request) or _is_deep(session),
+                    continued,
+                    model,
+                    session,
+                    request,
+                    compiles=_has_grammar(session, request),
                 )
                 with suppress(AlreadyClaimed), self._registry.reserving(caller, 1):
                     return await self._opener.open(model, lease, [checkpoint])
@@ -244,6 +249,12 @@ def _is_deep(session: Session) -> bool:
     """Whether a session has so many tokens that to go through them takes a millisecond."""
     stream = session.streams[0]
     return len(stream.request.prompt) + len(stream.history) > _QUICK_TOKENS
+
+
+def _has_grammar(session: Session, request: pb.ContinueRequest) -> bool:
+    """Whether the stream continues with a grammar: its own, or another one."""
+    kept = session.streams[0].request.sampling.grammar is not None
+    return request.sampling.HasField("grammar") or (kept and not request.HasField("sampling"))
 
 
 def _unsteady() -> Displaced:

@@ -19,6 +19,7 @@ from server.config import EngineConfig
 from server.engine.restore import BEGINNING, ResumeCursor
 from server.errors import InvalidRequest
 from server.request import (
+    Grammar,
     LogitsProcessors,
     Request,
     SamplingParameters,
@@ -148,7 +149,27 @@ def _sampling(bundle: Bundle, request: pb.GenerateRequest) -> SamplingParameters
         typical_p=given("typical_p"),
         logprobs=output.logprobs if output.HasField("logprobs") else None,
         processors=None if processors == LogitsProcessors() else processors,
+        grammar=_grammar(bundle, sampling) if sampling.HasField("grammar") else None,
     )
+
+
+def _grammar(bundle: Bundle, sampling: pb.SamplingParameters) -> Grammar:
+    asked = sampling.grammar
+    kind = asked.WhichOneof("kind")
+    if not bundle.codec.writes_text:
+        raise InvalidRequest(
+            f"sampling.grammar was given, but {bundle.name} makes {bundle.codec.makes}",
+            field="sampling.grammar",
+        )
+    if kind is None:
+        raise InvalidRequest(
+            "sampling.grammar is empty: give json_schema, json_object, regex, choice or lark",
+            field="sampling.grammar",
+        )
+    if kind == "json_object":
+        return bundle.grammars.compiled(kind, ())
+    texts = asked.choice.texts if kind == "choice" else (getattr(asked, kind),)
+    return bundle.grammars.compiled(kind, texts)
 
 
 def _processors(bundle: Bundle, request: pb.GenerateRequest) -> LogitsProcessors:

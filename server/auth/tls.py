@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import ssl
+from pathlib import Path
 
 import grpc
 
@@ -11,6 +12,15 @@ from server.auth.file_stamp import stamp
 from server.config import ConfigError, TlsConfig
 
 _log = logging.getLogger(__name__)
+
+
+def tls_config(cert: Path | None, key: Path | None, client_ca: Path | None) -> TlsConfig | None:
+    """The files that options name; None if they name none. Raises ConfigError for half of them."""
+    if cert is None and key is None and client_ca is None:
+        return None
+    if cert is None or key is None:
+        raise ConfigError("TLS needs both --tls-cert and --tls-key")
+    return TlsConfig(cert.resolve(), key.resolve(), client_ca and client_ca.resolve())
 
 
 def require_usable(tls: TlsConfig) -> None:

@@ -18,6 +18,7 @@ from concertina.codecs.choosing import CodecError, codec_of
 from concertina.codecs.codec import Codec
 from concertina.codecs.tokenizer_file import TOKENIZER, TokenizerError
 from concertina.v1 import bundle_pb2 as pb
+from server.bundles.grammars import Grammars
 from server.bundles.state import StateKind, StateTensor, state_tensors
 from server.errors import BundleError
 
@@ -86,6 +87,11 @@ class Bundle:
         """The tokens that end a stream."""
         first = [self.manifest.end_token] if self.manifest.HasField("end_token") else []
         return frozenset((*first, *self.manifest.tokenizer.end_tokens))
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Compiles what outputs must be."""
+        return Grammars(self.codec, self.end_tokens)
 
     @cached_property
     def span(self) -> int | None:

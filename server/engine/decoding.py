@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Final
 
 import numpy as np
 
@@ -18,6 +19,9 @@ from server.engine.sampling.sampler import failures, sample
 from server.engine.stream import Stream
 from server.engine.updates import Ending, Scored, StreamUpdate
 from server.ops.metrics import EngineMetrics
+
+PREDICTED_BYTES: Final = 64 << 20
+"""Most memory for the logits of one pass of a prompt whose own tokens are predicted, in bytes."""
 
 
 class Decoding:
@@ -46,6 +50,15 @@ class Decoding:
     def rest(self) -> None:
         """Record that nothing is decoded for a while."""
         self._last_step_at = None
+
+    @property
+    def prefill_room(self) -> int:
+        """Most tokens that the next pass of the prefill slot may push."""
+        limit, stream = self._config.prefill_chunk, self._placement.prefilling
+        if stream is not None and stream.request.predicts_prompt:
+            row = self._bundle.vocabulary * np.dtype(np.float32).itemsize
+            limit = min(limit, max(1, PREDICTED_BYTES // row))
+        return self._cache.prefill_room(limit)
 
     def prefill(self, stream: Stream, count: int) -> tuple[float, Ending | None]:
         """Push `count` prompt tokens of the stream in the prefill slot.

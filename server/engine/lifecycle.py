@@ -18,6 +18,7 @@ from server.engine.admission import Ledger
 from server.engine.decoding import Decoding
 from server.engine.interfaces import SnapshotStore, StreamHolder
 from server.engine.placement import Placement
+from server.engine.sampling.grammar_state import GrammarState
 from server.engine.sampling.logits_processors import PenaltyState
 from server.engine.stream import Stream
 from server.engine.updates import Ending, StreamUpdate, outcome
@@ -71,9 +72,12 @@ class StreamLifecycle:
             self._ledger.began(stream)
         stream.started_at = time.monotonic()
         self._metrics.started(stream.started_at - stream.accepted_at)
-        request = stream.request
+        request, text = stream.request, self._bundle.codec.text
+        stream.grammar = GrammarState.of(request, text)
+        if stream.grammar is not None:
+            stream.grammar.push(stream.history)
         if request.sampling.processors is not None:
-            vocabulary, text = self._bundle.vocabulary, self._bundle.codec.text
+            vocabulary = self._bundle.vocabulary
             processors = request.sampling.processors
             stream.penalties = PenaltyState.of(processors, request.prompt, vocabulary, text)
             stream.penalties.recall(np.array(stream.history, np.int64))
@@ -221,7 +225,8 @@ class StreamLifecycle:
         now = time.monotonic()
         with self._lock:
             self._ledger.ended(stream, now)
-        stream.ended, stream.ending, stream.penalties = True, ending, None
+        stream.ended, stream.ending = True, ending
+        stream.penalties = stream.grammar = None
         self.limited.discard(stream)
         self._metrics.finished(outcome(ending), now - stream.accepted_at)
         if ending is not None:

@@ -66,7 +66,7 @@ class StepLoop:
             returning=tuple(s.priority for s in returning),
             waiting=self._placement.head(free + len(preemptible) + 1),
             prefilling=self._placement.in_prefill_slot(),
-            prefill_room=self._cache.prefill_room(self._config.prefill_chunk),
+            prefill_room=self._decoding.prefill_room,
             prefill_credit_s=self._credit_s,
         )
 

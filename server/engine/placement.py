@@ -155,10 +155,12 @@ class Placement:
 
     @property
     def sampling(self) -> SamplingBatch:
-        """Sampling parameters and penalty states of the batch."""
+        """Sampling parameters, penalty states and grammars of the batch."""
         if self._sampling is None:
             parameters = [stream.request.sampling for stream in self.running]
-            self._sampling = SamplingBatch.of(parameters, [s.penalties for s in self.running])
+            penalties = [stream.penalties for stream in self.running]
+            grammars = [stream.grammar for stream in self.running]
+            self._sampling = SamplingBatch.of(parameters, penalties, grammars)
         return self._sampling
 
     def pushed(self, stream: Stream) -> int | None:

@@ -11,6 +11,7 @@ from concertina.codecs.token_text import TokenText
 from server.checkpoint import Checkpoint, Finish, FinishReason, SavedState, TokenLogprobs
 from server.engine.detokenizer import Detokenizer
 from server.engine.interfaces import Subscriber
+from server.engine.sampling.grammar_state import GrammarState
 from server.engine.sampling.logits_processors import PenaltyState
 from server.engine.updates import Backlog, Ending
 from server.request import NUMBER_BYTES, Lease, Request
@@ -62,6 +63,7 @@ class Stream:
         self.replay_tokens: deque[int] = deque()  # drawn before, but not in the state
         self.uncommitted: list[int] = []  # tokens before the last one, not yet in the state
         self.penalties: PenaltyState | None = None
+        self.grammar: GrammarState | None = None
         self.prompt_bits: list[float] = []
 
     @property
@@ -177,6 +179,8 @@ class Stream:
             return text, FinishReason.STOP if token in request.stop_tokens else FinishReason.END
         complete_at = request.complete_at
         if complete_at is not None and len(request.prompt) + self.generated == complete_at:
+            return text, FinishReason.END
+        if self.grammar is not None and self.grammar.is_complete:
             return text, FinishReason.END
         if self.generated >= request.max_tokens:
             return text, FinishReason.MAX_TOKENS

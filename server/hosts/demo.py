@@ -92,7 +92,8 @@ def _server(bundles: list[Path], console: Console) -> Iterator[str]:
     """
     port, metrics_port = free_ports(2)
     address = f"127.0.0.1:{port}"
-    options = ["--port", str(port), "--metrics-port", str(metrics_port), "--drain-seconds", "5"]
+    options = ["--port", str(port), "--metrics-port", str(metrics_port)]
+    options += ["--http-port", "0", "--drain-seconds", "5"]
     command = [sys.executable, "-m", "concertina.cli.main", "serve", *map(str, bundles), *options]
     with tempfile.NamedTemporaryFile() as log:
         server = psutil.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)

@@ -17,20 +17,31 @@ from server.config import ServeConfig, TlsConfig
 def greeting(config: ServeConfig, bundles: Sequence[Bundle]) -> list[str]:
     """Lines for whoever has started the server. The last ones are to be copied to a shell."""
     lines = [f"  gRPC     {config.address} {_openness(config)}"]
+    if config.http_port:
+        scheme = "http" if config.tls is None else "https"
+        front = join(reachable(config.host), config.http_port)
+        lines.append(f"  OpenAI   {scheme}://{front}/v1")
     if config.metrics_port:
         metrics = join(reachable(config.host), config.metrics_port)
         lines.append(f"  metrics  http://{metrics}/metrics")
     if not bundles:
         return [*lines, f"see: concertina models {' '.join(_access(config, ''))}"]
     first = bundles[0]
-    verb = 'generate "import "' if first.codec.writes_text else "paint"
-    if first.chat_template is not None:
-        verb = "chat"
-    command = f"concertina {verb} -m {shlex.quote(first.name)}"
+    command = f"concertina {_verb(config, first)} -m {shlex.quote(first.name)}"
     if config.keys is not None and not _key_for(config.keys, first.name):
         keys = shlex.quote(str(config.keys))
         lines.append(f"first: concertina keys add me --keys {keys} --out me.key")
     return [*lines, f"try: {command} {' '.join(_access(config, first.name))}"]
+
+
+def _verb(config: ServeConfig, bundle: Bundle) -> str:
+    """What to try with a bundle: a talk, a text that goes on as its own did, or a picture."""
+    if not bundle.codec.writes_text:
+        return "paint"
+    if bundle.chat_template is not None or config.engine.chat_template:
+        return "chat"
+    learned = f"{bundle.name} {bundle.manifest.training_data.source}".lower()
+    return f'generate "{"import" if "python" in learned else "The"} "'
 
 
 def _openness(config: ServeConfig) -> str:

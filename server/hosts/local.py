@@ -18,6 +18,7 @@ from server.api.servicers import Servicers, make_servicers
 from server.api.wire import add_generation, add_models, add_sessions
 from server.auth.tls import server_credentials
 from server.config import LARGEST_RESPONSE, ServeConfig
+from server.hosts.gateway import Gateway, gateway
 from server.hosts.watcher import Watcher
 from server.ops.exporter import exporting
 from server.ops.logs import log_to_stderr
@@ -31,6 +32,7 @@ try:
 except ImportError:
     from asyncio import new_event_loop  # type: ignore[assignment]
 
+_LOOPBACK: Final = "127.0.0.1"
 _CLOSE_SECONDS: Final = 2.0
 _PING_SECONDS: Final = 5 * 60
 handshake_seconds = 10.0
@@ -78,11 +80,24 @@ def make_server(config: ServeConfig, servicers: Servicers) -> grpc.aio.Server:
         server.add_insecure_port(address)
     else:
         server.add_secure_port(address, server_credentials(config.tls))
+        if config.plain_port:
+            server.add_insecure_port(join(_LOOPBACK, config.plain_port))
     return server
 
 
 async def _serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
     stopping, stopping_now = _signals()
+    with gateway(config) as front:
+        await _serve_behind(front, config, announce, stopping, stopping_now)
+
+
+async def _serve_behind(
+    front: Gateway,
+    config: ServeConfig,
+    announce: Callable[[str], None],
+    stopping: asyncio.Event,
+    stopping_now: asyncio.Event,
+) -> None:
     snapshots = open_writer(config.snapshots, config.snapshot_ttl, config.snapshots_optional)
     models = serve_bundles(config.bundles, config.engine, snapshots)
     with ExitStack() as opened:
@@ -93,12 +108,16 @@ async def _serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
         watcher.start()
         servicers = make_servicers(config.keys, models, snapshots, watcher.draining)
         server = make_server(config, servicers)
+        if front.inner:
+            server.add_insecure_port(front.inner)
         try:
             with exporting(config.host, config.metrics_port, lambda: all_alive(models)):
                 await server.start()
+                await asyncio.to_thread(front.wait_until_ready)
                 announce("local, without Ray")
                 await stopping.wait()
                 _log.info("stopping; running streams have %d s to end", config.drain_seconds)
+                await _stop_gateway(front, stopping_now)
                 await watcher.stop()
                 await hand_over(watcher.running, snapshots)
                 done = asyncio.create_task(server.stop(config.drain_seconds + _CLOSE_SECONDS))
@@ -113,6 +132,17 @@ async def _serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
             opened.close()
             # The streams that were cut off still send an error event.
             await server.stop(_CLOSE_SECONDS)
+
+
+async def _stop_gateway(front: Gateway, stopping_now: asyncio.Event) -> None:
+    """Let the streams of HTTP callers end while the server still goes on with them."""
+    stopped = asyncio.create_task(asyncio.to_thread(front.stop))
+    second_signal = asyncio.create_task(stopping_now.wait())
+    await asyncio.wait((stopped, second_signal), return_when=asyncio.FIRST_COMPLETED)
+    if not stopped.done():
+        front.kill()
+        await stopped
+    second_signal.cancel()
 
 
 def _signals() -> tuple[asyncio.Event, asyncio.Event]:

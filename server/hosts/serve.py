@@ -6,27 +6,30 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import psutil
 import typer
+from rich.console import Console
 
 from concertina.cli.output import plain_console
 from concertina.codecs.chat_template import ChatTemplateError, compiled
 from concertina.machine import cores, cores_if_fewer, memory_bytes, share_of_memory
 from server.auth.api_keys import read_keys
-from server.auth.tls import require_usable
-from server.config import RANGES, ConfigError, EngineConfig, Provider, ServeConfig, TlsConfig
+from server.auth.tls import require_usable, tls_config
+from server.config import RANGES, ConfigError, EngineConfig, Provider, ServeConfig
 from server.hosts.greeting import greeting
-from server.hosts.ray_environment import HAPROXY_PROGRAM, ray_environment
+from server.hosts.ray_environment import HAPROXY_PROGRAM, LOOPBACK, ray_environment
 from server.hosts.scratch import scratch_folder
 from server.hosts.sources import bundle_of, is_pretrained
-from server.ops.ports import require_free
+from server.ops.ports import PortTaken, require_free
 from server.ops.process import interrupt_on_stop_signals
 from server.snapshots.opening import open_store
 
 BUNDLES: Final = Path("bundles")
+HTTP_PORT: Final = 8000
 _WATCHED_SHARES: Final = 4  # with --watch: number of bundles that memory is divided for
 
 
@@ -61,6 +64,14 @@ def serve(
     metrics_port: Annotated[
         int, _number("metrics_port", "Port for Prometheus metrics and health; 0 turns it off.")
     ] = ServeConfig.metrics_port,
+    http_port: Annotated[
+        int | None,
+        _number(
+            "http_port",
+            "Port of OpenAI's HTTP API, on the same address; 0 turns it off. [dim]\\[default: "
+            "8000, or none if that is taken][/]",
+        ),
+    ] = None,
     slots: Annotated[
         int, _number("slots", "Streams of one bundle that decode at the same time.")
     ] = EngineConfig.slots,
@@ -112,8 +123,6 @@ def serve(
     chat_template: Annotated[
         Path | None,
         typer.Option(
-            exists=True,
-            dir_okay=False,
             help="Jinja file that turns messages into text, in place of the bundles' own.",
         ),
     ] = None,
@@ -177,11 +186,19 @@ def serve(
     tls_client_ca: Annotated[
         Path | None, typer.Option(help="CA (PEM) of the certificates that callers must present.")
     ] = None,
+    plain_port: Annotated[
+        int,
+        _number(
+            "plain_port",
+            "Port on 127.0.0.1 that accepts plaintext beside TLS, for a gateway of your own, and "
+            "for whoever else is on this machine; 0 opens none.",
+        ),
+    ] = ServeConfig.plain_port,
     local: Annotated[
         bool, typer.Option("--local", help="Run in one process without Ray; starts in seconds.")
     ] = False,
 ) -> None:
-    """Serve bundles over gRPC until Ctrl-C.
+    """Serve bundles over gRPC, and over OpenAI's HTTP API, until Ctrl-C.
 
     A pretrained model is converted once, which takes minutes and the extra `train`, and kept below
     ~/.cache/concertina or $CONCERTINA_CACHE; docs/bring-your-own.md says which models can be.
@@ -198,14 +215,14 @@ def serve(
         raise NotADirectoryError(f"watch is {watch}, which is not a directory: create it first")
     chosen = bundles or ([] if watch else find_bundles(BUNDLES))
     if any(is_pretrained(source) for source in chosen):
-        _require_ports(host, port, metrics_port)  # before minutes of work
-    console = plain_console()
+        _require_ports(host, port, metrics_port, http_port)  # before minutes of work
+    console, template = plain_console(), _template(chat_template)
     # Check files and ports first, so that a mistake ends the start at once, with a clear message.
     opened = [bundle_of(source, console.print) for source in chosen]
     folders = tuple(bundle.folder for bundle in opened)
     if threads == 0:
         threads = max(1, cores() // replicas) if replicas > 1 else cores_if_fewer()
-    tls = _tls(tls_cert, tls_key, tls_client_ca)
+    tls = tls_config(tls_cert, tls_key, tls_client_ca)
     if state_limit_bytes == 0:
         shares = replicas * (len(folders) or _WATCHED_SHARES)
         state_limit_bytes = memory_bytes() // (2 * shares)
@@ -217,6 +234,8 @@ def serve(
         host=host,
         port=port,
         metrics_port=metrics_port,
+        http_port=http_port or 0,
+        plain_port=plain_port,
         replicas=replicas,
         drain_seconds=drain_seconds,
         keys=None if keys is None else keys.resolve(),
@@ -225,7 +244,7 @@ def serve(
         snapshots_optional=snapshots_optional,
         snapshot_ttl=snapshot_ttl,
         engine=EngineConfig(
-            chat_template=_template(chat_template),
+            chat_template=template,
             draft_tokens=draft_tokens,
             snapshot_interval=snapshot_interval,
             session_bytes=session_bytes,
@@ -245,7 +264,11 @@ def serve(
     open_store(config.snapshots, config.snapshots_optional)
     if tls is not None:
         require_usable(tls)
-    _require_ports(host, port, metrics_port)
+    _require_ports(host, port, metrics_port, http_port)
+    if plain_port:
+        require_free(LOOPBACK, plain_port, "choose another with --plain-port")
+    if http_port is None:
+        config = replace(config, http_port=_usual_http_port(config, console))
 
     names = ", ".join(bundle.name for bundle in opened)
     console.print(f"starting {names or f'the bundles in {watch}'}")
@@ -262,11 +285,25 @@ def serve(
     console.print("stopped")
 
 
-def _require_ports(host: str, port: int, metrics_port: int) -> None:
+def _usual_http_port(config: ServeConfig, console: Console) -> int:
+    """The port of the HTTP API that nobody has to ask for; 0, with a word, if it is taken."""
+    if HTTP_PORT in (config.port, config.metrics_port, config.plain_port):
+        return 0
+    try:
+        require_free(config.host, HTTP_PORT, "")
+    except PortTaken:
+        console.print(f"no HTTP API: port {HTTP_PORT} is taken; choose another with --http-port")
+        return 0
+    return HTTP_PORT
+
+
+def _require_ports(host: str, port: int, metrics_port: int, http_port: int | None) -> None:
     """Raise PortTaken, with the option for another, if one is in use."""
     require_free(host, port, "choose another port with --port")
     if metrics_port:
         require_free(host, metrics_port, "choose another with --metrics-port, or 0 for none")
+    if http_port:
+        require_free(host, http_port, "choose another with --http-port, or 0 for none")
 
 
 def _template(file: Path | None) -> str:
@@ -276,17 +313,11 @@ def _template(file: Path | None) -> str:
     try:
         source = file.read_text(encoding="utf-8")
         compiled(source, {})
+    except OSError as error:
+        raise ConfigError(f"--chat-template: {file} cannot be read: {error.strerror}") from None
     except (ChatTemplateError, UnicodeDecodeError) as error:
         raise ConfigError(f"--chat-template: {file} {error}") from None
     return source
-
-
-def _tls(cert: Path | None, key: Path | None, client_ca: Path | None) -> TlsConfig | None:
-    if cert is None and key is None and client_ca is None:
-        return None
-    if cert is None or key is None:
-        raise ConfigError("TLS needs both --tls-cert and --tls-key")
-    return TlsConfig(cert.resolve(), key.resolve(), client_ca and client_ca.resolve())
 
 
 def _serve(config: ServeConfig, local: bool, announce: Callable[[str], None]) -> None:

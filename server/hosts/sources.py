@@ -19,7 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
 
-from concertina.bundle.manifest import MANIFEST
+from concertina.bundle.manifest import MANIFEST, read_manifest, write_manifest
 from concertina.codecs.tokenizer_file import TOKENIZER
 from server.bundles.bundle import Bundle, load_bundle
 from server.errors import BundleError
@@ -79,7 +79,7 @@ def _converted(source: Path, name: str, say: Say) -> Bundle:
     with _alone(folder):
         if folder.exists():
             try:
-                return load_bundle(folder)
+                return _named(load_bundle(folder), name)
             except BundleError as error:
                 say(f"{error}: it is made again")
                 shutil.rmtree(folder)
@@ -99,11 +99,21 @@ def _converted(source: Path, name: str, say: Say) -> Bundle:
         return load_bundle(folder)
 
 
+def _named(bundle: Bundle, name: str) -> Bundle:
+    """The bundle, named after its source; one that was put into the cache may not be."""
+    if bundle.name == name:
+        return bundle
+    manifest = read_manifest(bundle.folder)
+    manifest.name = name
+    write_manifest(bundle.folder, manifest, [file.path for file in manifest.files])
+    return load_bundle(bundle.folder)
+
+
 def _digest(source: Path) -> str:
     """Changes when a file of the source changes; weights are not read for it."""
     files = [source] if source.is_file() else sorted({f for p in _FILES for f in source.glob(p)})
     digest = hashlib.sha256(_CONVERSION.encode())
-    for file in files:
+    for file in filter(Path.exists, files):  # a link that leads nowhere is refused later
         found = file.stat()
         digest.update(f"\0{file.name}\0{found.st_size}\0{found.st_mtime_ns}".encode())
     return digest.hexdigest()[:16]
@@ -111,10 +121,25 @@ def _digest(source: Path) -> str:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Waits until no other process makes this folder."""
-    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    """Waits until no other process makes this folder. Leaves nothing behind."""
+    path = folder.with_name(f".{folder.name}.lock")
+    while True:
+        with path.open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not _is_at(path, lock.fileno()):
+                continue  # who had it before has removed it, and another may hold a new one
+            try:
+                yield
+            finally:
+                path.unlink()
+            return
+
+
+def _is_at(path: Path, file: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file))
+    except FileNotFoundError:
+        return False
 
 
 def _require_extra(source: Path) -> None:

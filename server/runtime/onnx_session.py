@@ -51,7 +51,9 @@ class Runtime:
         self, bundle: Bundle, rows: int, threads: int = 0, provider: Provider = "cpu"
     ) -> None:
         _require(provider)
-        if provider != "cpu" and not bundle.moves_on_devices:
+        # Of int8 caches, the CPU's kernel takes float32 queries and CUDA's float16. The CPU would
+        # compute attention then, and every step would copy all state to it and back.
+        if provider != "cpu" and (bundle.rounds_state or not bundle.moves_on_devices):
             raise BundleError(
                 f"{bundle.folder} has its state in {bundle.cache_type}, but the provider "
                 f"{provider} needs float16: export the checkpoint again with --state float16"

@@ -103,7 +103,7 @@ class SessionOpener:
         Raises what `resume` raises, and StorageFailed.
         """
         model = model_of(self._registry, snapshot)
-        lease, checkpoints = restored(model.bundle, snapshot)
+        lease, checkpoints = await asyncio.to_thread(restored, model.bundle, snapshot)
         lease = _renamed(buffered(model, lease))
         with self._registry.reserving(caller, len(checkpoints)):
             attachment = await self.open(model, lease, [_anew(each) for each in checkpoints])
@@ -166,7 +166,8 @@ class SessionOpener:
             snapshot = await load(self._registry, stream_id, owner)
         except UnknownSession:
             return None
-        lease, _ = restored(model_of(self._registry, snapshot).bundle, snapshot)
+        bundle = model_of(self._registry, snapshot).bundle
+        lease, _ = await asyncio.to_thread(restored, bundle, snapshot)
         return snapshot.model, lease
 
     def _name(self, owner: str, key: str) -> str:

@@ -110,7 +110,7 @@ async def _take_over(
             raise AlreadyClaimed(Claim(held[1].lease.epoch))  # by another call to this server
         snapshot = await load(registry, stream_id, caller.name)
         model = model_of(registry, snapshot)
-        lease, checkpoints = restored(model.bundle, snapshot)
+        lease, checkpoints = await asyncio.to_thread(restored, model.bundle, snapshot)
         lease = replace(buffered(model, lease), epoch=snapshot.epoch + 1)
         cursors = _padded(cursors, len(lease.requests))
         _require_tokens(model, cursors)

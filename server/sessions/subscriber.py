@@ -15,9 +15,10 @@ from server.engine.restore import BEGINNING, ResumeCursor
 from server.engine.updates import Backlog, Ending, StreamUpdate
 from server.request import Request
 
-_PROMPT_EVENT_TOKENS = 512  # most prompt tokens in one event
 EVENT_TOKENS = 4096
 """Most tokens of one event; a backlog of more is sent in parts."""
+REPORT_TOKENS = 128
+"""Most tokens of one event with log-probabilities: each may come with 86 kB of strings."""
 EVENT_CHARACTERS = 1 << 20
 """Most characters of one event."""
 
@@ -72,6 +73,7 @@ class Subscriber:
         self._logprobs: list[TokenLogprobs] = []
         self._prompt: list[TokenLogprobs] = []
         self._ending: Ending | None = None
+        self._is_in_parts = False  # the rest of an event that was too large is due at once
         self._arrived = arrived or asyncio.Event()
         self._known_tokens = cursor.tokens
         self._known_characters = cursor.characters
@@ -116,8 +118,8 @@ class Subscriber:
     def take(self) -> Event | None:
         """The next event, with all that is in the buffer; None if none is due."""
         if self._prompt:
-            logprobs = self._prompt[:_PROMPT_EVENT_TOKENS]
-            del self._prompt[:_PROMPT_EVENT_TOKENS]
+            logprobs = self._prompt[:REPORT_TOKENS]
+            del self._prompt[:REPORT_TOKENS]
             self._next_prompt += len(logprobs)
             return PromptLogprobs(self._next_prompt - len(logprobs), tuple(logprobs))
         if (self._tokens or self._texts) and self._is_due:
@@ -132,9 +134,11 @@ class Subscriber:
 
         Text goes with the last of its tokens, and what does not fit follows alone.
         """
-        tokens, logprobs = self._tokens[:EVENT_TOKENS], self._logprobs[:EVENT_TOKENS]
-        del self._tokens[:EVENT_TOKENS], self._logprobs[:EVENT_TOKENS]
+        most = min(EVENT_TOKENS, REPORT_TOKENS) if self._logprobs else EVENT_TOKENS
+        tokens, logprobs = self._tokens[:most], self._logprobs[:most]
+        del self._tokens[:most], self._logprobs[:most]
         text = ""
+        self._is_in_parts = bool(self._tokens)
         if not self._tokens:
             everything = "".join(self._texts)
             text, rest = everything[:EVENT_CHARACTERS], everything[EVENT_CHARACTERS:]
@@ -152,7 +156,7 @@ class Subscriber:
     @property
     def _is_due(self) -> bool:
         """Whether the tokens in the buffer are enough for an event."""
-        enough = len(self._tokens) >= self.request.stream_interval
+        enough = self._is_in_parts or len(self._tokens) >= self.request.stream_interval
         return enough or not self._taken or self._ending is not None
 
     def _deliver_backlog(self, backlog: Backlog) -> None:

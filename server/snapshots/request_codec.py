@@ -7,9 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 
+from concertina.shown import shown
 from concertina.v1 import snapshot_pb2 as pb
 from server.bundles.bundle import Bundle
-from server.errors import SnapshotRefused
+from server.bundles.grammars import GRAMMAR_KINDS
+from server.errors import InvalidRequest, SnapshotRefused
 from server.request import (
     LONGEST_BAD_WORD,
     LogitsProcessors,
@@ -56,13 +58,17 @@ def requests_from(bundle: Bundle, stored: pb.StoredRequest) -> tuple[Request, ..
         raise SnapshotRefused(
             f"the snapshot's prompt has {len(stored.prompt)} bytes, not a multiple of {width}"
         )
+    try:
+        sampling = _sampling(bundle, stored.sampling)
+    except InvalidRequest as error:  # another release of the library may refuse what one took
+        raise SnapshotRefused(f"the snapshot's grammar is not usable here: {error}") from None
     prompt = Prompt(
         stored.start_token,
         np.frombuffer(stored.prompt, f"<u{width}").astype(bundle.typecode, copy=False),
     )
     first = Request(
         prompt=prompt,
-        sampling=_sampling(stored.sampling),
+        sampling=sampling,
         max_tokens=stored.max_tokens,
         stop=tuple(stored.stop),
         stop_tokens=frozenset(stored.stop_tokens),
@@ -113,11 +119,18 @@ def _stored_sampling(sampling: SamplingParameters) -> pb.StoredSampling:
                 presence_penalty=processors.presence_penalty,
             )
         )
+    if (grammar := sampling.grammar) is not None:
+        stored.grammar.CopyFrom(pb.StoredGrammar(kind=grammar.kind, texts=grammar.texts))
     return stored
 
 
-def _sampling(stored: pb.StoredSampling) -> SamplingParameters:
-    processors = None
+def _sampling(bundle: Bundle, stored: pb.StoredSampling) -> SamplingParameters:
+    """The sampling parameters. Raises InvalidRequest for a grammar that cannot be compiled."""
+    processors, grammar = None, None
+    if stored.HasField("grammar"):
+        if stored.grammar.kind not in GRAMMAR_KINDS or not bundle.codec.writes_text:
+            raise InvalidRequest(f"its kind is {shown(stored.grammar.kind)}")
+        grammar = bundle.grammars.compiled(stored.grammar.kind, stored.grammar.texts)
     if stored.HasField("processors"):
         processors = LogitsProcessors(
             bias=tuple(sorted(stored.processors.bias.items())),
@@ -139,6 +152,7 @@ def _sampling(stored: pb.StoredSampling) -> SamplingParameters:
         typical_p=stored.typical_p,
         logprobs=stored.logprobs if stored.HasField("logprobs") else None,
         processors=processors,
+        grammar=grammar,
     )
 
 

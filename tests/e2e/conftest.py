@@ -10,6 +10,8 @@ import pytest
 from concertina.client import Client
 from tests.e2e.servers import Server, serving
 from tests.once import one_at_a_time
+from tests.server.http.gateways import Front, fronting
+from tests.server.http.gateways import serving as serving_here
 
 SLOTS, QUEUE_LIMIT = 4, 16
 CONTEXT = 32_768
@@ -57,3 +59,10 @@ def client(server: Server) -> Iterator[Client]:
     """A client of it."""
     with Client(server.address) as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def front(text_bundle: Path, image_bundle: Path) -> Iterator[Front]:
+    """A gateway to a server of `tiny-text` and `tiny-image`."""
+    with serving_here(text_bundle, image_bundle) as upstream, fronting(upstream) as front:
+        yield front

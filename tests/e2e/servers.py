@@ -30,6 +30,7 @@ class Server:
     metrics_address: str
     process: psutil.Popen
     log: Path
+    http_address: str = ""
 
     def output(self) -> str:
         """What it has printed so far."""
@@ -55,15 +56,20 @@ def concertina(*arguments: str, cwd: Path | None = None, **pipes: object) -> psu
 
 
 @contextmanager
-def serving(*arguments: str, port: int | None = None) -> Iterator[Server]:
-    """A server with these arguments. It has to stop cleanly and to leave no process behind."""
-    free, metrics_port = free_ports(2)
+def serving(*arguments: str, port: int | None = None, http: bool = False) -> Iterator[Server]:
+    """A server with these arguments. It has to stop cleanly and to leave no process behind.
+
+    http: whether it answers OpenAI's API, too.
+    """
+    free, metrics_port, http_port = free_ports(3)
     port = port or free
     address, metrics_address = f"127.0.0.1:{port}", f"127.0.0.1:{metrics_port}"
+    http_address = f"127.0.0.1:{http_port}" if http else ""
     ports = ("--port", str(port), "--metrics-port", str(metrics_port))
+    ports += ("--http-port", str(http_port if http else 0))
     with tempfile.NamedTemporaryFile() as log:
         process = concertina("serve", *arguments, *ports, stdout=log, stderr=log)
-        server = Server(address, metrics_address, process, Path(log.name))
+        server = Server(address, metrics_address, process, Path(log.name), http_address)
         try:
             until(lambda: "\nready" in server.output() or process.poll() is not None, START_SECONDS)
             assert process.poll() is None, server.output()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import http.client
 import json
+import ssl
 import subprocess
 import urllib.request
 from collections.abc import Iterator
@@ -57,7 +59,7 @@ def closed(
     home = ["--local"] if request.param == "local" else []
     options = [*map(str, [image_bundle, "--keys", keys, *files]), "--threads", "1", *home]
     caller = Tls(certificates.trusted.file, *certificates.trusted.issue("friend"))
-    with serving(*options) as server:
+    with serving(*options, http=True) as server:
         yield Closed(server, keys, key, secret, caller)
 
 
@@ -110,6 +112,32 @@ def test_health_needs_neither(closed: Closed) -> None:
         f"http://{closed.server.metrics_address}/healthz", timeout=10
     ) as ok:
         assert ok.status == 200
+
+
+def _status(closed: Closed, tls: Tls, key: str) -> int:
+    """What OpenAI's API answers; 0 if the connection is not accepted."""
+    context = ssl.create_default_context(cafile=tls.ca)
+    if tls.cert is not None and tls.cert_key is not None:
+        context.load_cert_chain(tls.cert, tls.cert_key)
+    host, _, port = closed.server.http_address.partition(":")
+    connection = http.client.HTTPSConnection(host, int(port), timeout=60, context=context)
+    try:
+        connection.request("GET", "/v1/models", headers={"Authorization": f"Bearer {key}"})
+        return connection.getresponse().status
+    except (OSError, http.client.HTTPException):
+        return 0
+    finally:
+        connection.close()
+
+
+def test_the_http_api_is_closed_as_well(closed: Closed, certificates: Certificates) -> None:
+    assert _status(closed, closed.tls, closed.secret) == 200
+    assert _status(closed, closed.tls, "concertina-guess") == 401
+    assert _status(closed, Tls(certificates.trusted.file), closed.secret) == 0
+    stranger = Tls(certificates.trusted.file, *certificates.strange.issue("other"))
+    assert _status(closed, stranger, closed.secret) == 0
+    with pytest.raises((OSError, http.client.HTTPException)):
+        urllib.request.urlopen(f"http://{closed.server.http_address}/version", timeout=10)
 
 
 def test_a_key_can_be_taken_away(closed: Closed) -> None:

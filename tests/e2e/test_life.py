@@ -47,7 +47,7 @@ def test_a_corrupt_bundle_ends_the_start(
     with (bundle / "step.onnx").open("r+b") as step:
         step.seek(-1, os.SEEK_END)
         step.write(b"\0")
-    process = concertina("serve", str(bundle), *home, stderr=subprocess.PIPE)
+    process = concertina("serve", str(bundle), "--http-port", "0", *home, stderr=subprocess.PIPE)
     _, errors = process.communicate(timeout=SOON)
     assert process.returncode == 1
     assert errors.startswith(b"error: ")
@@ -64,7 +64,7 @@ def test_a_bundle_that_does_not_load_ends_the_start(
     manifest = read_manifest(bundle)
     (bundle / "step.onnx").write_bytes(b"\n\x0bnot a graph")
     write_manifest(bundle, manifest, [file.path for file in manifest.files])
-    process = concertina("serve", str(bundle), *home, stderr=subprocess.PIPE)
+    process = concertina("serve", str(bundle), "--http-port", "0", *home, stderr=subprocess.PIPE)
     _, errors = process.communicate(timeout=START_SECONDS)
     assert process.returncode == 1
     assert b"step.onnx cannot be loaded" in errors

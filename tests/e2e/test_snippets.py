@@ -35,6 +35,7 @@ RUN = (
     "concertina paint",
     "concertina score",
     "concertina keys",
+    "curl",
 )
 # The others, by their beginnings, and why they do not.
 NOT_RUN = {
@@ -42,6 +43,7 @@ NOT_RUN = {
     "concertina score data/notes": "needs a dataset; tests/concertina/cli",
     "concertina score book.txt": "needs a book; tests/concertina/cli",
     "concertina serve": "does not end; tests/e2e and tests/server/hosts start servers",
+    "concertina gateway": "does not end; tests/server/http starts gateways",
     "concertina loadtest": "takes a minute; tests/loadtest",
     "concertina data": "needs data, or takes minutes; tests/model",
     "concertina train": "takes hours; tests/model",
@@ -53,6 +55,7 @@ NOT_RUN = {
     "python -m": "takes minutes; the modules have tests of their own",
     "make": "CI runs it",
     "bash .ci/run": "is what runs this",
+    "bash loadtest/bench/gpu.sh": "needs a GPU; tests/loadtest/bench/test_gpu_script.py",
     "source .venv": "there is none where the tools lie elsewhere",
     "pip install": "installs; CI does so by make",
     "apt-get": "installs; CI does so where it may",
@@ -65,7 +68,10 @@ NOT_RUN = {
     "grpcurl": "is not ours",
     "helm install": "needs a cluster; tests/helm",
 }
-PARSED = ("serve", "loadtest", "train", "uptrain", "export", "compare", "bench", "data", "generate")
+PARSED = (
+    *("serve", "gateway", "loadtest", "data", "train", "uptrain", "export", "compare", "bench"),
+    "generate",
+)
 
 
 def _lines(document: Path) -> Iterator[str]:
@@ -94,13 +100,22 @@ def _reason(line: str) -> str:
     return NOT_RUN[max(fitting, key=len)] if fitting else ""
 
 
+def _here(text: str, server: Server) -> str:
+    """A snippet, whose addresses are those of a server of the test."""
+    here = text.replace("127.0.0.1:9000", server.address)
+    return here.replace("127.0.0.1:8000", server.http_address or "127.0.0.1:8000")
+
+
 @pytest.fixture(scope="module")
-def served() -> Iterator[Server]:
-    """A server of the demo bundles, with a store."""
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of the demo bundles, with a store, a chat template and an HTTP API."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CONCERTINA_SNAPSHOT_KEY", "A" * 43 + "=")
         options = ["--snapshots", "memory://snippets", "--threads", "1"]
-        with serving(*BUNDLES, "--local", *options) as server:
+        template = tmp_path_factory.mktemp("served") / "template.jinja"
+        template.write_text(TEMPLATE)
+        options += ["--chat-template", str(template)]
+        with serving(*BUNDLES, "--local", *options, http=True) as server:
             yield server
 
 
@@ -113,10 +128,10 @@ def chatting(tiny_bundles: Path) -> Iterator[Server]:
 
 
 @pytest.fixture
-def address(document: str, request: pytest.FixtureRequest) -> str:
-    """Where the models are that a document writes about."""
+def server(document: str, request: pytest.FixtureRequest) -> Server:
+    """The server of the models that a document writes about."""
     server: Server = request.getfixturevalue("chatting" if document == CHAT else "served")
-    return server.address
+    return server
 
 
 @pytest.fixture
@@ -152,23 +167,32 @@ def test_every_line_runs_or_has_a_reason() -> None:
 
 @pytest.mark.parametrize(("document", "code"), SNIPPETS)
 def test_python_runs_as_it_is_printed(
-    document: str, code: str, home: Path, address: str, capsys: pytest.CaptureFixture[str]
+    document: str, code: str, home: Path, server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "127.0.0.1:9000" in code
-    exec(compile(code.replace("127.0.0.1:9000", address), "snippet", "exec"), {})
+    here = _here(code, server)
+    assert here != code
+    exec(compile(here, "snippet", "exec"), {})
     assert capsys.readouterr().out.strip()
 
 
 @pytest.mark.parametrize("document", sorted({name for name, line in LINES if not _reason(line)}))
 def test_shell_runs_as_it_is_printed(
-    document: str, home: Path, address: str, monkeypatch: pytest.MonkeyPatch
+    document: str, home: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("CONCERTINA_ADDRESS", address)
+    monkeypatch.setenv("CONCERTINA_ADDRESS", server.address)
+    monkeypatch.setenv("CURL_HOME", str(home))
+    (home / ".curlrc").write_text("fail-with-body\nnoproxy = *\n")
     for line in (line for name, line in LINES if name == document and not _reason(line)):
         ran = subprocess.run(
-            line, shell=True, input="Hello\n", capture_output=True, text=True, timeout=WAIT
+            _here(line, server),
+            shell=True,
+            input="Hello\n",
+            capture_output=True,
+            text=True,
+            timeout=WAIT,
         )
-        assert ran.returncode == 0, (line, ran.stderr)
+        assert ran.returncode == 0, (line, ran.stdout, ran.stderr)
+        assert not line.startswith("curl") or ran.stdout.strip() or "cake.png" in line
 
 
 @pytest.mark.parametrize("line", sorted({line for _, line in LINES if _reason(line)}))

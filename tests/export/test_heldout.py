@@ -17,11 +17,12 @@ from concertina.cli.main import main
 from concertina.v1 import bundle_pb2 as pb
 from export.bundle import LossError, Precision, StatePrecision, export_bundle, narrow_caches
 from export.graphs import CACHES, LARGEST, Units, state_tensors
-from export.heldout import cache_units, calibration_windows, heldout_bits
+from export.heldout import cache_units, heldout_bits
 from export.parity import ParityError, check_parity
 from export.quantise import pack_weights
 from export.streaming import Graphs, prefill
 from export.weights import load_decoder
+from export.windows import calibration_windows, windows_of
 from model.data import Dataset, save_dataset
 from tests.checkpoints import checkpoint_of, export_tiny
 
@@ -79,7 +80,8 @@ def test_what_is_exported_is_small_proven_and_measured(
     noted = manifest.state_quantisation
     assert noted.tokens == 12 * 32
     assert 0 < abs(noted.heldout - noted.heldout_float32) < 0.2
-    assert noted.heldout == heldout_bits(folder, manifest, heldout)[0]
+    windows = windows_of(heldout, manifest.context)
+    assert noted.heldout == heldout_bits(folder, manifest, windows)[0]
     assert 0 < noted.parity.max_error < noted.parity.tolerance
     assert manifest.parity.tolerance == 1e-4
     assert manifest.quantisation.bits == (bits or 0)

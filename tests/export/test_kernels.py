@@ -6,6 +6,7 @@ No GPU is needed: the kernels are those of the table beside this file.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,12 @@ import pytest
 
 from concertina.bundle.manifest import read_manifest
 from concertina.v1 import bundle_pb2 as pb
-from tests.checkpoints import export_tiny, narrow_tiny
+from export.graphs import export_fold, export_step, layers, state_tensors
+from export.moves import export_moves
+from tests.checkpoints import export_tiny, narrow_tiny, quantise_tiny, random_decoder
+from tests.model.cases import CAUSAL, Case
 
+TRIED_FIRST = ("axial-rowmajor",)
 _TABLE = json.loads(Path(__file__).with_name("cuda_kernels.json").read_text())
 _KERNELS = {(kernel["domain"], kernel["op"]): kernel for kernel in _TABLE["kernels"]}
 _NAMES = {  # as the table writes them
@@ -90,6 +95,35 @@ def test_every_node_has_a_cuda_kernel(half_bundle: Path) -> None:
     assert graphs == [*folds, "put.onnx", "step.onnx", "take.onnx"]
     for name in graphs:
         assert without_kernel(onnx.load(half_bundle / name)) == [], name
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        case if str(case) in TRIED_FIRST else pytest.param(case, marks=pytest.mark.slow)
+        for case in CAUSAL
+        if str(case) not in ("fixed", "full", "logsparse", "mixture")  # see half_bundle
+    ],
+    ids=str,
+)
+def test_every_pattern_has_graphs_for_a_gpu(case: Case, tmp_path: Path) -> None:
+    """Their numbers are held elsewhere: here the graphs alone are exported."""
+    model = random_decoder(replace(case.config(32, span=8), layers=1, mlp=24))
+    half = pb.DATA_TYPE_FLOAT16
+    export_step(model, tmp_path / "step.onnx", half)
+    if layers(model)[0].schedule is not None:
+        export_fold(model, tmp_path / "fold.onnx", half)
+    export_moves(state_tensors(model, half), tmp_path)
+    for path in tmp_path.glob("*.onnx"):
+        assert without_kernel(onnx.load(path)) == [], path.name
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_matrices_in_few_bits_have_a_cuda_kernel(bits: int, tiny_bundles: Path) -> None:
+    bundle = quantise_tiny(export_tiny(tiny_bundles, "fixed", half=True), bits)
+    model = onnx.load(bundle / "step.onnx")
+    assert "MatMulNBits" in {node.op_type for node in model.graph.node}
+    assert without_kernel(model) == []
 
 
 def test_attention_in_float32_is_refused(fixed_bundle: Path) -> None:

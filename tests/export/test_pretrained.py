@@ -22,7 +22,7 @@ from model.pretrained.convert import convert
 from model.run import load_checkpoint
 from tests.export.test_kernels import without_kernel
 from tests.model.pretrained.architectures import ARCHITECTURES, make, save
-from tests.model.pretrained.folders import tensors, write
+from tests.model.pretrained.folders import TOKENIZER, tensors, write
 from tests.once import one_at_a_time
 
 
@@ -151,6 +151,11 @@ def test_weights_are_stored_as_small_as_loses_nothing(
     graph = onnx.load(tmp_path / "bundle" / "step.onnx").graph
     matrices = {t.data_type for t in graph.initializer if len(t.dims) == 2 and t.data_type != 7}
     assert matrices == {stored}
+    assert manifest.weights == {
+        torch.float32: pb.DATA_TYPE_FLOAT32,
+        torch.float16: pb.DATA_TYPE_UNSPECIFIED,  # as ever
+        torch.bfloat16: pb.DATA_TYPE_BFLOAT16,
+    }.get(kind)
     expected = load_checkpoint(tmp_path / "run").model.state_dict()
     for name, weight in load_decoder(tmp_path / "bundle").state_dict().items():
         assert torch.equal(weight, expected[name]), name
@@ -159,20 +164,20 @@ def test_weights_are_stored_as_small_as_loses_nothing(
 
 def test_the_manifest_says_what_the_source_said(tmp_path: Path) -> None:
     folder = write(tmp_path / "hf", _name_or_path="them/tiny")
-    (folder / "tokenizer.json").write_text('{"model": {}}')
+    (folder / "tokenizer.json").write_text(TOKENIZER)
     convert(folder, tmp_path / "run", license="Apache-2.0")
     export_bundle(tmp_path / "run", tmp_path / "bundle", name="tiny")
     manifest = read_manifest(tmp_path / "bundle")
     assert (manifest.vocabulary, manifest.context) == (11, 32)
     assert (manifest.end_token, list(manifest.tokenizer.end_tokens)) == (2, [3])
-    assert not manifest.tokenizer.HasField("begin_token")
+    assert manifest.tokenizer.begin_token == 1
     assert (manifest.training_data.source, manifest.training_data.license) == (
         "them/tiny",
         "Apache-2.0",
     )
     assert manifest.attention == "full" and not manifest.HasField("fold")
     assert [list(t.shape) for t in manifest.state] == [[1, 32, 8]] * 4
-    assert (tmp_path / "bundle" / "tokenizer.json").read_text() == '{"model": {}}'
+    assert (tmp_path / "bundle" / "tokenizer.json").read_text() == TOKENIZER
     assert {file.path for file in manifest.files} == {"step.onnx", "tokenizer.json"}
 
 

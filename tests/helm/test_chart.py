@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import subprocess
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import typer
 import yaml
 
 from server.hosts.serve import serve
+from server.http.command import gateway
 from server.ops.exporter import HEALTH_PATH
 
 ROOT = Path(__file__).parents[2]
@@ -51,16 +53,34 @@ def pod(objects: list[Object]) -> Object:
     return only(objects, "Deployment")["spec"]["template"]["spec"]
 
 
+def container(objects: list[Object], name: str) -> Object:
+    (found,) = (each for each in pod(objects)["containers"] if each["name"] == name)
+    return found
+
+
 def server(objects: list[Object]) -> Object:
-    (container,) = pod(objects)["containers"]
-    return container
+    return container(objects, "server")
+
+
+def front(objects: list[Object]) -> Object:
+    return container(objects, "gateway")
 
 
 def arguments(objects: list[Object]) -> Object:
     """What `concertina serve` makes of the container's arguments; it refuses those it lacks."""
-    name, *rest = server(objects)["args"]
+    return parsed(server(objects), serve)
+
+
+def front_arguments(objects: list[Object]) -> Object:
+    """What `concertina gateway` makes of its container's arguments."""
+    return parsed(front(objects), gateway)
+
+
+def parsed(container: Object, command: Callable[..., None]) -> Object:
+    name, *rest = container["args"]
+    assert name == command.__name__
     app = typer.Typer()
-    app.command(name)(serve)
+    app.command(name)(command)
     return typer.main.get_command(app).make_context(name, rest).params
 
 
@@ -95,14 +115,20 @@ def test_selectors_find_the_pods_and_no_others(values: str) -> None:
 
 
 @every_values
-@pytest.mark.parametrize("ports", ["", "server.port=7001 server.metricsPort=7002"])
+@pytest.mark.parametrize(
+    "ports", ["", "server.port=7001 server.metricsPort=7002 gateway.port=7003"]
+)
 def test_everybody_means_the_same_ports(values: str, ports: str) -> None:
     objects = render(ports, values)
-    container, said = server(objects), arguments(objects)
-    port, metrics_port = said["port"], said["metrics_port"]
-    assert (port, metrics_port) == ((7001, 7002) if ports else (9000, 9100))
-    named = {each["name"]: each["containerPort"] for each in container["ports"]}
-    assert named == {"grpc": port, "metrics": metrics_port}
+    container, said, http = server(objects), arguments(objects), front_arguments(objects)
+    port, metrics_port, http_port = said["port"], said["metrics_port"], http["port"]
+    assert (port, metrics_port, http_port) == ((7001, 7002, 7003) if ports else (9000, 9100, 8000))
+    assert said["http_port"] == 0
+    named = {
+        each["name"]: each["containerPort"]
+        for each in [*container["ports"], *front(objects)["ports"]]
+    }
+    assert named == {"grpc": port, "metrics": metrics_port, "http": http_port}
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         if said["tls_cert"]:  # no gRPC probe speaks it
             assert container[probe]["httpGet"] == {"path": HEALTH_PATH, "port": "metrics"}
@@ -118,13 +144,18 @@ def test_everybody_means_the_same_ports(values: str, ports: str) -> None:
 def test_the_ports_are_those_of_the_image() -> None:
     exposed = re.search(r"^EXPOSE (.*)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     assert exposed
-    ports = [each["containerPort"] for each in server(render())["ports"]]
-    assert ports == [int(each) for each in exposed[1].split()]
+    ports = {
+        each["containerPort"]
+        for container in pod(render())["containers"]
+        for each in container["ports"]
+    }
+    assert ports == {int(each) for each in exposed[1].split()}
 
 
 @every_values
 def test_it_listens_to_more_than_itself(values: str) -> None:
-    assert arguments(render(values=values))["host"] == "0.0.0.0"
+    objects = render(values=values)
+    assert arguments(objects)["host"] == front_arguments(objects)["host"] == "0.0.0.0"
 
 
 @every_values
@@ -134,11 +165,12 @@ def test_it_runs_as_nobody_and_writes_nowhere_but_to_its_volumes(values: str) ->
     assert security["runAsNonRoot"] is True
     assert f"USER {security['runAsUser']}:{security['runAsGroup']}" in dockerfile_lines()
     assert security["seccompProfile"] == {"type": "RuntimeDefault"}
-    assert server(objects)["securityContext"] == {
-        "allowPrivilegeEscalation": False,
-        "readOnlyRootFilesystem": True,
-        "capabilities": {"drop": ["ALL"]},
-    }
+    for each in pod(objects)["containers"]:
+        assert each["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
     assert pod(objects)["automountServiceAccountToken"] is False
     volumes = {each["name"]: each for each in pod(objects)["volumes"]}
     mounts = {each["mountPath"]: each for each in server(objects)["volumeMounts"]}
@@ -181,6 +213,8 @@ def test_the_pod_outlives_its_drain(seconds: int) -> None:
     objects = render(f"server.drainSeconds={seconds}")
     (command, sleep) = server(objects)["lifecycle"]["preStop"]["exec"]["command"]
     assert command == "sleep" and arguments(objects)["drain_seconds"] == seconds
+    assert front(objects)["lifecycle"] == server(objects)["lifecycle"]
+    assert front_arguments(objects)["drain_seconds"] == seconds
     assert pod(objects)["terminationGracePeriodSeconds"] >= seconds + int(sleep) + 20
 
 
@@ -246,6 +280,20 @@ def test_keys_and_certificates_come_from_secrets() -> None:
     assert len(pod(some)["volumes"]) == len(pod(closed)["volumes"]) - 1
 
 
+def test_a_chat_template_comes_from_a_config_map() -> None:
+    assert arguments(render())["chat_template"] is None
+    objects = render("server.chatTemplate=chatml")
+    file = arguments(objects)["chat_template"]
+    assert file.name == "chat_template.jinja"
+    (mount,) = (
+        each for each in server(objects)["volumeMounts"] if each["mountPath"] == str(file.parent)
+    )
+    assert mount["readOnly"] is True
+    (volume,) = (each for each in pod(objects)["volumes"] if each["name"] == mount["name"])
+    assert volume["configMap"] == {"name": "chatml"}
+    assert len(pod(objects)["volumes"]) == len(pod(render())["volumes"]) + 1
+
+
 def test_the_autoscaler_alone_says_how_many_pods() -> None:
     assert only(render("replicaCount=3"), "Deployment")["spec"]["replicas"] == 3
     objects = render("autoscaling.enabled=true")
@@ -268,9 +316,55 @@ def test_what_is_optional_comes_and_goes(setting: str, kind: str) -> None:
     assert kind not in {each["kind"] for each in render(f"{setting}=false")}
 
 
-def test_only_the_two_ports_are_let_in() -> None:
+def test_only_the_ports_of_the_service_are_let_in() -> None:
     (rule,) = only(render(), "NetworkPolicy")["spec"]["ingress"]
-    assert rule == {"ports": [{"port": "grpc"}, {"port": "metrics"}]}
+    assert rule == {"ports": [{"port": "grpc"}, {"port": "metrics"}, {"port": "http"}]}
+
+
+@pytest.mark.parametrize(
+    ("secrets", "scheme"),
+    [("", "HTTP"), ("tls.secret=a", "HTTPS"), ("tls.secret=a tls.clientSecret=b", None)],
+)
+def test_the_gateway_finds_its_server_and_is_watched(secrets: str, scheme: str | None) -> None:
+    objects = render(f"{secrets} server.port=7001 gateway.plainPort=7004 podMonitor.enabled=true")
+    said, http = arguments(objects), front_arguments(objects)
+    assert http["upstream"] == f"127.0.0.1:{7004 if secrets else 7001}"
+    assert said["plain_port"] == (7004 if secrets else 0)
+    for option in ("tls_cert", "tls_key", "tls_client_ca"):
+        assert http[option] == said[option]
+        assert not http[option] or http[option].parent in {
+            Path(each["mountPath"]) for each in front(objects)["volumeMounts"]
+        }
+    watched = only(objects, "PodMonitor")["spec"]["podMetricsEndpoints"]
+    ready, alive = (front(objects)[f"{name}Probe"] for name in ("readiness", "liveness"))
+    if scheme is None:  # nobody who asks has a certificate
+        assert ready["tcpSocket"] == alive["tcpSocket"] == {"port": "http"}
+        assert [each["port"] for each in watched] == ["metrics"]
+        return
+    assert ready["httpGet"] == {"path": "/health", "port": "http", "scheme": scheme}
+    assert alive["httpGet"] == {"path": "/version", "port": "http", "scheme": scheme}
+    assert [each["port"] for each in watched] == ["metrics", "http"]
+    assert watched[1].get("scheme", "http") == scheme.lower()
+
+
+def test_the_gateway_holds_no_keys_and_takes_its_limits() -> None:
+    objects = render("keys.secret=a gateway.maxBodyBytes=2000000 gateway.streamsPerKey=7")
+    assert [each["mountPath"] for each in front(objects)["volumeMounts"]] == ["/tmp"]
+    said = front_arguments(objects)
+    assert (said["max_body_bytes"], said["streams_per_key"]) == (2_000_000, 7)
+    extra = render("gateway.extraArgs={--slow-reader-seconds=9}")
+    assert front_arguments(extra)["slow_reader_seconds"] == 9
+
+
+def test_without_a_gateway_nothing_speaks_of_it() -> None:
+    settings = "gateway.enabled=false tls.secret=a podMonitor.enabled=true"
+    objects = render(settings)
+    assert [each["name"] for each in pod(objects)["containers"]] == ["server"]
+    assert arguments(objects)["plain_port"] == arguments(objects)["http_port"] == 0
+    assert "http" not in {each["name"] for each in only(objects, "Service")["spec"]["ports"]}
+    assert {"port": "http"} not in only(objects, "NetworkPolicy")["spec"]["ingress"][0]["ports"]
+    (watched,) = only(objects, "PodMonitor")["spec"]["podMetricsEndpoints"]
+    assert watched["port"] == "metrics"
 
 
 def test_without_an_account_of_its_own_the_pod_uses_a_named_one() -> None:
@@ -289,6 +383,7 @@ def test_without_an_account_of_its_own_the_pod_uses_a_named_one() -> None:
         ("server.prot=9000", "prot"),
         ("tls.clientSecret=c", "tls/secret"),
         ("keys.file=keys.json", "keys"),
+        ("gateway.port=80", "gateway/port"),
         ("replicas=2", "replicas"),
         ("bundles.names={../etc}", "bundles/names"),
         ("bundles.names={a} bundles.watch=true", "bundles/names"),

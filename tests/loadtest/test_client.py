@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import grpc
 import pytest
@@ -108,6 +109,16 @@ async def test_a_broken_stream_is_a_violation(
     record = await observe_script(serve, change)
     assert says in record.violation
     assert not record.failure and not record.whole
+
+
+async def test_a_first_token_that_others_follow_from_is_not_counted(serve: Serve) -> None:
+    async def script(request: pb.GenerateRequest, _: Context) -> Stream:
+        for event in other_prompt(keep_contract(request)):
+            yield event
+
+    address = await serve(script)
+    assert (await observe(address, replace(REQUEST, first_counts=False))).whole
+    assert "2 prompt tokens, 3 were" in (await observe(address)).violation
 
 
 async def test_an_error_event_is_a_failure(serve: Serve) -> None:

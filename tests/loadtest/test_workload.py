@@ -1,19 +1,21 @@
 from __future__ import annotations
 
 from itertools import islice
+from typing import Any
 
 import pytest
 
 from loadtest.workload import Lengths, Request, draw_requests, parse_lengths
 
 
-def draw(seed: int, count: int = 200, prompts: tuple[str, ...] = ()) -> list[Request]:
+def draw(seed: int, count: int = 200, prompts: tuple[str, ...] = (), **start: Any) -> list[Request]:
     requests = draw_requests(
         seed,
         vocabulary=10,
         prompt_lengths=Lengths(0, 3),
         output_lengths=Lengths(4, 6),
         prompts=prompts,
+        **start,
     )
     return list(islice(requests, count))
 
@@ -47,3 +49,13 @@ def test_lengths_and_ids_fill_their_ranges_and_stay_inside() -> None:
 
 def test_given_prompts_replace_random_ones() -> None:
     assert {request.prompt for request in draw(1, prompts=("a", "b"))} == {"a", "b"}
+
+
+def test_the_server_counts_as_many_tokens_as_are_asked_for() -> None:
+    """It does not count what others follow from: a begin token, or the first id without one."""
+    for request in draw(1, begin=3):
+        ids = request.prompt or ()
+        assert request.first_counts == (ids[:1] != (3,))
+    for request in draw(1, has_begin=False):
+        assert request.prompt and not request.first_counts
+    assert {len(request.prompt or ()) for request in draw(1, has_begin=False)} == {1, 2, 3, 4}

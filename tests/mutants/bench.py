@@ -112,4 +112,30 @@ MUTANTS = (
         ("a bare graph counts beside its engine", " and not is_check(c, cell)", ""),
         ("a rival that failed is forgotten", "and entry.outcome != OK\n    ]", "and False\n    ]"),
     ),
+    *bugs(
+        "loadtest/bench/adapters/sources.py",
+        f"{_FOLDER}/test_sources.py",
+        (
+            "peers get a model with other positions",
+            'if make_rope({"rope_theta": theta}, head_dim) == rope:',
+            "if theta:",
+            "test_what_is_not_written_is_named_with_the_remedy",
+        ),
+        (
+            "peers get gate and up the other way round",
+            'parts = file.get_tensor(f"model.{name}").split(rows)',
+            'parts = file.get_tensor(f"model.{name}").split(rows)[:: 1 if len(rows) != 2 else -1]',
+            "test_a_run_becomes_the_folder_that_it_was_made_of",
+        ),
+    ),
+    *bugs(
+        "loadtest/bench/contestants.py",
+        f"{_FOLDER}/test_sources.py",
+        (
+            "llama.cpp runs a model of its own, with random weights",
+            "            return replace(peer, source=source.gguf)\n",
+            "            return peer\n",
+            "test_llama_runs_the_very_file_and_what_it_makes_of_it",
+        ),
+    ),
 )

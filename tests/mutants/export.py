@@ -9,6 +9,8 @@ _PRETRAINED = "tests/export/test_pretrained.py"
 _QUANTISE = "tests/export/test_quantise.py"
 _KERNEL = "tests/export/test_kernel.py"
 _HELDOUT = "tests/export/test_heldout.py"
+_WINDOWS = "tests/export/test_windows.py"
+_BESIDE = "tests/export/test_graph_file.py"
 
 MUTANTS = (
     *bugs(
@@ -44,7 +46,47 @@ MUTANTS = (
             "np.maximum(most.get(tensor.name, reached), reached)",
             "reached",
         ),
+    ),
+    *bugs(
+        "protos/concertina/bundle/manifest.py",
+        _BESIDE,
+        (
+            "a graph reads weights that nobody verified",
+            "    if others:\n",
+            "    if False:\n",
+            "test_a_file_off_the_list_is_not_read",
+        ),
+    ),
+    *bugs(
+        "export/windows.py",
+        _HELDOUT,
         ("units know only the data", "    yield tokens\n", "    yield tokens * 0\n"),
+    ),
+    *bugs(
+        "export/windows.py",
+        _WINDOWS,
+        (
+            "windows cross the borders of documents",
+            ".split(bytes([END_OF_TEXT]))[0]",
+            "",
+            "test_windows_are_streams_of_one_document",
+        ),
+        (
+            "no window begins with the begin token",
+            "ids = np.concatenate(([begin], ids))",
+            "pass",
+            "test_windows_are_streams_of_one_document",
+        ),
+    ),
+    *bugs(
+        "export/heldout.py",
+        _WINDOWS,
+        (
+            "the loss is for each token",
+            "nats / windows.size",
+            "nats / count",
+            "test_a_head_that_is_looked_up_in_is_stored_once",
+        ),
     ),
     *bugs(
         "export/parity.py",
@@ -116,6 +158,12 @@ MUTANTS = (
             "any weight is stored in two bytes",
             "np.array_equal(v.astype(element).astype(v.dtype), v)",
             "True",
+            "test_weights_are_stored_as_small_as_loses_nothing",
+        ),
+        (
+            "the narrowest type is named",
+            "[*_TYPES.items()][::-1]",
+            "[*_TYPES.items()]",
             "test_weights_are_stored_as_small_as_loses_nothing",
         ),
     ),

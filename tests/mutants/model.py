@@ -96,7 +96,7 @@ MUTANTS = (
     *bugs(
         "model/pretrained/folder.py",
         "tests/model/pretrained/test_folder.py",
-        ("an index may name any file", "Path(name).name != name or not", "not"),
+        ("an index may name any file", "Path(name).name != name\n", "False\n"),
         ("a header of any size is read", "if size > _MOST_HEADER:", "if size > 1 << 63:"),
         ("any type of weight is taken", "not tensor.is_floating_point() or", "False and"),
     ),

@@ -29,7 +29,7 @@ SOURCES = (
     *("model", "export", "server", "loadtest", "protos", "examples", "tests"),
     "pyproject.toml",
 )
-TIME_LIMIT_S = 600
+TIME_LIMIT_S = 1200
 
 Warm = subprocess.Popen[bytes]
 Idle = SimpleQueue[Warm]

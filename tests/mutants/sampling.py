@@ -108,7 +108,7 @@ MUTANTS = (
             "withheld tokens are withheld from every stream",
             "early = (self.withheld_owner == owner) & (position",
             "early = (self.withheld_owner >= 0) & (position",
-            "test_processors_step_by_step",
+            "test_tokens_are_withheld_from_the_stream_that_asks",
         ),
         (
             "what is recalled counts once",
@@ -128,7 +128,7 @@ MUTANTS = (
         _TOKENS,
         (
             "a token is drawn where none is left",
-            "if ours.max() == -np.inf:",
+            "if ours is scratch.row and ours.max() == -np.inf:",
             "if False:",
             "test_processors_step_by_step",
         ),

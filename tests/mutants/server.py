@@ -265,8 +265,8 @@ MUTANTS = (
     Mutant(
         "a backlog is one event, however large",
         "server/sessions/subscriber.py",
-        """self._tokens[:EVENT_TOKENS], self._logprobs[:EVENT_TOKENS]
-        del self._tokens[:EVENT_TOKENS], self._logprobs[:EVENT_TOKENS]""",
+        """self._tokens[:most], self._logprobs[:most]
+        del self._tokens[:most], self._logprobs[:most]""",
         """self._tokens[:], self._logprobs[:]
         del self._tokens[:], self._logprobs[:]""",
         "tests/server/sessions/test_races.py",
@@ -458,5 +458,15 @@ MUTANTS = (
         "        if piece:  # nothing completes nothing\n            self",
         "        if True:\n            self",
         "tests/concertina/codecs/test_token_text.py",
+    ),
+    *bugs(
+        "server/runtime/onnx_session.py",
+        "tests/server/runtime/test_device_state.py",
+        (
+            "the CPU attends for a GPU, to int8 caches",
+            'if provider != "cpu" and (bundle.rounds_state or not bundle.moves_on_devices):',
+            'if provider != "cpu" and not bundle.moves_on_devices:',
+            "test_graphs_that_move_state_do_not_make_int8_caches_fit",
+        ),
     ),
 )

@@ -12,7 +12,10 @@ _WORDS = "tests/server/engine/sampling/test_bad_words.py"
 _SERVED = "tests/server/api/test_tokenizers.py"
 
 _SOURCES = "tests/server/hosts/test_sources.py"
+_FAMILIES = "tests/concertina/codecs/test_chat_families.py"
+_SENTENCEPIECE = "tests/model/pretrained/test_sentencepiece.py"
 _PRETRAINED = "tests/model/pretrained/test_vocabulary.py"
+_HOSTILE = "tests/model/pretrained/test_hostile.py"
 
 MUTANTS = (
     *bugs(
@@ -58,15 +61,65 @@ MUTANTS = (
         ),
         (
             "special tokens are text",
-            '"special": types[number] == _CONTROL',
+            '"special": types[number] in special',
             '"special": False',
             "test_the_tokenizer_of_a_gguf_file_is_that_of_the_folder",
         ),
         (
             "unknown tokenizers are guessed",
-            'if model != "gpt2" or kind not in _SPLITS:',
-            'if model != "gpt2":',
+            'if model != "llama" and (model != "gpt2" or kind not in [*_SPLITS]):',
+            'if model not in ("llama", "gpt2"):',
             "test_a_tokenizer_that_is_not_wholly_known_is_refused",
+        ),
+    ),
+    *bugs(
+        "model/pretrained/sentencepiece.py",
+        _SENTENCEPIECE,
+        (
+            "runs of spaces are joined from the right",
+            "(score, at, len(token) - at, token)",
+            "(score, -at, len(token) - at, token)",
+            "test_runs_of_spaces_with_one_score_are_joined_from_the_left",
+        ),
+        (
+            "merges that scores cannot order are guessed",
+            "if ours.encode(text).tokens != [",
+            "if not ours or None == [",
+            "test_scores_that_no_order_of_merges_can_say_are_refused",
+        ),
+    ),
+    *bugs(
+        "protos/concertina/codecs/chat_template.py",
+        _FAMILIES,
+        (
+            "what is set in an answer is known behind it",
+            "nodes.Scope(body, lineno=line)",
+            "body",
+            "test_corners_of_the_sandbox_are_those_of_transformers",
+        ),
+    ),
+    *bugs(
+        "model/pretrained/files.py",
+        _HOSTILE,
+        (
+            "a link brings any file into a bundle",
+            "if not path.resolve().is_relative_to(root):",
+            "if False:",
+            "test_links_within_a_hub_s_cache_are_followed_and_no_others",
+        ),
+    ),
+    *bugs(
+        "model/pretrained/gguf_header.py",
+        _HOSTILE,
+        ("tensors share their bytes", "if stored.begin < end and stored.bytes:", "if False:"),
+    ),
+    *bugs(
+        "model/pretrained/vocabulary.py",
+        _HOSTILE,
+        (
+            "a template that loops is converted",
+            "    except HarmfulTemplateError as error:\n",
+            "    except ArithmeticError as error:\n",
         ),
     ),
     *bugs(
@@ -101,7 +154,7 @@ MUTANTS = (
     *bugs(
         "protos/concertina/codecs/tokenizer_text.py",
         _TOKENIZER,
-        ("special tokens of a file are text", "if content not in special:", "if True:"),
+        ("special tokens of a file are text", "if token not in names:", "if True:"),
         (
             "byte tokens are shown as they are written",
             'if "ByteFallback" in kinds and (byte',
@@ -114,7 +167,7 @@ MUTANTS = (
         _FILE,
         (
             "a billion merges are parsed",
-            'if (items := content.count(b",")) > _MOST_ITEMS:',
+            'if (items := sum(map(content.count, (b",", b"[", b"{")))) > _MOST_ITEMS:',
             "if (items := 0) > _MOST_ITEMS:",
         ),
         ("groups repeat", "if after_group and character in", "if False and character in"),
@@ -142,6 +195,26 @@ MUTANTS = (
         ),
         ("a word begins with its first byte alone", "range(1, min(", "range(1, 1 + min(1, "),
         ("words inside a token are allowed", "found = list(self._containing)", "found = []"),
+    ),
+    *bugs(
+        "server/api/convert.py",
+        _SERVED,
+        (
+            "tokens of a prompt have the strings of its beginning",
+            "request.prompt.tokens[position : position + len(event.logprobs)]",
+            "request.prompt.tokens[: len(event.logprobs)]",
+            "test_log_probabilities_of_the_end_of_a_prompt_name_its_tokens",
+        ),
+    ),
+    *bugs(
+        "server/sessions/subscriber.py",
+        "tests/server/sessions/test_subscriber.py",
+        (
+            "the rest of an event waits for the interval",
+            "enough = self._is_in_parts or len(",
+            "enough = len(",
+            "test_log_probabilities_come_in_parts_and_the_rest_at_once",
+        ),
     ),
     *bugs(
         "protos/concertina/codecs/starts.py",

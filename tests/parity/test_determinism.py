@@ -7,21 +7,32 @@ import time
 from array import array
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from server.bundles.bundle import load_bundle
+from server.api.prompt import empty_prompt
+from server.bundles.bundle import Bundle, load_bundle
 from server.checkpoint import Checkpoint, Finish, FinishReason, TokenLogprobs
 from server.config import EngineConfig
 from server.engine.restore import ResumeCursor
 from server.engine.stream import Stream
-from server.request import Lease, LogitsProcessors, Request, SamplingParameters
+from server.request import (
+    Lease,
+    LogitsProcessors,
+    Request,
+    SamplingParameters,
+    prompt_of,
+)
 from server.sessions.subscriber import Delta
 from tests.checkpoints import in_few_bits
 from tests.parity.served import TOLERANCE
-from tests.server.engines import BYTES, LIMIT_S, DrivenModel, ask, together, until
+from tests.pretrained_bundles import LLAMA, MISTRAL, make_pretrained_bundle
+from tests.server.engines import LIMIT_S, DrivenModel, together, until
+from tests.server.tokenizer_bundles import make_tokenizer_bundle
+from tests.tokenizers_made import BYTE_FALLBACK, trained
 
 slow = pytest.mark.slow
 RULES = LogitsProcessors(repetition_penalty=1.3, frequency_penalty=0.4)
@@ -46,16 +57,24 @@ class Output:
         return Output(self.tokens[tokens:], text, logprobs, self.reason)
 
 
-def wanted(number: int) -> Request:
-    """One of as many different requests as are asked for."""
-    number, prompt = number + 1, PROMPTS[number % len(PROMPTS)]
+@cache
+def bundle_in(folder: Path) -> Bundle:
+    """The bundle in `folder`, loaded once."""
+    return load_bundle(folder)
+
+
+def wanted(folder: Path, number: int) -> Request:
+    """One of as many different requests as are asked for. The ids are there in every vocabulary."""
+    bundle, ids = bundle_in(folder), [*PROMPTS[number % len(PROMPTS)]]
+    prompt = prompt_of(empty_prompt(bundle).start, ids, bundle.typecode)
+    number += 1
     sampling = SamplingParameters(
         seed=number,
         temperature=0.0 if number % 5 == 0 else 0.9,
         logprobs=2,
         processors=RULES if number % 4 == 0 else None,
     )
-    return ask(prompt, MORE, sampling=sampling)
+    return Request(prompt, sampling, MORE)
 
 
 async def read(model: DrivenModel, stream: Stream) -> Output:
@@ -82,11 +101,24 @@ async def read_all(model: DrivenModel, requests: list[Request]) -> list[Output]:
 
 @pytest.fixture(
     scope="module",
-    params=["float16", "int8", "int4", "state8", pytest.param("int8-state8", marks=slow)],
+    params=[
+        *("float16", "int8", "int4", "state8", "pieces", LLAMA, MISTRAL),
+        *(pytest.param(kind, marks=slow) for kind in ("int8-state8", f"{LLAMA} int8")),
+        *(pytest.param(f"{MISTRAL} {kind}", marks=slow) for kind in ("int4", "state8")),
+    ],
 )
-def folder(request: pytest.FixtureRequest, text_bundle: Path) -> Path:
-    """The bundle `tiny-text`, with matrices of each type, and with caches in int8."""
-    return in_few_bits(text_bundle, request.param)
+def folder(request: pytest.FixtureRequest, tiny_bundles: Path) -> Path:
+    """The bundle `tiny-text`, with matrices of each type, and with caches in int8.
+
+    Also one that folds and whose tokens are pieces of text, and pretrained models of such tokens.
+    """
+    if request.param == "pieces":
+        begin = trained(BYTE_FALLBACK).token_to_id("<s>")
+        return make_tokenizer_bundle(tiny_bundles / "pieces", BYTE_FALLBACK, begin_token=begin)
+    kind, _, bits = request.param.rpartition(" ") if " " in request.param else ("", "", "")
+    if kind or request.param in (LLAMA, MISTRAL):
+        return in_few_bits(make_pretrained_bundle(tiny_bundles, kind or request.param), bits)
+    return in_few_bits(request.getfixturevalue("text_bundle"), request.param)
 
 
 @pytest.fixture
@@ -96,7 +128,7 @@ async def start(folder: Path) -> AsyncIterator[Start]:
 
     def start(**settings: Any) -> DrivenModel:
         settings = {"threads": 1, "prefix_cache_bytes": 0, "slots": 4, **settings}
-        models.append(DrivenModel(load_bundle(folder), EngineConfig(**settings)))
+        models.append(DrivenModel(bundle_in(folder), EngineConfig(**settings)))
         return models[-1]
 
     yield start
@@ -113,7 +145,7 @@ async def alone(start: Start, folder: Path, count: int) -> list[Output]:
     for number in range(count):
         if (folder, number) not in _ALONE:
             model = model or start()
-            _ALONE[folder, number] = (await read_all(model, [wanted(number)]))[0]
+            _ALONE[folder, number] = (await read_all(model, [wanted(folder, number)]))[0]
             assert len(_ALONE[folder, number].logprobs) == MORE
     return [_ALONE[folder, number] for number in range(count)]
 
@@ -121,7 +153,7 @@ async def alone(start: Start, folder: Path, count: int) -> list[Output]:
 def assert_close(got: list[Output], expected: list[Output], folder: Path) -> None:
     """Checks that outputs are the same; with float caches, whose kernel sums the products of tokens
     that are pushed together in another order, log-probabilities within the tolerance."""
-    bundle = load_bundle(folder)
+    bundle = bundle_in(folder)
     if bundle.pairs_rows or bundle.rounds_state:
         assert got == expected
         return
@@ -137,7 +169,7 @@ def assert_close(got: list[Output], expected: list[Output], folder: Path) -> Non
 )
 async def test_company_changes_nothing(start: Start, folder: Path, size: int) -> None:
     expected = await alone(start, folder, size)
-    assert await read_all(start(slots=size), [wanted(n) for n in range(size)]) == expected
+    assert await read_all(start(slots=size), [wanted(folder, n) for n in range(size)]) == expected
 
 
 @pytest.mark.parametrize("slots", [1, 3])
@@ -152,8 +184,8 @@ async def test_neither_does_preemption_nor_a_score(start: Start, folder: Path, s
     step, reading, scores = runtime.step, [], []
     runtime.step = lambda *given: (time.sleep(0.002), step(*given))[1]  # so that they meet
     for priority in range(len(PROMPTS)):
-        stream = model.submit(replace(wanted(priority), priority=priority))
-        scores.append(model.submit(replace(wanted(priority), score=True, priority=9)))
+        stream = model.submit(replace(wanted(folder, priority), priority=priority))
+        scores.append(model.submit(replace(wanted(folder, priority), score=True, priority=9)))
         reading.append(asyncio.create_task(read(model, stream)))
         await until(lambda stream=stream: stream.generated > 2 or stream.ended)  # type: ignore[misc]
     assert await asyncio.gather(*reading) == expected
@@ -166,30 +198,30 @@ async def test_neither_does_preemption_nor_a_score(start: Start, folder: Path, s
 )
 async def test_neither_do_the_passes_of_a_prompt(start: Start, folder: Path, chunk: int) -> None:
     expected = await alone(start, folder, len(PROMPTS))
-    requests = [wanted(n) for n in range(len(PROMPTS))]
+    requests = [wanted(folder, n) for n in range(len(PROMPTS))]
     assert_close(await read_all(start(prefill_chunk=chunk), requests), expected, folder)
 
 
 async def test_neither_do_cached_prefixes(start: Start, folder: Path) -> None:
     expected = await alone(start, folder, len(PROMPTS))
-    requests = [wanted(n) for n in range(len(PROMPTS))]
+    requests = [wanted(folder, n) for n in range(len(PROMPTS))]
     model = start(prefix_cache_bytes=10**6)
     assert await read_all(model, requests) == expected
-    assert model.engine.cache.prefix_bytes
+    assert bool(model.engine.cache.prefix_bytes) == model.bundle.shares_blocks
     assert await read_all(model, requests[::-1]) == expected[::-1]
 
 
 @pytest.mark.parametrize("threads", [2, pytest.param(3, marks=slow)])
 async def test_neither_does_the_number_of_threads(start: Start, folder: Path, threads: int) -> None:
     expected = await alone(start, folder, 3)
-    requests = [wanted(n) for n in range(3)]
+    requests = [wanted(folder, n) for n in range(3)]
     assert await read_all(start(threads=threads), requests) == expected
 
 
 async def test_neither_does_a_slow_reader(start: Start, folder: Path) -> None:
     expected = await alone(start, folder, 3)
     model = start(stream_buffer=4)
-    streams = [model.submit(wanted(n)) for n in range(3)]
+    streams = [model.submit(wanted(folder, n)) for n in range(3)]
     await until(lambda: len(model.engine.placement.paused) == 3)
     assert list(await asyncio.gather(*(read(model, each) for each in streams))) == expected
 
@@ -207,16 +239,16 @@ async def test_neither_do_drafts(
     for message in refused:
         assert f"{model.bundle.manifest.quantisation.bits} bits" in message
         assert message.endswith("without --weights")
-    got = [(await read_all(model, [wanted(n)]))[0] for n in range(len(PROMPTS))]
+    got = [(await read_all(model, [wanted(folder, n)]))[0] for n in range(len(PROMPTS))]
     assert_close(got, expected, folder)
 
 
 async def checkpoints(
-    start: Start, request: Request, company: int
+    start: Start, folder: Path, number: int, company: int
 ) -> tuple[Output, dict[int, Checkpoint]]:
     """The output of a kept stream in a batch, and its checkpoints by number of generated tokens."""
     model, found = start(slots=company + 1), dict[int, Checkpoint]()
-    lease = Lease("kept", (request,), keep_s=60.0)
+    lease = Lease("kept", (wanted(folder, number),), keep_s=60.0)
     step: Any = model.engine.runtime.step
 
     def recording(*args: Any) -> Any:
@@ -228,7 +260,7 @@ async def checkpoints(
 
     model.engine.runtime.step = recording  # type: ignore[method-assign]
     with together(model):
-        others = [model.submit(wanted(20 + n)) for n in range(company)]
+        others = [model.submit(wanted(folder, 20 + n)) for n in range(company)]
         stream = model.open(lease).streams[0]
     outputs = await asyncio.gather(*(read(model, each) for each in (stream, *others)))
     return outputs[0], found
@@ -242,14 +274,14 @@ async def test_neither_does_a_death(start: Start, folder: Path, number: int, com
     Without them, tokens that the reader has are drawn again.
     """
     expected = (await alone(start, folder, number + 1))[number]
-    request = wanted(number)
-    output, found = await checkpoints(start, request, company)
+    request = wanted(folder, number)
+    output, found = await checkpoints(start, folder, number, company)
     assert output == expected
     other = start(slots=6)
     for stored, received in ((1, 1), (3, 9), (8, 14), (11, 30), (33, 35)):
         assert found[stored].saved is not None
-        before = Checkpoint(array("B"))
-        text = sent_text(request, output, received)
+        before = Checkpoint(array(other.bundle.typecode))
+        text = sent_text(other.bundle, request, output, received)
         for checkpoint in (found[stored], before):
             for ids in (0, received):
                 cursor = ResumeCursor(
@@ -257,7 +289,7 @@ async def test_neither_does_a_death(start: Start, folder: Path, number: int, com
                 )
                 lease = Lease(f"{stored}-{ids}-{checkpoint is before}", (request,), keep_s=60.0)
                 with together(other):
-                    others = [other.submit(wanted(30 + n)) for n in range(company + 1)]
+                    others = [other.submit(wanted(folder, 30 + n)) for n in range(company + 1)]
                     stream = other.open(lease, [checkpoint], [cursor]).streams[0]
                 got = await read(other, stream)
                 assert got == output.rest(received, len(text)), (stored, received, ids)
@@ -265,8 +297,8 @@ async def test_neither_does_a_death(start: Start, folder: Path, number: int, com
                     other.cancel(each)
 
 
-def sent_text(request: Request, output: Output, tokens: int) -> str:
+def sent_text(bundle: Bundle, request: Request, output: Output, tokens: int) -> str:
     """The text that comes with the first `tokens` of an output."""
-    lease = Lease("s", (request,))
-    stream = Stream(lease, request, None, "B", BYTES)  # type: ignore[arg-type]
+    lease, text = Lease("s", (request,)), bundle.codec.text
+    stream = Stream(lease, request, None, bundle.typecode, text)  # type: ignore[arg-type]
     return "".join(stream.accept_token(token, 0.0)[0] for token in output.tokens[:tokens])

@@ -40,3 +40,18 @@ grpc:
 {{- end }}
 {{ toYaml (index $values.probes (index . 1)) }}
 {{- end -}}
+
+{{- /* A probe of the gateway: (list context path name-of-probe). It has no certificate to show. */ -}}
+{{- define "concertina.gatewayProbe" -}}
+{{- $values := (index . 0).Values -}}
+{{- if $values.tls.clientSecret -}}
+tcpSocket:
+  port: http
+{{- else -}}
+httpGet:
+  path: {{ index . 1 }}
+  port: http
+  scheme: {{ ternary "HTTPS" "HTTP" (ne $values.tls.secret "") }}
+{{- end }}
+{{ toYaml (index $values.probes (index . 2)) }}
+{{- end -}}

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from loadtest.bench.plan import Shape
 
@@ -32,6 +32,9 @@ class Setting:
     weights: str = "float32"
     state: str = "float32"
     """Types of what is stored."""
+    source: Path | None = None
+    """What the model is made of; None: random weights."""
+    device: Literal["cpu", "cuda"] = "cpu"
 
 
 class TooLong(Exception):
@@ -71,7 +74,7 @@ class Adapter(Protocol):
     """A module of this package."""
 
     def prepare(self, setting: Setting) -> None:
-        """Write a model with random weights into the setting's folder."""
+        """Write a model into the setting's folder: of its source, or with random weights."""
         ...
 
     def open_session(self, setting: Setting) -> Session:

@@ -1,7 +1,10 @@
-"""Bundles with random weights, for measuring alone: their parity with PyTorch is not checked."""
+"""Bundles for measuring alone, with random weights or of a run: their parity is not checked."""
 
 from __future__ import annotations
 
+import json
+import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +12,10 @@ import onnx
 import torch
 
 from concertina.bundle.manifest import write_manifest
+from concertina.codecs.tokenizer_file import TOKENIZER
 from concertina.v1 import bundle_pb2 as pb
+from export.bundle import describe
+from export.graph_file import LARGEST_GRAPH, stored
 from export.graphs import Units, export_fold, export_step, layers, state_tensors
 from export.heldout import cache_units
 from export.moves import export_moves
@@ -18,6 +24,7 @@ from export.weights import round_weights
 from loadtest.bench.plan import Shape
 from model.config import ModelConfig
 from model.decoder import Decoder
+from model.run import CHECKPOINT, CONFIG, Checkpoint, load_checkpoint
 
 _SEED = 0
 _DATA_TYPES = {
@@ -73,6 +80,43 @@ def make_bundle(
         quantise_step(folder / "step.onnx", packed)
         round_activations(folder / "step.onnx")
     write_manifest(folder, manifest, files)
+
+
+def make_bundle_of(run: Path, folder: Path, context: int, state: str = "float32") -> None:
+    """Write the model of a run to `folder`, for `context` tokens where it can do with fewer.
+
+    state: float32 or float16. Weights are stored as `concertina export` stores them, and computed
+    in float32. Raises FileExistsError when `folder` is there.
+    """
+    folder.mkdir(parents=True)
+    checkpoint = _shortened(run, context)
+    data_type = _DATA_TYPES[state]
+    if checkpoint.origin is None:
+        round_weights(checkpoint.model)
+    manifest = describe(checkpoint, "bench", "pretrained", data_type)
+    files = ["step.onnx"]
+    beside = stored(checkpoint.model).bytes > LARGEST_GRAPH
+    export_step(checkpoint.model, folder / "step.onnx", data_type, beside=beside)
+    if manifest.HasField("fold"):
+        export_fold(checkpoint.model, folder / "fold.onnx", data_type)
+        files.append("fold.onnx")
+    if data_type == pb.DATA_TYPE_FLOAT16:
+        files += export_moves(manifest.state, folder)
+    if checkpoint.origin is not None and (run / TOKENIZER).exists():
+        shutil.copyfile(run / TOKENIZER, folder / TOKENIZER)
+        files.append(TOKENIZER)
+    write_manifest(folder, manifest, files)
+
+
+def _shortened(run: Path, context: int) -> Checkpoint:
+    """The checkpoint of a run, for so many tokens, unless a table of positions has its length."""
+    settings = json.loads((run / CONFIG).read_text())
+    if settings["model"]["positions"] in ("none", "sinusoid"):
+        settings["model"]["context"] = min(context, settings["model"]["context"])
+    with tempfile.TemporaryDirectory() as shorter:
+        (Path(shorter) / CONFIG).write_text(json.dumps(settings))
+        (Path(shorter) / CHECKPOINT).symlink_to((run / CHECKPOINT).resolve())
+        return load_checkpoint(Path(shorter))
 
 
 def _export(

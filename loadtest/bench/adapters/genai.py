@@ -1,4 +1,6 @@
-"""onnxruntime-genai: a Llama of our size through its own model builder and generator.
+"""onnxruntime-genai, through its own model builder and generator.
+
+The model is a pretrained one, or a Llama of our size.
 
 In the mode `graph`, the exported graph runs alone, in the onnxruntime that the generator uses, over
 a cache that is made up: computing a long context for many streams takes hours.
@@ -25,7 +27,7 @@ from loadtest.bench.plan import Shape
 
 Tokens = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
-_CONFIG = "genai_config.json"
+_CONFIG, _TOKENIZER = "genai_config.json", "tokenizer.json"
 _PRECISIONS = {"float32": ["-p", "fp32"], "int4": ["-p", "int4"]}
 _ROUNDED = "accuracy_level=4"  # activations in int8: the fastest kernels
 _DRIFT = 64
@@ -37,8 +39,14 @@ _ELEMENTS = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor
 def prepare(setting: Setting) -> None:
     """See Adapter."""
     source, cache = setting.folder / "transformers", setting.folder / "cache"
-    LlamaForCausalLM(llama_config(setting.shape)).save_pretrained(source)
-    _byte_tokenizer(setting.shape).save_pretrained(source)
+    if setting.source is None:
+        LlamaForCausalLM(llama_config(setting.shape)).save_pretrained(source)
+    else:
+        source.mkdir(parents=True)
+        for file in setting.source.iterdir():
+            (source / file.name).symlink_to(file.resolve())
+    if not (source / _TOKENIZER).exists():
+        _byte_tokenizer(setting.shape).save_pretrained(source)
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-e", "cpu"]
     command += [*_PRECISIONS[setting.weights], "-i", str(source), "-o", str(setting.folder)]
     command += ["-c", str(cache)]
@@ -132,7 +140,7 @@ class _Graph:
         self._logits = np.empty((setting.streams, 1, setting.shape.vocabulary), np.float32)
         logits = ort.OrtValue.ortvalue_from_numpy(self._logits)
         self._binding.bind_ortvalue_output("logits", logits)
-        shape = (setting.streams, setting.shape.heads, capacity, setting.shape.head_dim)
+        shape = (setting.streams, setting.shape.cached_heads, capacity, setting.shape.head_dim)
         self._inputs = {each.name for each in self._session.get_inputs()}
         for each in self._session.get_inputs():
             if not each.name.startswith("past_key_values."):

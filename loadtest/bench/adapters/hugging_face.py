@@ -1,11 +1,14 @@
-"""Transformers on PyTorch: a Llama of our size, decoded greedily over its static cache."""
+"""Transformers on PyTorch, decoded greedily over its static cache.
+
+The model is a pretrained one, or a Llama of our size.
+"""
 
 from __future__ import annotations
 
 import time
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from loadtest.bench.adapters.adapter import FirstToken, Session, Setting, Window
 from loadtest.bench.plan import Shape
@@ -49,11 +52,12 @@ def open_prompt(setting: Setting) -> FirstToken:
     session.decode(1)
 
     def first_token() -> float:
-        prompt = torch.randint(setting.shape.vocabulary, (1, setting.context))
+        prompt = session.tokens(torch.randint(setting.shape.vocabulary, (1, setting.context)))
         began = time.perf_counter()
         session.rewind()
         for chunk in prompt.split(_PREFILL_CHUNK, dim=1):
             session.push(chunk)
+        session.wait()
         return time.perf_counter() - began
 
     return first_token
@@ -63,16 +67,21 @@ class _Static:
     def __init__(self, setting: Setting, context: int) -> None:
         torch.set_num_threads(setting.threads)
         self._streams, self._context = setting.streams, context
-        self._model = LlamaForCausalLM.from_pretrained(setting.folder, dtype=torch.float32).eval()
+        weights, state = getattr(torch, setting.weights), getattr(torch, setting.state)
+        self._device = torch.device(setting.device)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            setting.folder, dtype=weights, attn_implementation="sdpa"
+        )
+        self._model = loaded.eval().to(self._device)
         room = setting.context + setting.room
         self._cache = StaticCache(config=self._model.config, max_cache_len=room)
         shape = setting.shape
         self._cache.early_initialization(
             batch_size=setting.streams,
-            num_heads=shape.heads,
+            num_heads=shape.cached_heads,
             head_dim=shape.head_dim,
-            dtype=torch.float32,
-            device=torch.device("cpu"),
+            dtype=state,
+            device=self._device,
         )
         for layer in self._cache.layers:
             layer.keys.fill_(0.01)
@@ -87,11 +96,22 @@ class _Static:
     def decode(self, steps: int) -> Window:
         """See Session."""
         self.rewind()
-        tokens = torch.zeros(self._streams, 1, dtype=torch.int64)
+        tokens = self.tokens(torch.zeros(self._streams, 1, dtype=torch.int64))
+        self.wait()
         began = time.perf_counter()
         for _ in range(steps):
             tokens = self.push(tokens)
+        self.wait()
         return Window(steps * self._streams, time.perf_counter() - began)
+
+    def tokens(self, values: torch.Tensor) -> torch.Tensor:
+        """The same, where the model computes."""
+        return values.to(self._device)
+
+    def wait(self) -> None:
+        """Until a card has done what it was told."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
 
     def rewind(self) -> None:
         """Forget what was decoded after the context."""
@@ -102,7 +122,8 @@ class _Static:
     @torch.inference_mode()
     def push(self, tokens: torch.Tensor) -> torch.Tensor:
         """Push `tokens[B, T]`; the likeliest next ones, `[B, 1]`."""
-        positions = torch.arange(self._seen, self._seen + tokens.shape[1])[None]
+        end = self._seen + tokens.shape[1]
+        positions = torch.arange(self._seen, end, device=self._device)[None]
         self._seen += tokens.shape[1]
         out = self._model(
             input_ids=tokens,

@@ -1,4 +1,7 @@
-"""llama.cpp through llama-cpp-python: a random GGUF of our size, in f32, q8_0 or q4_0."""
+"""llama.cpp through llama-cpp-python: a GGUF file as it is, or in f32, q8_0 or q4_0.
+
+The other types are made of it by llama.cpp; without a file, of random weights of our size.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,20 @@ _EPSILON = 1e-5
 _PREFILL_CHUNK = 512
 _PROBE_CHUNKS = 4
 _KINDS = {"q8_0": gguf.GGMLQuantizationType.Q8_0, "q4_0": gguf.GGMLQuantizationType.Q4_0}
+_FILE_TYPES = {
+    "float32": llama_cpp.LLAMA_FTYPE_ALL_F32,
+    "q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
+    "q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0,
+}
 
 
 def prepare(setting: Setting) -> None:
     """See Adapter."""
-    shape, random = setting.shape, np.random.default_rng(0)
     setting.folder.mkdir(parents=True)
+    if setting.source is not None:
+        _retype(setting)
+        return
+    shape, random = setting.shape, np.random.default_rng(0)
     writer = gguf.GGUFWriter(_path(setting), "llama")
     writer.add_context_length(1 << 17)
     writer.add_embedding_length(shape.width)
@@ -60,6 +71,18 @@ def prepare(setting: Setting) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _retype(setting: Setting) -> None:
+    """Write the source in the setting's type; to float32, nothing is lost."""
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype = _FILE_TYPES[setting.weights]
+    parameters.nthread, parameters.allow_requantize = setting.threads, True
+    failed = llama_cpp.llama_model_quantize(
+        str(setting.source).encode(), _path(setting).encode(), parameters
+    )
+    if failed:
+        raise RuntimeError(f"llama_model_quantize gave {failed} for {setting.source}")
 
 
 def open_session(setting: Setting) -> Session:
@@ -170,4 +193,4 @@ class _Context:
 
 
 def _path(setting: Setting) -> str:
-    return str(setting.folder / "model.gguf")
+    return str(setting.folder if setting.folder.is_file() else setting.folder / "model.gguf")

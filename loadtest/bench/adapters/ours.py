@@ -23,7 +23,7 @@ from server.bundles.state import StateKind
 from server.checkpoint import Checkpoint, SavedState
 from server.config import EngineConfig
 from server.engine.kv_cache import Cache
-from server.request import Lease, Request, SamplingParameters, prompt_of
+from server.request import Lease, Prompt, Request, SamplingParameters, prompt_of
 from server.runtime.onnx_session import Runtime
 from server.sessions.served_model import ServedModel
 from server.sessions.subscriber import Delta
@@ -35,10 +35,14 @@ _FILLER = np.float32(0.01)
 
 def prepare(setting: Setting) -> None:
     """See Adapter."""
-    from loadtest.bench.adapters.bundles import (
-        make_bundle,
-    )  # needs torch, which nothing else here does
+    # Needs torch, which nothing else here does.
+    from loadtest.bench.adapters.bundles import make_bundle, make_bundle_of
 
+    if setting.source is not None:
+        make_bundle_of(
+            setting.source, setting.folder, setting.context + setting.room, setting.state
+        )
+        return
     make_bundle(
         setting.folder,
         setting.shape,
@@ -59,7 +63,7 @@ def open_session(setting: Setting) -> Session:
 
 def open_prompt(setting: Setting) -> FirstToken:
     """See Adapter. Every prompt is another one: the engine keeps the blocks of prompts."""
-    config = EngineConfig(slots=1, threads=setting.threads)
+    config = EngineConfig(slots=1, threads=setting.threads, provider=setting.device)
     model = ServedModel(load_bundle(setting.folder), config)
     asyncio.run(_generate(model, min(_WARM_UP_TOKENS, setting.context), seed=0))
     seeds = count(1)
@@ -89,11 +93,18 @@ def generate(
 ) -> AsyncIterator[tuple[int, ...]]:
     """Submit a request for `tokens` tokens after `prompt[T]`; their ids, as they arrive."""
     request = Request(
-        prompt_of(model.bundle.vocabulary, prompt, model.bundle.typecode),
+        _prompt(model, prompt),
         sampling=SamplingParameters(temperature=temperature, seed=seed),
         max_tokens=tokens,
     )
     return _ids(model, model.submit(request))
+
+
+def _prompt(model: ServedModel, tokens: npt.ArrayLike) -> Prompt:
+    """A prompt of `tokens[T]`, after token 0 where a tokenizer may have no start token."""
+    bundle = model.bundle
+    start = 0 if bundle.manifest.HasField("tokenizer") else bundle.vocabulary
+    return prompt_of(start, tokens, bundle.typecode)
 
 
 def random_prompt(model: ServedModel, tokens: int, seed: int = 0) -> npt.NDArray[np.int64]:
@@ -105,8 +116,11 @@ class _Streams:
     """Streams of an engine, read to their end by asyncio as the servicer reads them."""
 
     def __init__(self, bundle: Bundle, setting: Setting) -> None:
-        config = EngineConfig(slots=setting.streams, threads=setting.threads)
+        config = EngineConfig(
+            slots=setting.streams, threads=setting.threads, provider=setting.device
+        )
         self._streams = setting.streams
+        self._temperature = 0.0 if setting.mode == "greedy" else 1.0
         self._model = ServedModel(bundle, config)
         saved = _made_up(bundle, setting.context)
         self._checkpoint = Checkpoint(self._model.no_checkpoint.generated, saved)
@@ -122,10 +136,11 @@ class _Streams:
 
     async def _decode(self, steps: int) -> Window:
         epoch = time.perf_counter()
-        prompt = prompt_of(self._model.bundle.vocabulary, [], self._model.bundle.typecode)
+        prompt = _prompt(self._model, [])
         reads = []
         for seed in range(self._streams):
-            request = Request(prompt, SamplingParameters(seed=seed), max_tokens=steps + 1)
+            sampling = SamplingParameters(self._temperature, seed=seed)
+            request = Request(prompt, sampling, max_tokens=steps + 1)
             opened = self._model.open(Lease(str(seed), (request,)), [self._checkpoint])
             reads.append(_arrivals(_ids(self._model, opened), epoch))
         streams = await asyncio.gather(*reads)
@@ -147,9 +162,8 @@ class _Steps:
     def __init__(self, bundle: Bundle, setting: Setting) -> None:
         self._bundle = bundle
         self._streams = setting.streams
-        self._cache = Cache(
-            bundle, Runtime(bundle, setting.streams + 1, setting.threads), setting.streams
-        )
+        runtime = Runtime(bundle, setting.streams + 1, setting.threads, setting.device)
+        self._cache = Cache(bundle, runtime, setting.streams)
         self._saved = _made_up(bundle, setting.context)
 
     @property

@@ -1,4 +1,4 @@
-"""vLLM on the CPU: the Llama of our size in its engine, in this process, decoded greedily."""
+"""vLLM on the CPU: the folder of transformers in its engine, in this process, decoded greedily."""
 
 from __future__ import annotations
 

@@ -18,10 +18,12 @@ from concertina.cli.options import (
     Ca,
     Cert,
     CertKey,
+    Choice,
     FrequencyPenalty,
     IgnoreEos,
     IncludeStop,
     Json,
+    JsonSchema,
     Keep,
     KeyFile,
     Label,
@@ -35,6 +37,7 @@ from concertina.cli.options import (
     PresencePenalty,
     Priority,
     PromptLogprobs,
+    Regex,
     RepetitionPenalty,
     Seed,
     Stop,
@@ -75,6 +78,9 @@ def generate(
     logit_bias: LogitBias = None,
     allowed_token_id: AllowedTokenIds = None,
     bad_word: BadWords = None,
+    json_schema: JsonSchema = None,
+    regex: Regex = None,
+    choice: Choice = None,
     seed: Seed = None,
     stop: Stop = None,
     stop_token_id: StopTokenIds = None,
@@ -110,6 +116,7 @@ def generate(
     concertina generate --prompt-file main.py --stop "def " --stop "class "
     concertina generate "def " --keep 3600
     concertina generate "x = " --n 3 --logprobs 5 --json
+    concertina generate "Is it true? " --choice yes --choice no
     git diff | concertina generate - --json
     """
     if prompt is not None and prompt_file is not None:
@@ -134,6 +141,9 @@ def generate(
             logit_bias=biases,
             allowed_token_ids=allowed_token_id,
             bad_words=bad_word,
+            json_schema=None if json_schema is None else read_text(json_schema),
+            regex=regex,
+            choice=choice,
             seed=seed,
             stop=stop,
             stop_token_ids=stop_token_id,

@@ -26,6 +26,12 @@ def _serve() -> Any:
     return serve
 
 
+def _gateway() -> Any:
+    from server.http.command import gateway
+
+    return gateway
+
+
 def _keys() -> Any:
     from server.auth.keys_command import keys
 
@@ -125,6 +131,7 @@ def _compare() -> Any:
 COMMANDS = {
     "demo": Command("Serve the bundled models and watch them write.", _demo),
     "serve": Command("Serve bundles over gRPC.", _serve),
+    "gateway": Command("Answer OpenAI's HTTP API for a server.", _gateway),
     "keys": Command("Say who may call a server.", _keys),
     "models": Command("List what a server serves.", _models),
     "generate": Command("Write text as it is generated.", _generate),

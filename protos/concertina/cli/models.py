@@ -74,7 +74,7 @@ def models(
 def _heldout(model: Model) -> Iterator[str]:
     for name, value in model.metrics.items():
         yield f"{value:.3f} {name}"
-    if model.weights != "float16":
+    if model.weights.startswith("int"):
         yield f"{model.weights_loss:+.3f} as {model.weights}"
     if model.state == "int8":
         yield f"{model.state_loss:+.3f} with int8 state"

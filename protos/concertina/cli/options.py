@@ -197,6 +197,20 @@ AllowedTokenIds: TypeAlias = Annotated[
 BadWords: TypeAlias = Annotated[
     list[str] | None, typer.Option(help="Text that the output never contains. Repeatable.")
 ]
+JsonSchema: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        callback=optional_file,
+        metavar="FILE",
+        help="JSON Schema of the output, which is JSON then; {} for any.",
+    ),
+]
+Regex: TypeAlias = Annotated[
+    str | None, typer.Option(help="Regular expression that the whole output matches.")
+]
+Choice: TypeAlias = Annotated[
+    list[str] | None, typer.Option(help="Text that the output may be. Repeatable.")
+]
 Stop: TypeAlias = Annotated[
     list[str] | None, typer.Option(help="End before this text. Repeatable.")
 ]

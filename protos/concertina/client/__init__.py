@@ -30,6 +30,7 @@ from concertina.client.errors import (
 )
 from concertina.client.events import (
     Accepted,
+    Cursor,
     Event,
     Finished,
     FinishReason,
@@ -58,6 +59,7 @@ __all__ = [
     "ConcertinaError",
     "ContinueParameters",
     "ContractViolation",
+    "Cursor",
     "DeadlineExceeded",
     "Event",
     "FinishReason",

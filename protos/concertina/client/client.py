@@ -10,6 +10,7 @@ import grpc
 from concertina.client.channel import Access, Tls
 from concertina.client.completions import Completion
 from concertina.client.connection import AsyncConnection, Connection
+from concertina.client.events import Cursor
 from concertina.client.models import Model, Score, TokenList, model_from, score_from, token_list
 from concertina.client.requests import (
     GenerateParameters,
@@ -19,7 +20,7 @@ from concertina.client.requests import (
     score_request,
     tokenize_request,
 )
-from concertina.client.resuming import begin
+from concertina.client.resuming import DEFAULT_KEEP_S, begin, take_up
 from concertina.client.sessions import AsyncSessions, Sessions
 from concertina.client.streams import AsyncStream, Stream
 from concertina.v1 import model_service_pb2
@@ -85,6 +86,25 @@ class Client:
             prompt, timeout=timeout, keep=keep, resume_for=resume_for, **parameters
         )
         return stream.complete()
+
+    def resume(
+        self,
+        stream_id: str,
+        received: Sequence[Cursor] = (),
+        *,
+        timeout: float | None = None,
+        resume_for: float = DEFAULT_KEEP_S,
+    ) -> Stream:
+        """The rest of a kept stream that another client began; its first event is Accepted.
+
+        Whoever reads it now gets StreamCut. What `generate` says about `timeout`, `resume_for` and
+        leaving early holds here, too.
+
+        received: what has arrived of each output; one that is not named is sent from its beginning.
+        """
+        return Stream(
+            self._connection, take_up(self.address, stream_id, received, timeout, resume_for)
+        )
 
     def score(
         self,
@@ -195,6 +215,19 @@ class AsyncClient:
             prompt, timeout=timeout, keep=keep, resume_for=resume_for, **parameters
         )
         return await stream.complete()
+
+    def resume(
+        self,
+        stream_id: str,
+        received: Sequence[Cursor] = (),
+        *,
+        timeout: float | None = None,
+        resume_for: float = DEFAULT_KEEP_S,
+    ) -> AsyncStream:
+        """The rest of a kept stream that another client began, as Client.resume gives it."""
+        return AsyncStream(
+            self._connection, take_up(self.address, stream_id, received, timeout, resume_for)
+        )
 
     async def score(
         self,

@@ -16,6 +16,7 @@ from concertina.client.errors import (
 )
 from concertina.client.events import (
     Accepted,
+    Cursor,
     Event,
     Finished,
     FinishReason,
@@ -59,19 +60,23 @@ class EventReader:
     The messages may arrive over several calls.
 
     address: of the server, named in errors.
-    continues: whether the stream had tokens before it was paused.
+    continues: whether the stream had tokens before it was paused, or may have had.
+    received: what an earlier reader has of each output.
     accepted: the stream's first event, once it has arrived.
     sequence: number of the last event; 0 for none.
     is_complete: whether every output has ended.
     """
 
-    def __init__(self, address: str, continues: bool = False) -> None:
+    def __init__(
+        self, address: str, continues: bool = False, received: Iterable[Cursor] = ()
+    ) -> None:
         self._address = address
         self._continues = continues
+        self._received = tuple(received)
         self.accepted: Accepted | None = None
         self.sequence = 0
         self.is_complete = False
-        self._prompt_position = 0
+        self._prompt_position = max((each.prompt_logprobs for each in self._received), default=0)
         self._outputs: list[_Output] = []  # empty before the stream is accepted
 
     @property
@@ -165,6 +170,7 @@ class EventReader:
         sampling, stopping, options = accepted.sampling, accepted.stopping, accepted.output
         first_position = None if self._continues else accepted.prompt_tokens
         self._outputs = [_Output(first_position) for _ in range(max(1, options.n))]
+        self._take_up()
         self.accepted = Accepted(
             sequence=self.sequence,
             stream_id=accepted.stream_id,
@@ -210,6 +216,16 @@ class EventReader:
         )
         return self.accepted
 
+    def _take_up(self) -> None:
+        """Counts what an earlier reader has received."""
+        for cursor in self._received:
+            if cursor.output >= len(self._outputs):
+                raise self._violation(f"it has no output {cursor.output}, as the cursor says")
+            output = self._outputs[cursor.output]
+            output.tokens, output.characters = cursor.tokens, cursor.characters
+            output.reason = FinishReason.UNKNOWN if cursor.ended else None
+        self.is_complete = all(output.reason is not None for output in self._outputs)
+
     def _prompt_logprobs(self, message: pb.PromptLogprobs) -> PromptLogprobs:
         self._check_position(message.first_position, self._prompt_position)
         self._prompt_position += len(message.logprobs)
@@ -218,7 +234,7 @@ class EventReader:
     def _tokens(self, tokens: pb.Tokens, output: int) -> Tokens:
         arrived = self._outputs[output]
         if arrived.first_position is None:
-            arrived.first_position = tokens.first_position
+            arrived.first_position = tokens.first_position - arrived.tokens
         self._check_position(tokens.first_position, arrived.first_position + arrived.tokens)
         if tokens.rgb and len(tokens.rgb) != 3 * len(tokens.ids):
             raise self._violation(
@@ -274,7 +290,16 @@ def _finished(sequence: int, finished: pb.Finished, output: int) -> Finished:
 
 def _logprobs(messages: Iterable[pb.TokenLogprobs]) -> tuple[TokenLogprobs, ...]:
     return tuple(
-        TokenLogprobs(one.logprob, tuple(one.top_ids), tuple(one.top_logprobs)) for one in messages
+        TokenLogprobs(
+            one.logprob,
+            tuple(one.top_ids),
+            tuple(one.top_logprobs),
+            one.token,
+            one.piece,
+            tuple(one.top_tokens),
+            tuple(one.top_pieces),
+        )
+        for one in messages
     )
 
 

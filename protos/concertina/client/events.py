@@ -87,11 +87,20 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Natural logarithms of the probabilities of a token, and of the likeliest tokens there."""
+    """Natural logarithms of the probabilities of a token, and of the likeliest tokens there.
+
+    token, top_tokens: the tokens as strings: their text, or the names of special tokens.
+    piece, top_pieces: the bytes of text that they are; none for special tokens. All of them are
+    empty for image models.
+    """
 
     logprob: float
     top_ids: tuple[int, ...]
     top_logprobs: tuple[float, ...]
+    token: str = ""
+    piece: bytes = b""
+    top_tokens: tuple[str, ...] = ()
+    top_pieces: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +152,21 @@ class Finished:
     stop: str | None
     usage: Usage
     output: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """How much of one output has arrived, for `resume`.
+
+    characters: of text, in code points. ended: whether its `Finished` has arrived.
+    prompt_logprobs: tokens of the prompt whose log-probabilities have arrived.
+    """
+
+    output: int = 0
+    tokens: int = 0
+    characters: int = 0
+    ended: bool = False
+    prompt_logprobs: int = 0
 
 
 Event: TypeAlias = Accepted | PromptLogprobs | Tokens | Finished

@@ -27,11 +27,12 @@ class Model:
     slots: streams that decode at the same time; `queue_limit` more may wait.
     max_state_bytes: size of one stream's state at its largest.
     metrics: measured on held-out data in training, for example `bits/byte`.
-    weights: how matrices are stored: `float16`, `int8` or `int4`.
-    weights_loss: bits per held-out token that this costs compared with `float16`.
+    weights: how matrices are stored: `float32`, `bfloat16`, `float16`, `int8` or `int4`.
+    weights_loss: bits per held-out byte or pixel that `int8` or `int4` costs.
     state: how keys and values of streams are kept: `float32`, `float16` or `int8`.
-    state_loss: bits per held-out token that `int8` costs compared with `float32`.
+    state_loss: bits per held-out byte or pixel that `int8` costs compared with `float32`.
     has_tokenizer: whether tokens are pieces of text, which `tokenize` gives, and not its bytes.
+    begin_token: the token that stands before every prompt; None if it is no id, or there is none.
     """
 
     name: str
@@ -53,6 +54,12 @@ class Model:
     queue_limit: int
     max_state_bytes: int
     has_tokenizer: bool = False
+    begin_token: int | None = None
+
+    @property
+    def counts_first_token(self) -> bool:
+        """Whether the first token of a prompt is predicted and counted, as the others are."""
+        return not self.has_tokenizer or self.begin_token is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +119,7 @@ def score_from(response: generation_service_pb2.ScoreResponse) -> Score:
 def model_from(model: model_service_pb2.Model) -> Model:
     """The model in a response."""
     manifest, quantisation = model.manifest, model.manifest.quantisation
+    tokenizer = manifest.tokenizer
     of_state, image = manifest.state_quantisation, None
     if manifest.HasField("image"):
         image = ImageFormat(manifest.image.width, manifest.image.height, manifest.image.palette)
@@ -127,7 +135,7 @@ def model_from(model: model_service_pb2.Model) -> Model:
         attention=manifest.attention,
         parameters=manifest.parameters,
         metrics=dict(manifest.metrics),
-        weights=f"int{quantisation.bits}" if quantisation.bits else "float16",
+        weights=f"int{quantisation.bits}" if quantisation.bits else _weights_type(manifest),
         weights_loss=quantisation.heldout - quantisation.heldout_float16,
         state=_state_type(manifest),
         state_loss=of_state.heldout - of_state.heldout_float32,
@@ -135,7 +143,13 @@ def model_from(model: model_service_pb2.Model) -> Model:
         queue_limit=model.queue_limit,
         max_state_bytes=model.max_state_bytes,
         has_tokenizer=manifest.HasField("tokenizer"),
+        begin_token=tokenizer.begin_token if tokenizer.HasField("begin_token") else None,
     )
+
+
+def _weights_type(manifest: bundle_pb2.Manifest) -> str:
+    """Name of the type of matrices that are not quantised."""
+    return _type_name(manifest.weights or bundle_pb2.DATA_TYPE_FLOAT16)
 
 
 def _state_type(manifest: bundle_pb2.Manifest) -> str:
@@ -143,4 +157,8 @@ def _state_type(manifest: bundle_pb2.Manifest) -> str:
     types = {tensor.data_type for tensor in manifest.state}
     small = (bundle_pb2.DATA_TYPE_INT8, bundle_pb2.DATA_TYPE_FLOAT16)
     found = next((kind for kind in small if kind in types), bundle_pb2.DATA_TYPE_FLOAT32)
-    return bundle_pb2.DataType.Name(found).removeprefix("DATA_TYPE_").lower()
+    return _type_name(found)
+
+
+def _type_name(kind: bundle_pb2.DataType) -> str:
+    return bundle_pb2.DataType.Name(kind).removeprefix("DATA_TYPE_").lower()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from difflib import get_close_matches
@@ -12,6 +13,7 @@ from google.protobuf.message import Message
 
 from concertina.bounds import bounds
 from concertina.client.errors import InvalidRequest
+from concertina.client.events import Cursor
 from concertina.client.pictures import (
     PNG,
     PillowImage,
@@ -42,6 +44,7 @@ is a picture.
 _Message = TypeVar("_Message", bound=Message)
 _KEY_BYTES = 16
 _MOST_REASON: Final = 200
+_GRAMMARS: Final = ("json_schema", "json_object", "regex", "choice", "lark")
 # Keyword arguments of the calls that are no parameters of the request.
 _OF_THE_CALL: Final = ("prompt", "timeout", "keep", "resume_for")
 # Where in a request a message is, as the server's errors say it, too.
@@ -49,6 +52,8 @@ _PLACES: Final[dict[type[Message], str]] = {
     pb.Prompt: "prompt.",
     pb.TokenIds: "prompt.tokens.",
     pb.SamplingParameters: "sampling.",
+    pb.Grammar: "sampling.grammar.",
+    pb.Choice: "sampling.grammar.choice.",
     pb.StoppingCriteria: "stopping.",
     pb.OutputOptions: "output.",
 }
@@ -69,6 +74,11 @@ class ContinueParameters(TypedDict, total=False):
     logit_bias: added to the logits of token ids, each in [-100, 100].
     allowed_token_ids: only these ids are drawn; at least one.
     bad_words: strings, or one, that the output never contains.
+    json_schema: the output is JSON that this schema describes, a mapping or its JSON.
+    json_object: the output is a JSON object.
+    regex: the output is text that this expression matches as a whole.
+    choice: the output is one of these strings.
+    lark: the output is text that this grammar describes, in llguidance's variant of Lark.
     seed: of the random numbers; `Accepted` holds the seed in use.
     max_tokens: most tokens to generate.
     min_tokens: before this many tokens only `max_tokens` or `time_limit` ends the stream.
@@ -90,6 +100,11 @@ class ContinueParameters(TypedDict, total=False):
     logit_bias: Mapping[int, float] | None
     allowed_token_ids: Sequence[int] | None
     bad_words: str | Sequence[str] | None
+    json_schema: str | Mapping[str, object] | None
+    json_object: bool | None
+    regex: str | None
+    choice: Sequence[str] | None
+    lark: str | None
     seed: int | None
     max_tokens: int | None
     min_tokens: int | None
@@ -173,6 +188,22 @@ def fork_request(stream_id: str, n: int) -> session_pb.ForkRequest:
     return message(session_pb.ForkRequest, stream_id=stream_id, n=n)
 
 
+def resume_request(stream_id: str, received: Iterable[Cursor]) -> pb.ResumeRequest:
+    """A request for the rest of a stream. Raises InvalidRequest for a cursor that is none."""
+    cursors = [
+        message(
+            pb.ResumeCursor,
+            output=each.output,
+            tokens=each.tokens,
+            characters=each.characters,
+            ended=each.ended,
+            prompt_logprobs=each.prompt_logprobs,
+        )
+        for each in received
+    ]
+    return message(pb.ResumeRequest, stream_id=stream_id, cursors=cursors)
+
+
 def score_request(prompt: PromptLike, model: str, label: str | None) -> pb.ScoreRequest:
     """A request for a score. Raises InvalidRequest for a prompt that the message cannot hold."""
     return message(pb.ScoreRequest, model=model, prompt=prompt_message(prompt, label))
@@ -239,7 +270,46 @@ def _sampling(parameters: ContinueParameters) -> pb.SamplingParameters:
         allowed_token_ids=allowed,
         bad_words=[bad_words] if isinstance(bad_words, str) else bad_words,
         seed=parameters.get("seed"),
+        grammar=_grammar(parameters),
     )
+
+
+def _grammar(parameters: ContinueParameters) -> pb.Grammar | None:
+    given = {name: parameters.get(name) for name in _GRAMMARS}
+    given = {name: value for name, value in given.items() if value not in (None, False)}
+    if len(given) > 1:
+        first, second, *_ = given
+        raise InvalidRequest(
+            f"sampling.grammar is {first} and {second}: an output can only be one of them",
+            field="sampling.grammar",
+        )
+    for name, value in given.items():
+        if name == "json_object":
+            return pb.Grammar(json_object=pb.JsonObject())
+        if name == "json_schema" and isinstance(value, Mapping):
+            value = _schema_text(value)
+        if name == "choice" and isinstance(value, str):
+            raise _no_grammar(name, "must be a list of strings")
+        if not value and isinstance(value, Sized):
+            # On the wire, what is empty is left out, so that it would allow anything.
+            raise _no_grammar(name, "is empty: it must hold at least 1; None allows all")
+        if name == "choice":
+            value = message(pb.Choice, texts=value)
+        return message(pb.Grammar, **{name: value})
+    return None
+
+
+def _schema_text(schema: Mapping[str, object]) -> str:
+    try:
+        return json.dumps(schema, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        reason = cut(str(error), _MOST_REASON)
+        raise _no_grammar("json_schema", f"cannot be written as JSON: {reason}") from None
+
+
+def _no_grammar(name: str, reason: str) -> InvalidRequest:
+    field = f"sampling.grammar.{name}"
+    return InvalidRequest(f"{field} {reason}", field=field)
 
 
 def _stopping(parameters: ContinueParameters) -> pb.StoppingCriteria:

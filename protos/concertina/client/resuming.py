@@ -5,6 +5,7 @@ Nothing here does I/O: the blocking and the asyncio stream make the calls that t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum, auto
 from random import uniform
 from time import monotonic
@@ -14,8 +15,13 @@ import grpc
 
 from concertina.client.errors import ConcertinaError, StreamCut
 from concertina.client.event_reader import EventReader
-from concertina.client.events import Event
-from concertina.client.requests import GenerateParameters, PromptLike, generate_request
+from concertina.client.events import Cursor, Event
+from concertina.client.requests import (
+    GenerateParameters,
+    PromptLike,
+    generate_request,
+    resume_request,
+)
 from concertina.client.statuses import (
     is_too_large,
     is_unreachable,
@@ -86,23 +92,43 @@ def begin(
     )
 
 
+def take_up(
+    address: str,
+    stream_id: str,
+    received: Sequence[Cursor],
+    timeout: float | None,
+    resume_for: float,
+) -> Resumption:
+    """The rest of a stream, as `Client.resume` describes it. Raises InvalidRequest."""
+    return Resumption(
+        address,
+        resume_request(stream_id, received),
+        timeout=timeout,
+        resume_for=resume_for,
+        forget=False,
+        received=received,
+    )
+
+
 class Resumption:
     """One stream over several calls: the first, and those that resume it.
 
     request: of the first call. timeout: seconds that all calls together may take.
     resume_for: seconds without any event after which to give up.
     forget: whether the server keeps nothing of a stream that ended well.
+    received: what an earlier reader has of each output.
     resumed: how many times the stream went on in another call.
     """
 
     def __init__(
         self,
         address: str,
-        request: pb.GenerateRequest | session_pb.ContinueRequest,
+        request: StreamRequest,
         *,
         timeout: float | None,
         resume_for: float,
         forget: bool,
+        received: Sequence[Cursor] = (),
     ) -> None:
         self.resumed = 0
         self._address = address
@@ -111,7 +137,8 @@ class Resumption:
         self._deadline = None if timeout_s is None else monotonic() + timeout_s
         self._resume_for = patience_seconds("resume_for", resume_for)
         self._forget = forget
-        self._reader = EventReader(address, isinstance(request, session_pb.ContinueRequest))
+        begins = isinstance(request, pb.GenerateRequest)
+        self._reader = EventReader(address, not begins, received)
         self._state = _State.STARTING
         self._failures = 0  # calls that broke since the last event
         self._broken_since = 0.0  # when the first of them did
@@ -164,7 +191,7 @@ class Resumption:
             raise self._cut(code.name, _NOT_DURABLE)
         if code is grpc.StatusCode.ABORTED:
             self._state = _State.TAKEN
-        if self._reader.accepted is None and isinstance(self._request, session_pb.ContinueRequest):
+        if self._reader.accepted is None and not isinstance(self._request, pb.GenerateRequest):
             raise session_error(self._address, code, details, told)
         raise error
 
@@ -211,6 +238,8 @@ class Resumption:
         """Whether another call takes up this stream, and does not begin a second one."""
         if self._reader.accepted is not None:
             return self._is_kept
+        if isinstance(self._request, pb.ResumeRequest):
+            return True
         return isinstance(self._request, pb.GenerateRequest) and bool(self._request.idempotency_key)
 
     def _may_go_on(self, code: grpc.StatusCode, details: str) -> bool:

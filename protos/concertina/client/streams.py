@@ -105,6 +105,12 @@ class Stream:
             if release is not None:
                 self._connection.release(release)
 
+    def detach(self) -> None:
+        """Stops reading, but not the stream: the server keeps it, and `resume` takes it up."""
+        with self._cancelling:
+            self._cancelled.set()
+            self._call.cancel()
+
     close = cancel
 
     def __enter__(self) -> Self:
@@ -201,6 +207,11 @@ class AsyncStream:
         self._call.cancel()
         if release is not None:
             self._connection.release(release)
+
+    def detach(self) -> None:
+        """Stops reading, but not the stream, as Stream.detach does."""
+        self._cancelled.set()
+        self._call.cancel()
 
     async def close(self) -> None:
         """Cancels a stream that still runs."""

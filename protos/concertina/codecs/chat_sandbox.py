@@ -14,8 +14,10 @@ from collections.abc import Callable
 from typing import Any, Final, Self
 
 from jinja2 import nodes
+from jinja2.exceptions import SecurityError
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 _LEAST: Final = 1 << 20
@@ -31,6 +33,7 @@ _FILTERS: Final = frozenset(
         *("list", "lower", "map", "max", "min", "reject", "rejectattr", "replace", "reverse"),
         *("round", "safe", "select", "selectattr", "slice", "sort", "string", "sum", "title"),
         *("tojson", "trim", "unique", "upper", "urlencode", "wordcount", "attr", "forceescape"),
+        "format",
     }
 )
 _current = threading.local()
@@ -90,8 +93,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(optimized=False, cache_size=0, **options)
-        for name in {*self.globals} - {"range", "dict", "namespace", "cycler", "joiner"}:
+        for name in {*self.globals} - {"range", "cycler", "joiner"}:
             del self.globals[name]
+        self.globals |= {"dict": _Dict(), "namespace": _Namespace}
 
     def guard_filters(self) -> None:
         """Leave only the filters that chat templates use, and count what they make."""
@@ -147,6 +151,31 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return super()._generate(counted, *args, **kwargs)
 
 
+class _Dict:
+    """`dict`, without the methods that change one."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
+
+
+class _Namespace(Namespace):
+    """`namespace`, whose attributes have no names that Python uses itself."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:  # `self` is a name like others
+        self, *given = args
+        Namespace.__init__(self)
+        for name, value in dict(*given, **kwargs).items():
+            self[name] = value
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if str(name).startswith("_"):
+            raise SecurityError(f"a namespace has no attribute {name!r}: choose another name")
+        super().__setitem__(name, value)
+
+
 class _Counting(NodeTransformer):
     """Makes loops and macros count their turns, and `~` what it makes."""
 
@@ -182,7 +211,9 @@ def _guarded(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
     def guarded(*args: Any, **kwargs: Any) -> Any:
         given = args[1:] if hasattr(plain, "jinja_pass_arg") else args
         subject = given[0] if given else None
-        if isinstance(subject, str) or name == "join":
+        if name in ("default", "d"):
+            pass  # gives back what it is given
+        elif isinstance(subject, str) or name == "join":
             _check_call(name, subject, given[1:], kwargs)
         else:
             _require_small((*given[1:], *kwargs.values()))
@@ -198,7 +229,9 @@ def _check_call(name: str, text: Any, args: tuple[Any, ...], kwargs: dict[str, A
     _require_small((*args, *kwargs.values()))
     strings = [each for each in (*args, *kwargs.values()) if isinstance(each, str)]
     longest = max(map(len, strings), default=0)
-    if name == "replace" and strings:
+    if name == "format":
+        _require_narrow(text)
+    elif name == "replace" and strings:
         _spend(len(text) + (text.count(strings[0]) + 1) * longest)
     elif name == "join":
         items = args[0] if isinstance(text, str) and args else text

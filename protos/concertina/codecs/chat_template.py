@@ -13,6 +13,7 @@ from datetime import datetime
 from typing import Any, Final
 
 from jinja2 import Template, TemplateError, nodes
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 
@@ -21,12 +22,16 @@ from concertina.codecs.chat_sandbox import Budget, Sandbox, TemplateSpent
 TEMPLATE: Final = "chat_template.jinja"
 """The file of a bundle that turns messages into text."""
 
-MOST_CHARACTERS: Final = 1 << 20
-"""Characters of the largest template that is compiled."""
+MOST_CHARACTERS: Final = 1 << 17
+"""Characters of the largest template that is compiled, which takes seconds and 400 MB then."""
 
 
 class ChatTemplateError(Exception):
     """A template that cannot be used, or messages that it refuses. The message says why."""
+
+
+class HarmfulTemplateError(ChatTemplateError):
+    """A template that reaches for what it must not have, loops, or makes too much."""
 
 
 class _Refused(TemplateError):
@@ -38,9 +43,10 @@ class _Generation(Extension):
 
     tags = {"generation"}  # noqa: RUF012  # as Jinja has it
 
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)  # what is set within is not known behind it
 
 
 @dataclass(frozen=True)
@@ -50,10 +56,13 @@ class ChatTemplate:
     template: Template = field(repr=False)
     tokens: Mapping[str, str]
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The text of a prompt that ends where the model's answer begins.
+    def render(
+        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+    ) -> str:
+        """The text of a conversation.
 
-        messages: the role and the content of each. Raises ChatTemplateError.
+        messages: the role and the content of each. add_generation_prompt: whether it ends where the
+        model's answer begins, as a prompt does. Raises ChatTemplateError.
         """
         size = sum(len(value) for message in messages for value in message.values())
         budget, parts = Budget.of(size), list[str]()
@@ -62,7 +71,7 @@ class ChatTemplate:
             "messages": [dict(message) for message in messages],
             "tools": None,
             "documents": None,
-            "add_generation_prompt": True,
+            "add_generation_prompt": add_generation_prompt,
         }
         try:
             with budget:
@@ -72,7 +81,10 @@ class ChatTemplate:
         except _Refused as error:
             raise ChatTemplateError(f"the chat template refuses them: {error}"[:500]) from None
         except TemplateSpent as error:
-            raise ChatTemplateError(f"the chat template {error}") from None
+            raise HarmfulTemplateError(f"the chat template {error}") from None
+        except SecurityError as error:
+            reason = f"SecurityError: {error}"[:200]
+            raise HarmfulTemplateError(f"the chat template fails on them: {reason}") from None
         except Exception as error:  # a template may raise whatever Python does
             reason = f"{type(error).__name__}: {error}"[:200]
             raise ChatTemplateError(f"the chat template fails on them: {reason}") from None

@@ -19,6 +19,7 @@ Ids = npt.NDArray[np.int64]
 _EACH_BYTE: Final = "concertina.each_byte"
 _LAST: Final = b"\xff" * 1024  # behind whatever goes on with a word
 _NOTHING: Final[Mapping[int, bytes]] = MappingProxyType({})
+_NO_NAMES: Final[Mapping[int, str]] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,18 @@ class TokenText:
     pieces: of each token; empty if it is no text, as an end token or a pixel. opening: those of a
     token that begins a text, where they differ. strip: spaces that a text loses at its beginning.
     marks_each_byte: whether each byte that is no UTF-8 becomes U+FFFD, and not each sequence.
+    names: what special tokens are called, which are no text.
     """
 
     pieces: Sequence[bytes] = field(repr=False)
     opening: Mapping[int, bytes] = field(default_factory=lambda: _NOTHING, repr=False)
     strip: int = 0
     marks_each_byte: bool = False
+    names: Mapping[int, str] = field(default_factory=lambda: _NO_NAMES, repr=False)
+
+    def written(self, token: int) -> str:
+        """The token as a string: its text in the middle of a stream, or what it is called."""
+        return self.pieces[token].decode(errors="replace") or self.names.get(token, "")
 
     def is_beginning(self, before: Iterable[int]) -> bool:
         """Whether the text of what follows the tokens `before` differs, since it is the first."""
@@ -60,6 +67,14 @@ class TokenText:
         ordered, tokens = self._sorted
         first = bisect_left(ordered, word)
         return tokens[first : bisect_left(ordered, word + _LAST, first)]
+
+    @cached_property
+    def altered_first(self) -> Ids:
+        """The tokens that stand for another text where they begin one."""
+        spaced = range(len(self.pieces)) if self.strip else ()
+        altered = {token for token in spaced if self.pieces[token].startswith(b" ")}
+        altered |= {t for t, piece in self.opening.items() if piece != self.pieces[t]}
+        return np.array(sorted(altered), np.int64)
 
     @cached_property
     def _joined(self) -> tuple[npt.NDArray[np.uint8], Ids]:

@@ -12,7 +12,10 @@ TOKENIZER: Final = "tokenizer.json"
 MOST_BYTES: Final = 48 << 20
 """Size of the largest file that is read; that of Gemma 3, with 262,144 tokens, has 32 MiB."""
 
-_MOST_ITEMS: Final = 3_000_000  # two for each merge and one for each token, both a million at most
+LONGEST_TOKEN: Final = 512
+"""Characters of the longest token; those of models have up to 128, as runs of spaces have."""
+
+_MOST_ITEMS: Final = 4_000_000  # three for each merge and one for each token: a million of each
 _MOST_STEPS: Final = 32
 _LONGEST_PATTERN: Final = 4096
 _MOST_GROWTH: Final = 64
@@ -40,7 +43,7 @@ def require_size(size: int) -> None:
 def read_spec(content: bytes) -> dict[str, Any]:
     """What a `tokenizer.json` says. Raises TokenizerError."""
     require_size(len(content))
-    if (items := content.count(b",")) > _MOST_ITEMS:
+    if (items := sum(map(content.count, (b",", b"[", b"{")))) > _MOST_ITEMS:
         raise TokenizerError(f"has about {items:,} items, the limit is {_MOST_ITEMS:,}")
     try:
         spec = json.loads(content)
@@ -49,7 +52,7 @@ def read_spec(content: bytes) -> dict[str, Any]:
     if not isinstance(spec, dict) or not isinstance(spec.get("model"), dict):
         raise TokenizerError("is no tokenizer: it has no model")
     _check_type("model", spec["model"], _MODELS)
-    for option in ("continuing_subword_prefix", "end_of_word_suffix"):
+    for option in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
         if spec["model"].get(option):
             raise TokenizerError(f"has a model with {option}, which is not supported")
     _check_normalizer(spec.get("normalizer"))

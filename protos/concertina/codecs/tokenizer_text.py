@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final
 
 from concertina.codecs.token_text import TokenText
-from concertina.codecs.tokenizer_file import TokenizerError, steps_of
+from concertina.codecs.tokenizer_file import LONGEST_TOKEN, TokenizerError, steps_of
 
 _PLAIN: Final = (*range(33, 127), *range(161, 173), *range(174, 256))
 _OTHERS: Final = (byte for byte in range(256) if byte not in _PLAIN)
@@ -16,6 +16,7 @@ _BYTE_OF: Final = {chr(byte): byte for byte in _PLAIN} | {
 }
 _BYTE_TOKEN_LENGTH: Final = len("<0x00>")
 _SPACE: Final = "\u2581"
+_LONGEST_REPLACEMENT: Final = 64
 
 
 def token_text(
@@ -32,10 +33,11 @@ def token_text(
     contents, special = _contents(spec, size), _special(spec)
     for _, token in _added(spec):
         contents[token] = content_of(token) or contents[token]
+    names = {token: content for token, content in contents.items() if content in special}
     steps = [*steps_of(spec.get("decoder"), "decoders")]
     kinds = [str(step.get("type")) for step in steps]
     if kinds == ["ByteLevel"]:
-        return TokenText(_pieces(contents, special, size, _of_characters))
+        return TokenText(_pieces(contents, names, size, _of_characters), names=names)
     replaced = [_replacement(step) for step in steps if step["type"] == "Replace"]
     order = ["Replace"] * len(replaced)
     order += [kind for kind in ("ByteFallback", "Fuse", "Strip", "Metaspace") if kind in kinds]
@@ -51,7 +53,7 @@ def token_text(
         if "ByteFallback" in kinds and (byte := _byte_token(content)) is not None:
             return bytes((byte,))
         for old, new in replaced:
-            content = content.replace(old, new)
+            content = _checked(content.replace(old, new))
         if "Metaspace" in kinds:
             content = content.replace(_mark(steps[-1]), " ")
         return content.encode()
@@ -62,13 +64,14 @@ def token_text(
         opening = {
             token: content.replace(mark, "").encode()
             for token, content in contents.items()
-            if mark in content and content not in special
+            if mark in content and token not in names
         }
     return TokenText(
-        _pieces(contents, special, size, piece),
+        _pieces(contents, names, size, piece),
         opening,
         strip=_strip(steps),
         marks_each_byte="ByteFallback" in kinds,
+        names=names,
     )
 
 
@@ -81,8 +84,17 @@ def _contents(spec: dict[str, Any], size: int) -> dict[int, str]:
                 f"has the token {str(content)[:40]!r} with id {str(token)[:40]}; ids must be below "
                 f"the model's {size}"
             )
-        contents[token] = content
+        contents[token] = _checked(content)
     return contents
+
+
+def _checked(content: str) -> str:
+    if len(content) > LONGEST_TOKEN:
+        raise TokenizerError(
+            f"has a token of {len(content):,} characters, {content[:40]!r}…; the limit is "
+            f"{LONGEST_TOKEN:,}"
+        )
+    return content
 
 
 def _of_the_model(vocabulary: Any) -> Iterable[tuple[Any, Any]]:
@@ -106,11 +118,11 @@ def _special(spec: dict[str, Any]) -> frozenset[str]:
 
 
 def _pieces(
-    contents: dict[int, str], special: frozenset[str], size: int, piece: Callable[[str], bytes]
+    contents: dict[int, str], names: Mapping[int, str], size: int, piece: Callable[[str], bytes]
 ) -> tuple[bytes, ...]:
     pieces = [b""] * size
     for token, content in contents.items():
-        if content not in special:
+        if token not in names:
             pieces[token] = piece(content)
     return tuple(pieces)
 
@@ -138,6 +150,11 @@ def _replacement(step: dict[str, Any]) -> tuple[str, str]:
     new = step.get("content")
     if not (isinstance(old, str) and old and isinstance(new, str)):
         raise TokenizerError("has a decoder that replaces something else than a string")
+    if len(new) > _LONGEST_REPLACEMENT:
+        raise TokenizerError(
+            f"has a decoder that puts {len(new):,} characters in place of a string; the limit is "
+            f"{_LONGEST_REPLACEMENT}"
+        )
     return old, new
 
 

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63oncertina/v1/bundle.proto\x12\rconcertina.v1\"\xa9\x06\n\x08Manifest\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\x12)\n\x08modality\x18\x05 \x01(\x0e\x32\x17.concertina.v1.Modality\x12\x12\n\nvocabulary\x18\x06 \x01(\r\x12\x0e\n\x06labels\x18\x07 \x03(\t\x12\x16\n\tend_token\x18\x08 \x01(\rH\x00\x88\x01\x01\x12\x0f\n\x07\x63ontext\x18\t \x01(\r\x12)\n\x05image\x18\n \x01(\x0b\x32\x1a.concertina.v1.ImageFormat\x12)\n\x05state\x18\x0b \x03(\x0b\x32\x1a.concertina.v1.StateTensor\x12)\n\x04\x66old\x18\x0c \x01(\x0b\x32\x1b.concertina.v1.FoldSchedule\x12(\n\x05\x66iles\x18\r \x03(\x0b\x32\x19.concertina.v1.BundleFile\x12\x35\n\x07metrics\x18\x0e \x03(\x0b\x32$.concertina.v1.Manifest.MetricsEntry\x12\x32\n\rtraining_data\x18\x0f \x01(\x0b\x32\x1b.concertina.v1.TrainingData\x12%\n\x06parity\x18\x10 \x01(\x0b\x32\x15.concertina.v1.Parity\x12\x12\n\nparameters\x18\x11 \x01(\x04\x12\x11\n\tattention\x18\x12 \x01(\t\x12!\n\x04\x63ost\x18\x13 \x01(\x0b\x32\x13.concertina.v1.Cost\x12\x31\n\x0cquantisation\x18\x14 \x01(\x0b\x32\x1b.concertina.v1.Quantisation\x12<\n\x12state_quantisation\x18\x15 \x01(\x0b\x32 .concertina.v1.StateQuantisation\x12+\n\ttokenizer\x18\x16 \x01(\x0b\x32\x18.concertina.v1.Tokenizer\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0c\n\n_end_token\"\xc7\x01\n\tTokenizer\x12\x18\n\x0b\x62\x65gin_token\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x12\n\nend_tokens\x18\x02 \x03(\r\x12\x45\n\x0ftemplate_tokens\x18\x03 \x03(\x0b\x32,.concertina.v1.Tokenizer.TemplateTokensEntry\x1a\x35\n\x13TemplateTokensEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0e\n\x0c_begin_token\"=\n\x0bImageFormat\x12\r\n\x05width\x18\x01 \x01(\r\x12\x0e\n\x06height\x18\x02 \x01(\r\x12\x0f\n\x07palette\x18\x03 \x01(\x0c\"\xab\x01\n\x0bStateTensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12&\n\x04kind\x18\x02 \x01(\x0e\x32\x18.concertina.v1.StateKind\x12\r\n\x05shape\x18\x03 \x03(\r\x12*\n\tdata_type\x18\x04 \x01(\x0e\x32\x17.concertina.v1.DataType\x12\x0f\n\x07initial\x18\x05 \x01(\x01\x12\x11\n\x04kept\x18\x06 \x01(\rH\x00\x88\x01\x01\x42\x07\n\x05_kept\"e\n\x0c\x46oldSchedule\x12\x0c\n\x04span\x18\x01 \x01(\r\x12\x0e\n\x06\x62inary\x18\x02 \x01(\x08\x12\x0e\n\x06resets\x18\x03 \x01(\x08\x12\x12\n\nkeep_first\x18\x04 \x01(\r\x12\x13\n\x0bkeep_newest\x18\x05 \x01(\r\"\\\n\x04\x43ost\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x12\n\nstep_entry\x18\x02 \x01(\x04\x12\x0c\n\x04\x66old\x18\x03 \x01(\x04\x12\x12\n\nfold_entry\x18\x04 \x01(\x04\x12\x10\n\x08\x66old_row\x18\x05 \x01(\x04\"9\n\nBundleFile\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\"?\n\x0cTrainingData\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x0f\n\x07license\x18\x02 \x01(\t\x12\x0e\n\x06tokens\x18\x03 \x01(\x04\"\x94\x01\n\x0cQuantisation\x12\x0c\n\x04\x62its\x18\x01 \x01(\r\x12\r\n\x05\x62lock\x18\x02 \x01(\r\x12\x0f\n\x07heldout\x18\x03 \x01(\x01\x12\x17\n\x0fheldout_float16\x18\x04 \x01(\x01\x12\x0e\n\x06tokens\x18\x05 \x01(\x04\x12-\n\x0erounded_parity\x18\x06 \x01(\x0b\x32\x15.concertina.v1.Parity\"t\n\x11StateQuantisation\x12\x0f\n\x07heldout\x18\x01 \x01(\x01\x12\x17\n\x0fheldout_float32\x18\x02 \x01(\x01\x12\x0e\n\x06tokens\x18\x03 \x01(\x04\x12%\n\x06parity\x18\x04 \x01(\x0b\x32\x15.concertina.v1.Parity\"A\n\x06Parity\x12\x11\n\tmax_error\x18\x01 \x01(\x01\x12\x11\n\ttolerance\x18\x02 \x01(\x01\x12\x11\n\tpositions\x18\x03 \x01(\x04*K\n\x08Modality\x12\x18\n\x14MODALITY_UNSPECIFIED\x10\x00\x12\x11\n\rMODALITY_TEXT\x10\x01\x12\x12\n\x0eMODALITY_IMAGE\x10\x02*o\n\tStateKind\x12\x1a\n\x16STATE_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10STATE_KIND_STACK\x10\x01\x12\x18\n\x14STATE_KIND_RECURRENT\x10\x02\x12\x16\n\x12STATE_KIND_HISTORY\x10\x03*g\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x02\x12\x12\n\x0e\x44\x41TA_TYPE_INT8\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63oncertina/v1/bundle.proto\x12\rconcertina.v1\"\xd3\x06\n\x08Manifest\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\x12)\n\x08modality\x18\x05 \x01(\x0e\x32\x17.concertina.v1.Modality\x12\x12\n\nvocabulary\x18\x06 \x01(\r\x12\x0e\n\x06labels\x18\x07 \x03(\t\x12\x16\n\tend_token\x18\x08 \x01(\rH\x00\x88\x01\x01\x12\x0f\n\x07\x63ontext\x18\t \x01(\r\x12)\n\x05image\x18\n \x01(\x0b\x32\x1a.concertina.v1.ImageFormat\x12)\n\x05state\x18\x0b \x03(\x0b\x32\x1a.concertina.v1.StateTensor\x12)\n\x04\x66old\x18\x0c \x01(\x0b\x32\x1b.concertina.v1.FoldSchedule\x12(\n\x05\x66iles\x18\r \x03(\x0b\x32\x19.concertina.v1.BundleFile\x12\x35\n\x07metrics\x18\x0e \x03(\x0b\x32$.concertina.v1.Manifest.MetricsEntry\x12\x32\n\rtraining_data\x18\x0f \x01(\x0b\x32\x1b.concertina.v1.TrainingData\x12%\n\x06parity\x18\x10 \x01(\x0b\x32\x15.concertina.v1.Parity\x12\x12\n\nparameters\x18\x11 \x01(\x04\x12\x11\n\tattention\x18\x12 \x01(\t\x12!\n\x04\x63ost\x18\x13 \x01(\x0b\x32\x13.concertina.v1.Cost\x12\x31\n\x0cquantisation\x18\x14 \x01(\x0b\x32\x1b.concertina.v1.Quantisation\x12<\n\x12state_quantisation\x18\x15 \x01(\x0b\x32 .concertina.v1.StateQuantisation\x12+\n\ttokenizer\x18\x16 \x01(\x0b\x32\x18.concertina.v1.Tokenizer\x12(\n\x07weights\x18\x17 \x01(\x0e\x32\x17.concertina.v1.DataType\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0c\n\n_end_token\"\xc7\x01\n\tTokenizer\x12\x18\n\x0b\x62\x65gin_token\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x12\n\nend_tokens\x18\x02 \x03(\r\x12\x45\n\x0ftemplate_tokens\x18\x03 \x03(\x0b\x32,.concertina.v1.Tokenizer.TemplateTokensEntry\x1a\x35\n\x13TemplateTokensEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0e\n\x0c_begin_token\"=\n\x0bImageFormat\x12\r\n\x05width\x18\x01 \x01(\r\x12\x0e\n\x06height\x18\x02 \x01(\r\x12\x0f\n\x07palette\x18\x03 \x01(\x0c\"\xab\x01\n\x0bStateTensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12&\n\x04kind\x18\x02 \x01(\x0e\x32\x18.concertina.v1.StateKind\x12\r\n\x05shape\x18\x03 \x03(\r\x12*\n\tdata_type\x18\x04 \x01(\x0e\x32\x17.concertina.v1.DataType\x12\x0f\n\x07initial\x18\x05 \x01(\x01\x12\x11\n\x04kept\x18\x06 \x01(\rH\x00\x88\x01\x01\x42\x07\n\x05_kept\"e\n\x0c\x46oldSchedule\x12\x0c\n\x04span\x18\x01 \x01(\r\x12\x0e\n\x06\x62inary\x18\x02 \x01(\x08\x12\x0e\n\x06resets\x18\x03 \x01(\x08\x12\x12\n\nkeep_first\x18\x04 \x01(\r\x12\x13\n\x0bkeep_newest\x18\x05 \x01(\r\"\\\n\x04\x43ost\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x12\n\nstep_entry\x18\x02 \x01(\x04\x12\x0c\n\x04\x66old\x18\x03 \x01(\x04\x12\x12\n\nfold_entry\x18\x04 \x01(\x04\x12\x10\n\x08\x66old_row\x18\x05 \x01(\x04\"9\n\nBundleFile\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\"?\n\x0cTrainingData\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x0f\n\x07license\x18\x02 \x01(\t\x12\x0e\n\x06tokens\x18\x03 \x01(\x04\"\x94\x01\n\x0cQuantisation\x12\x0c\n\x04\x62its\x18\x01 \x01(\r\x12\r\n\x05\x62lock\x18\x02 \x01(\r\x12\x0f\n\x07heldout\x18\x03 \x01(\x01\x12\x17\n\x0fheldout_float16\x18\x04 \x01(\x01\x12\x0e\n\x06tokens\x18\x05 \x01(\x04\x12-\n\x0erounded_parity\x18\x06 \x01(\x0b\x32\x15.concertina.v1.Parity\"t\n\x11StateQuantisation\x12\x0f\n\x07heldout\x18\x01 \x01(\x01\x12\x17\n\x0fheldout_float32\x18\x02 \x01(\x01\x12\x0e\n\x06tokens\x18\x03 \x01(\x04\x12%\n\x06parity\x18\x04 \x01(\x0b\x32\x15.concertina.v1.Parity\"A\n\x06Parity\x12\x11\n\tmax_error\x18\x01 \x01(\x01\x12\x11\n\ttolerance\x18\x02 \x01(\x01\x12\x11\n\tpositions\x18\x03 \x01(\x04*K\n\x08Modality\x12\x18\n\x14MODALITY_UNSPECIFIED\x10\x00\x12\x11\n\rMODALITY_TEXT\x10\x01\x12\x12\n\x0eMODALITY_IMAGE\x10\x02*o\n\tStateKind\x12\x1a\n\x16STATE_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10STATE_KIND_STACK\x10\x01\x12\x18\n\x14STATE_KIND_RECURRENT\x10\x02\x12\x16\n\x12STATE_KIND_HISTORY\x10\x03*\x7f\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x02\x12\x12\n\x0e\x44\x41TA_TYPE_INT8\x10\x03\x12\x16\n\x12\x44\x41TA_TYPE_BFLOAT16\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,36 +35,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MANIFEST_METRICSENTRY']._serialized_options = b'8\001'
   _globals['_TOKENIZER_TEMPLATETOKENSENTRY']._loaded_options = None
   _globals['_TOKENIZER_TEMPLATETOKENSENTRY']._serialized_options = b'8\001'
-  _globals['_MODALITY']._serialized_start=1953
-  _globals['_MODALITY']._serialized_end=2028
-  _globals['_STATEKIND']._serialized_start=2030
-  _globals['_STATEKIND']._serialized_end=2141
-  _globals['_DATATYPE']._serialized_start=2143
-  _globals['_DATATYPE']._serialized_end=2246
+  _globals['_MODALITY']._serialized_start=1995
+  _globals['_MODALITY']._serialized_end=2070
+  _globals['_STATEKIND']._serialized_start=2072
+  _globals['_STATEKIND']._serialized_end=2183
+  _globals['_DATATYPE']._serialized_start=2185
+  _globals['_DATATYPE']._serialized_end=2312
   _globals['_MANIFEST']._serialized_start=46
-  _globals['_MANIFEST']._serialized_end=855
-  _globals['_MANIFEST_METRICSENTRY']._serialized_start=795
-  _globals['_MANIFEST_METRICSENTRY']._serialized_end=841
-  _globals['_TOKENIZER']._serialized_start=858
-  _globals['_TOKENIZER']._serialized_end=1057
-  _globals['_TOKENIZER_TEMPLATETOKENSENTRY']._serialized_start=988
-  _globals['_TOKENIZER_TEMPLATETOKENSENTRY']._serialized_end=1041
-  _globals['_IMAGEFORMAT']._serialized_start=1059
-  _globals['_IMAGEFORMAT']._serialized_end=1120
-  _globals['_STATETENSOR']._serialized_start=1123
-  _globals['_STATETENSOR']._serialized_end=1294
-  _globals['_FOLDSCHEDULE']._serialized_start=1296
-  _globals['_FOLDSCHEDULE']._serialized_end=1397
-  _globals['_COST']._serialized_start=1399
-  _globals['_COST']._serialized_end=1491
-  _globals['_BUNDLEFILE']._serialized_start=1493
-  _globals['_BUNDLEFILE']._serialized_end=1550
-  _globals['_TRAININGDATA']._serialized_start=1552
-  _globals['_TRAININGDATA']._serialized_end=1615
-  _globals['_QUANTISATION']._serialized_start=1618
-  _globals['_QUANTISATION']._serialized_end=1766
-  _globals['_STATEQUANTISATION']._serialized_start=1768
-  _globals['_STATEQUANTISATION']._serialized_end=1884
-  _globals['_PARITY']._serialized_start=1886
-  _globals['_PARITY']._serialized_end=1951
+  _globals['_MANIFEST']._serialized_end=897
+  _globals['_MANIFEST_METRICSENTRY']._serialized_start=837
+  _globals['_MANIFEST_METRICSENTRY']._serialized_end=883
+  _globals['_TOKENIZER']._serialized_start=900
+  _globals['_TOKENIZER']._serialized_end=1099
+  _globals['_TOKENIZER_TEMPLATETOKENSENTRY']._serialized_start=1030
+  _globals['_TOKENIZER_TEMPLATETOKENSENTRY']._serialized_end=1083
+  _globals['_IMAGEFORMAT']._serialized_start=1101
+  _globals['_IMAGEFORMAT']._serialized_end=1162
+  _globals['_STATETENSOR']._serialized_start=1165
+  _globals['_STATETENSOR']._serialized_end=1336
+  _globals['_FOLDSCHEDULE']._serialized_start=1338
+  _globals['_FOLDSCHEDULE']._serialized_end=1439
+  _globals['_COST']._serialized_start=1441
+  _globals['_COST']._serialized_end=1533
+  _globals['_BUNDLEFILE']._serialized_start=1535
+  _globals['_BUNDLEFILE']._serialized_end=1592
+  _globals['_TRAININGDATA']._serialized_start=1594
+  _globals['_TRAININGDATA']._serialized_end=1657
+  _globals['_QUANTISATION']._serialized_start=1660
+  _globals['_QUANTISATION']._serialized_end=1808
+  _globals['_STATEQUANTISATION']._serialized_start=1810
+  _globals['_STATEQUANTISATION']._serialized_end=1926
+  _globals['_PARITY']._serialized_start=1928
+  _globals['_PARITY']._serialized_end=1993
 # @@protoc_insertion_point(module_scope)

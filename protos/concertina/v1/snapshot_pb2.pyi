@@ -58,7 +58,7 @@ class StoredRequest(_message.Message):
     def __init__(self, outputs: _Optional[int] = ..., start_token: _Optional[int] = ..., prompt: _Optional[bytes] = ..., sampling: _Optional[_Union[StoredSampling, _Mapping]] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_tokens: _Optional[_Iterable[int]] = ..., include_stop: _Optional[bool] = ..., end_token: _Optional[int] = ..., time_limit_seconds: _Optional[float] = ..., complete_at: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., stream_interval: _Optional[int] = ..., priority: _Optional[int] = ..., more_end_tokens: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class StoredSampling(_message.Message):
-    __slots__ = ("temperature", "top_k", "top_p", "min_p", "seed", "typical_p", "logprobs", "processors")
+    __slots__ = ("temperature", "top_k", "top_p", "min_p", "seed", "typical_p", "logprobs", "processors", "grammar")
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
     TOP_P_FIELD_NUMBER: _ClassVar[int]
@@ -67,6 +67,7 @@ class StoredSampling(_message.Message):
     TYPICAL_P_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     PROCESSORS_FIELD_NUMBER: _ClassVar[int]
+    GRAMMAR_FIELD_NUMBER: _ClassVar[int]
     temperature: float
     top_k: int
     top_p: float
@@ -75,7 +76,16 @@ class StoredSampling(_message.Message):
     typical_p: float
     logprobs: int
     processors: StoredProcessors
-    def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., typical_p: _Optional[float] = ..., logprobs: _Optional[int] = ..., processors: _Optional[_Union[StoredProcessors, _Mapping]] = ...) -> None: ...
+    grammar: StoredGrammar
+    def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., typical_p: _Optional[float] = ..., logprobs: _Optional[int] = ..., processors: _Optional[_Union[StoredProcessors, _Mapping]] = ..., grammar: _Optional[_Union[StoredGrammar, _Mapping]] = ...) -> None: ...
+
+class StoredGrammar(_message.Message):
+    __slots__ = ("kind", "texts")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    TEXTS_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    texts: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, kind: _Optional[str] = ..., texts: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class StoredProcessors(_message.Message):
     __slots__ = ("bias", "allowed", "bad_words", "min_tokens", "withheld", "repetition_penalty", "frequency_penalty", "presence_penalty", "bad_bytes")

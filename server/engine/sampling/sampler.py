@@ -17,6 +17,7 @@ from server.arrays import Doubles, Floats, Ints
 from server.checkpoint import TokenLogprobs
 from server.engine.sampling import long_rows, whole_rows
 from server.engine.sampling.estimates import Scratch
+from server.engine.sampling.grammar_state import GrammarState
 from server.engine.sampling.logits_processors import PenaltyState, ProcessorBatch
 from server.engine.sampling.logprobs import long_logprobs, token_logprobs
 from server.engine.sampling.long_rows import LONG_ROW
@@ -29,7 +30,10 @@ _Words = npt.NDArray[np.uint64]
 _MOST_AHEAD = 64  # largest number of positions to compute random numbers for at once
 
 NO_TOKEN_LEFT = -1
-"""Drawn in a row where the logits processors forbid all tokens."""
+"""Drawn in a row where logits processors or grammar forbid all tokens."""
+
+GRAMMAR_FAULT = -2
+"""Drawn in a row whose grammar cannot be followed."""
 
 # Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 _MULTIPLIERS = np.array([[0xD2511F53], [0xCD9E8D57]], np.uint64)
@@ -80,15 +84,19 @@ class SamplingBatch:
     """Rows that report log-probabilities, `[R]`."""
     top: tuple[int, ...]
     """Number of most likely tokens that each of them reports."""
+    grammars: dict[int, GrammarState] = field(default_factory=dict, repr=False)
+    """Of the rows that have one."""
     made: dict[int, Scratch] = field(default_factory=dict, repr=False)
 
     @staticmethod
     def of(
-        parameters: Sequence[SamplingParameters], states: Sequence[PenaltyState | None] = ()
+        parameters: Sequence[SamplingParameters],
+        states: Sequence[PenaltyState | None] = (),
+        grammars: Sequence[GrammarState | None] = (),
     ) -> SamplingBatch:
-        """The batch of `parameters` and penalty `states`, one of each for each row.
+        """The batch of `parameters`, penalty `states` and `grammars`, one of each for each row.
 
-        `states` may be empty if no row has logits processors.
+        `states` may be empty if no row has logits processors, `grammars` if none has a grammar.
         """
         reports = [(row, p.logprobs) for row, p in enumerate(parameters) if p.logprobs is not None]
         return SamplingBatch(
@@ -101,6 +109,7 @@ class SamplingBatch:
             ProcessorBatch.of(states),
             np.array([row for row, _ in reports], np.int64),
             tuple(top for _, top in reports),
+            {row: state for row, state in enumerate(grammars) if state is not None},
         )
 
     def scratch(self, vocabulary: int) -> Scratch:
@@ -110,9 +119,12 @@ class SamplingBatch:
         return self.made[vocabulary]
 
     def remember(self, tokens: Ints) -> None:
-        """Add the drawn `tokens[B]` to the penalty states."""
+        """Add the drawn `tokens[B]` to the penalty states and the grammars."""
         if self.processors is not None:
             self.processors.remember(tokens)
+        for row, grammar in self.grammars.items():
+            if (token := int(tokens[row])) >= 0:
+                grammar.push((token,))
 
     def logprobs(self, logits: Floats, tokens: Ints) -> dict[int, TokenLogprobs]:
         """Log-probabilities of `tokens[B]` under `logits[B, vocabulary]`, by reporting row."""
@@ -131,17 +143,27 @@ class SamplingBatch:
 def sample(logits: Floats, batch: SamplingBatch, positions: Ints) -> Ints:
     """Draw the token at `positions[B]` for each row of `logits[B, vocabulary]`, `[B]`.
 
-    Applies logits processors, temperature, top_k, top_p, min_p and typical_p, in this order; each
-    filters what the one before it keeps. Ties with the last token kept are kept, too. A row without
-    any token left gets `NO_TOKEN_LEFT`.
+    Applies grammars, logits processors, temperature, top_k, top_p, min_p and typical_p, in this
+    order; each filters what the one before it keeps. Ties with the last token kept are kept, too. A
+    row without any token left gets `NO_TOKEN_LEFT`, one whose grammar fails `GRAMMAR_FAULT`.
     """
     if logits.shape[1] >= LONG_ROW:
         return _draw_long(logits, batch, positions)
-    if batch.processors is None:
+    changed: Floats | Doubles = logits
+    if batch.processors is not None:
+        changed = batch.processors.apply(logits, positions)
+    elif batch.grammars:
+        changed = logits.copy()
+    else:
         return _draw(logits, batch, positions)
-    changed = batch.processors.apply(logits, positions)
+    for row, grammar in batch.grammars.items():
+        changed[row, ~grammar.allowed()] = -np.inf
     possible = (changed > -np.inf).any(axis=1)
-    return np.where(possible, _draw(changed, batch, positions), NO_TOKEN_LEFT)
+    tokens = np.where(possible, _draw(changed, batch, positions), NO_TOKEN_LEFT)
+    for row, grammar in batch.grammars.items():
+        if grammar.fault:
+            tokens[row] = GRAMMAR_FAULT
+    return tokens
 
 
 def _draw(logits: Floats | Doubles, batch: SamplingBatch, positions: Ints) -> Ints:
@@ -158,12 +180,20 @@ def _draw_long(logits: Floats, batch: SamplingBatch, positions: Ints) -> Ints:
     owners = {} if processors is None else processors.owners
     for row, (parameters, number) in enumerate(zip(batch.parameters, numbers, strict=True)):
         ours: Floats | Doubles = logits[row]
+        grammar = batch.grammars.get(row)
         if processors is not None and row in owners:
             position = int(positions[row])
             ours = processors.apply_to(owners[row], logits[row], position, scratch.row)
-            if ours.max() == -np.inf:
-                tokens[row] = NO_TOKEN_LEFT
+        if grammar is not None:
+            np.copyto(scratch.row, ours)
+            ours = scratch.row
+            ours[~grammar.allowed()] = -np.inf
+            if grammar.fault:
+                tokens[row] = GRAMMAR_FAULT
                 continue
+        if ours is scratch.row and ours.max() == -np.inf:
+            tokens[row] = NO_TOKEN_LEFT
+            continue
         tokens[row] = long_rows.draw(ours, parameters, number, scratch)
     return tokens
 
@@ -176,8 +206,14 @@ def failures(logits: Floats, tokens: Ints, positions: Ints) -> dict[int, Request
         return failed  # the usual case, and cheaper to check than row by row
     for row in np.flatnonzero(tokens == NO_TOKEN_LEFT).tolist():
         failed[row] = InvalidRequest(
-            "sampling.allowed_token_ids, bad_words and stopping.min_tokens leave no token for "
-            f"position {positions[row]}: allow more, or forbid less"
+            "sampling.allowed_token_ids, bad_words, grammar and stopping.min_tokens leave no token "
+            f"for position {positions[row]}: allow more, or forbid less"
+        )
+    for row in np.flatnonzero(tokens == GRAMMAR_FAULT).tolist():
+        failed[row] = InvalidRequest(
+            f"sampling.grammar cannot be followed beyond position {positions[row]}: it has too "
+            "many ways to go on, or other tokens came before than it allows; simplify it",
+            field="sampling.grammar",
         )
     for row in np.flatnonzero(~np.isfinite(logits).all(axis=1)).tolist():
         failed[row] = StepFailed(

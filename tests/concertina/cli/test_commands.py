@@ -179,6 +179,22 @@ def test_generate_passes_its_options_on(fake: Fake, run: Run) -> None:
     assert fake.requests == [expected]
 
 
+def test_what_an_output_must_be(fake: Fake, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "schema.json").write_text('{"type": "object"}')
+    given = {
+        ("--json-schema", str(tmp_path / "schema.json")): pb.Grammar(
+            json_schema='{"type": "object"}'
+        ),
+        ("--regex", "a+"): pb.Grammar(regex="a+"),
+        ("--choice", "yes", "--choice", "no"): pb.Grammar(choice=pb.Choice(texts=["yes", "no"])),
+    }
+    fake.script = [fake.accepted(), fake.text(2, 0, "yes"), fake.finished(3)]
+    for options in given:
+        fake.script = [fake.accepted(), fake.finished(2)]
+        assert run("generate", "x", *options)[0] == 0
+    assert [request.sampling.grammar for request in fake.requests] == [*given.values()]
+
+
 def test_several_outputs_are_written_one_after_the_other(fake: Fake, run: Run) -> None:
     fake.script = [
         fake.accepted(outputs=3),
@@ -271,7 +287,7 @@ def test_generate_json_is_an_object_per_event(fake: Fake, run: Run) -> None:
 
 
 def test_events_of_two_words_are_named_as_on_the_wire(fake: Fake, run: Run) -> None:
-    told = pb.PromptLogprobs(logprobs=[pb.TokenLogprobs(logprob=-0.5)])
+    told = pb.PromptLogprobs(logprobs=[pb.TokenLogprobs(logprob=-0.5, token="a", piece=b"a")])
     fake.script = [
         fake.accepted(prompt_tokens=1),
         pb.GenerateResponse(sequence=2, prompt_logprobs=told),
@@ -282,7 +298,17 @@ def test_events_of_two_words_are_named_as_on_the_wire(fake: Fake, run: Run) -> N
         "event": "prompt_logprobs",
         "sequence": 2,
         "first_position": 0,
-        "logprobs": [{"logprob": -0.5, "top_ids": [], "top_logprobs": []}],
+        "logprobs": [
+            {
+                "logprob": -0.5,
+                "top_ids": [],
+                "top_logprobs": [],
+                "token": "a",
+                "piece": "61",
+                "top_tokens": [],
+                "top_pieces": [],
+            }
+        ],
     }
 
 
@@ -711,6 +737,10 @@ def test_models_json(fake: Fake, run: Run) -> None:
     assert (code, text["name"], text["metrics"]) == (0, "prose", {"bits/byte": 1.25})
     assert (text["weights"], text["weights_loss"]) == ("float16", 0)
     assert (text["state"], text["state_loss"]) == ("float32", 0)
+    text_as_it_was, _ = fake.models
+    text_as_it_was.manifest.weights = bundle_pb2.DATA_TYPE_BFLOAT16
+    assert json.loads(run("models", "--json")[1].splitlines()[0])["weights"] == "bfloat16"
+    assert "+" not in run("models")[1]
     assert image["image"] == {"width": 4, "height": 3, "palette": "000000fffffff" + "f00000000ff"}
 
 

@@ -292,7 +292,7 @@ def test_every_number_has_a_range() -> None:
     assert unbounded == ["data --heldout"]  # a callback bounds it, since its ends do not belong
     served = dict(_numbers("serve", load("serve", COMMANDS["serve"])))
     assert all(parameter.max is not None for parameter in served.values())
-    assert len(served) == 16
+    assert len(served) == 18
 
 
 @pytest.mark.parametrize(

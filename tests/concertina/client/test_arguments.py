@@ -21,6 +21,7 @@ from concertina.client import (
     StreamCut,
 )
 from concertina.client.statuses import status_error
+from concertina.v1 import generation_service_pb2 as pb
 from tests.concertina.conftest import WAIT, Fake, Status
 
 MESSAGE_LIMIT = 4 * 1024 * 1024
@@ -55,6 +56,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "score": lambda client, **given: client.score("x", **given),
     "tokenize": lambda client, **given: client.tokenize("x", **given),
     "detokenize": lambda client, **given: client.detokenize([1], **given),
+    "resume": lambda client, **given: client.resume("s", **given),
     "models": lambda client, **given: client.models(**given),
     "model": lambda client, **given: client.model(**given),
     "pause": lambda client, **given: client.sessions.pause("s", **given),
@@ -264,6 +266,52 @@ def test_one_bad_word_is_one_and_not_its_letters(using: Call, fake: Fake) -> Non
     assert [*fake.requests[0].sampling.bad_words] == ["import"]
 
 
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        ({"json_schema": {"type": "null"}}, pb.Grammar(json_schema='{"type": "null"}')),
+        ({"json_schema": '{"type":"null"}'}, pb.Grammar(json_schema='{"type":"null"}')),
+        ({"json_schema": {}}, pb.Grammar(json_schema="{}")),
+        ({"json_object": True}, pb.Grammar(json_object=pb.JsonObject())),
+        ({"regex": "a+"}, pb.Grammar(regex="a+")),
+        ({"choice": ["yes", "no"]}, pb.Grammar(choice=pb.Choice(texts=["yes", "no"]))),
+        ({"lark": 'start: "a"'}, pb.Grammar(lark='start: "a"')),
+    ],
+    ids=str,
+)
+def test_what_an_output_must_be(using: Call, fake: Fake, given: Any, sent: pb.Grammar) -> None:
+    fake.script = [fake.accepted(), fake.finished(2)]
+    using(lambda client: client.complete("x", **given))
+    assert fake.requests[0].sampling.grammar == sent
+
+
+@pytest.mark.parametrize("given", [{}, {"json_object": False}, {"regex": None, "choice": None}])
+def test_an_output_may_be_anything(using: Call, fake: Fake, given: Any) -> None:
+    fake.script = [fake.accepted(), fake.finished(2)]
+    using(lambda client: client.complete("x", **given))
+    assert not fake.requests[0].sampling.HasField("grammar")
+
+
+@pytest.mark.parametrize(
+    ("given", "field", "reason"),
+    [
+        ({"regex": "a", "choice": ["a"]}, "sampling.grammar", "regex and choice"),
+        ({"json_schema": {"const": {1, 2}}}, "sampling.grammar.json_schema", "as JSON"),
+        ({"json_schema": {"const": float("nan")}}, "sampling.grammar.json_schema", "as JSON"),
+        ({"json_schema": 5}, "sampling.grammar.json_schema", "not valid"),
+        ({"choice": "yes"}, "sampling.grammar.choice", "a list of strings"),
+        ({"choice": ["a", 5]}, "sampling.grammar.choice.texts[1]", "not valid"),
+        ({"choice": []}, "sampling.grammar.choice", "at least 1"),
+        ({"regex": ""}, "sampling.grammar.regex", "empty"),
+    ],
+    ids=str,
+)
+def test_what_an_output_cannot_be(using: Call, given: Any, field: str, reason: str) -> None:
+    with pytest.raises(InvalidRequest, match=reason) as raised:
+        using(lambda client: client.generate("x", **given))
+    assert raised.value.field == field
+
+
 @pytest.mark.parametrize("snapshot", ["text", 5, None])
 def test_a_snapshot_that_is_no_bytes_is_refused(using: Call, snapshot: Any) -> None:
     with pytest.raises(InvalidRequest, match=r"snapshot is of type .* give the bytes"):
@@ -277,10 +325,13 @@ def test_a_message_of_the_server_is_short(fake: Fake) -> None:
     assert len(str(raised.value)) <= SHORT
 
 
-@pytest.mark.parametrize("call", ["model", "pause", "continue_", "fork", "export", "delete"])
+@pytest.mark.parametrize(
+    "call", ["model", "resume", "pause", "continue_", "fork", "export", "delete"]
+)
 def test_a_name_that_is_no_text_is_named(using: Call, call: str) -> None:
     methods = {
         "model": lambda client, name: client.model(name),
+        "resume": lambda client, name: client.resume(name),
         "pause": lambda client, name: client.sessions.pause(name),
         "continue_": lambda client, name: client.sessions.continue_(name),
         "fork": lambda client, name: client.sessions.fork(name),

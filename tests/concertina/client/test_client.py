@@ -157,7 +157,15 @@ def test_an_output_without_its_terminal_event_was_cut(fake: Fake, collect: Colle
 
 
 def test_logprobs_are_told_of_prompt_and_tokens(fake: Fake, collect: Collect) -> None:
-    said = pb.TokenLogprobs(logprob=-1.5, top_ids=[3, 9], top_logprobs=[-0.25, -2])
+    said = pb.TokenLogprobs(
+        logprob=-1.5,
+        top_ids=[3, 9],
+        top_logprobs=[-0.25, -2],
+        token="\ufffd",
+        piece=b"\xe2",
+        top_tokens=["<|end|>", "\ufffd"],
+        top_pieces=[b"", b"\xe2"],
+    )
     tokens = pb.Tokens(first_position=3, ids=[9], logprobs=[said])
     fake.script = [
         fake.accepted(prompt_tokens=3),
@@ -171,7 +179,8 @@ def test_logprobs_are_told_of_prompt_and_tokens(fake: Fake, collect: Collect) ->
     assert first == PromptLogprobs(2, 0, (like[0], like[1]))
     assert second == PromptLogprobs(3, 2, (like[2],))
     assert isinstance(delta, Tokens)
-    assert delta.logprobs == (TokenLogprobs(-1.5, (3, 9), (-0.25, -2.0)),)
+    strings = ("\ufffd", b"\xe2", ("<|end|>", "\ufffd"), (b"", b"\xe2"))
+    assert delta.logprobs == (TokenLogprobs(-1.5, (3, 9), (-0.25, -2.0), *strings),)
 
 
 def test_events_arrive_while_the_stream_runs(fake: Fake) -> None:

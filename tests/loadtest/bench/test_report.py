@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -22,12 +23,22 @@ from loadtest.bench.report import (
     Target,
     absent,
     as_json,
+    base_of,
     doubts,
     from_json,
     ratios,
 )
 from loadtest.bench.run import CellResult, Entry, Group, Progress, Report
-from loadtest.bench.tables import BEGIN, END, join, markdown, put_between, render
+from loadtest.bench.tables import (
+    BEGIN,
+    BEGIN_PRETRAINED,
+    END,
+    END_PRETRAINED,
+    join,
+    markdown,
+    put_between,
+    render,
+)
 from loadtest.bench.worker import FAILED, NOT_INSTALLED, OK
 
 NAMED = {contestant.name: contestant for contestant in CONTESTANTS}
@@ -150,8 +161,35 @@ def test_every_target_is_the_name_of_a_ratio() -> None:
     ours = {"fixed": 1.0, "fixed_int8": 1.0, "fixed_1k": 1.0}
     rivals = {"genai": 2.0, "genai_graph": 2.0, "genai_int4": 2.0, "genai_int4_graph": 2.0}
     cells = (*(Cell(256, n) for n in (1, 8, 32)), CHECK, AT_16K, Cell(65_536, 8), FIRST_TOKEN)
-    seen = found(*(result(cell, **ours, **rivals, llama_q8_0=3.0) for cell in cells))
-    assert set(TARGETS) <= set(seen)
+    results = [result(cell, **ours, **rivals, llama_q8_0=3.0) for cell in cells]
+    drawn = report(*results)
+    pretrained = replace(drawn, plan=replace(drawn.plan, source="Smol"))
+    seen = {each.name for wanted in (drawn, pretrained) for each in ratios(wanted)}
+    assert set(TARGETS) <= seen
+
+
+def test_a_pretrained_model_has_ratios_and_targets_of_its_own() -> None:
+    wanted = report(result(Cell(256, 8), fixed=1.0, fixed_int8=0.5, llama_q8_0=0.45, genai=0.9))
+    wanted = replace(wanted, plan=replace(wanted.plan, source="Smol"))
+    seen = {each.name: each for each in ratios(wanted)}
+    best = seen["pretrained_256_8_best"]
+    assert (best.over, best.under, best.verdict) == ("llama-q8_0", "fixed-int8", "MISSED")
+    assert best.spread.median == pytest.approx(0.9)
+    assert seen["pretrained_256_8_float32"].spread.median == pytest.approx(0.9)
+    assert all(name.startswith("pretrained_256_8_") for name in seen)
+    assert "Smol, 256 x 8" in shown(wanted)
+    assert markdown(wanted, {"cpu": "Abacus"}).startswith("Smol; Abacus, ")
+
+
+def test_ours_in_float32_is_the_base_whatever_its_name() -> None:
+    named = {**NAMED, "ours": replace(NAMED["fixed"], name="ours")}
+    assert base_of([NAMED["fixed-int8"], named["ours"], NAMED["genai"]]) == "ours"
+    assert base_of([NAMED["genai"], NAMED["fixed-int8"]]) == "fixed-int8"
+
+
+def test_a_best_without_our_float32_has_no_ratio_in_float32() -> None:
+    seen = found(result(Cell(256, 8), fixed_int8=0.5, genai=0.9))
+    assert "decode_256_8_best" in seen and "decode_256_8_float32" not in seen
 
 
 def test_doubts_name_the_cell_and_the_reason() -> None:
@@ -217,6 +255,9 @@ def test_the_json_gives_the_report_back_and_the_document_its_table(tmp_path: Pat
     assert f"{row} **missed** |" in text
     document = put_between(f"before\n{BEGIN}\nold\n{END}\nafter\n", text)
     assert document == f"before\n{BEGIN}\n\n{text}\n\n{END}\nafter\n"
+    marks = (BEGIN_PRETRAINED, END_PRETRAINED)
+    both = f"{document}{marks[0]}\nold\n{marks[1]}\n"
+    assert put_between(both, "new", *marks) == f"{document}{marks[0]}\n\nnew\n\n{marks[1]}\n"
     with pytest.raises(ValueError, match="has no lines"):
         put_between("nothing", text)
 
@@ -224,6 +265,9 @@ def test_the_json_gives_the_report_back_and_the_document_its_table(tmp_path: Pat
 def test_runs_of_different_cells_are_joined_and_the_last_counts() -> None:
     first = report(result(FIRST_TOKEN, fixed=1.0), result(AT_16K, fixed=1.0))
     second = report(result(AT_16K, fixed=3.0), result(Cell(256, 1), fixed=1.0))
+    other = replace(second, plan=replace(second.plan, source="Smol"))
+    with pytest.raises(typer.BadParameter, match="of different models"):
+        join([first, other])
     joined = join([first, second])
     assert joined.plan.cells == (Cell(256, 1), AT_16K, FIRST_TOKEN)
     assert joined.results[1] == second.results[0]
@@ -262,8 +306,6 @@ def test_the_time_left_follows_from_what_is_behind() -> None:
     ],
 )
 def test_options_that_mean_nothing_are_refused(options: list[str], complaint: str) -> None:
-    import typer
-
     app = typer.Typer()
     app.command()(command.bench)
     ran = CliRunner().invoke(app, options, env={"COLUMNS": "300"})

@@ -15,21 +15,21 @@ from concertina.cli.main import main
 from model.pretrained.convert import convert
 from model.pretrained.source import PretrainedError
 from model.run import Origin, load_checkpoint
-from tests.model.pretrained.folders import tensors, write
+from tests.model.pretrained.folders import TOKENIZER, tensors, write
 
 
 def test_a_run_says_where_it_comes_from(tmp_path: Path) -> None:
     folder = write(tmp_path / "tiny", _name_or_path="them/tiny")
     (folder / "README.md").write_text("---\nlanguage: en\nlicense: apache-2.0\n---\n# Tiny\n")
-    (folder / "tokenizer.json").write_text("{}")
+    (folder / "tokenizer.json").write_text(TOKENIZER)
     convert(folder, tmp_path / "run")
     checkpoint = load_checkpoint(tmp_path / "run")
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    expected = Origin("them/tiny", "llama", "apache-2.0", digest, end_tokens=(2, 3))
+    expected = Origin("them/tiny", "llama", "apache-2.0", digest, begin_token=1, end_tokens=(2, 3))
     assert checkpoint.origin == expected
     assert (checkpoint.data.source, checkpoint.data.license) == ("them/tiny", "apache-2.0")
     assert checkpoint.config.vocabulary == 11 and checkpoint.config.starts == 0
-    assert (tmp_path / "run" / "tokenizer.json").read_text() == "{}"
+    assert (tmp_path / "run" / "tokenizer.json").read_text() == TOKENIZER
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "tiny"]
 
 

@@ -47,7 +47,8 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
 
 
 def test_sizes_that_do_not_fit_are_found_before_any_is_allocated(tmp_path: Path) -> None:
-    folder = write(tmp_path / "tiny", vocab_size=2**24, hidden_size=2**20, head_dim=2**19)
+    sizes = {"vocab_size": 2**24, "hidden_size": 2**20, "head_dim": 2**16}
+    folder = write(tmp_path / "tiny", tensors(), **sizes)
     refuse(folder, r"embed_tokens.weight has shape 11x16, and .* say 16777216x1048576")
 
 

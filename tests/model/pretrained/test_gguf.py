@@ -39,6 +39,13 @@ NAMES = {
 }
 
 
+_TOKENS = {
+    "tokenizer.ggml.bos_token_id": 1,
+    "tokenizer.ggml.eos_token_id": 2,
+    "tokenizer.ggml.tokens": [f"t{n}" for n in range(11)],
+}
+
+
 def theirs(name: str) -> str:
     """The name in a GGUF file."""
     body, _, end = name.rpartition(".")
@@ -59,11 +66,13 @@ def write_gguf(
     kind: str = "llama",
     weights: dict[str, torch.Tensor] | None = None,
     more: dict[str, np.ndarray[Any, Any]] | None = None,
+    vocabulary: dict[str, Any] | None = None,
     **changes: Any,
 ) -> Path:
     """The model of `folders`, as the converter of llama.cpp writes it.
 
-    `more` are further tensors; `changes` are those of the settings, and None leaves one out.
+    `more` are further tensors; `vocabulary` are the fields of its tokenizer; `changes` are those of
+    the settings, and None leaves one out.
     """
     writer = gguf.GGUFWriter(path, kind)
     fields = {
@@ -82,9 +91,11 @@ def write_gguf(
             adds[type(value)](f"{kind}.{name}", value)
     writer.add_string("general.name", "Tiny")
     writer.add_string("general.license", "mit")
-    writer.add_uint32("tokenizer.ggml.bos_token_id", 1)
-    writer.add_uint32("tokenizer.ggml.eos_token_id", 2)
-    writer.add_array("tokenizer.ggml.tokens", [f"t{n}" for n in range(11)])
+    for name, value in (vocabulary or _TOKENS).items():
+        if isinstance(value, list):
+            writer.add_array(name, value)
+        else:
+            adds[type(value)](name, value)
     for name, weight in (weights or tensors()).items():
         for part, heads in (("q_proj", 2), ("k_proj", 1)):
             if part in name and kind == "llama":

@@ -15,9 +15,10 @@ from model.pretrained.convert import convert
 from model.pretrained.gguf_vocabulary import vocabulary_of
 from model.pretrained.source import PretrainedError
 from model.pretrained.vocabulary import read_vocabulary
-from tests.model.pretrained.folders import write
+from tests.model.pretrained.folders import TOKENIZER, write
 from tests.tokenizers_made import BYTE_LEVEL, TEXTS, content_of, trained
 
+MODEL = {"type": "BPE", "vocab": {}, "merges": []}
 BEGINS = {
     "type": "TemplateProcessing",
     "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A"}}],
@@ -37,7 +38,7 @@ def folder_of(path: Path, **files: Any) -> Path:
 def test_a_folder_says_what_its_tokens_are(tmp_path: Path) -> None:
     folder = folder_of(
         tmp_path / "tiny",
-        tokenizer__json={"model": {}, "post_processor": BEGINS},
+        tokenizer__json={"model": MODEL, "post_processor": BEGINS},
         special_tokens_map__json={"unk_token": {"content": "<unk>"}, "eos_token": "</s>"},
         tokenizer_config__json={
             "bos_token": "<s>",
@@ -79,7 +80,7 @@ def test_a_template_of_its_own_counts_more(tmp_path: Path) -> None:
 def test_the_begin_token_is_what_the_tokenizer_puts_first(
     processor: Any, config: Any, begin: int | None, tmp_path: Path
 ) -> None:
-    tokenizer = {"model": {}, "post_processor": processor}
+    tokenizer = {"model": MODEL, "post_processor": processor}
     folder = folder_of(tmp_path / "tiny", tokenizer__json=tokenizer, tokenizer_config__json=config)
     assert read_vocabulary(folder).begin_token == begin
 
@@ -88,14 +89,16 @@ def test_the_begin_token_is_what_the_tokenizer_puts_first(
     "processor", [7, {"type": "TemplateProcessing", "single": 3}, {**BEGINS, "special_tokens": {}}]
 )
 def test_a_broken_post_processor_is_refused(processor: Any, tmp_path: Path) -> None:
-    folder = folder_of(tmp_path / "tiny", tokenizer__json={"post_processor": processor})
+    folder = folder_of(
+        tmp_path / "tiny", tokenizer__json={"model": MODEL, "post_processor": processor}
+    )
     with pytest.raises(PretrainedError, match="post_processor that cannot be read"):
         read_vocabulary(folder)
 
 
 def test_a_bundle_has_what_the_folder_has(tmp_path: Path) -> None:
     source = write(tmp_path / "hf")
-    (source / "tokenizer.json").write_text(json.dumps({"model": {}, "post_processor": BEGINS}))
+    (source / "tokenizer.json").write_text(TOKENIZER)
     (source / "tokenizer_config.json").write_text('{"bos_token": "<s>", "chat_template": "hi"}')
     convert(source, tmp_path / "run")
     export_bundle(tmp_path / "run", tmp_path / "bundle", name="tiny")
@@ -123,6 +126,7 @@ def fields(**changes: Any) -> dict[str, Any]:
     merges = [m if isinstance(m, str) else " ".join(m) for m in spec["model"]["merges"]]
     made = {
         "model": "gpt2",
+        "pre": "gpt-2",
         "tokens": tokens,
         "token_type": kinds,
         "merges": merges,
@@ -152,6 +156,7 @@ def test_the_tokenizer_of_a_gguf_file_is_that_of_the_folder() -> None:
         ("smollm", ["1", "2", "3", "4", "5", " don", "'", "T"]),
         ("llama-bpe", ["123", "45", " don", "'T"]),
         ("qwen2", ["1", "2", "3", "4", "5", " don", "'T"]),
+        ("tekken", ["1", "2", "3", "4", "5", " don", "'T"]),
     ],
 )
 def test_text_is_cut_as_the_file_says(kind: str, parts: list[str]) -> None:
@@ -159,7 +164,7 @@ def test_text_is_cut_as_the_file_says(kind: str, parts: list[str]) -> None:
     cut = Tokenizer.from_buffer(found.files["tokenizer.json"]).pre_tokenizer
     pieces = [piece.replace("\u0120", " ") for piece, _ in cut.pre_tokenize_str("12345 don'T")]
     assert pieces == parts
-    assert found.begin_token == (1 if kind == "llama-bpe" else None)
+    assert found.begin_token == (1 if kind in ("llama-bpe", "tekken") else None)
 
 
 @pytest.mark.parametrize(("adds", "begin"), [(True, 1), (False, None)])
@@ -170,8 +175,25 @@ def test_a_gguf_file_says_whether_a_token_comes_first(adds: bool, begin: int | N
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model": "llama"}, "tokenizer of the kind llama; of GGUF files, supported are gpt2"),
-        ({"pre": "tekken"}, "gpt2 with tekken"),
+        ({"model": "t5"}, "tokenizer of the kind 't5'; of GGUF files, supported are 'llama', and"),
+        ({"model": ["a"] * 999}, r"of the kind \['a', .* \(length 999\); of GGUF files"),
+        *(
+            ({"pre": kind}, f"'gpt2' with {kind!r}; of GGUF files, supported are 'llama', and")
+            for kind in (
+                "default",
+                "deepseek-llm",
+                "deepseek-r1-qwen",
+                "gpt-4o",
+                "qwen35",
+                "",
+                None,
+            )
+        ),
+        ({"pre": ["qwen2"]}, r"'gpt2' with \['qwen2'\]"),
+        ({"tokens": "ab"}, "tokens is 'ab': it has to be a list of str"),
+        ({"tokens": [1, 2]}, "tokens is .*: it has to be a list of str"),
+        ({"merges": [1]}, "merges is .*: it has to be a list of str"),
+        ({"token_type": 3}, "token_type is 3: it has to be a list of int"),
         ({"tokens": ["a", "a"], "token_type": [1, 1]}, "tokens twice"),
         ({"token_type": [1]}, "without a type"),
         ({"merges": ["a"]}, "merges what are no tokens"),

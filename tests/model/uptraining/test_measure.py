@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -25,7 +27,7 @@ def test_losses_are_those_of_each_quarter() -> None:
     each = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
     found = losses(MODEL, tokens)
     ends = (0, 132, 264, 397, 529)
-    expected = [float(each[:, a:b].mean()) for a, b in zip(ends, ends[1:], strict=False)]
+    expected = [float(each[:, a:b].mean()) for a, b in pairwise(ends)]
     assert found.length == 530
     assert found.parts == pytest.approx(expected, abs=1e-5)
     assert found.last_by_window == pytest.approx(each[:, 397:].mean(1).tolist(), abs=1e-5)

@@ -13,12 +13,16 @@ from concertina.v1 import generation_service_pb2 as pb
 from concertina.v1 import generation_service_pb2_grpc as generation_grpc
 from concertina.v1 import model_service_pb2 as model_pb
 from concertina.v1 import model_service_pb2_grpc as model_grpc
+from server.api.convert import response_message
 from server.api.prompt import prompt_tokens
 from server.api.servicers import make_servicers
 from server.bundles.bundle import load_bundle
+from server.checkpoint import TokenLogprobs
 from server.config import EngineConfig
 from server.errors import BundleError, InvalidRequest
+from server.request import Request, prompt_of
 from server.sessions.served_model import ServedModel, serve_bundles
+from server.sessions.subscriber import PromptLogprobs
 from tests.server.engines import LIMIT_S, script
 from tests.server.tokenizer_bundles import CONTEXT, NAME, make_tokenizer_bundle
 from tests.tokenizers_made import BYTE_FALLBACK, BYTE_LEVEL, trained
@@ -123,6 +127,50 @@ async def test_no_bad_word_is_generated_whatever_its_tokens(served: Served, kind
         assert len(text) >= 40 and "ba" not in text and "eb" not in text
 
 
+async def test_log_probabilities_of_the_end_of_a_prompt_name_its_tokens(
+    served: Served, kind: str
+) -> None:
+    bundle = served.model.bundle
+    request = Request(prompt_of(bundle.manifest.vocabulary, [50, 60, 70], "L"))
+    event = PromptLogprobs(1, (TokenLogprobs(-1.0, (), ()), TokenLogprobs(-1.0, (), ())))
+    told = response_message(bundle, request, event, 1).prompt_logprobs.logprobs
+    assert [one.piece for one in told] == [bundle.codec.text.pieces[token] for token in (60, 70)]
+
+
+async def test_log_probabilities_name_their_tokens(served: Served, kind: str) -> None:
+    """As strings and bytes, for the prompt and what follows; special tokens by their names."""
+    tokenizer, codec = trained(kind), served.model.bundle.codec
+    prompt = pb.Prompt(text="the é fox<|im_end|>")
+    asked = tokenizer.encode(prompt.text, add_special_tokens=False).ids
+    asked = asked[kind == BYTE_LEVEL :]  # without a begin token, the first takes its place
+    end, size = tokenizer.token_to_id("</s>"), tokenizer.get_vocab_size()
+    script(served.model, [0] * len(asked) + [end, asked[0], size] * 4)
+    request = pb.GenerateRequest(
+        prompt=prompt,
+        sampling=pb.SamplingParameters(temperature=0),
+        stopping=pb.StoppingCriteria(max_tokens=6, ignore_eos=True),
+        output=pb.OutputOptions(logprobs=20, prompt_logprobs=3),
+    )
+    ids, told = list(asked), list[pb.TokenLogprobs]()
+    async for event in served.generation.Generate(request, timeout=LIMIT_S):
+        ids += event.tokens.ids
+        told += [*event.prompt_logprobs.logprobs, *event.tokens.logprobs]
+    assert len(ids) == len(told) == len(asked) + 6
+    texts, special = list[str](), tokenizer.get_added_tokens_decoder()
+    for token, one in zip(ids, told, strict=True):
+        for each, name, piece in (
+            (token, one.token, one.piece),
+            *zip(one.top_ids, one.top_tokens, one.top_pieces, strict=True),
+        ):
+            assert piece == codec.text.pieces[each]
+            assert name == (piece.decode(errors="replace") or tokenizer.id_to_token(each) or "")
+            assert bool(piece) == (each < size and not (each in special and special[each].special))
+        texts.append(one.token)
+    assert "é" in b"".join(one.piece for one in told).decode(errors="replace")
+    assert {"<|im_end|>", "</s>", ""} <= {*texts} and any(" " in text for text in texts)
+    assert len(told[-1].top_tokens) == 20
+
+
 async def test_a_score_says_how_many_bytes_its_tokens_are(served: Served, kind: str) -> None:
     text = "the quick brown fox — é"
     count = len(trained(kind).encode(text, add_special_tokens=False).ids)
@@ -133,6 +181,35 @@ async def test_a_score_says_how_many_bytes_its_tokens_are(served: Served, kind: 
         first = trained(kind).encode(text, add_special_tokens=False).ids[0]
         rest = len(text.encode()) - len(served.model.bundle.codec.text.pieces[first])
         assert (len(score.bits), score.text_bytes) == (count - 1, rest)
+
+
+async def test_log_probabilities_say_which_bytes_each_token_is(served: Served, kind: str) -> None:
+    said = trained(kind).encode("the café 你好", add_special_tokens=False).ids  # split characters
+    end, room = trained(kind).token_to_id("</s>"), CONTEXT // 2
+    script(served.model, [*said, end] * (CONTEXT // len(said)))
+    request = pb.GenerateRequest(
+        prompt=_PROMPT,
+        sampling=pb.SamplingParameters(temperature=0),
+        stopping=pb.StoppingCriteria(max_tokens=room, ignore_eos=True),
+        output=pb.OutputOptions(logprobs=2, prompt_logprobs=1),
+    )
+    pieces = served.model.bundle.codec.text.pieces
+    prompt, text, told = b"", "", list[bytes]()
+    async for event in served.generation.Generate(request, timeout=LIMIT_S):
+        both = (*event.prompt_logprobs.logprobs, *event.tokens.logprobs)
+        for one in both:
+            assert [*one.top_pieces] == [pieces[each] for each in one.top_ids]
+        prompt += b"".join(one.piece for one in event.prompt_logprobs.logprobs)
+        told += [one.piece for one in event.tokens.logprobs]
+        text += event.tokens.text
+        assert [one.piece for one in event.tokens.logprobs] == [
+            pieces[each] for each in event.tokens.ids
+        ]
+    assert len(told) == room and b"" in told  # an end token is no text
+    whole = text.rstrip("\ufffd")  # the limit may tear the last character
+    assert b"".join(told).startswith(whole.encode()) and "你好" in whole
+    start = b"" if kind == BYTE_FALLBACK else b"the"
+    assert (start + prompt).decode().strip() == _PROMPT.text
 
 
 async def test_tokens_of_a_prompt_and_back(served: Served, kind: str) -> None:
@@ -209,6 +286,9 @@ async def test_messages_become_a_prompt_by_the_bundle_s_template(tmp_path: Path)
     ids = prompt_tokens(other, prompt, room=1)
     text = "the quick fox!"
     assert [ids.start, *ids.tokens] == trained(BYTE_LEVEL).encode(text).ids
+    long = plain.with_template("{{ messages | length }} {{ messages[-1].content }}")
+    ids = prompt_tokens(long, _messages(*["x"] * 1023, "y"), room=1)
+    assert [ids.start, *ids.tokens] == trained(BYTE_LEVEL).encode("1024 y").ids
     for bundle, given, named in (
         (plain, prompt, "has no chat template: give text, or have it served with --chat-template"),
         (own, _messages(), "prompt.messages is empty: give at least 1 message"),

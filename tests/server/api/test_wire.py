@@ -46,7 +46,7 @@ def test_a_flood_ends_after_few_steps(name: str, monkeypatch: pytest.MonkeyPatch
     assert refused.field == flood.field and refused.limit
     assert len(refused.message) < 300
     # Each takes less than a microsecond.
-    assert steps < 4000
+    assert steps < 12_000  # a conversation of 1,024 messages has 3,072 fields
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))

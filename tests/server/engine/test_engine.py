@@ -14,9 +14,11 @@ import pytest
 from server.arrays import Floats, Ints
 from server.bundles.bundle import Bundle
 from server.checkpoint import Finish, FinishReason
+from server.engine import decoding
 from server.engine.sampling.sampler import SamplingBatch, sample
 from server.engine.updates import Scored
 from server.request import Request, SamplingParameters, prompt_of
+from server.sessions.subscriber import PromptLogprobs
 from tests.server.engines import (
     LIMIT_S,
     DrivenModel,
@@ -125,6 +127,45 @@ async def test_scores_are_the_bits_of_the_model(
         expected = -logs[np.arange(length), prompt.tokens] / np.log(2)
         assert isinstance(outcome.ending, Scored)
         assert outcome.ending.bits == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("reports", [False, True])
+async def test_a_prompt_that_is_predicted_takes_little_memory_for_logits(
+    text: Bundle, start: Start, reports: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many of its tokens one pass could push: a row may have 150,000 logits."""
+    model, sizes = start(text), list[int]()
+    prompt = b"some words to score"
+    wanted = ask(prompt, 3, prompt_logprobs=2) if reports else ask(prompt, score=True)
+    runtime: Any = model.engine.runtime
+    prefill = runtime.prefill
+
+    def noted(row: int, tokens: Ints, *more: Any) -> Floats:
+        sizes.append(len(tokens))
+        pushed: Floats = prefill(row, tokens, *more)
+        return pushed
+
+    async def predicted() -> list[float]:
+        found: list[float] = []
+        async for event in model.events(model.submit(wanted)):
+            if isinstance(event, PromptLogprobs):
+                found += [one.logprob for one in event.logprobs]
+            elif isinstance(event, Scored):
+                found += event.bits
+        assert len(found) == len(prompt)
+        return found
+
+    runtime.prefill = noted
+    expected = pytest.approx(await predicted(), abs=1e-4)
+    assert max(sizes) == text.span
+    for room, most in ((3 * 4 * text.vocabulary, 3), (1, 1)):
+        sizes.clear()
+        monkeypatch.setattr(decoding, "PREDICTED_BYTES", room)
+        assert await predicted() == expected
+        assert (max(sizes), sum(sizes)) == (most, len(prompt))
+    sizes.clear()
+    await generate(model, ask(prompt, 3))  # whose own tokens are not predicted
+    assert max(sizes) == text.span
 
 
 async def test_scoring_needs_no_slot(text: Bundle, start: Start) -> None:

@@ -14,16 +14,22 @@ from typing import Any
 import pytest
 
 from server.auth.api_keys import Caller, new_key, write_keys
-from server.config import ServeConfig
+from server.config import EngineConfig, ServeConfig
 from server.hosts.greeting import greeting
 from tests.certificates import Certificates
 from tests.e2e.servers import ROOT, serving
 
 CONFIG = ServeConfig((Path("bundle"),), port=9012, metrics_port=9013)
-_TEXT, _PIXELS = SimpleNamespace(writes_text=True), SimpleNamespace(writes_text=False)
-TEXT: Any = SimpleNamespace(name="prose", codec=_TEXT, chat_template=None)
-IMAGE: Any = SimpleNamespace(name="two words", codec=_PIXELS, chat_template=None)
-CHAT: Any = SimpleNamespace(name="talk", codec=_TEXT, chat_template="{{ messages }}")
+
+
+def named(name: str, source: str = "", template: object = None, writes_text: bool = True) -> Any:
+    """As much of a bundle as a greeting needs."""
+    manifest = SimpleNamespace(training_data=SimpleNamespace(source=source))
+    codec = SimpleNamespace(writes_text=writes_text)
+    return SimpleNamespace(name=name, manifest=manifest, codec=codec, chat_template=template)
+
+
+TEXT, IMAGE = named("prose"), named("two words", writes_text=False)
 WAIT = 60.0
 
 
@@ -35,14 +41,23 @@ def test_where_it_listens_and_who_may_call() -> None:
     assert greeting(CONFIG, [TEXT]) == [
         "  gRPC     127.0.0.1:9012 (plaintext, for anyone who can reach it)",
         "  metrics  http://127.0.0.1:9013/metrics",
-        'try: concertina generate "import " -m prose --address 127.0.0.1:9012',
+        'try: concertina generate "The " -m prose --address 127.0.0.1:9012',
     ]
-    assert last(CONFIG, CHAT) == "try: concertina chat -m talk --address 127.0.0.1:9012"
     assert last(CONFIG, IMAGE).startswith("try: concertina paint -m 'two words' --address")
     assert greeting(replace(CONFIG, metrics_port=0), []) == [
         "  gRPC     127.0.0.1:9012 (plaintext, for anyone who can reach it)",
         "see: concertina models --address 127.0.0.1:9012",
     ]
+
+
+def test_what_to_try_is_what_a_model_is_good_at() -> None:
+    code = last(CONFIG, named("tiny", source="Python files of the standard library"))
+    assert code.startswith('try: concertina generate "import " -m tiny')
+    assert last(CONFIG, named("python-4k")) == code.replace("tiny", "python-4k")
+    assert last(CONFIG, named("talks", template=object())).startswith("try: concertina chat -m ")
+    templated = replace(CONFIG, engine=EngineConfig(chat_template="{{ messages }}"))
+    assert last(templated).startswith("try: concertina chat -m prose")
+    assert last(templated, IMAGE).startswith("try: concertina paint")
 
 
 @pytest.mark.parametrize(

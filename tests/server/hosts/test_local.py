@@ -328,6 +328,13 @@ async def test_it_listens_on_ipv6(serve: Serve, host: str) -> None:
         assert await Calls(channel, None).models() == [IMAGE, TEXT]
 
 
+async def test_a_plaintext_port_beside_tls(serve: Serve, certificates: Certificates) -> None:
+    (port,) = free_ports(1)
+    await serve(tls=certificates.server(mutual=True), plain_port=port)
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        assert await Calls(channel, None).models() == [IMAGE, TEXT]
+
+
 async def test_a_handshake_has_an_end(
     serve: Serve, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
 ) -> None:

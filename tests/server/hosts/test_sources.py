@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,8 +17,10 @@ from typing import Any
 import pytest
 import torch
 
+from concertina.bundle.manifest import read_manifest, write_manifest
 from export.bundle import export_bundle
 from model.pretrained.convert import convert
+from model.pretrained.source import PretrainedError
 from server.errors import BundleError
 from server.hosts import sources
 from server.hosts.sources import SourceError, bundle_of, is_pretrained
@@ -69,9 +72,17 @@ def test_a_model_is_converted_once(source: Path, commands: list[str], tmp_path: 
     assert any("this once" in line and str(bundle.folder) in line for line in said)
     assert bundle.chat_template is not None
     assert bundle.chat_template.render([{"role": "user", "content": "hi"}]) == "<s>hi"
-    assert [path for path in bundle.folder.parent.iterdir() if path.is_dir()] == [bundle.folder]
+    assert [*bundle.folder.parent.iterdir()] == [bundle.folder]
     assert bundle_of(source, said.append).fingerprint == bundle.fingerprint
     assert len(commands) == 2 and len(said) == 1
+
+
+def test_two_that_want_the_same_model_convert_it_once(source: Path, commands: list[str]) -> None:
+    with ThreadPoolExecutor(3) as threads:
+        bundles = [*threads.map(lambda _: bundle_of(source, str), range(3))]
+    assert commands == ["convert", "export"]
+    assert {bundle.fingerprint for bundle in bundles} == {bundles[0].fingerprint}
+    assert [*bundles[0].folder.parent.iterdir()] == [bundles[0].folder]
 
 
 def test_a_changed_model_is_another(source: Path, commands: list[str]) -> None:
@@ -91,6 +102,18 @@ def test_a_damaged_bundle_is_made_again(source: Path, commands: list[str]) -> No
     assert "step.onnx" in said[0] and "made again" in said[0]
 
 
+def test_a_bundle_that_was_put_into_the_cache_has_the_name_of_its_source(
+    source: Path, commands: list[str]
+) -> None:
+    bundle = bundle_of(source, str)
+    manifest = read_manifest(bundle.folder)
+    manifest.name = "bundle"  # as `concertina export` calls it after its folder
+    write_manifest(bundle.folder, manifest, [file.path for file in manifest.files])
+    found = bundle_of(source, str)
+    assert (found.name, found.folder, len(commands)) == ("tiny", bundle.folder, 2)
+    assert found.fingerprint == bundle.fingerprint
+
+
 def test_what_a_killed_process_left_is_removed(source: Path, commands: list[str]) -> None:
     bundle = bundle_of(source, str)
     left = bundle.folder.with_name(f".{bundle.folder.name}.abc")
@@ -106,6 +129,15 @@ def test_tokens_that_nobody_knows_are_refused(source: Path, commands: list[str])
     with pytest.raises(SourceError, match=r"no tokenizer\.json.*save_pretrained"):
         bundle_of(source, str)
     assert commands == ["convert"]
+
+
+def test_a_link_that_leads_nowhere_is_refused_in_words(source: Path, commands: list[str]) -> None:
+    (source / "chat_template.jinja").unlink()
+    (source / "chat_template.jinja").symlink_to("/nowhere/at/all")
+    (source / "tokenizer.json").unlink()
+    (source / "tokenizer.json").symlink_to("/dev/zero")
+    with pytest.raises(PretrainedError, match=r"tokenizer\.json is a link that leads out"):
+        bundle_of(source, str)
 
 
 def test_a_missing_extra_is_named(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:

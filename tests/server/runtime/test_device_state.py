@@ -231,6 +231,14 @@ def test_int8_caches_are_refused_by_name_on_a_device(fixed_bundle: Path) -> None
 
 
 @pytest.mark.usefixtures("cpu_as_device")
+def test_graphs_that_move_state_do_not_make_int8_caches_fit(fixed: Bundle) -> None:
+    narrowed = load_bundle(narrow_tiny(fixed.folder))
+    assert narrowed.moves_on_devices and narrowed.cache_type == "int8"
+    with pytest.raises(BundleError, match=r"state in int8, .* with --state float16"):
+        Runtime(narrowed, 1, provider="cuda")
+
+
+@pytest.mark.usefixtures("cpu_as_device")
 async def test_an_engine_generates_the_same_on_a_device(fixed: Bundle) -> None:
     outcomes = []
     start = prompt_of(fixed.manifest.vocabulary, [], fixed.typecode)

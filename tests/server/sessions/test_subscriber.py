@@ -100,15 +100,30 @@ async def test_a_reader_is_not_woken_before_an_event_is_due() -> None:
 
 async def test_prompt_logprobs_come_first_in_events_of_bounded_size() -> None:
     subscriber = await _subscriber()
-    logprobs = [TokenLogprobs(-float(n), (), ()) for n in range(1500)]
-    subscriber.deliver(StreamUpdate(prompt=logprobs[:700]))
-    subscriber.deliver(StreamUpdate(prompt=logprobs[700:]))
+    logprobs = [TokenLogprobs(-float(n), (), ()) for n in range(300)]
+    subscriber.deliver(StreamUpdate(prompt=logprobs[:70]))
+    subscriber.deliver(StreamUpdate(prompt=logprobs[70:]))
     subscriber.deliver(StreamUpdate(65, "A", logprobs[0]))
     events = [event for event in iter(subscriber.take, None)]
     assert events.pop() == Delta(2, (65,), "A", (logprobs[0],))
     assert all(isinstance(event, PromptLogprobs) for event in events)
-    assert [event.first_position for event in events] == [0, 512, 1024]
+    assert [event.first_position for event in events] == [0, 128, 256]
     assert [one for event in events for one in event.logprobs] == logprobs
+
+
+@pytest.mark.parametrize("interval", [1, 200, 300])
+async def test_log_probabilities_come_in_parts_and_the_rest_at_once(interval: int) -> None:
+    """Whatever the interval: what is left of an event that was too large is due."""
+    subscriber = await _subscriber(stream_interval=interval)
+    subscriber.deliver(StreamUpdate(65, "A", TokenLogprobs(0.0, (), ())))
+    assert subscriber.take() == Delta(2, (65,), "A", (TokenLogprobs(0.0, (), ()),))
+    logprobs = [TokenLogprobs(-float(n), (), ()) for n in range(300)]
+    for one in logprobs:
+        subscriber.deliver(StreamUpdate(66, "B", one))
+    events = [event for event in iter(subscriber.take, None) if isinstance(event, Delta)]
+    assert [event.first_position for event in events] == [3, 131, 259]
+    assert [one for event in events for one in event.logprobs] == logprobs
+    assert "".join(event.text for event in events) == "B" * 300
 
 
 async def test_subscribers_of_one_request_take_turns() -> None:

@@ -166,6 +166,20 @@ def test_a_biased_token_is_repetitive_once_it_has_come() -> None:
         assert sample(logits, batch, np.array([1])).tolist() == [6]
 
 
+def test_tokens_are_withheld_from_the_stream_that_asks() -> None:
+    for vocabulary in SIZES:
+        asked = [
+            SamplingParameters(
+                temperature=0.0, processors=LogitsProcessors(min_tokens=3, withheld=(token,))
+            )
+            for token in (5, 6)
+        ]
+        batch = SamplingBatch.of(asked, [_new(one, [], vocabulary) for one in asked])
+        logits = np.zeros((2, vocabulary), np.float32)
+        logits[:, 5:7] = 10.0, 8.0
+        assert sample(logits, batch, np.array([0, 0])).tolist() == [6, 5]
+
+
 def _old(
     parameters: SamplingParameters, prompt: Sequence[int], vocabulary: int
 ) -> OldPenalties | None:

@@ -1,0 +1,145 @@
+"""Runs a gateway in this process, and ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import ssl
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final
+
+import uvicorn
+
+from server.auth.file_stamp import stamp
+from server.config import TlsConfig
+from server.http.application import application
+from server.http.settings import GatewaySettings
+from server.ops.ports import require_free
+from server.ops.process import STOP_SIGNALS
+
+try:
+    from uvloop import new_event_loop
+except ImportError:
+    from asyncio import new_event_loop  # type: ignore[assignment]
+
+_BACKLOG: Final = 2048
+_LARGEST_HEADERS: Final = 64 * 1024
+_POLL_SECONDS: Final = 0.1
+_RENEWAL_SECONDS: Final = 5.0
+_GRACE_SECONDS: Final = 10.0
+_ORPHAN_SECONDS: Final = 5
+
+_log = logging.getLogger(__name__)
+
+
+def serve(settings: GatewaySettings, announce: Callable[[], None]) -> None:
+    """Answer until SIGINT or SIGTERM; then, streams have `drain_seconds` to end.
+
+    Calls `announce` once callers can connect. Raises PortTaken.
+    """
+    option = "--http-port" if settings.with_parent else "--port"
+    require_free(settings.host, settings.port, f"choose another with {option}")
+    # uvicorn says what happened in tracebacks of its own, beside the errors that we log.
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+    for number in STOP_SIGNALS:  # uvicorn raises them again when it has ended
+        signal.signal(number, lambda *_: None)
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(_serve(settings, announce))
+
+
+async def _serve(settings: GatewaySettings, announce: Callable[[], None]) -> None:
+    context = None if settings.tls is None else _context(settings.tls)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            application(settings),
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            h11_max_incomplete_event_size=_LARGEST_HEADERS,
+            timeout_graceful_shutdown=max(1, settings.drain_seconds),
+            ssl_context_factory=None if context is None else lambda *_: context,
+        )
+    )
+    watching = [asyncio.create_task(_announce(server, announce))]
+    if context is not None and settings.tls is not None:
+        watching.append(asyncio.create_task(_renew(context, settings.tls)))
+    if settings.with_parent:
+        watching.append(asyncio.create_task(_end_with_parent(server)))
+    try:
+        await server.serve(sockets=[_listening(settings)])
+    finally:
+        for task in watching:
+            task.cancel()
+
+
+def _listening(settings: GatewaySettings) -> socket.socket:
+    family, kind, _, _, address = socket.getaddrinfo(
+        settings.host, settings.port, type=socket.SOCK_STREAM
+    )[0]
+    listener = socket.socket(family, kind)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if sys.platform == "linux":  # ends connections whose reader takes nothing, after we gave up
+        patience_ms = round(1000 * (settings.slow_reader_seconds + _GRACE_SECONDS))
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience_ms)
+    listener.bind(address)
+    listener.listen(_BACKLOG)
+    listener.setblocking(False)
+    return listener
+
+
+def _context(tls: TlsConfig) -> ssl.SSLContext:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(tls.cert, tls.key)
+    if tls.client_ca is not None:
+        context.load_verify_locations(tls.client_ca)
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+async def _announce(server: uvicorn.Server, announce: Callable[[], None]) -> None:
+    while not server.started:
+        await asyncio.sleep(_POLL_SECONDS)
+    announce()
+
+
+async def _renew(context: ssl.SSLContext, tls: TlsConfig) -> None:
+    """Use a certificate that has changed for the connections that come; keep the old one if bad."""
+    seen = stamp(*tls.files)
+    while True:
+        await asyncio.sleep(_RENEWAL_SECONDS)
+        if (now := stamp(*tls.files)) == seen:
+            continue
+        seen = now
+        try:
+            _context(tls)
+            context.load_cert_chain(tls.cert, tls.key)
+        except (OSError, ValueError) as error:
+            _log.error("keeping the old certificates: %s", error)
+        else:
+            _log.info("read the certificate %s", tls.cert)
+
+
+async def _end_with_parent(server: uvicorn.Server) -> None:
+    """End when standard input does, of which the parent holds the other end."""
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def read() -> None:
+        with suppress(OSError):
+            if os.read(sys.stdin.fileno(), 1024):
+                return
+        loop.remove_reader(sys.stdin.fileno())
+        ended.set()
+
+    loop.add_reader(sys.stdin.fileno(), read)
+    await ended.wait()
+    server.config.timeout_graceful_shutdown = _ORPHAN_SECONDS  # the server has gone as well
+    server.should_exit = True
