@@ -6,7 +6,7 @@ import pytest
 import typer
 
 from concertina.client import ImageFormat
-from loadtest.contact_sheet import check_size
+from tools.gallery import check_size
 
 IMAGE = ImageFormat(width=30, height=14, palette=b"")
 

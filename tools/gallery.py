@@ -26,8 +26,8 @@ def contact_sheet(
     """Paint images on a server, all at once, and lay them out in a grid.
 
     Examples:
-    python -m loadtest.contact_sheet docs/images/emoji-32.png
-    python -m loadtest.contact_sheet sheet.png --count 16 --columns 4 --model emoji-32
+    python -m tools.gallery docs/images/emoji-32.png
+    python -m tools.gallery sheet.png --count 16 --columns 4 --model emoji-32
     """
     images = asyncio.run(_paint(address, model, count, columns, scale, temperature))
     height, width, _ = images[0].shape
