@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Iterator, Sequence
 
 from concertina.client import AsyncClient
-from loadtest.client import CANCELLED, Record, Tally, send
 from loadtest.run import Run, observe
+from loadtest.targets.concertina_api import CANCELLED, Record, Tally, send
 from loadtest.workload import Request
 
 _PAUSE_S = 0.1

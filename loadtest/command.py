@@ -14,9 +14,9 @@ import typer
 from concertina.cli.options import Address, Ca, Cert, CertKey, KeyFile, ModelName, UseTls, access
 from concertina.cli.output import print_whole
 from concertina.client import DEFAULT_ADDRESS, Model
-from loadtest.client import CANCELLED
 from loadtest.measure import Plan, measure
-from loadtest.report import Report, render, summarise
+from loadtest.reports.report import Report, render, summarise
+from loadtest.targets.concertina_api import CANCELLED
 from loadtest.workload import Lengths, parse_lengths
 
 _STREAMS_PER_CHANNEL = 50

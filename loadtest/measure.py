@@ -12,9 +12,9 @@ from time import perf_counter
 from concertina.client import AsyncClient, InvalidRequest, Model
 from concertina.client.channel import Access
 from loadtest import closed_loop, open_loop
-from loadtest.client import Tally
 from loadtest.progress import show_progress
 from loadtest.run import Run
+from loadtest.targets.concertina_api import Tally
 from loadtest.workload import Lengths, Request, draw_requests
 
 _MODEL_TIMEOUT_S = 10.0

@@ -9,8 +9,8 @@ from itertools import cycle
 from time import perf_counter
 
 from concertina.client import AsyncClient
-from loadtest.client import Record, Tally, send
 from loadtest.run import Run, observe
+from loadtest.targets.concertina_api import Record, Tally, send
 from loadtest.workload import Request
 
 

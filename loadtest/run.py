@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter_ns
 
-from loadtest.client import Record
+from loadtest.targets.concertina_api import Record
 
 _TICK_NS = 10_000_000
 

@@ -9,7 +9,7 @@ import pytest
 
 from concertina.client.channel import Access
 from loadtest.measure import Plan, measure
-from loadtest.report import Report, summarise
+from loadtest.reports.report import Report, summarise
 from loadtest.workload import Lengths
 from tests.e2e.servers import ROOT, Server, serving
 

@@ -12,10 +12,10 @@ import pytest
 from concertina.client import AsyncClient, InvalidRequest
 from concertina.client.channel import Access
 from concertina.v1 import generation_service_pb2 as pb
-from loadtest.client import CANCELLED, Tally
 from loadtest.closed_loop import drive
 from loadtest.measure import Plan, measure
 from loadtest.run import Run
+from loadtest.targets.concertina_api import CANCELLED, Tally
 from loadtest.workload import Lengths, Request
 from tests.loadtest.scripted import Context, Serve, Stream, keep_contract
 

@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from loadtest.client import REFUSED, Record
+from loadtest.targets.concertina_api import REFUSED, Record
 
 _LISTED_VIOLATIONS = 5
 

@@ -12,7 +12,7 @@ import pytest
 
 from concertina.client import AsyncClient
 from concertina.v1 import generation_service_pb2 as pb
-from loadtest.client import CANCELLED, Record, Tally, send
+from loadtest.targets.concertina_api import CANCELLED, Record, Tally, send
 from loadtest.workload import Request
 from tests.loadtest.scripted import Context, Events, Serve, Stream, keep_contract
 

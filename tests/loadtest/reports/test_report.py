@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from loadtest.client import CANCELLED, REFUSED, Record
-from loadtest.report import Percentiles, Report, percentiles, render, summarise
+from loadtest.reports.report import Percentiles, Report, percentiles, render, summarise
+from loadtest.targets.concertina_api import CANCELLED, REFUSED, Record
 
 MS = 1_000_000
 
