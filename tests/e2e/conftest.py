@@ -66,3 +66,10 @@ def front(text_bundle: Path, image_bundle: Path) -> Iterator[Front]:
     """A gateway to a server of `tiny-text` and `tiny-image`."""
     with serving_here(text_bundle, image_bundle) as upstream, fronting(upstream) as front:
         yield front
+
+
+@pytest.fixture(scope="module")
+def long_front(long_bundle: Path) -> Iterator[Front]:
+    """A gateway to a server of `long-text`, which has a chat template."""
+    with serving_here(long_bundle) as upstream, fronting(upstream) as front:
+        yield front
