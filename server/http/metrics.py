@@ -11,8 +11,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.http.writing.sse import PING
-
 _BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 REQUESTS: Final = Counter(
@@ -59,7 +57,7 @@ class Counting:
                     is_stream = True
                     OPEN_STREAMS.inc()
                 return
-            if message.get("body") not in (None, b"", PING) and not has_body:
+            if not has_body and _says_something(message.get("body", b"")):
                 has_body = True
                 FIRST_BYTE.labels(_route(scope)).observe(time.monotonic() - began)
             is_whole = is_whole or not message.get("more_body")
@@ -73,6 +71,11 @@ class Counting:
                 REQUESTS.labels(_route(scope), str(status)).inc()
                 if status == 200 and not is_whole:
                     CUT.labels(_route(scope)).inc()
+
+
+def _says_something(body: bytes) -> bool:
+    """Whether this is more than the lines that keep a silent stream alive."""
+    return body.lstrip(b"\n")[:1] not in (b"", b":")
 
 
 def _route(scope: Scope) -> str:

@@ -14,10 +14,8 @@ from starlette.types import Receive, Scope, Send
 from server.http.errors import HttpError, error_of
 from server.http.settings import GatewaySettings
 
-PING: Final = b": ping\n\n"
-"""A comment, which readers skip."""
-
 _Result = TypeVar("_Result")
+_PING: Final = b": ping\n\n"
 _BUFFERED: Final = 64
 _STOPPING: Final = "the gateway shuts down; try again later"
 
@@ -114,7 +112,7 @@ class EventStream:
             )
             if not getting.done():
                 getting.cancel()
-                return b"" if leaving.done() else PING, False
+                return b"" if leaving.done() else _PING, False
             first = getting.result()
         else:
             first = arrived.get_nowait()
