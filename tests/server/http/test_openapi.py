@@ -15,5 +15,9 @@ def test_it_is_served_and_knows_every_route(front: Front) -> None:
         for path, operations in told["paths"].items()
         for method in operations
     }
-    routes = {(method, path.replace(":path}", "}")) for method, path, _ in ROUTES}
+    routes = {
+        (method, path.replace(":path}", "}"))
+        for method, path, _ in ROUTES
+        if path != "/" and not path.startswith("/c/")  # our own page's
+    }
     assert known == routes | {("GET", "/openapi.json")}
