@@ -67,6 +67,10 @@ def uptrain(
         ),
     ] = None,
     texts: Annotated[int, typer.Option(min=1, help="Held-out texts of each length.")] = 4,
+    keys: Annotated[
+        int,
+        typer.Option(min=1, help="Pass keys hidden in texts of each length, at five depths."),
+    ] = 5,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 uses all cores.")] = 0,
 ) -> None:
     """Make a model with full attention remember less.
@@ -96,6 +100,7 @@ def uptrain(
             FitConfig(steps, rate, seed),
             tuple(length for length in ([2048] if measure is None else measure) if length),
             texts,
+            keys,
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None

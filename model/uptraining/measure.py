@@ -17,6 +17,8 @@ from model.uptraining.texts import Encode
 _LOGITS = 256  # tokens whose logits are computed at once; a large vocabulary takes much memory
 _DIGITS = 5
 _PARTS = 4
+DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""Where in the text pass keys are told, as shares of it."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Keys:
     digits_right: float
     """Share of the digits."""
     cases: int
+    by_depth: tuple[float, ...] = ()
+    """The same for each of DEPTHS; NaN where no key was told."""
 
 
 @torch.no_grad()
@@ -73,36 +77,37 @@ class KeyCase:
     """`[T]`, ending with those of the key."""
     key: int
     """How many tokens the key has."""
+    depth: int
+    """Which of DEPTHS it is told at."""
 
 
-def key_cases(hay: Tensor, encode: Encode, length: int, seed: int = 0) -> list[KeyCase]:
-    """One case for each row of `hay[B, T]`, with the key in its first half, at another depth each.
-
-    A case has `length` tokens, at most those of the hay.
-    """
-    rng, made = np.random.default_rng(seed), []
-    for row in hay:
+def key_cases(hay: Tensor, encode: Encode, count: int, seed: int = 0) -> list[KeyCase]:
+    """`count` cases in rows of `hay[B, T]`, as long as these, with their keys at DEPTHS in turn."""
+    rng, made, length = np.random.default_rng(seed), [], hay.shape[1]
+    for number in range(count):
+        row, at = hay[number % len(hay)], number % len(DEPTHS)
         key = "".join(str(digit) for digit in rng.integers(10, size=_DIGITS))
         told = _ids(encode, f"\nThe pass key is {key}. Remember it.\n")
         asked = _ids(encode, "\nWhat is the pass key? The pass key is ")
         answer = _ids(encode, key)
         around = length - len(told) - len(asked) - len(answer)
-        depth = int(rng.integers(around // 8, around // 2))
+        depth = round(DEPTHS[at] * around)
         tokens = torch.cat((row[:depth], told, row[depth:around], asked, answer))
-        made.append(KeyCase(tokens, len(answer)))
+        made.append(KeyCase(tokens, len(answer), at))
     return made
 
 
 @torch.no_grad()
 def keys_found(model: Decoder, cases: Sequence[KeyCase]) -> Keys:
     """How many tokens of the keys are the most likely ones, each after those before it."""
-    right = total = 0
+    right, total = np.zeros(len(DEPTHS)), np.zeros(len(DEPTHS))
     for case in cases:
         hidden = _hidden(model, case.tokens[None, :-1])[:, -case.key :]
         chosen = model.head(model.norm(hidden))[0].argmax(-1)
-        right += int((chosen == case.tokens[-case.key :]).sum())
-        total += case.key
-    return Keys(len(cases[0].tokens), right / total, len(cases))
+        right[case.depth] += int((chosen == case.tokens[-case.key :]).sum())
+        total[case.depth] += case.key
+    shares = [float(a / b) if b else float("nan") for a, b in zip(right, total, strict=True)]
+    return Keys(len(cases[0].tokens), float(right.sum() / total.sum()), len(cases), tuple(shares))
 
 
 def _ids(encode: Encode, text: str) -> Tensor:

@@ -30,7 +30,8 @@ from model.run import (
     write_whole,
 )
 from model.uptraining.choose import LayerErrors, choose, share, with_layers
-from model.uptraining.compared import Comparison, compare
+from model.uptraining.compared import Comparison, compare, metrics_of
+from model.uptraining.measure import DEPTHS
 from model.uptraining.report import write_report
 from model.uptraining.summaries import PASS, FitConfig, Fitted, fit_layers
 from model.uptraining.texts import encoder, windows
@@ -57,6 +58,8 @@ class Settings:
     """Lengths of held-out texts on which to compare; none are compared on none."""
     texts: int = 4
     """How many texts of each length."""
+    keys: int = len(DEPTHS)
+    """How many pass keys in texts of each length."""
 
     def __post_init__(self) -> None:
         if not 0 < self.budget < 1:
@@ -72,8 +75,9 @@ class Settings:
                 f"tokens is {self.tokens}: it must be at least {2 * self.window_tokens}, two "
                 "windows, as the last one is not fitted on"
             )
-        if self.texts < 1:
-            raise ValueError(f"texts must be at least 1, got {self.texts}")
+        for name in ("texts", "keys"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if min(self.measured, default=_SHORTEST) < _SHORTEST:
             raise ValueError(
                 f"measured is {min(self.measured)}: a text needs at least {_SHORTEST} tokens, to "
@@ -150,7 +154,7 @@ def uptrain(
             for length in sorted(settings.measured)
         ]
         numbers = summary_numbers(model)
-        found = compare(checkpoint, chosen, numbers, hays, encode, on_variant)
+        found = compare(checkpoint, chosen, numbers, hays, encode, settings.keys, on_variant)
         chosen = chosen if found.folds_win else found.window
     done = Uptrained(chosen, tuple(errors), time.monotonic() - began, found)
     _write(run, out, checkpoint, model, done, settings)
@@ -182,7 +186,7 @@ def _every_layer_folded(run: Path, checkpoint: Checkpoint, settings: Settings) -
 def _key(run: Path, dataset: Dataset, settings: Settings) -> str:
     """Stands for everything that a fit depends on; the budget and what is measured do not."""
     file = (run / CHECKPOINT).stat()
-    fields = asdict(replace(settings, budget=0.5, measured=(), texts=1))
+    fields = asdict(replace(settings, budget=0.5, measured=(), texts=1, keys=1))
     content = json.dumps([fields, file.st_size, file.st_mtime_ns, asdict(dataset.info)])
     digest = hashlib.sha256(content.encode())
     digest.update(dataset.train.tobytes())
@@ -222,11 +226,7 @@ def _write(
         folding = done.config.architecture.folding
         assert folding is not None
         write_report(out, folding.layers, done.errors, done.comparison)
-        for each in done.comparison.measured:
-            for loss, keys in zip(each.losses, each.keys, strict=True):
-                metrics[f"{each.variant}_nats_{loss.length}"] = loss.mean
-                metrics[f"{each.variant}_last_quarter_nats_{loss.length}"] = loss.parts[-1]
-                metrics[f"{each.variant}_keys_{loss.length}"] = keys.digits_right
+        metrics |= metrics_of(done.comparison)
     partial = out / (CHECKPOINT + PARTIAL)
     save_file(weights, partial, {"step": str(checkpoint.step), "metrics": json.dumps(metrics)})
     os.replace(partial, out / CHECKPOINT)
