@@ -12,15 +12,8 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.run import Checkpoint
 from model.uptraining.choose import rival, share
-from model.uptraining.measure import (
-    DEPTHS,
-    Keys,
-    Losses,
-    key_cases,
-    keys_found,
-    last_quarter,
-    losses,
-)
+from model.uptraining.keys import DEPTHS, Keys, key_texts, keys_found
+from model.uptraining.measure import Losses, last_quarter, losses
 from model.uptraining.sizes import Size, size
 from model.uptraining.texts import Encode
 from model.uptraining.weights import given_weights
@@ -72,13 +65,11 @@ def compare(
     numbers: Mapping[str, Any],
     hays: Sequence[Tensor],
     encode: Encode,
-    keys: int = len(DEPTHS),
     on_variant: Callable[[str], None] = lambda what: None,
 ) -> Comparison:
     """Measure the model of `checkpoint`, folded as `config` says with these summaries.
 
-    hays: windows of held-out text, one tensor `[B, T]` for each length, the longest last. keys:
-    how many pass keys are hidden in texts of each length.
+    hays: windows of held-out text, one tensor `[B, T]` for each length, the longest last.
     """
     built, folding = config.architecture, config.architecture.folding
     assert folding is not None
@@ -90,7 +81,7 @@ def compare(
         ("folded", config),
         ("window", slides),
     ]
-    cases = [key_cases(hay, encode, keys) for hay in hays]
+    told = [key_texts(hay, encode) for hay in hays]
     lengths = sorted({hay.shape[1] for hay in hays} | {config.context})
     measured = []
     for variant, each in models:
@@ -103,7 +94,7 @@ def compare(
                 variant,
                 1.0 if variant == "full" else share(each),
                 tuple(losses(model, hay) for hay in hays),
-                tuple(keys_found(model, some) for some in cases),
+                tuple(keys_found(model, some) for some in told),
                 tuple(size(model, length) for length in lengths),
             )
         )

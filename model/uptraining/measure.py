@@ -1,8 +1,8 @@
-"""What a model loses by remembering less: loss by position, and pass keys found again."""
+"""What a model loses by remembering less: loss by position."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -12,13 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model.decoder import Decoder
-from model.uptraining.texts import Encode
 
 _LOGITS = 256  # tokens whose logits are computed at once; a large vocabulary takes much memory
-_DIGITS = 5
 _PARTS = 4
-DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
-"""Where in the text pass keys are told, as shares of it."""
 
 
 @dataclass(frozen=True)
@@ -34,18 +30,6 @@ class Losses:
     @property
     def mean(self) -> float:
         return sum(self.parts) / len(self.parts)
-
-
-@dataclass(frozen=True)
-class Keys:
-    """Pass keys of `length` tokens of text that were found again."""
-
-    length: int
-    digits_right: float
-    """Share of the digits."""
-    cases: int
-    by_depth: tuple[float, ...] = ()
-    """The same for each of DEPTHS; NaN where no key was told."""
 
 
 @torch.no_grad()
@@ -67,51 +51,6 @@ def last_quarter(one: Losses, other: Losses) -> tuple[float, float]:
     difference = np.array([a - b for a, b in pairs])
     spread = float(difference.std(ddof=1)) if len(difference) > 1 else float("nan")
     return float(difference.mean()), spread / len(difference) ** 0.5
-
-
-@dataclass(frozen=True)
-class KeyCase:
-    """A text that names a pass key and, at its end, has it again."""
-
-    tokens: Tensor
-    """`[T]`, ending with those of the key."""
-    key: int
-    """How many tokens the key has."""
-    depth: int
-    """Which of DEPTHS it is told at."""
-
-
-def key_cases(hay: Tensor, encode: Encode, count: int, seed: int = 0) -> list[KeyCase]:
-    """`count` cases in rows of `hay[B, T]`, as long as these, with their keys at DEPTHS in turn."""
-    rng, made, length = np.random.default_rng(seed), [], hay.shape[1]
-    for number in range(count):
-        row, at = hay[number % len(hay)], number % len(DEPTHS)
-        key = "".join(str(digit) for digit in rng.integers(10, size=_DIGITS))
-        told = _ids(encode, f"\nThe pass key is {key}. Remember it.\n")
-        asked = _ids(encode, "\nWhat is the pass key? The pass key is ")
-        answer = _ids(encode, key)
-        around = length - len(told) - len(asked) - len(answer)
-        depth = round(DEPTHS[at] * around)
-        tokens = torch.cat((row[:depth], told, row[depth:around], asked, answer))
-        made.append(KeyCase(tokens, len(answer), at))
-    return made
-
-
-@torch.no_grad()
-def keys_found(model: Decoder, cases: Sequence[KeyCase]) -> Keys:
-    """How many tokens of the keys are the most likely ones, each after those before it."""
-    right, total = np.zeros(len(DEPTHS)), np.zeros(len(DEPTHS))
-    for case in cases:
-        hidden = _hidden(model, case.tokens[None, :-1])[:, -case.key :]
-        chosen = model.head(model.norm(hidden))[0].argmax(-1)
-        right[case.depth] += int((chosen == case.tokens[-case.key :]).sum())
-        total[case.depth] += case.key
-    shares = [float(a / b) if b else float("nan") for a, b in zip(right, total, strict=True)]
-    return Keys(len(cases[0].tokens), float(right.sum() / total.sum()), len(cases), tuple(shares))
-
-
-def _ids(encode: Encode, text: str) -> Tensor:
-    return torch.from_numpy(np.array(encode(text), np.int64))
 
 
 def _hidden(model: Decoder, tokens: Tensor) -> Tensor:

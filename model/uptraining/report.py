@@ -11,7 +11,7 @@ from model.report import REPORT, STYLE
 from model.run import write_whole
 from model.uptraining.choose import LayerErrors
 from model.uptraining.compared import TITLES, Comparison, Measured, verdict
-from model.uptraining.measure import DEPTHS
+from model.uptraining.keys import DEPTHS
 
 _NONE = "·"
 _QUARTERS = ("first", "second", "third", "last")
@@ -41,8 +41,9 @@ def write_report(
         "the whole context.</p>",
         "<h2>Pass keys found again</h2>",
         *(_heat_map(each) for each in found.measured),
-        f"<p>Share of the digits that are right. {found.measured[0].keys[0].cases} keys in texts "
-        "of each length: told at a depth of the text, and asked for at its end.</p>",
+        "<p>Share of the digits that are right, for "
+        f"{found.measured[0].keys[0].cases} keys of each length. A text tells five, one at each "
+        "depth, and ends with one of them, all in turn.</p>",
         "<h2>State of a stream, and its next token</h2>",
         _table(("", "tokens", "entries, full", "others", "MB", "ms"), _sizes(found)),
         "<p>Entries of a layer with full attention, and of one of the others. State is in float32; "
@@ -87,8 +88,6 @@ def _heat_map(measured: Measured) -> str:
 
 
 def _cell(right: float) -> str:
-    if math.isnan(right):
-        return "<td></td>"
     return f'<td style="background: rgb(43 140 206 / {right:.2f})">{right:.2f}</td>'
 
 

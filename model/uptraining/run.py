@@ -31,7 +31,6 @@ from model.run import (
 )
 from model.uptraining.choose import LayerErrors, choose, share, with_layers
 from model.uptraining.compared import Comparison, compare, metrics_of
-from model.uptraining.measure import DEPTHS
 from model.uptraining.report import write_report
 from model.uptraining.summaries import PASS, FitConfig, Fitted, fit_layers
 from model.uptraining.texts import encoder, windows
@@ -58,8 +57,6 @@ class Settings:
     """Lengths of held-out texts on which to compare; none are compared on none."""
     texts: int = 4
     """How many texts of each length."""
-    keys: int = len(DEPTHS)
-    """How many pass keys in texts of each length."""
 
     def __post_init__(self) -> None:
         if not 0 < self.budget < 1:
@@ -75,9 +72,8 @@ class Settings:
                 f"tokens is {self.tokens}: it must be at least {2 * self.window_tokens}, two "
                 "windows, as the last one is not fitted on"
             )
-        for name in ("texts", "keys"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.texts < 1:
+            raise ValueError(f"texts must be at least 1, got {self.texts}")
         if min(self.measured, default=_SHORTEST) < _SHORTEST:
             raise ValueError(
                 f"measured is {min(self.measured)}: a text needs at least {_SHORTEST} tokens, to "
@@ -154,7 +150,7 @@ def uptrain(
             for length in sorted(settings.measured)
         ]
         numbers = summary_numbers(model)
-        found = compare(checkpoint, chosen, numbers, hays, encode, settings.keys, on_variant)
+        found = compare(checkpoint, chosen, numbers, hays, encode, on_variant)
         chosen = chosen if found.folds_win else found.window
     done = Uptrained(chosen, tuple(errors), time.monotonic() - began, found)
     _write(run, out, checkpoint, model, done, settings)
@@ -186,7 +182,7 @@ def _every_layer_folded(run: Path, checkpoint: Checkpoint, settings: Settings) -
 def _key(run: Path, dataset: Dataset, settings: Settings) -> str:
     """Stands for everything that a fit depends on; the budget and what is measured do not."""
     file = (run / CHECKPOINT).stat()
-    fields = asdict(replace(settings, budget=0.5, measured=(), texts=1, keys=1))
+    fields = asdict(replace(settings, budget=0.5, measured=(), texts=1))
     content = json.dumps([fields, file.st_size, file.st_mtime_ns, asdict(dataset.info)])
     digest = hashlib.sha256(content.encode())
     digest.update(dataset.train.tobytes())
