@@ -115,8 +115,8 @@ def answers(model: Decoder, text: KeyText) -> list[Tensor]:
         (q, *own_q), (k, *own_k), (v, *own_v) = (y.split(sizes, 2) for y in (q, k, v))
         mixed = [pattern(q, k, v, x[:, :length])]
         for own in zip(own_q, own_k, own_v, strict=True):
-            whole = (torch.cat(pair, 2) for pair in zip((q, k, v), own, strict=True))
-            mixed.append(_newest(pattern, *whole, begin=length))
+            whole = [torch.cat(pair, 2) for pair in zip((q, k, v), own, strict=True)]
+            mixed.append(_newest(pattern, length, *whole))
         return torch.cat(mixed, 2)
 
     for block in model.blocks:
@@ -125,7 +125,7 @@ def answers(model: Decoder, text: KeyText) -> list[Tensor]:
     return list(logits.split(sizes[1:]))
 
 
-def _newest(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, begin: int) -> Tensor:
+def _newest(pattern: Pattern, begin: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """What the tokens from `begin` on read, `[1, H, T, D]`."""
     if isinstance(pattern, Windowed):
         far = pattern.summaries(q, k, v) if isinstance(pattern, Folded) else (k[:, :, :0],) * 2

@@ -99,9 +99,9 @@ def _make(source: Path, folder: Path, quick: bool, console: Console) -> None:
         data, run, folded = (Path(made) / each for each in ("data", "run", "folded"))
         _step("text to fit and to measure on", console, "data", "python", data)
         _step("convert", console, "convert", source, run)
-        fit = ("--data", data, "--budget", str(_BUDGET), *_FIT[quick].split())
+        fit = ["--budget", str(_BUDGET), *_FIT[quick].split(), "--data", str(data)]
         _step("fold to a quarter of the state", console, "uptrain", run, folded, *fit)
-        int8 = ("--weights", "int8", "--data", data, "--name", name)
+        int8 = ["--weights", "int8", "--name", name, "--data", str(data)]
         _step("quantise and export", console, "export", folded, folder / _BUNDLE, *int8)
         shutil.move(folded / _REPORT, folder / _REPORT)
     console.print(f"made in {time.monotonic() - began:.0f} s; {folder / _REPORT} says more")

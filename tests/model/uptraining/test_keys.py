@@ -37,7 +37,7 @@ def test_a_text_tells_a_key_at_every_depth_and_is_asked_for_each() -> None:
     for text in texts:
         said = bytes(text.tokens.tolist()).decode()
         assert len(said) + max(len(each.tokens) for each in text.questions) == 600
-        hay, begun, names = said.count("-"), 0, []
+        dashes, begun, names = said.count("-"), 0, []
         assert len(text.questions) == len(DEPTHS)
         for number, question in enumerate(text.questions):
             asked, key = bytes(question.tokens.tolist()).decode()[:-5], question.tokens[-5:]
@@ -47,7 +47,7 @@ def test_a_text_tells_a_key_at_every_depth_and_is_asked_for_each() -> None:
             assert digits.isdigit() and question.key == 5 and question.depth == number
             told = f"\nThe pass key of {name} is {digits}.\n"
             begun = said.index(told, begun)
-            assert said[:begun].count("-") == round(DEPTHS[number] * hay)
+            assert said[:begun].count("-") == round(DEPTHS[number] * dashes)
             names.append(name)
         assert len({*names}) == 5
         orders.add(tuple(names))
