@@ -30,6 +30,8 @@ from server.http.models import (
     version,
 )
 from server.http.openapi import document
+from server.http.page.pace import Paces
+from server.http.page.routes import PAGE_ROUTES
 from server.http.reading.refusals import NOT_HERE, not_here
 from server.http.settings import GatewaySettings
 from server.http.upstream import connected
@@ -51,6 +53,7 @@ _ROUTES: Final[tuple[tuple[str, str, Endpoint], ...]] = (
     ("GET", "/health", health),
     ("GET", "/version", version),
     ("GET", "/metrics", metrics),
+    *PAGE_ROUTES,
 )
 _METHODS: Final = ("GET", "POST", "PUT", "PATCH", "DELETE")
 
@@ -72,6 +75,7 @@ def application(settings: GatewaySettings) -> ASGIApp:
         lifespan=lifespan,
         exception_handlers={HTTPException: _no_such_path},
     )
+    app.state.paces, app.state.chaos = Paces(), None
     return Counting(_OnlyKnownHosts(app, settings))
 
 
