@@ -8,7 +8,7 @@ from typing import Final
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.http.page import files, models, sessions, streams
+from server.http.page import chaos, files, models, sessions, streams
 from server.http.page.guard import own_page
 
 _Endpoint = Callable[[Request], Awaitable[Response]]
@@ -24,6 +24,8 @@ _CALLED: Final[tuple[tuple[str, str, _Endpoint], ...]] = (
     ("POST", "/c/streams/{stream_id}/export", sessions.export),
     ("GET", "/c/sessions/{stream_id}", sessions.show),
     ("POST", "/c/sessions", sessions.import_),
+    ("POST", "/c/chaos", chaos.admit),
+    ("POST", "/c/chaos/kill", chaos.kill),
 )
 PAGE_ROUTES: Final[tuple[tuple[str, str, _Endpoint], ...]] = (
     ("GET", "/", files.page),

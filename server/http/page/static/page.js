@@ -326,7 +326,8 @@ class Run {
   }
 
   name() {
-    this.title.textContent = this.note || (this.seed ? `seed ${this.seed}` : " ");
+    const parts = [this.note, this.seed && `seed ${this.seed}`];
+    this.title.textContent = parts.filter(Boolean).join(" · ") || "\u00a0";
   }
 
   prepareImage() {
@@ -429,6 +430,7 @@ class Run {
 
   add(token) {
     token.number = this.tokens.length;
+    if (this.mark) [token.mark, this.mark] = [this.mark, ""];
     this.tokens.push(token);
     this.bits += token.bits;
     this.bytes += this.model.image ? 1 : token.bytes;
@@ -463,6 +465,7 @@ class Run {
     this.waiting = [];
   }
 
+  /** What was generated, without the marks. */
   get written() {
     return this.tokens.map((each) => each.text ?? "").join("");
   }
@@ -474,7 +477,12 @@ class Run {
     return now - since > 100 ? (1000 * count) / (now - since) : 0;
   }
 
-  resumed() {}
+  /** Another server went on with it: says so at the token where it did. */
+  resumed() {
+    this.resumes = (this.resumes ?? 0) + 1;
+    const gap = this.times.length ? Math.round(performance.now() - this.times.at(-1)) : 0;
+    this.mark = `another server goes on, after ${number(gap)} ms`;
+  }
 
   leave() {
     this.abort?.abort();
@@ -587,6 +595,7 @@ function controls() {
   $("export").disabled = runs.length !== 1 || !(some("runs") || rests);
   $("says").textContent = shown ? says[shown.phase](shown) : "";
   document.body.classList.toggle("busy", goes);
+  $("kill").disabled = !some("runs") || runs.length !== 1;
   redraw();
 }
 
@@ -649,7 +658,9 @@ async function write() {
   run.asked = performance.now();
   runs = [run];
   show(run);
+  $("chaos-says").textContent = "";
   await run.start("POST", "c/streams", body);
+  if (run.resumes && run.phase === "finished") await compare(run, { ...body, seed: run.seed });
   if (model.chats && run.phase === "finished") {
     dialogue.push({ role: "assistant", content: run.written });
     remember();
@@ -808,6 +819,42 @@ setInterval(async () => {
     : `the server is ${number(ahead)} tokens ahead`;
 }, 800);
 
+// ---- killing servers, in a demo
+
+async function admit() {
+  const token = new URLSearchParams(location.hash.slice(1)).get("chaos");
+  if (token) {
+    history.replaceState(null, "", location.pathname);
+    const { secret } = await (await call("POST", "c/chaos", { token })).json();
+    sessionStorage.setItem("chaos", secret);
+  }
+  $("chaos").hidden = !sessionStorage.getItem("chaos");
+}
+
+async function kill() {
+  const asked = { stream: runs[0].id, secret: sessionStorage.getItem("chaos") };
+  const { killed } = await (await call("POST", "c/chaos/kill", asked)).json();
+  $("chaos-says").textContent = `SIGKILL to server ${killed}; it starts again by itself.`;
+}
+
+/** The same request once more, to which nothing happens: does it write the same? */
+async function compare(run, body) {
+  $("chaos-says").textContent = "Asking for the same text, undisturbed …";
+  const ids = [];
+  let id = "";
+  for await (const event of eventsOf(await call("POST", "c/streams", { ...body, pace: null }))) {
+    if (event.type === "accepted") id = event.id;
+    if (event.type === "tokens") ids.push(...event.ids);
+  }
+  call("DELETE", `c/streams/${id}`).catch(() => {});
+  const mine = run.tokens.map((each) => each.id).filter((each) => each !== null);
+  const same = mine.length === ids.length && mine.every((each, index) => each === ids[index]);
+  $("chaos-says").textContent = same
+    ? `An undisturbed twin wrote the same ${number(ids.length)} tokens.`
+    : `An undisturbed twin wrote something else: ${number(ids.length)} tokens.`;
+  $("chaos-says").className = same ? "good" : "bad";
+}
+
 // ---- a token's alternatives
 
 function tip(run, span) {
@@ -918,6 +965,7 @@ $("no-picture").addEventListener("click", () => {
   $("no-picture").hidden = true;
 });
 $("link").addEventListener("click", act(copyLink));
+$("kill").addEventListener("click", act(kill));
 $("model").addEventListener("change", act(async () => {
   await clear();
   dialogue = [];
@@ -968,6 +1016,7 @@ async function load() {
   if (!models.length) return problem("This server serves no model.");
   choose(models.find((each) => !each.image) ?? models[0]);
   readLink();
+  await admit().catch((error) => problem(error.message));
 }
 
 /** Streams of before a reload go on: the server sends them again, from their beginning. */
