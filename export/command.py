@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from rich.console import Console
 from rich.text import Text
 
 from concertina.cli.output import plain_console
+from concertina.codecs.tokenizer_file import TOKENIZER
 from concertina.v1 import bundle_pb2 as pb
 from export.bundle import (
     LossError,
@@ -20,6 +22,7 @@ from export.bundle import (
 )
 from export.parity import ParityError
 from model.data import load_dataset
+from model.run import CONFIG, read_origin
 
 _DATA_TYPES = {
     "float32": pb.DATA_TYPE_FLOAT32,
@@ -90,6 +93,7 @@ def export(
         )
     console = plain_console(stderr=True)
     try:
+        _require_tokens(checkpoint)
         with console.status("reading the checkpoint") as status:
             precision = state_precision = None
             if data is not None:
@@ -111,6 +115,21 @@ def export(
     except (FileExistsError, FileNotFoundError, LossError, ParityError, ValueError) as error:
         console.print(Text.assemble(("error: ", "bold red"), str(error)))
         raise typer.Exit(1) from None
+    _report(bundle, weights, manifest, console)
+
+
+def _require_tokens(run: Path) -> None:
+    """Raise ValueError for a converted model without its tokenizer: no server takes its bundle."""
+    converted = (run / CONFIG).exists() and read_origin(run) is not None
+    if converted and not (run / TOKENIZER).exists():
+        raise ValueError(
+            f"{run} has no {TOKENIZER}, and without it no bundle can be served: save the "
+            "tokenizer beside the weights that were converted, with transformers' "
+            "save_pretrained, and convert the model again"
+        )
+
+
+def _report(bundle: Path, weights: str, manifest: pb.Manifest, console: Console) -> None:
     size = sum(file.bytes for file in manifest.files)
     parity = manifest.parity
     console.print(

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from concertina.codecs.tokenizer_file import TOKENIZER
 from model.pretrained.convert import convert as convert_into
 from model.pretrained.source import UNKNOWN_LICENSE, PretrainedError
 from model.run import CHECKPOINT
@@ -51,3 +52,8 @@ def convert(
     if license == UNKNOWN_LICENSE:
         license = "the source names no licence: find out, and give --license"
     _console.print(f"{run}: {origin.architecture}, {size / 1e6:.1f} MB; {license}")
+    if not (run / TOKENIZER).exists():
+        _console.print(
+            f"{source} has no {TOKENIZER}, and without it the model cannot be served: save its "
+            "tokenizer there with transformers' save_pretrained, and convert the model again"
+        )

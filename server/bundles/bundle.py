@@ -239,6 +239,12 @@ def load_bundle(folder: Path) -> Bundle:
     for path in (bundle.step_path, bundle.fold_path) if bundle.span else (bundle.step_path,):
         if path.name not in listed:
             raise BundleError(f"{folder / 'manifest.json'} does not list {path.name}")
+    if manifest.HasField("tokenizer") and TOKENIZER not in listed:
+        raise BundleError(
+            f"{folder / 'manifest.json'} lists no {TOKENIZER}, so that nobody knows what the "
+            "model's tokens are: save the tokenizer beside the weights that were converted, with "
+            "transformers' save_pretrained, and convert and export the model again"
+        )
     for tensor in manifest.state:
         if tensor.data_type not in ELEMENT_BYTES:
             raise BundleError(f"{folder}: state {tensor.name} has an unknown data type")

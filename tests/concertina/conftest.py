@@ -51,6 +51,7 @@ class Fake(GenerationServiceServicer, ModelServiceServicer, SessionServiceServic
     times: when Generate and Resume were called.
     releases: what Delete and Pause were asked.
     refusal: what Score, ListModels and GetModel end with.
+    letters: how many are a token. before: what the tokenizer puts before a text.
     models: what is served. requests: what was asked, oldest first.
     cancelled: set when the client leaves a stream before its end.
     """
@@ -63,6 +64,7 @@ class Fake(GenerationServiceServicer, ModelServiceServicer, SessionServiceServic
         self.releases: list[Message] = []
         self.refusal: Status | None = None
         self.models = [text_model(), image_model()]
+        self.letters, self.before = 2, ""
         self.requests: list[Any] = []
         self.cancelled = threading.Event()
         self.never = threading.Event()
@@ -122,6 +124,10 @@ class Fake(GenerationServiceServicer, ModelServiceServicer, SessionServiceServic
         self._maybe_refuse(context)
         ids = request.prompt.tokens.ids
         bits = range(len(ids)) if ids else [1, 2]
+        named = {each.manifest.name: each.manifest for each in self.models}
+        manifest = named.get(request.model, self.models[0].manifest)
+        if manifest.HasField("tokenizer") and not manifest.tokenizer.HasField("begin_token"):
+            bits = bits[1:]  # the first token follows from nothing
         return pb.ScoreResponse(
             bits_per_token=1.5, bits=bits, model=request.model, fingerprint="f0"
         )
@@ -129,11 +135,11 @@ class Fake(GenerationServiceServicer, ModelServiceServicer, SessionServiceServic
     def Tokenize(
         self, request: model_service_pb2.TokenizeRequest, context: grpc.ServicerContext
     ) -> model_service_pb2.TokenizeResponse:
-        """Every two letters are a token, whose id is the number of those before it."""
+        """Every few letters are a token, whose id is the number of those before it."""
         self.requests.append(request)
         self._maybe_refuse(context)
-        content = request.prompt.text.encode()
-        pieces = [content[at : at + 2] for at in range(0, len(content), 2)]
+        content, letters = (self.before + request.prompt.text).encode(), self.letters
+        pieces = [content[at : at + letters] for at in range(0, len(content), letters)]
         return model_service_pb2.TokenizeResponse(
             ids=range(len(pieces)), pieces=pieces, model=request.model, fingerprint="f0"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import sys
 from pathlib import Path
 
@@ -153,3 +154,23 @@ def test_command(
     err = " ".join(capsys.readouterr().err.split())
     assert exit.value.code == 0
     assert "bits per held-out byte, " in err and "against float32, over" in err
+
+
+def test_no_command_makes_a_bundle_that_nobody_can_serve(
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A converted model whose source had no tokenizer."""
+    bare = tmp_path / "bare"
+    shutil.copytree(run, bare)
+    (bare / "tokenizer.json").unlink()
+    monkeypatch.setattr(sys, "argv", ["concertina", "export", str(bare), str(tmp_path / "bundle")])
+    with pytest.raises(SystemExit) as exit:
+        main()
+    err = " ".join(capsys.readouterr().err.split())
+    assert exit.value.code == 1
+    assert f"{bare} has no tokenizer.json, and without it no bundle can be served: save" in err
+    assert "with transformers' save_pretrained, and convert the model again" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["bare"]

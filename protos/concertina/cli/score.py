@@ -111,15 +111,21 @@ def _windows(
     """The windows of a dataset or of a text longer than the context; none of one prompt."""
     if isinstance(prompt, HeldOut):
         return list(heldout_windows(prompt, model, stride or model.context))
-    if not isinstance(prompt, str) or len(prompt.encode()) <= model.context:
+    if not isinstance(prompt, str) or not prompt:
         return []
+    context, content = model.context, prompt.encode()
     if not model.has_tokenizer:
-        return list(text_windows(prompt.encode(), model.context, stride or model.context))
-    tokens = client.tokenize(prompt, model=model.name)
-    if len(tokens.ids) <= model.context:
+        whole = len(content) <= context
+        return [] if whole else list(text_windows(content, context, stride or context))
+    tokens = client.tokenize(prompt, model=model.name)  # there may be more of them than bytes
+    if len(tokens.ids) <= context:
         return []
     sizes = [*map(len, tokens.pieces)]
-    return list(text_windows(np.array(tokens.ids), model.context, stride or model.context, sizes))
+    # A tokenizer may put a space before the text.
+    sizes[0] -= tokens.pieces[0].startswith(b" ") and not content.startswith(b" ")
+    shared = 0 if model.counts_first_token else 1
+    ids = np.array(tokens.ids)
+    return list(text_windows(ids, context, stride or context, sizes, shared))
 
 
 def _score_windows(

@@ -86,23 +86,24 @@ def text_windows(
     context: int,
     stride: int,
     sizes: Sequence[int] = (),
+    shared: int = 0,
 ) -> Iterator[Window]:
     """Windows of at most `context` tokens, `stride` apart; together they count each token once.
 
-    sizes: bytes of text that each token is; none if all are one.
+    sizes: bytes of text that each token is; none if all are one. shared: tokens that a window has
+    at least of the one before; 1 where the first token of a prompt is not predicted.
     With a smaller stride, tokens see more of what is before them, and more is computed. Raises
     InvalidRequest for a stride outside 1 to `context`.
     """
     if not 1 <= stride <= context:
         raise InvalidRequest(f"--stride is {stride}: it must be from 1 to the context, {context}")
-    counted = 0
-    for first in range(0, len(tokens), stride):
-        if counted == len(tokens):
-            return
+    first = counted = 0
+    while counted < len(tokens):
         window = tokens[first : first + context]
         new = first + len(window) - counted
         yield Window(tuple(map(int, window)), new, sizes=tuple(sizes[first : first + context]))
         counted = first + len(window)
+        first = max(first + 1, min(first + stride, counted - shared))
 
 
 def spread(windows: Sequence[Window], limit: int | None) -> list[Window]:

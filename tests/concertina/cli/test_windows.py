@@ -16,6 +16,7 @@ from concertina.cli.main import main
 from concertina.cli.windows import AT_ONCE, Window, score_all, spread, text_windows
 from concertina.client import Overloaded, Score
 from concertina.client.errors import InvalidRequest
+from concertina.v1 import generation_service_pb2 as pb
 from concertina.v1 import model_service_pb2
 from model.data import Dataset, DatasetInfo, save_dataset
 from tests.concertina.conftest import PALETTE, WAIT, Fake, image_model, text_model
@@ -56,6 +57,16 @@ def test_windows_count_every_token_once_and_none_too_many(length: int, stride: i
     assert starts == [stride * number for number in range(len(windows))]
     assert all(window.new >= 1 and len(window.tokens) <= 8 for window in windows)
     assert all(len(window.tokens) == 8 for window in windows[:-1])
+
+
+@pytest.mark.parametrize("length", [2, 7, 8, 9, 15, 16, 17, 40])
+@pytest.mark.parametrize("stride", [1, 3, 7, 8])
+def test_every_token_but_the_first_is_predicted_from_another(length: int, stride: int) -> None:
+    """For models that have nothing else to predict the first token of a prompt from."""
+    windows = list(text_windows(bytes(range(length)), 8, stride, shared=1))
+    predicted = [window.tokens[1:][-window.new :] for window in windows]
+    assert [token for each in predicted for token in each] == list(range(1, length))
+    assert all(2 <= len(window.tokens) <= 8 for window in windows)
 
 
 @pytest.mark.parametrize("stride", [0, 9])
@@ -166,6 +177,50 @@ def test_a_text_as_long_as_the_context_is_one_prompt(fake: Fake, run: Run, tmp_p
     (tmp_path / "short.txt").write_text("abcdefgh")
     assert run(str(tmp_path / "short.txt"))[0] == 0
     assert [request.prompt.text for request in fake.requests] == ["abcdefgh"]
+
+
+def text_model_with_tokenizer(begin: int | None) -> model_service_pb2.Model:
+    model = short_text_model()
+    model.manifest.tokenizer.SetInParent()
+    if begin is not None:
+        model.manifest.tokenizer.begin_token = begin
+    return model
+
+
+@pytest.mark.parametrize(
+    ("spaced", "windows"),
+    [(False, [[*range(8)]]), (True, [[*range(8)], [8]])],
+    ids=["as many tokens as bytes", "a space before the text"],
+)
+def test_tokens_and_not_bytes_fill_the_context(
+    spaced: bool, windows: list[list[int]], fake: Fake, run: Run, tmp_path: Path
+) -> None:
+    """A text of just as many bytes as tokens fit may be more tokens than that."""
+    fake.models, fake.letters, fake.before = [text_model_with_tokenizer(9)], 1, " " * spaced
+    (tmp_path / "short.txt").write_text("abcdefgh")
+    code, out, _ = run(str(tmp_path / "short.txt"))
+    assert code == 0
+    prompts = [each.prompt for each in fake.requests if isinstance(each, pb.ScoreRequest)]
+    if not spaced:
+        assert [prompt.text for prompt in prompts] == ["abcdefgh"]
+        return
+    assert sorted([*prompt.tokens.ids] for prompt in prompts) == windows
+    # The space is a token, but no byte of the text.
+    assert out == f"{28 / 8:.4f} bits/byte over 9 tokens in 2 windows (prose)\n"
+
+
+@pytest.mark.parametrize("length", [8, 9, 15, 16])
+def test_windows_of_a_model_without_a_begin_token_leave_out_only_the_first_token(
+    length: int, fake: Fake, run: Run, tmp_path: Path
+) -> None:
+    fake.models, fake.letters = [text_model_with_tokenizer(None)], 1
+    (tmp_path / "long.txt").write_text("abcdefghijklmnop"[:length])
+    code, out, _ = run(str(tmp_path / "long.txt"), "--json")
+    assert code == 0
+    if length > 8:
+        assert json.loads(out)["tokens"] == length - 1
+    prompts = [each.prompt for each in fake.requests if isinstance(each, pb.ScoreRequest)]
+    assert all(len(each.tokens.ids) != 1 for each in prompts)  # which no server would score
 
 
 def test_a_dataset_of_text_is_scored_on_what_was_held_out(

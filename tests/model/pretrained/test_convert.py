@@ -124,3 +124,22 @@ def test_the_command(
         assert exit.value.code == code
         assert said in capsys.readouterr().err
     assert json.loads((tmp_path / "run" / "config.json").read_text())["origin"]["license"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_command_says_what_is_missing_to_serve_the_model(
+    there: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source = write(tmp_path / "tiny")
+    if there:
+        (source / "tokenizer.json").write_text(TOKENIZER)
+    monkeypatch.setattr(sys, "argv", ["concertina", "convert", str(source), str(tmp_path / "run")])
+    with pytest.raises(SystemExit) as exit:
+        main()
+    said = capsys.readouterr().err
+    assert exit.value.code == 0
+    assert (f"{source} has no tokenizer.json" in said) == (not there)
+    assert ("save_pretrained, and convert the model again" in said) == (not there)

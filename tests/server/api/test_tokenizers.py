@@ -183,6 +183,29 @@ async def test_a_score_says_how_many_bytes_its_tokens_are(served: Served, kind: 
         assert (len(score.bits), score.text_bytes) == (count - 1, rest)
 
 
+async def test_a_text_that_fills_the_context_is_scored_and_a_longer_one_refused(
+    served: Served, kind: str
+) -> None:
+    """Its tokens count: with the space that the tokenizer adds, without the begin token."""
+    text = "the quick brown fox"
+    while len(ids := trained(kind).encode(text, add_special_tokens=False).ids) < CONTEXT:
+        text += "qz"[len(text) % 2]
+    assert len(ids) == CONTEXT
+    first = 0 if kind == BYTE_FALLBACK else 1  # without a begin token, it is not predicted
+    score = await served.generation.Score(pb.ScoreRequest(prompt=pb.Prompt(text=text)))
+    assert len(score.bits) == CONTEXT - first
+    told = pb.Prompt(tokens=pb.TokenIds(ids=ids))
+    assert (await served.generation.Score(pb.ScoreRequest(prompt=told))).bits == score.bits
+    refusal = f"prompt has {CONTEXT + 1} tokens, the limit is {CONTEXT}"
+    with pytest.raises(grpc.aio.AioRpcError, match=refusal) as refused:
+        longer = text + "qz"[len(text) % 2]
+        await served.generation.Score(pb.ScoreRequest(prompt=pb.Prompt(text=longer)))
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    short = pb.Prompt(tokens=pb.TokenIds(ids=ids[:-1]))
+    before = await served.generation.Score(pb.ScoreRequest(prompt=short))
+    assert before.bits == pytest.approx(score.bits[:-1], abs=1e-4)
+
+
 async def test_log_probabilities_say_which_bytes_each_token_is(served: Served, kind: str) -> None:
     said = trained(kind).encode("the café 你好", add_special_tokens=False).ids  # split characters
     end, room = trained(kind).token_to_id("</s>"), CONTEXT // 2

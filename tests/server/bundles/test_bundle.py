@@ -87,9 +87,17 @@ def _small_and_large(manifest: pb.Manifest, files: list[str]) -> None:
     manifest.state[2].data_type = pb.DATA_TYPE_INT8
 
 
+def _forget_the_tokenizer(manifest: pb.Manifest, files: list[str]) -> None:
+    manifest.tokenizer.SetInParent()
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
+        (
+            _forget_the_tokenizer,
+            r"manifest.json lists no tokenizer.json, .*save_pretrained, and convert and export",
+        ),
         (_small_and_large, "pooled_query.0 is int8 and begins with -3"),
         (_forget_the_step, "step.onnx"),
         (_forget_the_fold, "fold.onnx"),
