@@ -53,3 +53,4 @@ def test_it_chats(client: Environment, chats: Server) -> None:
     assert len(told["logprobs"]) == wanted.usage.generated_tokens
     assert all(math.isfinite(each["logprob"]) for each in told["logprobs"])
     assert all(len(each["top_logprobs"]) == 2 for each in told["logprobs"])
+    assert told["animal"].keys() == {"name", "quick"}  # its class has checked the values

@@ -12,6 +12,7 @@ MODELS = """
 - model_id: {name}
   model_name: {name}
   api_base: http://{address}/v1
+  supports_schema: true
 """
 COMPLETES = "  completion: true\n"
 
@@ -49,3 +50,18 @@ def test_it_chats_and_goes_on(client: Environment, chats: Server) -> None:
     (entry,) = json.loads(client.run("llm", "logs", "--json", "-n", "1", **here))
     assert entry["output_tokens"] == second.usage.generated_tokens
     assert entry["input_tokens"] == second.usage.prompt_tokens
+
+
+def test_its_schemas_are_kept(client: Environment, chats: Server) -> None:
+    listed = MODELS.format(name="tiny-llama", address=chats.http_address)
+    (client.home / "extra-openai-models.yaml").write_text(listed)
+    schema = {
+        "type": "object",
+        "properties": {"name": {"enum": ["fox", "dog"]}, "quick": {"type": "boolean"}},
+        "required": ["name", "quick"],
+        "additionalProperties": False,
+    }
+    asked = ["-m", "tiny-llama", "--schema", json.dumps(schema), "Who is it?", "-o", "seed", "5"]
+    told = json.loads(client.run("llm", *asked, LLM_USER_PATH=str(client.home)))
+    assert told.keys() == {"name", "quick"}
+    assert told["name"] in ("fox", "dog") and isinstance(told["quick"], bool)

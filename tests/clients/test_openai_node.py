@@ -44,3 +44,4 @@ def test_it_chats(client: Environment, chats: Server) -> None:
         "completion_tokens": usage.generated_tokens,
         "total_tokens": usage.prompt_tokens + usage.generated_tokens,
     }
+    assert told["parsed"] in ({"quick": True}, {"quick": False})

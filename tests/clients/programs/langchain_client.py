@@ -4,13 +4,21 @@ import asyncio
 import json
 import os
 import sys
+from typing import Literal
 
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_openai import ChatOpenAI, OpenAI
+from pydantic import BaseModel, ConfigDict
 
 shared = {"base_url": os.environ["BASE_URL"], "api_key": "none", "max_retries": 0}
+
+
+class Animal(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    name: Literal["fox", "dog"]
+    quick: bool
 
 
 def completes(name: str) -> dict[str, object]:
@@ -38,7 +46,10 @@ def chats(name: str) -> dict[str, object]:
     likely = model.bind(logprobs=True, top_logprobs=2).invoke(said)
     prompt = ChatPromptTemplate([("system", "the {animal}"), ("human", "{text}")])
     chain = prompt | model | StrOutputParser()
+    longer = model.model_copy(update={"max_tokens": 400})
+    animal = longer.with_structured_output(Animal, method="json_schema").invoke("Who is it?")
     return {
+        "animal": animal.model_dump(),
         "whole": whole.content,
         "usage": whole.usage_metadata,
         "streamed": streamed.content,

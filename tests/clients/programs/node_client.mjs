@@ -44,7 +44,15 @@ async function chats() {
   let heard = '';
   running.on('content', (delta) => (heard += delta));
   const final = await running.finalChatCompletion();
+  const properties = { quick: { type: 'boolean' } };
+  const schema = { type: 'object', properties, required: ['quick'], additionalProperties: false };
+  const parsed = await api.chat.completions.parse({
+    ...asked,
+    max_completion_tokens: 400,
+    response_format: { type: 'json_schema', json_schema: { name: 'animal', strict: true, schema } },
+  });
   return {
+    parsed: JSON.parse(parsed.choices[0].message.content),
     whole: whole.choices[0].message.content,
     usage: whole.usage,
     final: final.choices[0].message.content,
