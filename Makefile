@@ -9,6 +9,7 @@ EXTRA ?= cpu#             gpu for a machine with an NVIDIA driver
 HELM ?= build/bin/helm#   fetched when missing (linux, x86-64); elsewhere name your own
 IMAGE ?= concertina:dev
 JOBS ?= auto#             processes that test, see tests/conftest.py; 0 for one that --pdb can stop
+CLIENTS ?=#               clients to install and run, by their names in tools/clients.toml; else all
 MARKERS ?=#               a pytest -m expression, instead of the fast default
 PYTEST_ARGS ?=
 SOAK_SECONDS ?= 3600
@@ -32,7 +33,7 @@ json.load(page)["vulnerabilities"]
 endef
 export VULNERABILITIES
 
-.PHONY: help demo demo-chat test mutants chaos soak lint audit format protos image clean
+.PHONY: help demo demo-chat test mutants clients chaos soak lint audit format protos image clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -48,6 +49,11 @@ test: $(VENV)/.dev $(HELM) ## run the tests; MARKERS=slow, PYTEST_ARGS='-k fold'
 
 mutants: $(VENV)/.dev ## plant known bugs into copies and require that the tests catch each
 	$(BIN)/python -m tests.mutants
+
+clients: $(VENV)/.dev ## run other people's clients against a real server; CLIENTS=llm for one
+	$(BIN)/python -m tools.install_clients $(CLIENTS)
+	$(BIN)/python -m pytest -n 0 -m clients $(PYTEST_ARGS) \
+	  $(if $(CLIENTS),$(CLIENTS:%=tests/clients/test_%.py),tests/clients)
 
 chaos: $(VENV)/.dev ## kill servers, and let their store fail, under streams that must not notice (minutes)
 	$(BIN)/python -m loadtest.scenarios.chaos bundles/python-4k --json build/chaos.json

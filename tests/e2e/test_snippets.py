@@ -68,6 +68,7 @@ NOT_RUN = {
     "node": "tests/examples runs it",
     "export CONCERTINA_SNAPSHOT_KEY": "the fixture sets it",
     "grpcurl": "is not ours",
+    "llm": "is not ours; tests/clients",
     "helm install": "needs a cluster; tests/helm",
 }
 PARSED = (

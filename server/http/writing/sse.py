@@ -15,7 +15,7 @@ from server.http.errors import HttpError, error_of
 from server.http.settings import GatewaySettings
 
 _Result = TypeVar("_Result")
-_PING: Final = b": ping\n\n"
+_PING: Final = b"\n\n"  # empty lines, since vLLM's bench loses what follows a comment
 _BUFFERED: Final = 64
 _STOPPING: Final = "the gateway shuts down; try again later"
 
@@ -103,7 +103,7 @@ class EventStream:
     async def _next(
         self, arrived: asyncio.Queue[bytes | None], leaving: asyncio.Future[None]
     ) -> tuple[bytes, bool]:
-        """What has come since, a comment if nothing has for long, and whether it was the last."""
+        """What has come since, empty lines if nothing has for long, and whether it was the last."""
         if arrived.empty():
             getting = asyncio.ensure_future(arrived.get())
             waited = (getting, leaving)
