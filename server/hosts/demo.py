@@ -15,6 +15,7 @@ import psutil
 import typer
 from rich.console import Console
 
+from concertina.cli.connection import Server
 from concertina.cli.generate import generate
 from concertina.cli.output import plain_console
 from concertina.cli.paint import paint
@@ -67,7 +68,7 @@ def demo(
                     top_p=0.98,
                     seed=_SEED,
                     timeout=_CALL_SECONDS,
-                    address=address,
+                    server=Server(address),
                 )
                 console.print()
             else:
@@ -78,7 +79,7 @@ def demo(
                     temperature=0.9,
                     seed=_SEED,
                     timeout=_CALL_SECONDS,
-                    address=address,
+                    server=Server(address),
                 )
                 console.print(f"saved {out}")
     console.print("stopped; no process is left")
