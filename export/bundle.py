@@ -107,11 +107,6 @@ def export_bundle(
             f"{bundle_folder} exists and is not a bundle: choose another folder, or remove it"
         )
     checkpoint = load_checkpoint(checkpoint_folder)
-    if checkpoint.config.architecture.folding is not None and data_type != pb.DATA_TYPE_FLOAT32:
-        raise ValueError(
-            "the layers of this model attend in several ways, and such a state is not in float16: "
-            "leave --state out, or use --state int8"
-        )
     windows = None
     if precision is not None:
         windows = _windows(precision.heldout, checkpoint, checkpoint_folder)

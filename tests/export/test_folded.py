@@ -52,7 +52,7 @@ def test_graphs_are_the_model(sink: int, window: int, tmp_path: Path) -> None:
     assert manifest.parity.max_error < 1e-4
     folds = manifest.fold
     assert (folds.span, folds.keep_first, folds.keep_newest) == (16, sink, window)
-    assert not folds.resets and not folds.binary
+    assert folds.resets and not folds.binary
     kept = [resources.kept_entries(t) for t in manifest.state if t.name.startswith("keys")]
     assert kept == [16, 1, 0][: len(layers)]
     assert load_decoder(tmp_path / "bundle").config == config
