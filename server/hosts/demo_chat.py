@@ -16,6 +16,7 @@ from rich.console import Console
 
 from concertina.bundle.manifest import MANIFEST
 from concertina.cli.chat import chat
+from concertina.cli.connection import Server
 from concertina.cli.output import plain_console
 from concertina.cli.printing import write_text
 from concertina.client import Client, Finished, Model, Tokens
@@ -82,7 +83,7 @@ def demo_chat(
     with running_server([bundle], console, "--local") as address:
         if sys.stdin.isatty() and sys.stdout.isatty():
             console.print("Ask it something; Ctrl-D ends the chat.")
-            chat(temperature=0.2, address=address)
+            chat(temperature=0.2, server=Server(address))
         else:
             _ask(address, console)
     console.print(f"stopped; to serve it again: concertina serve {bundle}")

@@ -29,7 +29,7 @@ REQUESTS: Final = Counter(
 )
 FIRST_BYTE: Final = Histogram(
     "concertina_http_time_to_first_byte_seconds",
-    "From the request to the first byte of an answer's body that is no comment.",
+    "From the request to the first byte of an answer's body that is no ping.",
     ("route",),
     buckets=_BUCKETS,
 )
