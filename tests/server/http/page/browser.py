@@ -16,6 +16,17 @@ WAIT = 120.0
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 
 
+# A short stream has ended before anybody looks.
+_WATCH_BUSY = """
+window.hasBeenBusy = false;
+new MutationObserver((_, self) => {
+  if (!document.body.classList.contains('busy')) return;
+  window.hasBeenBusy = true;
+  self.disconnect();
+}).observe(document.body, {attributes: true});
+"""
+
+
 @dataclass(eq=False)
 class Tab:
     """The page in a tab. noise: what the browser's console has said."""
@@ -60,10 +71,11 @@ class Tab:
     def write(self, *, wait: bool = True, **values: object) -> str:
         """Ask for a text, and return it when all of it is there."""
         self.set(**values)
+        self.js(_WATCH_BUSY)
         self.page.click("#write")
         if not wait:
             return ""
-        self.until("document.body.classList.contains('busy')", 10)
+        self.until("window.hasBeenBusy")
         self.until("!document.body.classList.contains('busy')")
         return self.texts[0] if self.texts else ""
 
