@@ -40,7 +40,7 @@ from server.http.upstream import connected
 _log = logging.getLogger(__name__)
 
 Endpoint = Callable[[Request], Awaitable[Response]]
-_ROUTES: Final[tuple[tuple[str, str, Endpoint], ...]] = (
+ROUTES: Final[tuple[tuple[str, str, Endpoint], ...]] = (
     ("GET", "/v1/models", list_models),
     ("GET", "/v1/models/{model:path}", get_model),
     ("POST", "/v1/completions", completions),
@@ -56,6 +56,8 @@ _ROUTES: Final[tuple[tuple[str, str, Endpoint], ...]] = (
     ("GET", "/metrics", metrics),
     *PAGE_ROUTES,
 )
+"""Method, path and endpoint of what is offered."""
+
 _METHODS: Final = ("GET", "POST", "PUT", "PATCH", "DELETE")
 
 
@@ -68,7 +70,7 @@ def application(settings: GatewaySettings, chaos: Chaos | None = None) -> ASGIAp
             app.state.upstream = upstream
             yield
 
-    routes = [Route(path, _guarded(path, each), methods=[method]) for method, path, each in _ROUTES]
+    routes = [Route(path, _guarded(path, each), methods=[method]) for method, path, each in ROUTES]
     routes.append(Route("/openapi.json", _guarded("/openapi.json", _openapi)))
     routes += [Route(path, _guarded(path, _refused), methods=_METHODS) for path in NOT_HERE]
     app = Starlette(
