@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from concertina.client import Tokens
+from concertina.client import Accepted, AsyncClient, AsyncStream, Cursor, Event, Tokens
+
+RESUME_SECONDS: Final = 60.0
+"""How long a stream that is lost may take to go on."""
 
 _MOST_PACES: Final = 4096
+_LAG_SECONDS: Final = 0.5
 
 
 @dataclass(eq=False)
@@ -41,6 +46,12 @@ class Pace:
             except TimeoutError:
                 continue
 
+    def seconds(self, tokens: int) -> float:
+        """How long so many tokens take."""
+        if self.per_second is None:
+            return 0.0
+        return tokens / self.per_second if self.per_second else float("inf")
+
     def parts(self, event: Tokens) -> list[Tokens]:
         """The event, or an event for each of its tokens if they go one by one."""
         if self.per_second is None or len(event.ids) < 2:
@@ -65,13 +76,63 @@ class Paces:
 
     _paces: dict[str, Pace] = field(default_factory=dict)
 
-    def of(self, stream_id: str) -> Pace:
-        """The pace of a stream."""
+    def of(self, stream_id: str) -> Pace | None:
+        """The pace of a stream, if it is read here."""
+        return self._paces.get(stream_id)
+
+    def keep(self, stream_id: str, pace: Pace) -> None:
+        """Remember the pace of a stream, in place of that of an earlier reader."""
         while len(self._paces) >= _MOST_PACES:
             del self._paces[next(iter(self._paces))]
-        return self._paces.setdefault(stream_id, Pace())
+        self._paces[stream_id] = pace
 
     def drop(self, stream_id: str, pace: Pace) -> None:
         """Forget a pace, unless another reader has come to the stream since."""
         if self._paces.get(stream_id) is pace:
             del self._paces[stream_id]
+
+
+async def read_slowly(
+    client: AsyncClient, stream: AsyncStream, pace: Pace
+) -> AsyncGenerator[Event | None]:
+    """The events of a kept stream at a pace; None where another server has gone on with it.
+
+    While its reader lags, nobody reads the stream: buffers on the way would hold all of it, but
+    the server parks what nobody reads.
+    """
+    accepted: Accepted | None = None
+    tokens = characters = 0
+    try:
+        while True:
+            resumed, waited, lags = 0, 0.0, False
+            async for event in stream:
+                if stream.resumed > resumed:
+                    resumed = stream.resumed
+                    yield None
+                if isinstance(event, Accepted):
+                    if accepted is None:
+                        accepted = event
+                        yield event
+                    continue
+                if not isinstance(event, Tokens):
+                    yield event
+                    continue
+                tokens, characters = tokens + len(event.ids), characters + len(event.text)
+                waited += pace.seconds(len(event.ids))
+                if lags := waited > _LAG_SECONDS:
+                    stream.detach()
+                for part in pace.parts(event):
+                    await pace.turn()
+                    yield part
+                if lags:
+                    break
+            if not lags or accepted is None:
+                return
+            reached = [Cursor(0, tokens, characters)]
+            stream = client.resume(accepted.stream_id, reached, resume_for=RESUME_SECONDS)
+    finally:
+        # Before its name was told, nobody could come back for it.
+        if accepted is None:
+            stream.cancel()
+        else:
+            stream.detach()

@@ -47,7 +47,8 @@ async def change_pace(request: Request) -> Response:
     upstream: Upstream = request.app.state.upstream
     paces: Paces = request.app.state.paces
     per_second = pace(await read_body(request, upstream.settings))
-    paces.of(request.path_params["stream_id"]).change(per_second)
+    if (reader := paces.of(request.path_params["stream_id"])) is not None:
+        reader.change(per_second)
     return JSONResponse({"pace": per_second})
 
 

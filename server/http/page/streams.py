@@ -17,13 +17,12 @@ from concertina.client import (
     AsyncStream,
     ContinueParameters,
     GenerateParameters,
-    Tokens,
 )
 from concertina.client.requests import PromptLike
 from concertina.shown import shown
 from server.http.errors import invalid
 from server.http.page.events import line, told
-from server.http.page.pace import Pace, Paces
+from server.http.page.pace import RESUME_SECONDS, Pace, Paces, read_slowly
 from server.http.reading.fields import Body, boolean, integer, number, read_body, text
 from server.http.upstream import Upstream
 from server.http.writing.sse import EventStream, unless_gone
@@ -31,7 +30,6 @@ from server.http.writing.sse import EventStream, unless_gone
 KEEP_SECONDS: Final = 600.0
 """How long a stream waits for a page that was closed or reloaded."""
 
-_RESUME_SECONDS: Final = 60.0
 _TOP: Final = 5
 _Opening = Callable[[AsyncClient], AsyncStream]
 
@@ -42,7 +40,7 @@ async def generate(request: Request) -> Response:
     prompt, parameters = _prompt(body), _generating(body)
 
     def opened(client: AsyncClient) -> AsyncStream:
-        return client.generate(prompt, keep=KEEP_SECONDS, resume_for=_RESUME_SECONDS, **parameters)
+        return client.generate(prompt, keep=KEEP_SECONDS, resume_for=RESUME_SECONDS, **parameters)
 
     return await _streaming(request, opened, pace(body))
 
@@ -51,7 +49,7 @@ async def resume(request: Request) -> Response:
     """GET /c/streams/{id}: all events of a stream, from its beginning or where it continued."""
     stream_id = request.path_params["stream_id"]
     return await _streaming(
-        request, lambda client: client.resume(stream_id, resume_for=_RESUME_SECONDS), None
+        request, lambda client: client.resume(stream_id, resume_for=RESUME_SECONDS), None
     )
 
 
@@ -66,7 +64,7 @@ async def continue_(request: Request) -> Response:
 
     def opened(client: AsyncClient) -> AsyncStream:
         return client.sessions.continue_(
-            stream_id, more or None, resume_for=_RESUME_SECONDS, **parameters
+            stream_id, more or None, resume_for=RESUME_SECONDS, **parameters
         )
 
     return await _streaming(request, opened, pace(body))
@@ -97,31 +95,16 @@ async def _events(
     upstream: Upstream = request.app.state.upstream
     paces: Paces = request.app.state.paces
     with upstream.calling(request) as client:
-        stream, stream_id, pace = opened(client), "", Pace()
-        resumed = 0
+        stream_id, reader = "", Pace(per_second)
         try:
-            async for event in stream:
-                if stream.resumed > resumed:
-                    resumed = stream.resumed
-                    yield line({"type": "resumed", "times": resumed})
-                if isinstance(event, Accepted):
-                    stream_id, pace = event.stream_id, paces.of(event.stream_id)
-                    if per_second is not None:
-                        pace.change(per_second)
-                    yield line(told(event))
-                elif isinstance(event, Tokens):
-                    for part in pace.parts(event):
-                        await pace.turn()
-                        yield line(told(part))
-                else:
-                    yield line(told(event))
+            async with aclosing(read_slowly(client, opened(client), reader)) as events:
+                async for event in events:
+                    if isinstance(event, Accepted):
+                        stream_id = event.stream_id
+                        paces.keep(stream_id, reader)
+                    yield line({"type": "resumed"} if event is None else told(event))
         finally:
-            # Before its name was told, nobody could come back for it.
-            if stream_id:
-                stream.detach()
-                paces.drop(stream_id, pace)
-            else:
-                stream.cancel()
+            paces.drop(stream_id, reader)
 
 
 def pace(body: Body) -> float | None:
