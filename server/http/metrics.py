@@ -5,11 +5,22 @@ from __future__ import annotations
 import time
 from typing import Final
 
-from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.http.writing.sse import PING
+
+disable_created_metrics()  # a line for each counter and bucket that nobody asks for
 
 _BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
@@ -18,7 +29,7 @@ REQUESTS: Final = Counter(
 )
 FIRST_BYTE: Final = Histogram(
     "concertina_http_time_to_first_byte_seconds",
-    "From the request to the first byte of an answer's body that is no comment.",
+    "From the request to the first byte of an answer's body that is no ping.",
     ("route",),
     buckets=_BUCKETS,
 )
@@ -57,7 +68,7 @@ class Counting:
                     is_stream = True
                     OPEN_STREAMS.inc()
                 return
-            if not has_body and _says_something(message.get("body", b"")):
+            if message.get("body") not in (None, b"", PING) and not has_body:
                 has_body = True
                 FIRST_BYTE.labels(_route(scope)).observe(time.monotonic() - began)
             is_whole = is_whole or not message.get("more_body")
@@ -71,11 +82,6 @@ class Counting:
                 REQUESTS.labels(_route(scope), str(status)).inc()
                 if status == 200 and not is_whole:
                     CUT.labels(_route(scope)).inc()
-
-
-def _says_something(body: bytes) -> bool:
-    """Whether this is more than the lines that keep a silent stream alive."""
-    return body.lstrip(b"\n")[:1] not in (b"", b":")
 
 
 def _route(scope: Scope) -> str:
