@@ -41,6 +41,7 @@ class Cache:
         self._slots = slots
         self._prefill_row = prefill_row(bundle, slots)
         self._prefill_pushed = 0
+        self._prefill_looked_up = 0
         self._open_block: Ints = np.zeros(0, np.int64)  # its tokens, if prefixes are cached
         self._interval = bundle.span or _NEVER
         self._prefixes: PrefixCache | None = None
@@ -68,6 +69,11 @@ class Cache:
     def prefill_pushed(self) -> int:
         """Number of tokens that the stream in the prefill slot has pushed."""
         return self._prefill_pushed
+
+    @property
+    def prefill_looked_up(self) -> int:
+        """Tokens of the prompt in the prefill slot that were looked up in the prefix cache."""
+        return self._prefill_looked_up
 
     @property
     def prefix_bytes(self) -> int:
@@ -106,8 +112,10 @@ class Cache:
         """
         self._runtime.reset(self._prefill_row)
         self._prefill_pushed, self._open_block = 0, np.zeros(0, np.int64)
+        self._prefill_looked_up = 0
         if self._prefixes is None:
             return
+        self._prefill_looked_up = 0 if inputs is None else len(inputs)
         blocks = self._prefixes.match(self._open_block if inputs is None else inputs)
         if blocks:
             span = self._bundle.span or 0
@@ -126,6 +134,7 @@ class Cache:
     def resume_prefill(self, inputs: Ints, saved: SavedState) -> None:
         """Give the prefill slot to a stream whose `saved` state has some of its `inputs[T]`."""
         self._prefill_pushed = saved.pushed
+        self._prefill_looked_up = 0
         if self._prefixes is not None:
             blocks, rest = divmod(saved.pushed, self._bundle.span or 1)
             # Some of these tokens may have been pushed one by one, which prompts are not: where

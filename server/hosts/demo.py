@@ -15,6 +15,7 @@ import psutil
 import typer
 from rich.console import Console
 
+from concertina.cli.connection import Server
 from concertina.cli.generate import generate
 from concertina.cli.output import plain_console
 from concertina.cli.paint import paint
@@ -51,7 +52,7 @@ def demo(
     """
     bundles = find_bundles(BUNDLES)
     console = plain_console()
-    with _server(bundles, console) as address, Client(address) as client:
+    with running_server(bundles, console) as address, Client(address) as client:
         models = client.models(timeout=_CALL_SECONDS)
         for model in sorted(models, key=lambda model: model.modality != "text"):
             console.rule(
@@ -67,7 +68,7 @@ def demo(
                     top_p=0.98,
                     seed=_SEED,
                     timeout=_CALL_SECONDS,
-                    address=address,
+                    server=Server(address),
                 )
                 console.print()
             else:
@@ -78,22 +79,23 @@ def demo(
                     temperature=0.9,
                     seed=_SEED,
                     timeout=_CALL_SECONDS,
-                    address=address,
+                    server=Server(address),
                 )
                 console.print(f"saved {out}")
     console.print("stopped; no process is left")
 
 
 @contextmanager
-def _server(bundles: list[Path], console: Console) -> Iterator[str]:
+def running_server(bundles: list[Path], console: Console, *more: str) -> Iterator[str]:
     """Start a server in its own process and yield its address; stop it at the end.
 
+    more: options of `serve`.
     Raises `DemoFailed` if it does not start, or does not stop cleanly.
     """
     port, metrics_port = free_ports(2)
     address = f"127.0.0.1:{port}"
     options = ["--port", str(port), "--metrics-port", str(metrics_port)]
-    options += ["--http-port", "0", "--drain-seconds", "5"]
+    options += ["--http-port", "0", "--drain-seconds", "5", *more]
     command = [sys.executable, "-m", "concertina.cli.main", "serve", *map(str, bundles), *options]
     with tempfile.NamedTemporaryFile() as log:
         server = psutil.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
@@ -112,7 +114,7 @@ def _wait_for(server: psutil.Popen, log: Path, console: Console) -> None:
     """Return when the server reports that it is ready. Raises DemoFailed."""
     began = time.monotonic()
     waited_s = 0.0
-    console.print("starting Ray Serve")
+    console.print("starting the server")
     with console.status("") as status:
         while "\nready" not in log.read_text():
             waited_s = time.monotonic() - began

@@ -54,6 +54,8 @@ NOT_RUN = {
     "concertina bench": "takes minutes to hours; tests/loadtest/bench",
     "python -m": "takes minutes; the modules have tests of their own",
     "make": "CI runs it",
+    "make demo-chat": "takes minutes; tests/server/hosts/test_demo_chat.py",
+    "concertina demo-chat": "takes minutes; tests/server/hosts/test_demo_chat.py",
     "bash .ci/run": "is what runs this",
     "bash loadtest/bench/gpu.sh": "needs a GPU; tests/loadtest/bench/test_gpu_script.py",
     "source .venv": "there is none where the tools lie elsewhere",
@@ -66,6 +68,7 @@ NOT_RUN = {
     "node": "tests/examples runs it",
     "export CONCERTINA_SNAPSHOT_KEY": "the fixture sets it",
     "grpcurl": "is not ours",
+    "llm": "is not ours; tests/clients",
     "helm install": "needs a cluster; tests/helm",
 }
 PARSED = (
