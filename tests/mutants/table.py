@@ -10,6 +10,7 @@ from tests.mutants import (
     grammars,
     limits,
     model,
+    page,
     patterns,
     pixels,
     same_bits,
@@ -22,6 +23,7 @@ from tests.mutants import (
 MUTANTS = (
     *patterns.MUTANTS,
     *model.MUTANTS,
+    *page.MUTANTS,
     *pixels.MUTANTS,
     *export.MUTANTS,
     *client.MUTANTS,
