@@ -16,6 +16,7 @@ class Relay:
     target: tuple[str, int]
     listener: socket.socket
     connections: list[socket.socket] = field(default_factory=list)
+    threads: list[threading.Thread] = field(default_factory=list)
 
     @property
     def address(self) -> str:
@@ -25,10 +26,15 @@ class Relay:
 
     def cut(self) -> None:
         """Cut all connections that there are; new ones may come."""
-        for each in self.connections:
+        connections, self.connections = self.connections, []
+        threads, self.threads = self.threads, []
+        for each in connections:
             with suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
-        self.connections.clear()
+        for thread in threads:
+            thread.join(30)
+        for each in connections:
+            each.close()
 
     def run(self) -> None:
         """Pass on until the listener is closed."""
@@ -38,7 +44,9 @@ class Relay:
                 callee = socket.create_connection(self.target)
                 self.connections += [caller, callee]
                 for source, sink in ((caller, callee), (callee, caller)):
-                    threading.Thread(target=_pass_on, args=(source, sink), daemon=True).start()
+                    passing = threading.Thread(target=_pass_on, args=(source, sink))
+                    passing.start()
+                    self.threads.append(passing)
 
 
 def _pass_on(source: socket.socket, sink: socket.socket) -> None:
@@ -56,11 +64,11 @@ def relayed(address: str) -> Iterator[Relay]:
     host, _, port = address.rpartition(":")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         relay = Relay((host, int(port)), listener)
-        running = threading.Thread(target=relay.run, daemon=True)
+        running = threading.Thread(target=relay.run)
         running.start()
         try:
             yield relay
         finally:
-            relay.cut()
             listener.shutdown(socket.SHUT_RDWR)
-    running.join(30)
+            running.join(30)
+            relay.cut()
