@@ -30,7 +30,7 @@ json.load(page)["vulnerabilities"]
 endef
 export VULNERABILITIES
 
-.PHONY: help demo test mutants chaos soak lint audit format protos image clean
+.PHONY: help demo test mutants chaos soak lint audit format protos dashboards image clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -81,6 +81,9 @@ format: $(VENV)/.dev ## let ruff fix what it can
 protos: $(VENV)/.dev ## generate the stubs, and the limits in docs/api.md, from the .proto files
 	$(call protoc,protos)
 	$(BIN)/python -m tools.write_limits
+
+dashboards: $(VENV)/.dev ## generate the dashboards in helm/concertina/dashboards
+	$(BIN)/python -m tools.write_dashboards
 
 image: ## build the server's image; EXTRA=gpu for CUDA
 	docker build --build-arg EXTRA=$(EXTRA) --tag $(IMAGE) .
