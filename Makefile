@@ -82,8 +82,8 @@ protos: $(VENV)/.dev ## generate the stubs, and the limits in docs/api.md, from 
 	$(call protoc,protos)
 	$(BIN)/python -m tools.write_limits
 
-image: ## build the server's image; EXTRA=gpu for CUDA
-	docker build --build-arg EXTRA=$(EXTRA) --tag $(IMAGE) .
+image: ## build the server's image; EXTRA=gpu for CUDA; TARGET=convert for the one that converts models
+	docker build --build-arg EXTRA=$(EXTRA) $(if $(TARGET),--target $(TARGET)) --tag $(IMAGE) .
 
 clean: ## remove what the targets above made, the virtual environment too
 	rm -rf build dist $(VENV)
