@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import math
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
 from concertina.cli.options import Address, Ca, Cert, CertKey, KeyFile, ModelName, UseTls, access
-from concertina.cli.output import print_whole
-from concertina.client import DEFAULT_ADDRESS, Model
-from loadtest.client import CANCELLED
-from loadtest.measure import Plan, measure
-from loadtest.report import Report, render, summarise
+from concertina.client import DEFAULT_ADDRESS
+from loadtest.arrivals import parse_arrivals
+from loadtest.measure import Api, Plan
+from loadtest.reports.objectives import parse_objectives
+from loadtest.reports.outcome import exit_code, publish
+from loadtest.sweep import Sweep, at, parse_sweep, run_series
+from loadtest.trace import read_trace
 from loadtest.workload import Lengths, parse_lengths
 
 _STREAMS_PER_CHANNEL = 50
 _DEFAULT_DURATION_S = 30.0
-_FAILED, _VOID, _INTERRUPTED = 1, 3, 130
+_Parsed = TypeVar("_Parsed")
 
 
 def loadtest(
@@ -32,15 +33,36 @@ def loadtest(
     cert: Cert = None,
     cert_key: CertKey = None,
     model: ModelName = "",
+    target: Annotated[
+        Api,
+        typer.Option(
+            help="The server's API: ours, or OpenAI's completions, with --address http://HOST:PORT."
+        ),
+    ] = "concertina",
     streams: Annotated[int, typer.Option(min=1, help="Streams that run at once.")] = 32,
     rate: Annotated[
         float | None,
         typer.Option(
             min=0.001,
-            help="Requests per second at random moments (an open loop), instead of --streams at "
-            "once; a refusal is then no failure.",
+            help="Requests per second, whatever happens to earlier ones (an open loop), instead of "
+            "--streams at once; a refusal is then no failure.",
         ),
     ] = None,
+    arrivals: Annotated[
+        str, typer.Option(help="How the requests of --rate come: constant, poisson, gamma:B.")
+    ] = "poisson",
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, help="Replay requests of a trace (Mooncake's JSONL)."
+        ),
+    ] = None,
+    trace_speed: Annotated[
+        float, typer.Option(min=0.001, help="How much faster the trace is replayed.")
+    ] = 1.0,
+    trace_scale: Annotated[
+        float, typer.Option(min=0.0001, help="What the trace's lengths are multiplied with.")
+    ] = 1.0,
     requests: Annotated[
         int | None, typer.Option(min=1, help="Requests to send; without it, only time limits.")
     ] = None,
@@ -48,8 +70,18 @@ def loadtest(
         float | None,
         typer.Option(
             min=1,
-            help="Seconds after which no request starts; "
-            f"{_DEFAULT_DURATION_S:.0f} if --requests is not given either.",
+            help="Seconds that are measured, after which no request starts; "
+            f"{_DEFAULT_DURATION_S:.0f} if neither --requests nor --trace is given.",
+        ),
+    ] = None,
+    ramp: Annotated[
+        float,
+        typer.Option(min=0, help="Seconds before that in which the load grows; not measured."),
+    ] = 0.0,
+    grace: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="Seconds after --duration when streams are cut that still run; else never."
         ),
     ] = None,
     prompt_tokens: Annotated[
@@ -68,7 +100,7 @@ def loadtest(
         int | None,
         typer.Option(min=0, help="Requests that run first and do not count; default --streams."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of prompts, lengths and sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of prompts, lengths, times and sampling.")] = 0,
     channels: Annotated[
         int | None,
         typer.Option(
@@ -84,6 +116,21 @@ def loadtest(
             "stream has failed.",
         ),
     ] = 0.0,
+    sweep: Annotated[
+        str,
+        typer.Option(
+            metavar="AXIS=VALUES",
+            help="One run for each value: context=1k..64k, concurrency=1..64, rate=1..64; the last "
+            "two end at the knee.",
+        ),
+    ] = "",
+    slo: Annotated[
+        str,
+        typer.Option(
+            metavar="LIMITS",
+            help="Count the requests that meet these: ttft=500ms,itl=50ms,tpot=50ms,e2e=10s.",
+        ),
+    ] = "",
     max_lag: Annotated[
         float,
         typer.Option(min=0, help="Seconds (p99) that the tester may lag before a run is void."),
@@ -91,6 +138,12 @@ def loadtest(
     json_file: Annotated[
         str, typer.Option("--json", metavar="FILE", help="Write the report as JSON; - for stdout.")
     ] = "",
+    csv_file: Annotated[
+        Path | None, typer.Option("--csv", metavar="FILE", help="Write a row for each request.")
+    ] = None,
+    html_file: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write a page with charts.")
+    ] = None,
 ) -> None:
     """Drive a server with a closed or open loop of streams, check every one, and report.
 
@@ -99,12 +152,16 @@ def loadtest(
 
     Examples:
     concertina loadtest --streams 8 --requests 64
-    concertina loadtest --rate 40 --duration 60
-    concertina loadtest --keep 120 --duration 600
+    concertina loadtest --rate 40 --duration 60 --ramp 10 --slo ttft=500ms,itl=50ms
+    concertina loadtest --sweep context=1k..16k --streams 4 --requests 8 --html context.html
+    concertina loadtest --target openai --address http://127.0.0.1:8000 --sweep rate=1..64
     concertina loadtest --prompt-tokens 128-512 --output-tokens 1024 --json report.json
     """
-    if duration is None and requests is None:
+    if duration is None and requests is None and trace is None:
         duration = _DEFAULT_DURATION_S
+    if trace and rate is not None:
+        raise typer.BadParameter("--trace says when requests come: leave out --rate")
+    lengths = (prompt_tokens, output_tokens)
     plan = Plan(
         address=address,
         model=model,
@@ -113,25 +170,58 @@ def loadtest(
         channels=channels or math.ceil(streams / _STREAMS_PER_CHANNEL),
         requests=requests,
         duration_s=duration,
-        prompt_tokens=_lengths("prompt-tokens", prompt_tokens, minimum=0),
-        output_tokens=_lengths("output-tokens", output_tokens, minimum=1),
+        prompt_tokens=_parsed("prompt-tokens", lambda: _lengths(lengths[0], 0)),
+        output_tokens=_parsed("output-tokens", lambda: _lengths(lengths[1], 1)),
         prompts=_prompts(prompt_file) if prompt_file else (),
         warmup=streams if warmup is None else warmup,
         seed=seed,
         timeout_s=timeout,
         keep_s=keep,
+        api=target,
+        arrivals=_parsed("arrivals", lambda: parse_arrivals(arrivals)),
+        ramp_s=ramp,
+        grace_s=grace,
+        trace=(
+            _parsed("trace", lambda: read_trace(trace, speed=trace_speed, scale=trace_scale))
+            if trace
+            else ()
+        ),
+        trace_scale=trace_scale,
     )
-    served, run = asyncio.run(measure(plan, access(key_file, tls, ca, cert, cert_key)))
-    report = summarise(run.records, run.lags_ns, max_lag_s=max_lag, interrupted=run.interrupted)
-    _publish(plan, served, report, json_file)
-    _exit(report, max_lag, overload=rate is not None)
+    objectives = _parsed("slo", lambda: parse_objectives(slo))
+    swept = _parsed("sweep", lambda: _sweep(plan, sweep)) if sweep else None
+    series = asyncio.run(
+        run_series(
+            plan,
+            access(key_file, tls, ca, cert, cert_key),
+            swept,
+            objectives=objectives,
+            max_lag_s=max_lag,
+        )
+    )
+    publish(plan, series, json_file=json_file, csv_file=csv_file, html_file=html_file)
+    raise typer.Exit(exit_code(plan, series, max_lag))
 
 
-def _lengths(option: str, text: str, *, minimum: int) -> Lengths:
+def _parsed(option: str, parse: Callable[[], _Parsed]) -> _Parsed:
     try:
-        return parse_lengths(text, minimum=minimum)
+        return parse()
     except ValueError as error:
         raise typer.BadParameter(f"--{option}: {error}") from None
+
+
+def _lengths(text: str, minimum: int) -> Lengths:
+    return parse_lengths(text, minimum=minimum)
+
+
+def _sweep(plan: Plan, text: str) -> Sweep:
+    """Raises ValueError for what is no sweep, and for a point that cannot be."""
+    if plan.trace:
+        raise ValueError("a trace has its own load: leave out --trace")
+    swept = parse_sweep(text)
+    for value in swept.values:
+        at(plan, swept.axis, value)
+    return swept
 
 
 def _prompts(path: Path) -> tuple[str, ...]:
@@ -139,51 +229,3 @@ def _prompts(path: Path) -> tuple[str, ...]:
     if not prompts:
         raise typer.BadParameter(f"--prompt-file: {path} holds no prompt; give one on each line")
     return prompts
-
-
-def _publish(plan: Plan, served: Model, report: Report, json_file: str) -> None:
-    if json_file != "-":
-        prompt = f"{len(plan.prompts)} prompts" if plan.prompts else f"prompt {plan.prompt_tokens}"
-        load = f"{plan.streams} streams" if plan.rate is None else f"{plan.rate:g} requests/s"
-        title = (
-            f"{served.name} at {plan.address}: {load}, {prompt}, "
-            f"output {plan.output_tokens}, seed {plan.seed}"
-        )
-        print_whole(render(report, title))
-    if json_file:
-        described = asdict(plan) | {
-            "model": served.name,
-            "fingerprint": served.fingerprint,
-            "prompt_tokens": str(plan.prompt_tokens),
-            "output_tokens": str(plan.output_tokens),
-            "prompts": len(plan.prompts),
-        }
-        text = json.dumps({"plan": described, "report": asdict(report)}, indent=2)
-        if json_file == "-":
-            typer.echo(text)
-        else:
-            Path(json_file).write_text(text + "\n", encoding="utf-8")
-
-
-def _exit(report: Report, max_lag_s: float, *, overload: bool) -> None:
-    """Explain a bad report on stderr, and exit with its code."""
-    failed = sum(count for kind, count in report.failures.items() if kind != CANCELLED)
-    if overload:
-        failed -= report.refused - report.without_retry_after
-    if report.void and report.lag_s:
-        typer.echo(
-            f"VOID: the load generator itself ran {report.lag_s.p99 * 1e3:.1f} ms late (p99; the "
-            f"limit is {max_lag_s * 1e3:.1f} ms), so the latencies mean nothing. Run it on a "
-            "machine with a free core, with fewer streams, or raise --max-lag.",
-            err=True,
-        )
-    if report.num_violations or failed:
-        typer.echo(
-            f"FAILED: {failed} streams failed, {report.num_violations} broke the protocol.",
-            err=True,
-        )
-        raise typer.Exit(_FAILED)
-    if report.void:
-        raise typer.Exit(_VOID)
-    if report.interrupted:
-        raise typer.Exit(_INTERRUPTED)

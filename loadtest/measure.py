@@ -3,31 +3,40 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
-from contextlib import AsyncExitStack
-from dataclasses import dataclass
-from itertools import islice, takewhile
-from time import perf_counter
+import random
+from collections.abc import Awaitable, Iterator
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, replace
+from itertools import islice
+from time import perf_counter_ns
+from typing import Literal, TypeAlias
 
-from concertina.client import AsyncClient, InvalidRequest, Model
+from concertina.client import InvalidRequest
 from concertina.client.channel import Access
 from loadtest import closed_loop, open_loop
-from loadtest.client import Tally
+from loadtest.arrivals import POISSON, Arrivals, due_times
 from loadtest.progress import show_progress
-from loadtest.run import Run
+from loadtest.run import Run, Window
+from loadtest.target import Served, Tally, Target
+from loadtest.targets.concertina_api import concertina_target
+from loadtest.targets.openai_api import openai_target
+from loadtest.trace import Entry, trace_requests
 from loadtest.workload import Lengths, Request, draw_requests
 
-_MODEL_TIMEOUT_S = 10.0
+Api: TypeAlias = Literal["concertina", "openai"]
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What is run. The JSON report holds it beside the numbers, so that a run can be repeated.
 
-    A closed loop of `streams`, or an open one of `rate` requests per second if that is not None.
-    Nothing starts after `requests` requests or `duration_s` seconds, None for no such limit.
+    A closed loop of `streams`, or an open one: of `rate` requests per second, if that is not None,
+    or of the requests of a `trace`, if it has any.
+    The load grows for `ramp_s` seconds, which do not count. Then nothing is due after `requests`
+    requests or `duration_s` seconds, None for no such limit; streams that still run `grace_s`
+    seconds after the duration are cut, None for never.
     `prompts` replace random ones of `prompt_tokens` tokens. The server keeps lost streams for
-    `keep_s` seconds, in which they can go on.
+    `keep_s` seconds, in which they can go on. `trace_scale` multiplied the lengths of the trace.
     """
 
     address: str
@@ -44,9 +53,20 @@ class Plan:
     seed: int
     timeout_s: float
     keep_s: float = 0.0
+    api: Api = "concertina"
+    arrivals: Arrivals = POISSON
+    ramp_s: float = 0.0
+    grace_s: float | None = None
+    trace: tuple[Entry, ...] = ()
+    trace_scale: float = 1.0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether requests come by the clock, and not when others end."""
+        return self.rate is not None or bool(self.trace)
 
 
-async def measure(plan: Plan, access: Access) -> tuple[Model, Run]:
+async def measure(plan: Plan, access: Access) -> tuple[Served, Run]:
     """Warms the server up and runs the plan; which model it ran on, and the run.
 
     access: not in the plan, since reports hold the plan.
@@ -54,71 +74,148 @@ async def measure(plan: Plan, access: Access) -> tuple[Model, Run]:
     Raises InvalidRequest if the model's context is too short for the plan, and what
     `AsyncClient.model` raises.
     """
-    async with AsyncExitStack() as stack:
-        clients = [
-            await stack.enter_async_context(
-                AsyncClient(plan.address, key=access.key, tls=access.tls)
-            )
-            for _ in range(plan.channels)
-        ]
-        served = await clients[0].model(plan.model, timeout=_MODEL_TIMEOUT_S)
-        longest = plan.prompt_tokens.high + plan.output_tokens.high
-        if not plan.prompts and longest > served.context:
-            raise InvalidRequest(
-                f"{served.name} has a context of {served.context} tokens; prompt and output take "
-                f"up to {longest}. Lower --prompt-tokens or --output-tokens."
-            )
-        drawn = draw_requests(
+    async with opened(plan, access) as target:
+        return target.served, await run_plan(plan, target)
+
+
+def opened(plan: Plan, access: Access) -> AbstractAsyncContextManager[Target]:
+    """The server of a plan."""
+    if plan.api == "openai":
+        return openai_target(plan.address, plan.model, access, timeout_s=plan.timeout_s)
+    return concertina_target(
+        plan.address,
+        plan.model,
+        access,
+        channels=plan.channels,
+        timeout_s=plan.timeout_s,
+        keep_s=plan.keep_s,
+    )
+
+
+async def run_plan(plan: Plan, target: Target, name: str = "run") -> Run:
+    """Warms the server up and runs the plan. Raises InvalidRequest as `measure` does."""
+    served = target.served
+    _require_fit(plan, served)
+    drawn = draw_requests(
+        plan.seed,
+        vocabulary=served.vocabulary,
+        prompt_lengths=plan.prompt_tokens,
+        output_lengths=plan.output_tokens,
+        prompts=plan.prompts,
+        begin=served.begin_token,
+        has_begin=served.has_begin,
+    )
+    tally = Tally()
+    warming = closed_loop.drive(
+        target.senders,
+        islice(drawn, plan.warmup),
+        streams=plan.streams,
+        window=Window(perf_counter_ns()),
+        tally=tally,
+    )
+    warmed = await _shown("warm-up", warming, tally, requests=plan.warmup, duration_s=None)
+    if warmed.interrupted:
+        return replace(warmed, records=(), lags_ns=())
+    return await _load(plan, target, drawn, name)
+
+
+async def _load(plan: Plan, target: Target, drawn: Iterator[Request], name: str) -> Run:
+    began_ns = perf_counter_ns()
+    opens_ns = began_ns + round(plan.ramp_s * 1e9)
+    closes_ns = cut_ns = None
+    duration_s = plan.duration_s
+    if duration_s is not None:
+        closes_ns = opens_ns + round(duration_s * 1e9)
+        cut_ns = None if plan.grace_s is None else closes_ns + round(plan.grace_s * 1e9)
+    window, tally = Window(opens_ns, closes_ns, cut_ns), Tally()
+    if plan.is_open:
+        running = open_loop.drive(
+            target.senders,
+            _limited(_arrivals(plan, target.served, drawn), plan),
+            began_ns=began_ns,
+            window=window,
+            tally=tally,
+        )
+    else:
+
+        def elapsed() -> Iterator[tuple[float, Request]]:
+            for request in drawn:
+                yield (perf_counter_ns() - began_ns) / 1e9, request
+
+        running = closed_loop.drive(
+            target.senders,
+            (request for _, request in _limited(elapsed(), plan)),
+            streams=plan.streams,
+            window=window,
+            tally=tally,
+            ramp_s=plan.ramp_s,
+        )
+    whole_s = None if duration_s is None else plan.ramp_s + duration_s
+    return await _shown(name, running, tally, requests=plan.requests, duration_s=whole_s)
+
+
+def _arrivals(
+    plan: Plan, served: Served, drawn: Iterator[Request]
+) -> Iterator[tuple[float, Request]]:
+    if plan.trace:
+        return trace_requests(
+            plan.trace,
             plan.seed,
             vocabulary=served.vocabulary,
-            prompt_lengths=plan.prompt_tokens,
-            output_lengths=plan.output_tokens,
-            prompts=plan.prompts,
+            scale=plan.trace_scale,
             begin=served.begin_token,
-            has_begin=served.counts_first_token,
+            has_begin=served.has_begin,
         )
-        warmed = await _phase("warm-up", plan, clients, drawn, plan.warmup, None)
-        if warmed.interrupted:
-            return served, Run((), (), interrupted=True)
-        return served, await _phase("run", plan, clients, drawn, plan.requests, plan.duration_s)
+    assert plan.rate is not None
+    rng = random.Random(plan.seed)
+    return zip(due_times(plan.rate, plan.arrivals, rng, ramp_s=plan.ramp_s), drawn, strict=False)
 
 
-async def _phase(
+def _limited(
+    arrivals: Iterator[tuple[float, Request]], plan: Plan
+) -> Iterator[tuple[float, Request]]:
+    """Those due before the duration ends; of those after the ramp, `plan.requests` at most."""
+    left = plan.requests
+    end_s = None if plan.duration_s is None else plan.ramp_s + plan.duration_s
+    for due_s, request in arrivals:
+        if end_s is not None and due_s >= end_s:
+            return
+        if due_s >= plan.ramp_s and left is not None:
+            if left == 0:
+                return
+            left -= 1
+        yield due_s, request
+
+
+async def _shown(
     name: str,
-    plan: Plan,
-    clients: Sequence[AsyncClient],
-    drawn: Iterator[Request],
+    running: Awaitable[Run],
+    tally: Tally,
+    *,
     requests: int | None,
     duration_s: float | None,
 ) -> Run:
-    """One loop over the next requests, with a progress bar; to warm up, always a closed one."""
-    limited: Iterator[Request] = islice(drawn, requests)
-    if duration_s is not None:
-        end = perf_counter() + duration_s
-        limited = takewhile(lambda _: perf_counter() < end, limited)
-    tally = Tally()
+    """The run, with a progress bar while it goes on."""
     bar = asyncio.create_task(show_progress(name, tally, requests=requests, duration_s=duration_s))
     try:
-        if plan.rate is None or name == "warm-up":
-            return await closed_loop.drive(
-                clients,
-                limited,
-                streams=plan.streams,
-                model=plan.model,
-                timeout_s=plan.timeout_s,
-                keep_s=plan.keep_s,
-                tally=tally,
-            )
-        return await open_loop.drive(
-            clients,
-            limited,
-            rate=plan.rate,
-            seed=plan.seed,
-            model=plan.model,
-            timeout_s=plan.timeout_s,
-            keep_s=plan.keep_s,
-            tally=tally,
-        )
+        return await running
     finally:
         bar.cancel()
         await asyncio.wait([bar])
+
+
+def _require_fit(plan: Plan, served: Served) -> None:
+    if served.context is None or plan.prompts:
+        return
+    longest, remedy = (
+        plan.prompt_tokens.high + plan.output_tokens.high,
+        ("Lower --prompt-tokens or --output-tokens."),
+    )
+    if plan.trace:
+        longest = max(entry.prompt_tokens + entry.output_tokens for entry in plan.trace)
+        remedy = "Shorten the requests of the trace with --trace-scale."
+    if longest > served.context:
+        raise InvalidRequest(
+            f"{served.name} has a context of {served.context} tokens; prompt and output take "
+            f"up to {longest}. {remedy}"
+        )

@@ -1,56 +1,43 @@
-"""An open loop: requests come at random moments, whatever happens to earlier ones."""
+"""An open loop: requests come when they are due, whatever happens to earlier ones."""
 
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Iterator, Sequence
 from itertools import cycle
-from time import perf_counter
+from time import perf_counter_ns
 
-from concertina.client import AsyncClient
-from loadtest.client import Record, Tally, send
-from loadtest.run import Run, observe
+from loadtest.record import Record
+from loadtest.run import Run, Window, observe
+from loadtest.target import Send, Tally
 from loadtest.workload import Request
 
 
 async def drive(
-    clients: Sequence[AsyncClient],
-    requests: Iterator[Request],
+    senders: Sequence[Send],
+    arrivals: Iterator[tuple[float, Request]],
     *,
-    rate: float,
-    seed: int,
-    model: str,
-    timeout_s: float,
-    keep_s: float = 0.0,
+    began_ns: int,
+    window: Window,
     tally: Tally,
 ) -> Run:
-    """Starts `rate` requests per second, spread over the clients, until `requests` run out.
+    """Sends each request, spread over the senders, so many seconds after `began_ns`.
 
-    The gaps between them are exponentially distributed: a Poisson process, as of many independent
-    callers. When the calling task is cancelled, every stream is, and the run so far is returned.
+    The clock of a request starts when it is due, also when this loop comes late. When the calling
+    task is cancelled, every stream is, and the run so far is returned.
     """
     records: list[Record] = []
-    rng = random.Random(seed)
 
-    async def work(client: AsyncClient, request: Request) -> None:
-        records.append(
-            await send(
-                client, request, model=model, timeout_s=timeout_s, keep_s=keep_s, tally=tally
-            )
-        )
+    async def work(send: Send, request: Request, due_ns: int) -> None:
+        records.append(await send(request, due_ns, tally))
 
     async def arrive() -> None:
         sending: set[asyncio.Task[None]] = set()
-        due_s = perf_counter()
         try:
-            for client in cycle(clients):
-                due_s += rng.expovariate(rate)
-                await asyncio.sleep(due_s - perf_counter())
-                request = next(requests, None)
-                if request is None:
-                    break
-                task = asyncio.create_task(work(client, request))
+            for send, (due_s, request) in zip(cycle(senders), arrivals, strict=False):
+                due_ns = began_ns + round(due_s * 1e9)
+                await asyncio.sleep((due_ns - perf_counter_ns()) / 1e9)
+                task = asyncio.create_task(work(send, request, due_ns))
                 sending.add(task)
                 task.add_done_callback(sending.discard)
             await asyncio.gather(*sending)
@@ -59,4 +46,4 @@ async def drive(
                 task.cancel()  # its record says so
             await asyncio.gather(*sending, return_exceptions=True)
 
-    return await observe([asyncio.create_task(arrive())], records)
+    return await observe([asyncio.create_task(arrive())], records, window)

@@ -8,7 +8,7 @@ from time import perf_counter
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from concertina.cli.output import plain_console
-from loadtest.client import Tally
+from loadtest.target import Tally
 
 _REFRESH_S = 0.25
 

@@ -257,6 +257,7 @@ def serve(config: ServeConfig, directory: Path, announce: Callable[[str], None])
     Running streams then have `drain_seconds` to end; a second interrupt ends them at once.
     directory: for files that the server needs while it runs. Raises `StartFailed`.
     """
+    log_to_stderr()
     metrics = directory / "metrics"
     metrics.mkdir()
     path = data_path(os.environ)

@@ -15,6 +15,7 @@ from concertina.shown import shown
 from server.http.errors import HttpError, invalid
 from server.http.reading.fields import Body, read_body
 from server.http.reading.parameters import Wanted, wanted_chat, wanted_completion
+from server.http.reading.structure import in_words_of
 from server.http.runs import Cursors, of_stream, updates
 from server.http.upstream import CALL_SECONDS, Upstream
 from server.http.writing.answers import CHAT, LEGACY, Answer, Form, chunks, whole_answer
@@ -61,7 +62,7 @@ def _kept(wanted: Wanted) -> Cursors:
 async def _answer(
     request: Request, upstream: Upstream, form: Form, wanted: Wanted
 ) -> dict[str, Any]:
-    with upstream.calling(request) as client:
+    with upstream.calling(request) as client, in_words_of(wanted.structure):
         answer = Answer(form, upstream, client, wanted.logprobs)
         async with aclosing(updates(upstream, client, wanted)) as arriving:
             return await whole_answer(answer, arriving)
@@ -70,7 +71,7 @@ async def _answer(
 async def _events(
     request: Request, upstream: Upstream, form: Form, wanted: Wanted, cursors: Cursors | None
 ) -> AsyncGenerator[bytes]:
-    with upstream.calling(request) as client:
+    with upstream.calling(request) as client, in_words_of(wanted.structure):
         answer = Answer(form, upstream, client, wanted.logprobs)
         request.state.answer = answer
         async with (

@@ -18,6 +18,7 @@ from concertina.shown import listed, shown
 from server.http.errors import HttpError, invalid
 from server.http.reading.fields import Body, boolean, integer, number, read_body, text
 from server.http.reading.parameters import seed
+from server.http.reading.structure import refuse_structure
 from server.http.runs import Began, Piece, of_stream
 from server.http.upstream import CALL_SECONDS, Upstream
 from server.http.writing.sse import unless_gone
@@ -83,6 +84,7 @@ async def _model(client: AsyncClient, name: str) -> Model:
 
 
 def _require_supported(body: Body) -> None:
+    refuse_structure(body)
     form = body.get("response_format")
     if form not in (None, "b64_json"):
         raise invalid(

@@ -12,6 +12,31 @@ _COUNT: Final = {"type": "integer"}
 _YES: Final = {"type": "boolean"}
 _IDS: Final = {"type": "array", "items": {"type": "integer", "minimum": 0}}
 _WORDS: Final = {"oneOf": [_TEXT, {"type": "array", "items": _TEXT}]}
+_SCHEMA: Final = {"type": "object"}
+_STRUCTURE: Final = {
+    "json": {"oneOf": [_TEXT, _SCHEMA]},
+    "json_object": _YES,
+    "regex": _TEXT,
+    "choice": {"type": "array", "items": _TEXT, "minItems": 1},
+    "grammar": _TEXT,
+}
+_FORMAT: Final = {
+    "type": "object",
+    "required": ["type"],
+    "properties": {
+        "type": {"enum": ["text", "json_object", "json_schema"]},
+        "json_schema": {
+            "type": "object",
+            "required": ["schema"],
+            "properties": {
+                "name": _TEXT,
+                "description": _TEXT,
+                "schema": _SCHEMA,
+                "strict": {"type": ["boolean", "null"]},
+            },
+        },
+    },
+}
 
 _COMMON: Final = {
     "model": _TEXT,
@@ -37,6 +62,14 @@ _COMMON: Final = {
     "include_stop_str_in_output": _YES,
     "ignore_eos": _YES,
     "time_limit": {"type": "number", "exclusiveMinimum": 0},
+    "response_format": _FORMAT,
+    "structured_outputs": {
+        "type": "object",
+        "properties": _STRUCTURE,
+        "minProperties": 1,
+        "maxProperties": 1,
+    },
+    **{f"guided_{kind}": schema for kind, schema in _STRUCTURE.items()},
     "priority": {"type": "integer", "minimum": -100, "maximum": 100},
     "keep": {"type": "number", "minimum": 0, "maximum": 86400},
 }

@@ -18,6 +18,7 @@ import uvicorn
 from server.auth.file_stamp import stamp
 from server.config import TlsConfig
 from server.http.application import application
+from server.http.connection import Connection
 from server.http.settings import GatewaySettings
 from server.ops.ports import require_free
 from server.ops.process import STOP_SIGNALS
@@ -28,9 +29,8 @@ except ImportError:
     from asyncio import new_event_loop  # type: ignore[assignment]
 
 _BACKLOG: Final = 2048
-_LARGEST_HEADERS: Final = 64 * 1024
 _POLL_SECONDS: Final = 0.1
-_RENEWAL_SECONDS: Final = 5.0
+renewal_seconds = 5.0
 _GRACE_SECONDS: Final = 10.0
 _ORPHAN_SECONDS: Final = 5
 
@@ -53,34 +53,39 @@ def serve(settings: GatewaySettings, announce: Callable[[], None]) -> None:
 
 
 async def _serve(settings: GatewaySettings, announce: Callable[[], None]) -> None:
-    context = None if settings.tls is None else _context(settings.tls)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            application(settings),
-            ws="none",
-            lifespan="on",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            h11_max_incomplete_event_size=_LARGEST_HEADERS,
-            timeout_graceful_shutdown=max(1, settings.drain_seconds),
-            ssl_context_factory=None if context is None else lambda *_: context,
-        )
-    )
+    config = configuration(settings)
+    server = uvicorn.Server(config)
     watching = [asyncio.create_task(_announce(server, announce))]
-    if context is not None and settings.tls is not None:
-        watching.append(asyncio.create_task(_renew(context, settings.tls)))
+    if settings.tls is not None:
+        watching.append(asyncio.create_task(renew(config, settings.tls)))
     if settings.with_parent:
         watching.append(asyncio.create_task(_end_with_parent(server)))
     try:
-        await server.serve(sockets=[_listening(settings)])
+        await server.serve(sockets=[listening(settings)])
     finally:
         for task in watching:
             task.cancel()
 
 
-def _listening(settings: GatewaySettings) -> socket.socket:
+def configuration(settings: GatewaySettings) -> uvicorn.Config:
+    """How uvicorn runs a gateway."""
+    tls = settings.tls
+    return uvicorn.Config(
+        application(settings),
+        http=Connection,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=max(1, settings.drain_seconds),
+        ssl_context_factory=None if tls is None else lambda *_: _context(tls),
+    )
+
+
+def listening(settings: GatewaySettings) -> socket.socket:
+    """A socket that accepts connections where `settings` say."""
     family, kind, _, _, address = socket.getaddrinfo(
         settings.host, settings.port, type=socket.SOCK_STREAM
     )[0]
@@ -110,21 +115,30 @@ async def _announce(server: uvicorn.Server, announce: Callable[[], None]) -> Non
     announce()
 
 
-async def _renew(context: ssl.SSLContext, tls: TlsConfig) -> None:
-    """Use a certificate that has changed for the connections that come; keep the old one if bad."""
+async def renew(config: uvicorn.Config, tls: TlsConfig) -> None:
+    """Use certificates that have changed for connections that come; keep the old ones if bad."""
     seen = stamp(*tls.files)
     while True:
-        await asyncio.sleep(_RENEWAL_SECONDS)
+        await asyncio.sleep(renewal_seconds)
         if (now := stamp(*tls.files)) == seen:
             continue
         seen = now
         try:
-            _context(tls)
-            context.load_cert_chain(tls.cert, tls.key)
+            renewed = _context(tls)
         except (OSError, ValueError) as error:
             _log.error("keeping the old certificates: %s", error)
         else:
+            # A context never forgets an authority, so that each connection gets the newest one.
+            assert config.ssl is not None
+            config.ssl.sni_callback = _moving_to(renewed)
             _log.info("read the certificate %s", tls.cert)
+
+
+def _moving_to(context: ssl.SSLContext) -> Callable[[ssl.SSLObject, str | None, object], None]:
+    def move(connection: ssl.SSLObject, _: str | None, __: object) -> None:
+        connection.context = context
+
+    return move
 
 
 async def _end_with_parent(server: uvicorn.Server) -> None:

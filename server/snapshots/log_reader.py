@@ -19,11 +19,13 @@ from server.snapshots.names import (
     parts_of,
     state_name,
 )
-from server.snapshots.sealer import VERSION, Sealer, refuse_expired
+from server.snapshots.sealer import Sealer, refuse_expired
 from server.snapshots.store import Store
 
 _log = logging.getLogger(__name__)
 _LOOKS = 5
+_WHOLE_PARTS = 2
+"""The format whose parts have the whole of their output, and no name."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class _Look:
         """The stream as the owner of an epoch has stored it."""
         self._open([origin_name(epoch)])
         origin = self._opened[origin_name(epoch)]
-        if self.headers[0].version < VERSION:
+        if self.headers[0].version == _WHOLE_PARTS:
             return self._of_format_2(origin, epoch)
         request = origin.request
         if origin.prompt_epoch:
@@ -200,7 +202,7 @@ class _Look:
             header, content = self._sealer.open(sealed, self._owner)
             if header.stream_id != self._stream_id:
                 raise SnapshotRefused(f"{name} is of another stream")
-            if header.version == VERSION and header.name != name:
+            if header.version > _WHOLE_PARTS and header.name != name:
                 raise SnapshotRefused(f"{name} was stored as {header.name or 'an export'}")
             self._opened[name] = content
             self.headers.append(header)

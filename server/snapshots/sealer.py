@@ -23,10 +23,10 @@ from server.config import ConfigError
 from server.errors import SnapshotRefused
 
 KEY_VARIABLE = "CONCERTINA_SNAPSHOT_KEY"
-VERSION = 3
-"""The format that is written."""
-READ_VERSIONS = (2, 3)
-"""The formats that are read: ours, and the one before."""
+VERSION = 4
+"""The format that is written. 2: parts with whole outputs; 3: only what is new; 4: grammars."""
+READ_VERSIONS = (2, 3, 4)
+"""The formats that are read: ours, and those before."""
 
 _MAGIC = b"CONCERTINA-SNAP\n"
 _NONCE_BYTES = 12
@@ -86,7 +86,7 @@ class Sealer:
         if header.version not in READ_VERSIONS:
             raise SnapshotRefused(
                 f"the snapshot has format {header.version}, this server reads "
-                f"{' and '.join(map(str, READ_VERSIONS))}"
+                f"{', '.join(map(str, READ_VERSIONS))}"
             )
         try:
             for time_of in (header.accepted, header.expires):

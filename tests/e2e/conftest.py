@@ -46,11 +46,14 @@ def long_bundle(tiny_bundles: Path) -> Path:
 def server(
     request: pytest.FixtureRequest, long_bundle: Path, image_bundle: Path
 ) -> Iterator[Server]:
-    """A server of the bundles `long-text` and `tiny-image`, with 4 slots and 16 waiting each."""
+    """A server of the bundles `long-text` and `tiny-image`, with 4 slots and 16 waiting each.
+
+    It answers OpenAI's API, too.
+    """
     home = ["--local"] if request.param == "local" else []
     limits = ["--slots", str(SLOTS), "--queue-limit", str(QUEUE_LIMIT), "--threads", "1"]
     bundles = [str(long_bundle), str(image_bundle)]
-    with serving(*bundles, *limits, "--drain-seconds", "5", *home) as server:
+    with serving(*bundles, *limits, "--drain-seconds", "5", *home, http=True) as server:
         yield server
 
 
@@ -65,4 +68,11 @@ def client(server: Server) -> Iterator[Client]:
 def front(text_bundle: Path, image_bundle: Path) -> Iterator[Front]:
     """A gateway to a server of `tiny-text` and `tiny-image`."""
     with serving_here(text_bundle, image_bundle) as upstream, fronting(upstream) as front:
+        yield front
+
+
+@pytest.fixture(scope="module")
+def long_front(long_bundle: Path) -> Iterator[Front]:
+    """A gateway to a server of `long-text`, which has a chat template."""
+    with serving_here(long_bundle) as upstream, fronting(upstream) as front:
         yield front

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Literal
 
+import jsonschema
 import openai
 import pytest
 from openai import OpenAI
+from pydantic import BaseModel, Field
 
 from loadtest.servers import free_ports, new_snapshot_key, start
 from tests.e2e.servers import ROOT, START_SECONDS, Server, stop, until
@@ -112,6 +116,41 @@ def test_it_raises_what_it_has_for_each_refusal(front: Front) -> None:
         api.chat.completions.create(
             model="tiny-text",
             messages=[{"role": "user", "content": "a"}],
-            response_format={"type": "json_object"},
+            response_format={"type": "xml"},  # type: ignore[arg-type]
         )
     assert structure.value.param == "response_format"
+    with pytest.raises(openai.BadRequestError, match="unevaluatedItems") as schema:
+        api.completions.create(
+            model="tiny-text",
+            prompt="a",
+            extra_body={"structured_outputs": {"json": {"unevaluatedItems": False}}},
+        )
+    assert schema.value.param == "structured_outputs"
+
+
+class Person(BaseModel):
+    """What an answer is to be."""
+
+    name: str = Field(max_length=8)
+    age: int = Field(ge=0, le=150)
+    tags: list[Literal["kind", "tall"]] = Field(max_length=2)
+
+
+def test_it_reads_what_it_asked_for(long_front: Front) -> None:
+    """Whole, of several outputs, and in parts: JSON for the schema, from weights that know none."""
+    api = client(long_front)
+    asked = {"model": "long-text", "messages": [{"role": "user", "content": "Who?"}], "seed": 3}
+    parsed = api.chat.completions.parse(response_format=Person, n=2, max_tokens=2000, **asked)  # type: ignore[arg-type]
+    people = [choice.message.parsed for choice in parsed.choices]
+    assert all(isinstance(each, Person) for each in people)
+    assert people[0] != people[1]
+    with api.chat.completions.stream(response_format=Person, max_tokens=2000, **asked) as stream:  # type: ignore[arg-type]
+        final = stream.get_final_completion()
+    assert final.choices[0].message.parsed == people[0]
+    schema = Person.model_json_schema()
+    for extra in ({"structured_outputs": {"json": schema}}, {"guided_json": json.dumps(schema)}):
+        done = api.completions.create(
+            model="long-text", prompt="a", max_tokens=2000, extra_body=extra
+        )
+        jsonschema.validate(json.loads(done.choices[0].text), schema)
+        assert done.choices[0].finish_reason == "stop"

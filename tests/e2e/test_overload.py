@@ -9,7 +9,7 @@ import pytest
 
 from concertina.client.channel import Access
 from loadtest.measure import Plan, measure
-from loadtest.report import Report, summarise
+from loadtest.reports.report import Report, summarise
 from loadtest.workload import Lengths
 from tests.e2e.servers import ROOT, Server, serving
 
@@ -36,7 +36,7 @@ def _run(server: Server, rate: float | None) -> Report:
         timeout_s=120.0,
     )
     _, run = asyncio.run(measure(plan, Access()))
-    return summarise(run.records, run.lags_ns, max_lag_s=1.0, interrupted=run.interrupted)
+    return summarise(run, max_lag_s=1.0)
 
 
 @pytest.mark.chaos

@@ -4,18 +4,19 @@ import asyncio
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import AsyncExitStack
 from itertools import pairwise, repeat
 
 import pytest
 
-from concertina.client import AsyncClient, InvalidRequest
+from concertina.client import InvalidRequest
 from concertina.client.channel import Access
 from concertina.v1 import generation_service_pb2 as pb
-from loadtest.client import CANCELLED, Tally
 from loadtest.closed_loop import drive
 from loadtest.measure import Plan, measure
-from loadtest.run import Run
+from loadtest.record import CANCELLED, UNFINISHED
+from loadtest.run import Run, Window
+from loadtest.target import Tally
+from loadtest.targets.concertina_api import concertina_target
 from loadtest.workload import Lengths, Request
 from tests.loadtest.scripted import Context, Serve, Stream, keep_contract
 
@@ -23,11 +24,10 @@ REQUEST = Request(prompt=(1,), output_tokens=4, seed=0)
 
 
 async def loop(address: str, requests: Iterator[Request], streams: int, channels: int = 1) -> Run:
-    async with AsyncExitStack() as stack, asyncio.timeout(60):
-        clients = [await stack.enter_async_context(AsyncClient(address)) for _ in range(channels)]
-        return await drive(
-            clients, requests, streams=streams, model="", timeout_s=30, tally=Tally()
-        )
+    opened = concertina_target(address, "", Access(), channels=channels, timeout_s=30, keep_s=0)
+    async with asyncio.timeout(60), opened as target:
+        window = Window(time.perf_counter_ns())
+        return await drive(target.senders, requests, streams=streams, window=window, tally=Tally())
 
 
 async def test_every_stream_is_followed_by_the_next_without_waiting_for_others(
@@ -197,7 +197,7 @@ async def test_an_open_loop_does_not_wait_for_anybody(serve: Serve) -> None:
     async with asyncio.timeout(30):
         _, run = await measure(plan(address, rate=100.0, requests=60, warmup=0), Access())
     assert len(run.records) == 60 and all(record.whole for record in run.records)
-    starts = sorted(record.started_ns for record in run.records)
+    starts = sorted(record.due_ns for record in run.records)
     assert 0.3e9 < starts[-1] - starts[0] < 2e9
     # A Poisson process's first quartile is a fifth of its third; a clock's is as long.
     short, _, long = statistics.quantiles([b - a for a, b in pairwise(starts)])
@@ -258,3 +258,47 @@ async def test_lengths_that_do_not_fit_the_context_are_refused(serve: Serve) -> 
     address = await serve(script)
     with pytest.raises(InvalidRequest, match=r"context of 1024 .* up to 1029"):
         await measure(plan(address, output_tokens=Lengths(1, 1025)), Access())
+
+
+async def test_what_still_runs_after_the_grace_is_cut_and_has_not_failed(serve: Serve) -> None:
+    async def script(request: pb.GenerateRequest, _: Context) -> Stream:
+        events = keep_contract(request)
+        for event in events[:2]:
+            yield event
+        await asyncio.sleep(60)
+
+    address = await serve(script)
+    changes = {"requests": None, "duration_s": 0.3, "grace_s": 0.3, "warmup": 0}
+    began = time.perf_counter()
+    async with asyncio.timeout(30):
+        _, run = await measure(plan(address, **changes), Access())
+    assert time.perf_counter() - began < 20
+    assert [record.failure for record in run.records] == [UNFINISHED] * 2
+    assert not run.interrupted
+
+
+async def test_a_ramp_starts_streams_one_by_one_and_does_not_count(serve: Serve) -> None:
+    async def script(request: pb.GenerateRequest, _: Context) -> Stream:
+        for event in keep_contract(request):
+            await asyncio.sleep(0.02)
+            yield event
+
+    address = await serve(script)
+    changes = {"streams": 4, "requests": 8, "ramp_s": 0.8, "warmup": 0}
+    async with asyncio.timeout(30):
+        _, run = await measure(plan(address, **changes), Access())
+    first, opens = min(record.due_ns for record in run.records), run.window.opens_ns
+    assert 0.7e9 < opens - first < 0.9e9
+    assert sum(record.due_ns >= opens for record in run.records) == 8
+    earliest = sorted(record.due_ns for record in run.records if record.due_ns < first + 0.15e9)
+    assert len(earliest) <= 3  # one stream alone
+
+
+async def test_a_request_is_due_when_the_one_before_it_ends(serve: Serve) -> None:
+    async def script(request: pb.GenerateRequest, _: Context) -> Stream:
+        for event in keep_contract(request):
+            yield event
+
+    run = await loop(await serve(script), repeat(REQUEST, 3), streams=1)
+    for before, after in pairwise(run.records):
+        assert after.due_ns == before.ended_ns

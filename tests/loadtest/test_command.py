@@ -11,7 +11,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import pytest
+
 from concertina.v1 import generation_service_pb2 as pb
+from tests.loadtest.completions import Answering, Body, completing, texts, usage
 from tests.loadtest.scripted import Context, Serve, Stream, keep_contract
 
 ROOT = Path(__file__).parents[2]
@@ -160,6 +163,73 @@ async def test_ctrl_c_cancels_and_still_reports(serve: Serve) -> None:
         out, _ = await process.communicate()
     assert process.returncode == 130
     assert "3 whole of 4" in out.decode() and "1 Cancelled" in out.decode()
+
+
+async def test_a_sweep_writes_a_table_json_rows_and_a_page(serve: Serve, tmp_path: Path) -> None:
+    async def script(request: pb.GenerateRequest, _: Context) -> Stream:
+        events = keep_contract(request)
+        events[-1].finished.usage.state_bytes = 100 * len(request.prompt.tokens.ids)
+        for event in events:
+            yield event
+
+    files = [tmp_path / name for name in ("r.json", "r.csv", "r.html")]
+    names = zip(("--json", "--csv", "--html"), map(str, files), strict=True)
+    code, out, err = await outcome(
+        await serve(script),
+        *("--sweep", "context=32..128", "--requests", "3", "--slo", "e2e=50s", "--max-lag", "60"),
+        *(word for pair in names for word in pair),
+    )
+    assert (code, err) == (0, "")
+    assert "context swept" in out and "100.0%" in out
+    told = json.loads(files[0].read_text())
+    assert told["sweep"]["axis"] == "context"
+    assert [point["value"] for point in told["sweep"]["points"]] == [32, 64, 128]
+    assert [point["report"]["state_bytes"] for point in told["sweep"]["points"]] == [
+        2600,
+        5800,
+        12200,
+    ]
+    assert len(files[1].read_text().splitlines()) == 1 + 9
+    assert "<svg" in files[2].read_text() and "context swept" in files[2].read_text()
+
+
+async def test_a_trace_is_replayed_over_openais_api(tmp_path: Path) -> None:
+    asked: list[tuple[int, int]] = []
+
+    async def answer(body: Body, stream: Answering) -> None:
+        asked.append((len(body["prompt"]), body["max_tokens"]))
+        for event in [*texts(2), usage(len(body["prompt"]), body["max_tokens"]), "[DONE]"]:
+            await stream.event(event)
+
+    trace = tmp_path / "trace.jsonl"
+    lines = [
+        {"timestamp": 100 * n, "input_length": 10 + n, "output_length": 2 + n} for n in range(5)
+    ]
+    trace.write_text("\n".join(json.dumps(line) for line in lines))
+    async with completing(answer) as address:
+        options = ("--target", "openai", "--trace", str(trace), "--trace-speed", "2")
+        code, out, err = await outcome(address, *options, "--max-lag", "60")
+    assert (code, err) == (0, "")
+    assert "a trace of 5 requests" in out and "5 whole of 5" in out
+    assert asked[1:] == [(10 + n, 2 + n) for n in range(5)]  # after one that warms up
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--slo", "speed=1"), "--slo: 'speed=1' is no limit"),
+        (("--sweep", "speed=1"), "--sweep: 'speed=1' is no sweep"),
+        (("--sweep", "context=4"), "--sweep: a context of 4 tokens has no room"),
+        (("--arrivals", "often"), "--arrivals: 'often' is no way to arrive"),
+        (("--target", "grpc"), "'grpc' is not one of 'concertina', 'openai'"),
+    ],
+)
+async def test_a_wrong_option_is_a_usage_error_before_anything_is_sent(
+    options: tuple[str, ...], says: str
+) -> None:
+    code, _, err = await outcome("127.0.0.1:1", *options)
+    assert code == 2
+    assert says in err
 
 
 async def test_wrong_lengths_are_a_usage_error() -> None:

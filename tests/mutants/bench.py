@@ -69,12 +69,19 @@ MUTANTS = (
             "who hangs goes on",
             "            self.close()\n            return Answer(FAILED",
             "            return Answer(FAILED",
+            "test_one_that_hangs_is_ended",
         ),
-        ("what a contestant started goes on", "            each.kill()", "            pass"),
+        (
+            "what a contestant started goes on",
+            "            each.kill()",
+            "            pass",
+            "test_what_it_started_ends_with_it",
+        ),
         (
             "an answer may be half a line",
             "while not line.endswith",
             "while not line and not line.endswith",
+            "test_a_contestant_answers_and_stays_open",
         ),
     ),
     *bugs(

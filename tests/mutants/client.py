@@ -18,13 +18,18 @@ MUTANTS: tuple[Mutant, ...] = (
         ("a timeout of nothing is one", "if not seconds > 0:", "if seconds < 0:"),
     ),
     *bugs(
-        "protos/concertina/client/requests.py",
+        "protos/concertina/client/parameters.py",
         _ARGUMENTS,
         ("what a call does not have is ignored", "if name not in known:", "if False:"),
+    ),
+    *bugs(
+        "protos/concertina/client/fields.py",
+        _ARGUMENTS,
         (
             "the whole list is named for one item",
             'return f"{name}[{shown(key)}]", each',
             "return name, value",
+            "test_the_item_that_is_wrong_is_named",
         ),
     ),
     *bugs(
@@ -64,13 +69,23 @@ MUTANTS: tuple[Mutant, ...] = (
         "protos/concertina/cli/output.py",
         "tests/concertina/cli/test_output.py",
         ("a table is cut where nothing limits it", "if not console.is_terminal:", "if False:"),
-        ("what cannot be shown ends a stream", 'errors="replace"', 'errors="strict"'),
+        (
+            "what cannot be shown ends a stream",
+            'errors="replace"',
+            'errors="strict"',
+            "test_what_an_output_cannot_show_is_replaced",
+        ),
         ("a name is markup", "markup=False, emoji=False, highlight", "highlight"),
     ),
     *bugs(
         "protos/concertina/cli/windows.py",
         "tests/concertina/cli/test_windows.py",
-        ("windows are asked for one by one", "len(running) < most:", "not running:"),
+        (
+            "windows are asked for one by one",
+            "len(running) < most:",
+            "not running:",
+            "test_several_windows_are_asked_for_and_fewer_where_there_is_no_room",
+        ),
         (
             "scores are in the order in which they came",
             "[scores[at] for at in range(len(windows))]",
@@ -94,9 +109,24 @@ MUTANTS: tuple[Mutant, ...] = (
     *bugs(
         "server/hosts/haproxy.py",
         "tests/server/hosts/test_haproxy.py",
-        ("IPv6 listeners are lost at a reload", '(" v6only" if', '("" if'),
-        ("a handshake takes a day", "timeout client {handshake_s:g}s", "timeout client {idle_s}s"),
-        ("statistics are for everyone", "\\\\1 127.0.0.1:/'", "\\\\1 *:/'"),
+        (
+            "IPv6 listeners are lost at a reload",
+            '(" v6only" if',
+            '("" if',
+            "test_addresses_as_haproxy_takes_them",
+        ),
+        (
+            "a handshake takes a day",
+            "timeout client {handshake_s:g}s",
+            "timeout client {idle_s}s",
+            "test_a_handshake_has_an_end",
+        ),
+        (
+            "statistics are for everyone",
+            "\\\\1 127.0.0.1:/'",
+            "\\\\1 *:/'",
+            "test_what_ray_opens_to_everyone_is_on_loopback",
+        ),
     ),
     *bugs(
         "server/hosts/scratch.py",

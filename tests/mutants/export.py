@@ -16,8 +16,18 @@ MUTANTS = (
     *bugs(
         "export/kernel.py",
         _EXPORT,
-        ("the kernel scales twice as much", '"scale": 1.0', '"scale": 2.0'),
-        ("lengths off by one (graph)", "lengths - 1, longest", "lengths, longest"),
+        (
+            "the kernel scales twice as much",
+            '"scale": 1.0',
+            '"scale": 2.0',
+            "test_what_was_exported_passes",
+        ),
+        (
+            "lengths off by one (graph)",
+            "lengths - 1, longest",
+            "lengths, longest",
+            "test_what_was_exported_passes",
+        ),
     ),
     *bugs(
         "export/kernel.py",
@@ -26,16 +36,23 @@ MUTANTS = (
             "the entries of one stream are shared out among threads",
             "None, None, None, None, sink, *units",
             "None, None, None, None, None, *units",
+            "test_threads_and_company_change_no_bit_of_a_long_stream",
         ),
     ),
     *bugs(
         "export/graphs.py",
         _HELDOUT,
-        ("folds cut numbers off", "(part / units[name]).round()", "(part / units[name])"),
+        (
+            "folds cut numbers off",
+            "(part / units[name]).round()",
+            "(part / units[name])",
+            "test_what_is_exported_is_small_proven_and_measured",
+        ),
         (
             "histories are said to be int8",
             'if "history" in kinds or "stack" not in kinds:',
             "if False:",
+            "test_patterns_with_histories_are_refused_by_name",
         ),
     ),
     *bugs(
@@ -45,6 +62,7 @@ MUTANTS = (
             "a unit covers only the last entries",
             "np.maximum(most.get(tensor.name, reached), reached)",
             "reached",
+            "test_a_unit_covers_entries_of_tokens_and_summaries",
         ),
     ),
     *bugs(
@@ -60,7 +78,12 @@ MUTANTS = (
     *bugs(
         "export/windows.py",
         _HELDOUT,
-        ("units know only the data", "    yield tokens\n", "    yield tokens * 0\n"),
+        (
+            "units know only the data",
+            "    yield tokens\n",
+            "    yield tokens * 0\n",
+            "test_windows_have_tokens_that_the_data_has_not",
+        ),
     ),
     *bugs(
         "export/windows.py",
@@ -95,6 +118,7 @@ MUTANTS = (
             "the parity check lets NaN pass",
             "float(np.maximum(worst, np.abs(got - expected).max()))",
             "max(worst, float(np.abs(got - expected).max()))",
+            "test_a_tampered_graph_is_refused",
         ),
     ),
     *bugs(
@@ -113,17 +137,29 @@ MUTANTS = (
             "a packed matrix is not rounded in the reference",
             "matrix.copy_(torch.from_numpy(unpack(packed[name])))",
             "pass",
+            "test_the_manifest_says_what_was_stored_and_lost",
         ),
-        ("the head loses its bias", '*(["", "", *rest] if rest else [])', ""),
+        (
+            "the head loses its bias",
+            '*(["", "", *rest] if rest else [])',
+            "",
+            "test_the_manifest_says_what_was_stored_and_lost",
+        ),
     ),
     *bugs(
         "export/bundle.py",
         _QUANTISE,
-        ("any loss is accepted", "if not loss <= limit:", "if not loss <= 9:"),
+        (
+            "any loss is accepted",
+            "if not loss <= limit:",
+            "if not loss <= 9:",
+            "test_too_much_loss_is_refused",
+        ),
         (
             "the loss is measured with exact activations",
             '            round_activations(partial / "step.onnx")\n',
             "",
+            "test_the_manifest_says_what_was_stored_and_lost",
         ),
     ),
     *bugs(
@@ -133,6 +169,7 @@ MUTANTS = (
             "matrices are unpacked where caches are int8",
             "    if packed:\n        quantise_step(step, packed)\n",
             "",
+            "test_packed_matrices_stay_packed",
         ),
     ),
     *bugs(

@@ -15,12 +15,19 @@ MUTANTS = (
             "a flood is parsed before it is refused",
             "if len(content) > most and (fault",
             "if False and (fault",
+            "test_a_flood_ends_after_few_steps",
         ),
-        ("a walk has no end", "if self.left < 0:", "if False:"),
+        (
+            "a walk has no end",
+            "if self.left < 0:",
+            "if False:",
+            "test_a_flood_ends_after_few_steps",
+        ),
         (
             "packed numbers count as one",
             "return int(np.count_nonzero(packed < 128))",
             "return 1",
+            "test_a_flood_ends_after_few_steps",
         ),
         (
             "an entry of a map has any size",

@@ -37,29 +37,52 @@ MUTANTS = (
             "softmax in bfloat16",
             "torch.softmax(widen(logits), dim=-1)",
             "torch.softmax(logits, dim=-1)",
+            "test_softmax_of_bfloat16_is_computed_in_float32",
         ),
         ("full attention scales again", "is_causal=True, scale=1.0", "is_causal=True"),
     ),
     *bugs(
         "model/decoder.py",
         _DECODER,
-        ("queries not scaled", "attend(self.pattern, q * self.scale,", "attend(self.pattern, q,"),
+        (
+            "queries not scaled",
+            "attend(self.pattern, q * self.scale,",
+            "attend(self.pattern, q,",
+            "test_every_earlier_token_matters_and_no_later_one",
+        ),
         (
             "queries scaled twice",
             "attend(self.pattern, q * self.scale,",
             "attend(self.pattern, q * self.scale**2,",
+            "test_scale_and_squared_relu_by_hand",
         ),
-        ("a pattern sees the input before its norm", "k, v, normed)", "k, v, x)"),
+        (
+            "a pattern sees the input before its norm",
+            "k, v, normed)",
+            "k, v, x)",
+            "test_scale_and_squared_relu_by_hand",
+        ),
     ),
     *bugs(
         "model/attention.py",
         _DECODER,
-        ("a window is one token wider", "(before < window)", "(before <= window)"),
-        ("a stream's window is one token wider", "newest - window)", "newest - window - 1)"),
+        (
+            "a window is one token wider",
+            "(before < window)",
+            "(before <= window)",
+            "test_stream_equals_parallel_however_layers_are_built",
+        ),
+        (
+            "a stream's window is one token wider",
+            "newest - window)",
+            "newest - window - 1)",
+            "test_stream_equals_parallel_however_layers_are_built",
+        ),
         (
             "heads take turns with shared ones",
             "shared.repeat_interleave(heads // groups, dim=1)",
             "shared.repeat(1, heads // groups, 1, 1)",
+            "test_a_shared_head_is_that_of_its_neighbours",
         ),
     ),
     *bugs(
@@ -69,9 +92,20 @@ MUTANTS = (
             "a parallel MLP reads what attention gave",
             "x if self.built.parallel else attended",
             "attended",
+            "test_every_architecture_is_another_function",
         ),
-        ("every layer turns", "turn is not None and self.turns", "turn is not None"),
-        ("keys are not turned", "q, k = turn(q), turn(k)", "q = turn(q)"),
+        (
+            "every layer turns",
+            "turn is not None and self.turns",
+            "turn is not None",
+            "test_every_architecture_is_another_function",
+        ),
+        (
+            "keys are not turned",
+            "q, k = turn(q), turn(k)",
+            "q = turn(q)",
+            "test_queries_and_keys_are_turned_and_values_are_not",
+        ),
     ),
     *bugs(
         "model/layers/positions.py",
@@ -124,7 +158,12 @@ MUTANTS = (
     *bugs(
         "model/pretrained/weights.py",
         "tests/model/pretrained/test_parity.py",
-        ("heads stay as GPT-NeoX sorts them", "by_head.transpose(0, 1)", "by_head"),
+        (
+            "heads stay as GPT-NeoX sorts them",
+            "by_head.transpose(0, 1)",
+            "by_head",
+            "test_logits_are_those_of_transformers",
+        ),
     ),
     *bugs(
         "model/pretrained/settings.py",
@@ -139,8 +178,18 @@ MUTANTS = (
     *bugs(
         "model/pretrained/rope.py",
         "tests/model/pretrained/test_parity.py",
-        ("yarn does not sharpen", "0.1 * weight * math.log(factor) + 1.0", "1.0"),
-        ("slow pairs turn as before", "plain / factor, plain)", "plain, plain)"),
+        (
+            "yarn does not sharpen",
+            "0.1 * weight * math.log(factor) + 1.0",
+            "1.0",
+            "test_logits_are_those_of_transformers",
+        ),
+        (
+            "slow pairs turn as before",
+            "plain / factor, plain)",
+            "plain, plain)",
+            "test_logits_are_those_of_transformers",
+        ),
     ),
     *bugs(
         "model/initial.py",
@@ -149,11 +198,13 @@ MUTANTS = (
             "a matrix of a bundle stays transposed",
             "values.T if transposed else values",
             "values.T if transposed and len(values.T) != len(values) else values",
+            "test_a_model_begins_with_what_a_bundle_computes",
         ),
         (
             "training goes on from few bits",
             'if any(node.op_type == "MatMulNBits"',
             'if False and any(node.op_type == "MatMulNBits"',
+            "test_bundles_that_give_no_weights_are_named",
         ),
     ),
 )

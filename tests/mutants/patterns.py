@@ -12,7 +12,12 @@ MUTANTS = (
     *bugs(
         "model/patterns/fixed.py",
         _PATTERNS,
-        ("pooled query is the last query", "else q).amax(dim)", "else q).select(dim, -1)"),
+        (
+            "pooled query is the last query",
+            "else q).amax(dim)",
+            "else q).select(dim, -1)",
+            "test_every_length_equals_the_definition",
+        ),
         (
             "pooled query starts at zero",
             "else q).amax(dim)",

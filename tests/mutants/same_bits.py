@@ -83,6 +83,7 @@ MUTANTS = (
             "drafts with matrices of few bits",
             "if not (config.draft_tokens and bundle.pairs_rows):",
             "if True:",
+            "test_neither_do_drafts",
         ),
     ),
     *bugs(

@@ -159,6 +159,7 @@ MUTANTS = (
             "the last token of an odd chunk overwrites the logits of the first",
             "self._push(row, tokens[:-1], position, length, logits).copy()",
             "self._push(row, tokens[:-1], position, length, logits)",
+            "test_the_chunks_of_a_prompt_change_no_bit",
         ),
     ),
 )

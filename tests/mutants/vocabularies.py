@@ -111,7 +111,12 @@ MUTANTS = (
     *bugs(
         "model/pretrained/gguf_header.py",
         _HOSTILE,
-        ("tensors share their bytes", "if stored.begin < end and stored.bytes:", "if False:"),
+        (
+            "tensors share their bytes",
+            "if stored.begin < end and stored.bytes:",
+            "if False:",
+            "test_a_hostile_model_is_refused_soon_and_in_little_memory",
+        ),
     ),
     *bugs(
         "model/pretrained/vocabulary.py",
@@ -120,6 +125,7 @@ MUTANTS = (
             "a template that loops is converted",
             "    except HarmfulTemplateError as error:\n",
             "    except ArithmeticError as error:\n",
+            "test_a_hostile_model_is_refused_soon_and_in_little_memory",
         ),
     ),
     *bugs(
@@ -160,7 +166,12 @@ MUTANTS = (
             'if "ByteFallback" in kinds and (byte',
             'if "ByteFallback" not in kinds and (byte',
         ),
-        ("ids have no limit", "or not 0 <= token < size", "or token < 0"),
+        (
+            "ids have no limit",
+            "or not 0 <= token < size",
+            "or token < 0",
+            "test_ids_beyond_the_model_are_refused",
+        ),
     ),
     *bugs(
         "protos/concertina/codecs/tokenizer_file.py",
@@ -169,6 +180,7 @@ MUTANTS = (
             "a billion merges are parsed",
             'if (items := sum(map(content.count, (b",", b"[", b"{")))) > _MOST_ITEMS:',
             "if (items := 0) > _MOST_ITEMS:",
+            "test_a_billion_merges_are_refused_before_they_are_parsed",
         ),
         ("groups repeat", "if after_group and character in", "if False and character in"),
         ("normalizers multiply", "growth *= max(", "growth = max("),
@@ -182,8 +194,18 @@ MUTANTS = (
     *bugs(
         "protos/concertina/codecs/chat_sandbox.py",
         _CHAT,
-        ("loops are not counted", "node.body.insert(0, nodes.Output(", "str(nodes.Output("),
-        ("widths are not limited", "if _WIDE.search(form):", "if False:"),
+        (
+            "loops are not counted",
+            "node.body.insert(0, nodes.Output(",
+            "str(nodes.Output(",
+            "test_a_template_that_loops_or_explodes_ends_within_seconds_and_little_memory",
+        ),
+        (
+            "widths are not limited",
+            "if _WIDE.search(form):",
+            "if False:",
+            "test_a_template_that_loops_or_explodes_ends_within_seconds_and_little_memory",
+        ),
     ),
     *bugs(
         "server/engine/sampling/bad_words.py",

@@ -43,7 +43,7 @@ from concertina.client.events import (
     Usage,
 )
 from concertina.client.models import ImageFormat, Model, Score, TokenList
-from concertina.client.requests import ContinueParameters, GenerateParameters
+from concertina.client.parameters import ContinueParameters, GenerateParameters
 from concertina.client.sessions import AsyncSessions, Session, SessionPhase, Sessions
 from concertina.client.streams import AsyncStream, Stream
 

@@ -11,15 +11,10 @@ from concertina.client.channel import Access, Tls
 from concertina.client.completions import Completion
 from concertina.client.connection import AsyncConnection, Connection
 from concertina.client.events import Cursor
+from concertina.client.fields import message
 from concertina.client.models import Model, Score, TokenList, model_from, score_from, token_list
-from concertina.client.requests import (
-    GenerateParameters,
-    PromptLike,
-    check_parameters,
-    message,
-    score_request,
-    tokenize_request,
-)
+from concertina.client.parameters import GenerateParameters, check_parameters
+from concertina.client.requests import PromptLike, score_request, tokenize_request
 from concertina.client.resuming import DEFAULT_KEEP_S, begin, take_up
 from concertina.client.sessions import AsyncSessions, Sessions
 from concertina.client.streams import AsyncStream, Stream

@@ -16,12 +16,8 @@ import grpc
 from concertina.client.errors import ConcertinaError, StreamCut
 from concertina.client.event_reader import EventReader
 from concertina.client.events import Cursor, Event
-from concertina.client.requests import (
-    GenerateParameters,
-    PromptLike,
-    generate_request,
-    resume_request,
-)
+from concertina.client.parameters import GenerateParameters
+from concertina.client.requests import PromptLike, generate_request, resume_request
 from concertina.client.statuses import (
     is_too_large,
     is_unreachable,

@@ -13,12 +13,9 @@ import grpc
 
 from concertina.client.connection import AsyncConnection, Connection, Stubs
 from concertina.client.errors import ContractViolation, InvalidRequest
-from concertina.client.requests import (
-    ContinueParameters,
-    continue_request,
-    fork_request,
-    message,
-)
+from concertina.client.fields import message
+from concertina.client.parameters import ContinueParameters
+from concertina.client.requests import continue_request, fork_request
 from concertina.client.resuming import DEFAULT_KEEP_S, Resumption
 from concertina.client.statuses import session_error, told_by
 from concertina.client.streams import AsyncStream, Stream

@@ -22,6 +22,7 @@ from server.http.reading.fields import (
     texts,
 )
 from server.http.reading.refusals import require_supported
+from server.http.reading.structure import Structure, structure
 
 _LEGACY_TOKENS: Final = 16  # OpenAI's default of /v1/completions
 _MOST_PROMPTS: Final = 2048  # OpenAI's limit
@@ -38,6 +39,7 @@ class Wanted:
     logprobs: most likely tokens to report with each token; None reports none.
     echo: whether the output begins with the prompt.
     max_tokens: None for the server's default; 0 generates nothing.
+    structure: what each output must be, which is among the parameters, too.
     """
 
     model: str
@@ -50,6 +52,7 @@ class Wanted:
     stream: bool = False
     include_usage: bool = False
     keep: float | None = None
+    structure: Structure | None = None
 
 
 def wanted_completion(body: Body) -> Wanted:
@@ -111,6 +114,7 @@ def _wanted(
     if options and not stream:
         raise invalid("stream_options", "stream_options needs `stream` true")
     priority = integer(body, "priority")
+    asked = structure(body)
     parameters = GenerateParameters(
         temperature=number(body, "temperature"),
         top_k=_top_k(body),
@@ -136,6 +140,8 @@ def _wanted(
         label=text(body, "label"),
         n=n,
     )
+    if asked is not None:
+        parameters.update(asked.parameters)
     return Wanted(
         model=text(body, "model") or "",
         prompts=prompts,
@@ -147,6 +153,7 @@ def _wanted(
         stream=stream,
         include_usage=bool(boolean(options, "include_usage")),
         keep=number(body, "keep"),
+        structure=asked,
     )
 
 

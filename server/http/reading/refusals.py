@@ -32,18 +32,13 @@ NOT_HERE: Final = (
 )
 """Paths of OpenAI's API and of vLLM's that do not exist here."""
 
-_STRUCTURE: Final = "constrains the output to a structure, which this server cannot do yet"
+_STRUCTURE: Final = "is another server's way to ask for a structure: use `structured_outputs`"
 _TOOLS: Final = "lets the model call tools, which this server does not offer"
 _CHANGES: Final = "changes what is generated in a way that this server cannot"
 
 # Fields that would change the answer, why each is refused, and the values that change nothing.
 _REFUSED: Final[Mapping[str, tuple[str, tuple[Any, ...]]]] = {
-    "structured_outputs": (_STRUCTURE, ({},)),
-    "guided_json": (_STRUCTURE, ()),
-    "guided_regex": (_STRUCTURE, ()),
-    "guided_choice": (_STRUCTURE, ()),
-    "guided_grammar": (_STRUCTURE, ()),
-    "guided_json_object": (_STRUCTURE, (False,)),
+    "guided_whitespace_pattern": (_STRUCTURE, ()),
     "structural_tag": (_STRUCTURE, ()),
     "grammar": (_STRUCTURE, ("",)),
     "json_schema": (_STRUCTURE, ({},)),
@@ -99,24 +94,10 @@ def require_supported(body: Body) -> None:
             raise invalid(
                 name, f"{name} is {shown(value)}: it {reason}; leave it out", "unsupported"
             )
-    _require_plain_format(body)
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _require_plain_format(body: Body) -> None:
-    given = body.get("response_format")
-    if given is None:
-        return
-    kind = given.get("type") if isinstance(given, dict) else given
-    if kind != "text":
-        raise invalid(
-            "response_format",
-            f"response_format is of the type {shown(kind)}: it {_STRUCTURE}; leave it out",
-            "unsupported",
-        )
 
 
 def not_here(path: str) -> HttpError:

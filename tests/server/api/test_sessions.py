@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -124,10 +125,11 @@ async def paused(caller: Caller, wanted: generation_pb.GenerateRequest, after: i
 
 
 PENALTIES = {"seed": 4, "frequency_penalty": 0.9, "repetition_penalty": 1.2}
+GRAMMAR = {"seed": 4, "grammar": {"regex": "([a-z]{3}[0-9]){40}"}}
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])
-@pytest.mark.parametrize("sampling", [{"seed": 4}, PENALTIES])
+@pytest.mark.parametrize("sampling", [{"seed": 4}, PENALTIES, GRAMMAR])
 async def test_a_pause_changes_no_output(
     cluster: Cluster, sampling: dict[str, Any], elsewhere: bool
 ) -> None:
@@ -145,6 +147,22 @@ async def test_a_pause_changes_no_output(
     assert got.texts[0] + then.texts[0] == expected.texts[0]
     assert then.endings[0].reason == expected.endings[0].reason
     await first.call("Delete", stream_id=got.stream_id)
+
+
+async def test_a_paused_stream_continues_only_with_a_grammar_that_fits(cluster: Cluster) -> None:
+    caller = Caller(cluster())
+    got = await paused(caller, request(80, sampling=GRAMMAR), 21)
+    with pytest.raises(Refused, match=r"INVALID_ARGUMENT: sampling.grammar does not allow"):
+        await caller.stream(
+            "Continue", stream_id=got.stream_id, sampling={"grammar": {"regex": "[a-z]*"}}
+        )
+    then = await caller.continue_session(
+        got, 9 + len(got.ids[0]), sampling={"grammar": {"regex": "[a-z0-9]{60}"}}
+    )
+    text = got.texts[0] + then.texts[0]
+    assert len(text) == 60 and then.endings[0].reason == generation_pb.FINISH_REASON_END
+    assert re.fullmatch("([a-z]{3}[0-9])*[a-z]{0,3}", got.texts[0])
+    assert re.fullmatch("[a-z0-9]*", text)
 
 
 async def test_a_reader_resumes_after_a_pause_and_a_lost_connection(cluster: Cluster) -> None:

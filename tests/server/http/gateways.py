@@ -17,7 +17,7 @@ import uvicorn
 from server.api.servicers import make_servicers
 from server.config import EngineConfig, ServeConfig
 from server.hosts.local import make_server
-from server.http.application import application
+from server.http import process
 from server.http.settings import GatewaySettings
 from server.ops.ports import free_ports
 from server.sessions.served_model import serve_bundles
@@ -97,18 +97,9 @@ class Front:
 def fronting(upstream: str, **settings: Any) -> Iterator[Front]:
     """A gateway to this server."""
     (port,) = free_ports(1)
-    chosen = GatewaySettings(upstream, port=port, drain_seconds=1, **settings)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            application(chosen),
-            port=port,
-            ws="none",
-            lifespan="on",
-            log_config=None,
-            timeout_graceful_shutdown=1,
-        )
-    )
-    thread = threading.Thread(target=server.run)
+    chosen = GatewaySettings(upstream, **{"port": port, "drain_seconds": 1} | settings)
+    server = uvicorn.Server(process.configuration(chosen))
+    thread = threading.Thread(target=server.run, args=([process.listening(chosen)],))
     thread.start()
     try:
         for _ in range(round(WAIT / 0.05)):

@@ -10,18 +10,24 @@ from dataclasses import replace
 import grpc
 import pytest
 
-from concertina.client import AsyncClient
+from concertina.client import ServerUnavailable
+from concertina.client.channel import Access
 from concertina.v1 import generation_service_pb2 as pb
-from loadtest.client import CANCELLED, Record, Tally, send
+from loadtest.record import CANCELLED, Record
+from loadtest.target import Tally
+from loadtest.targets.concertina_api import concertina_target
 from loadtest.workload import Request
+from tests.loadtest import scripted
 from tests.loadtest.scripted import Context, Events, Serve, Stream, keep_contract
 
 REQUEST = Request(prompt=(5, 6, 7), output_tokens=7, seed=9)
 
 
 async def observe(address: str, request: Request = REQUEST, timeout_s: float = 20) -> Record:
-    async with AsyncClient(address) as client:
-        return await send(client, request, model="m", timeout_s=timeout_s, tally=Tally())
+    async with concertina_target(
+        address, "m", Access(), channels=1, timeout_s=timeout_s, keep_s=0
+    ) as target:
+        return await target.senders[0](request, time.perf_counter_ns(), Tally())
 
 
 async def observe_script(serve: Serve, change: Callable[[Events], Events]) -> Record:
@@ -46,7 +52,14 @@ async def test_a_whole_stream_is_timed_event_by_event(serve: Serve) -> None:
     assert record.whole and record.stream_id == "s" and record.prompt_tokens == 3
     assert record.counts == (2, 2, 2, 1)
     assert record.accepted_ns is not None
-    stamps = [before_ns, record.started_ns, record.accepted_ns, *record.tokens_ns, record.ended_ns]
+    stamps = [
+        before_ns,
+        record.due_ns,
+        record.started_ns,
+        record.accepted_ns,
+        *record.tokens_ns,
+        record.ended_ns,
+    ]
     assert stamps == sorted(stamps)
     # Time to first token begins before the call: it holds the waits for two events.
     assert record.tokens_ns[0] - record.started_ns >= 0.1e9
@@ -185,8 +198,9 @@ async def test_cancelling_the_task_ends_the_stream_and_keeps_the_record(serve: S
 
     address = await serve(script)
     tally = Tally()
-    async with AsyncClient(address) as client:
-        task = asyncio.create_task(send(client, REQUEST, model="", timeout_s=20, tally=tally))
+    opened = concertina_target(address, "", Access(), channels=1, timeout_s=20, keep_s=0)
+    async with opened as target:
+        task = asyncio.ensure_future(target.senders[0](REQUEST, time.perf_counter_ns(), tally))
         async with asyncio.timeout(20):
             while not tally.tokens:
                 await asyncio.sleep(0.01)
@@ -199,6 +213,31 @@ async def test_cancelling_the_task_ends_the_stream_and_keeps_the_record(serve: S
     assert (tally.running, tally.ended, tally.tokens) == (0, 1, 2)
 
 
-async def test_nobody_at_the_address_is_a_failure() -> None:
-    record = await observe("127.0.0.1:1")
+async def test_a_server_that_goes_away_is_a_failure(serve: Serve) -> None:
+    async def script(request: pb.GenerateRequest, _: Context) -> Stream:
+        for event in keep_contract(request):
+            yield event
+
+    server, address = await scripted.serve(script)
+    opened = concertina_target(address, "", Access(), channels=1, timeout_s=20, keep_s=0)
+    async with opened as target:
+        await server.stop(None)
+        record = await target.senders[0](REQUEST, time.perf_counter_ns(), Tally())
     assert record.failure == "ServerUnavailable UNAVAILABLE"
+
+
+async def test_nobody_at_the_address_is_an_error() -> None:
+    with pytest.raises(ServerUnavailable, match=r"127\.0\.0\.1:1"):
+        await observe("127.0.0.1:1")
+
+
+async def test_the_server_tells_how_long_it_queued_and_what_it_held(serve: Serve) -> None:
+    async def script(request: pb.GenerateRequest, _: Context) -> Stream:
+        events = keep_contract(request)
+        events[-1].finished.usage.queue_time.FromMilliseconds(250)
+        events[-1].finished.usage.state_bytes = 4096
+        for event in events:
+            yield event
+
+    record = await observe(await serve(script))
+    assert (record.queue_s, record.state_bytes) == (0.25, 4096)

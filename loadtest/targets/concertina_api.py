@@ -1,9 +1,11 @@
-"""One request becomes one record: what a stream brought, and when."""
+"""Streams over our own API, each event checked."""
 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from time import perf_counter_ns
 
 from concertina.client import (
@@ -15,73 +17,65 @@ from concertina.client import (
     StreamCut,
     Tokens,
 )
+from concertina.client.channel import Access
+from concertina.v1 import bundle_pb2, model_service_pb2, model_service_pb2_grpc
+from loadtest.record import CANCELLED, Record
+from loadtest.target import Send, Served, Tally, Target
 from loadtest.workload import Request
 
-CANCELLED = "Cancelled"
-REFUSED = "Overloaded RESOURCE_EXHAUSTED"
+_MODEL_TIMEOUT_S = 10.0
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One stream as observed. Times are readings of one monotonic clock.
-
-    stream_id: empty if the stream was never accepted.
-    started_ns: before the call is made, so that connecting and queueing count.
-    accepted_ns: None if the stream was never accepted.
-    tokens_ns: when each token event arrived.
-    counts: how many tokens each of them brought.
-    ended_ns: when the last event or the failure arrived.
-    prompt_tokens: as the server counts them.
-    failure: kind of the failure, empty for none.
-    retry_after_s: how long the server asks to wait after a failure, None without such a request.
-    violation: how the server breaks the contract of the stream, empty if it keeps it.
-    resumed: how often the stream was lost and then resumed.
-    """
-
-    stream_id: str
-    started_ns: int
-    accepted_ns: int | None
-    tokens_ns: tuple[int, ...]
-    counts: tuple[int, ...]
-    ended_ns: int
-    prompt_tokens: int
-    failure: str
-    retry_after_s: float | None
-    violation: str
-    resumed: int = 0
-
-    @property
-    def whole(self) -> bool:
-        """Whether the stream brought all that was asked for, by the contract."""
-        return not self.failure and not self.violation
+@asynccontextmanager
+async def concertina_target(
+    address: str, model: str, access: Access, *, channels: int, timeout_s: float, keep_s: float
+) -> AsyncIterator[Target]:
+    """A server of our API over so many connections. Raises what `AsyncClient.model` raises."""
+    async with AsyncExitStack() as stack:
+        clients = [
+            await stack.enter_async_context(AsyncClient(address, key=access.key, tls=access.tls))
+            for _ in range(channels)
+        ]
+        served = await clients[0].model(model, timeout=_MODEL_TIMEOUT_S)
+        yield Target(
+            Served(
+                name=served.name,
+                fingerprint=served.fingerprint,
+                vocabulary=served.vocabulary,
+                context=served.context,
+                begin_token=served.begin_token,
+                has_begin=served.counts_first_token,
+                manifest=await _manifest(address, served.name, access),
+            ),
+            tuple(_sender(client, model, timeout_s, keep_s) for client in clients),
+        )
 
 
-@dataclass(slots=True)
-class Tally:
-    """For a progress bar: streams that run and have ended, tokens so far."""
+async def _manifest(address: str, model: str, access: Access) -> bundle_pb2.Manifest:
+    async with access.async_channel(address) as channel:
+        stub = access.calls(model_service_pb2_grpc.ModelServiceStub(channel))
+        request = model_service_pb2.GetModelRequest(model=model)
+        response = await stub.GetModel(request, timeout=_MODEL_TIMEOUT_S)
+    manifest: bundle_pb2.Manifest = response.model.manifest
+    return manifest
 
-    running: int = 0
-    ended: int = 0
-    tokens: int = 0
+
+def _sender(client: AsyncClient, model: str, timeout_s: float, keep_s: float) -> Send:
+    return partial(_send, client, model, timeout_s, keep_s)
 
 
-async def send(
+async def _send(
     client: AsyncClient,
-    request: Request,
-    *,
     model: str,
     timeout_s: float,
-    keep_s: float = 0.0,
+    keep_s: float,
+    request: Request,
+    due_ns: int,
     tally: Tally,
 ) -> Record:
-    """Runs one stream to its end and returns what was observed.
-
-    keep_s: how long the server keeps a lost stream; 0: it ends with its call.
-
-    A failure is not raised but recorded, even the cancellation of the calling task: an interrupted
-    run keeps what it observed.
-    """
+    """As `Send` says. keep_s: how long the server keeps a lost stream; 0: it ends with its call."""
     accepted: Accepted | None = None
+    finished: Finished | None = None
     accepted_ns: int | None = None
     ended_ns: int | None = None
     tokens_ns: list[int] = []
@@ -112,7 +106,7 @@ async def send(
                         counts.append(len(ids))
                         tally.tokens += len(ids)
                     case Finished():
-                        ended_ns = now_ns
+                        finished, ended_ns = event, now_ns
     except (ContractViolation, StreamCut) as error:
         violation = str(error)
     except ConcertinaError as error:
@@ -128,6 +122,7 @@ async def send(
         violation = _miscount(request, accepted.prompt_tokens, sum(counts))
     return Record(
         stream_id=accepted.stream_id if accepted else "",
+        due_ns=due_ns,
         started_ns=started_ns,
         accepted_ns=accepted_ns,
         tokens_ns=tuple(tokens_ns),
@@ -138,6 +133,8 @@ async def send(
         retry_after_s=retry_after_s,
         violation=violation,
         resumed=resumed,
+        queue_s=finished.usage.queue_time if finished else None,
+        state_bytes=finished.usage.state_bytes if finished else None,
     )
 
 

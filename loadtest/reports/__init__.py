@@ -1,0 +1,1 @@
+"""What a run says: numbers, tables, files and pictures."""

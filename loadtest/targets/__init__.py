@@ -1,0 +1,1 @@
+"""What is driven, and over which protocol."""
