@@ -51,6 +51,7 @@ NOT_RUN = {
     "concertina convert": "needs a pretrained model; tests/model/pretrained",
     "concertina uptrain": "needs a pretrained model; tests/model/uptraining",
     "concertina export": "needs a trained model; tests/export",
+    "concertina prepare": "needs a pretrained model; tests/server/hosts",
     "concertina compare": "takes hours; tests/export",
     "concertina bench": "takes minutes to hours; tests/loadtest/bench",
     "python -m": "takes minutes; the modules have tests of their own",
@@ -74,7 +75,7 @@ NOT_RUN = {
 }
 PARSED = (
     *("serve", "gateway", "loadtest", "data", "train", "uptrain", "export", "compare", "bench"),
-    "generate",
+    *("generate", "prepare"),
 )
 
 
