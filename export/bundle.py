@@ -21,7 +21,7 @@ from export.graphs import (
     schedule_of,
     state_tensors,
 )
-from export.heldout import cache_units, heldout_bits
+from export.heldout import cache_units, heldout_bits, turning_pairs
 from export.moves import export_moves
 from export.packing import Packed
 from export.parity import check_parity
@@ -107,13 +107,6 @@ def export_bundle(
             f"{bundle_folder} exists and is not a bundle: choose another folder, or remove it"
         )
     checkpoint = load_checkpoint(checkpoint_folder)
-    if checkpoint.config.architecture.folding is not None and (
-        state_precision is not None or data_type != pb.DATA_TYPE_FLOAT32
-    ):
-        raise ValueError(
-            "the layers of this model attend in several ways, and such a state is in float32 only: "
-            "leave --state out"
-        )
     windows = None
     if precision is not None:
         windows = _windows(precision.heldout, checkpoint, checkpoint_folder)
@@ -274,7 +267,7 @@ def _round_caches(
     on_stage("measuring held-out bits with float32 caches")
     noted.heldout_float32, _ = heldout_bits(folder, manifest, windows)
     on_stage("exporting the graphs with int8 caches")
-    units = cache_units(folder, manifest, windows.training)
+    units = cache_units(folder, manifest, windows.training, turning_pairs(model))
     narrow_caches(folder, manifest, model, units, packed)
     on_stage("checking parity with int8 caches")
     noted.parity.CopyFrom(check_parity(folder, manifest, model, units=units))

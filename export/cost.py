@@ -42,12 +42,12 @@ def count_cost(model: Decoder) -> pb.Cost:
 
 @torch.no_grad()
 def folds_reset(model: Decoder) -> bool:
-    """Whether only stack entries remain after a fold; see `FoldSchedule.resets`."""
+    """Whether what follows a fold depends on stack entries only; see `FoldSchedule.resets`."""
     schedule, state = schedule_of(model), state_tensors(model)
     if schedule is None or any(t.kind == pb.STATE_KIND_HISTORY for t in state):
         return False
-    if model.config.architecture.folding is not None:
-        return False
+    if model.config.architecture.folding is not None:  # the first token of a block resets
+        return True
     graph = FoldGraph(model)
     example, tokens = fold_example(model, schedule.span, schedule.span)
     after = graph([torch.randn_like(x) for x in example], tokens)

@@ -16,12 +16,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from concertina.bundle.resources import kept_entries
 from concertina.v1 import bundle_pb2 as pb
-from export.graphs import LARGEST, FoldGraph, StepGraph, Units, schedule_of, state_tensors
+from export.graphs import (
+    LARGEST,
+    FoldGraph,
+    StepGraph,
+    Units,
+    other_lengths,
+    schedule_of,
+    state_tensors,
+)
 from export.streaming import Array, Graphs, Stream, prefill
 from model.attention import push_and_attend
 from model.decoder import Decoder
 from model.layers.architecture import OURS
+from model.patterns.pattern import Schedule
 
 TOLERANCE = 1e-4
 """Largest difference of a logit."""
@@ -191,30 +201,34 @@ def _rounded_logits(model: Decoder, units: Units, tokens: Tensor) -> Tensor:
     ]
     step, fold = StepGraph(model, _attend_rounded, units), FoldGraph(model)
     places = {tensor.name: place for place, tensor in enumerate(tensors)}
-    entries, parts, span = 0, [], schedule.span if schedule else length
+    kept = [kept_entries(tensor) for tensor in tensors]
+    parts, span = [], schedule.span if schedule else length
     for begin in range(0, length, span):
         end = min(begin + span, length)
-        entries += end - begin
-        longest, rows = torch.tensor(entries), torch.arange(batch * (end - begin))
+        grown = {
+            each: _entries(schedule, begin, each) + end - begin
+            for each in (1, *other_lengths(model), *kept)
+        }
+        most = {each: torch.tensor(entries) for each, entries in grown.items()}
         logits, changed = step(
             tokens[:, begin:end],
             torch.arange(begin, end).expand(batch, -1),
-            longest.expand(batch),
-            longest,
-            rows,
+            most[1].expand(batch),
+            most[1],
+            torch.arange(batch * (end - begin)),
             state,
-            [],
+            [x for each in other_lengths(model) for x in (most[each].expand(batch), most[each])],
         )
         parts.append(logits.view(batch, end - begin, -1))
         for name, values in zip(step.changed, changed, strict=True):
             state[places[name]] = values
-        if schedule is None or end % span:
+        if schedule is None or not schedule.folds(end):
             continue
-        taken = (end & -end).bit_length() if schedule.binary else span
-        first = entries - taken
+        taken = (end & -end).bit_length() if schedule.binary else schedule.taken
+        firsts = [grown[each] - taken for each in kept]
         given = [
-            values[:, :, first:entries] if stack else values
-            for values, stack in zip(state, stacks, strict=True)
+            values[:, :, first : first + taken] if stack else values
+            for values, stack, first in zip(state, stacks, firsts, strict=True)
         ]
         folded = fold(given, torch.full((batch,), end))
         for name, values in zip(fold.changed, folded, strict=True):
@@ -222,11 +236,15 @@ def _rounded_logits(model: Decoder, units: Units, tokens: Tensor) -> Tensor:
             if name in units:
                 values = _round(values, units[name])
             if stacks[place]:
-                state[place][:, :, first : first + 1] = values
+                state[place][:, :, firsts[place] : firsts[place] + values.shape[2]] = values
             else:
                 state[place] = values
-        entries = first + 1
     return torch.cat(parts, dim=1)
+
+
+def _entries(schedule: Schedule | None, pushed: int, kept: int) -> int:
+    """Entries of a stack that keeps `kept` of a folded block, after `pushed` tokens."""
+    return pushed if schedule is None else schedule.entries(pushed, kept)
 
 
 def _attend_rounded(

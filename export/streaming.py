@@ -113,14 +113,12 @@ class Graphs:
         given = [value.name.removeprefix("next.") for value in self.fold_session.get_outputs()]
         due = stream.positions % self.span == 0
         for row in np.flatnonzero(due & (stream.positions > self.kept * self.span)):
-            position, length = int(stream.positions[row]), int(stream.lengths[row])
+            position = int(stream.positions[row])
             tokens = position & -position if self.binary else self.span
             entries = tokens.bit_length() if self.binary else self.taken
             parts = {}
             for t in self.tensors:
-                end = length
-                if t.HasField("kept"):
-                    end = int(self._lengths(stream, t.kept, folding=True)[row])
+                end = int(self.unfolded(stream, t)[row])
                 newest = {
                     pb.STATE_KIND_STACK: (row, slice(None), slice(max(0, end - entries), end)),
                     pb.STATE_KIND_HISTORY: (row, slice(position - tokens, position)),
@@ -139,7 +137,13 @@ class Graphs:
                     part[:, : values.shape[2]] = values[0]
                 else:
                     part[:] = values[0]
-            stream.lengths[row] = length - (entries - 1 if self.binary else self.span - 1)
+            stream.lengths[row] -= entries - 1 if self.binary else self.span - 1
+
+    def unfolded(self, stream: Stream, stack: pb.StateTensor) -> npt.NDArray[np.int64]:
+        """Valid entries of a stack of each stream, before the folds that are due now."""
+        if not stack.HasField("kept"):
+            return stream.lengths
+        return self._lengths(stream, stack.kept, folding=True)
 
     def _lengths(self, stream: Stream, kept: int, folding: bool = False) -> npt.NDArray[np.int64]:
         """Entries of stacks that keep so many of a block; `folding`: before the folds now due."""

@@ -19,6 +19,7 @@ from loadtest.workload import Lengths
 
 _NUMBER: Final = re.compile(r"(\d+(?:\.\d+)?)(k?)")
 _MOST_POINTS: Final = 64
+_NEXT_SEED: Final = 1_000_003
 _MET = 0.9
 _KEPT_UP = 0.8
 _GAIN = 0.1
@@ -178,8 +179,10 @@ async def run_series(
             run = await run_plan(plan, target)
             report = summarise(run, max_lag_s=max_lag_s, objectives=objectives)
             return Series(target.served, None, (Point(0, report),), (run,))
-        for value in sweep.values:
-            here, before = at(plan, sweep.axis, value), points[-1] if points else None
+        for index, value in enumerate(sweep.values):
+            # Prompts of one seed begin alike, and a server may remember how others began.
+            here = replace(at(plan, sweep.axis, value), seed=plan.seed + _NEXT_SEED * index)
+            before = points[-1] if points else None
             run = await run_plan(here, target, f"{sweep.axis} {value:g}")
             report = summarise(run, max_lag_s=max_lag_s, objectives=objectives)
             saturated = saturation(sweep.axis, before, value, report)

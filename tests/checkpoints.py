@@ -19,8 +19,8 @@ from concertina.bundle.manifest import read_manifest, write_manifest
 from concertina.v1 import bundle_pb2 as pb
 from export.bundle import export_bundle, narrow_caches
 from export.comparison.compare import Variant
-from export.graphs import state_tensors
-from export.heldout import cache_units
+from export.graphs import Units, state_tensors
+from export.heldout import cache_units, turning_pairs
 from export.quantise import BLOCK, pack_weights, quantise_step, round_activations
 from export.weights import load_decoder
 from model.config import ModelConfig
@@ -175,6 +175,7 @@ NARROWED = (
     "full",
     "logsparse-hierarchical",
     "sparse-fixed",
+    *FOLDED,
 )
 """Patterns whose caches can be int8."""
 
@@ -185,6 +186,14 @@ def in_few_bits(bundle: Path, kind: str) -> Path:
     if kind.endswith("state8"):
         return narrow_tiny(bundle, bits)
     return quantise_tiny(bundle, bits) if bits else bundle
+
+
+def tiny_units(bundle: Path, model: Decoder) -> Units:
+    """What 1 means in the int8 caches that `narrow_tiny` gives to `bundle`, a bundle of `model`."""
+    manifest, generator = read_manifest(bundle), torch.Generator().manual_seed(5)
+    shape = (4, 1, manifest.context)
+    tokens = torch.randint(manifest.vocabulary, shape, generator=generator).numpy()
+    return cache_units(bundle, manifest, tokens, turning_pairs(model))
 
 
 def narrow_tiny(bundle: Path, bits: int | None = None) -> Path:
@@ -198,11 +207,8 @@ def narrow_tiny(bundle: Path, bits: int | None = None) -> Path:
         if not folder.exists():
             manifest, model = read_manifest(bundle), load_decoder(bundle)
             state_tensors(model, pb.DATA_TYPE_INT8)
-            generator = torch.Generator().manual_seed(5)
-            shape = (4, 1, manifest.context)
-            tokens = torch.randint(manifest.vocabulary, shape, generator=generator).numpy()
             packed = pack_weights(model, bits) if bits else {}
-            units = cache_units(bundle, manifest, tokens)
+            units = tiny_units(bundle, model)
             partial = bundle.with_name(f"{folder.name}-partial")
             shutil.copytree(bundle, partial, dirs_exist_ok=True)
             narrow_caches(partial, manifest, model, units, packed)

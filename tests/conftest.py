@@ -40,7 +40,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 @pytest.hookimpl(tryfirst=True)  # before markers select
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    thin_out(items, left_out=("slow", "chaos", "gpu"))
+    thin_out(items, left_out=("slow", "chaos", "gpu", "clients"))
 
 
 @pytest.hookimpl(optionalhook=True)

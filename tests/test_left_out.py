@@ -8,12 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-LEFT_OUT = re.compile(r"\bmark\.(chaos|gpu)\b")
+LEFT_OUT = re.compile(r"\bmark\.(chaos|gpu|clients)\b")
 LISTED = re.compile(r"^\| `(tests/[^`\[]+)(?:\[\w+\])?` \| \S", re.MULTILINE)
 
 
 def left_out() -> Iterator[str]:
-    """Tests with a marker of those, on some of their parameters or on all."""
+    """Tests with a marker of those, on some of their parameters or on all; and whole folders."""
+    for path in ROOT.glob("tests/**/conftest.py"):
+        if LEFT_OUT.search(path.read_text()):
+            yield str(path.parent.relative_to(ROOT))
     for path in ROOT.glob("tests/**/test_*.py"):
         if not LEFT_OUT.search(source := path.read_text()) or path == Path(__file__):
             continue

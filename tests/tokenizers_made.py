@@ -48,6 +48,18 @@ def content_of(kind: str, **changes: Any) -> bytes:
     return json.dumps({**json.loads(trained(kind).to_str()), **changes}).encode()
 
 
+def bytes_alone() -> bytes:
+    """The `tokenizer.json` of a model whose tokens are bytes, as GPT-2 writes them."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in plain]
+    ids = {chr(byte): byte for byte in plain} | {chr(256 + n): b for n, b in enumerate(others)}
+    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    content: str = tokenizer.to_str()
+    return content.encode()
+
+
 def _byte_level() -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Final
 
@@ -76,9 +77,13 @@ def exit_code(plan: Plan, series: Series, max_lag_s: float) -> int:
             err=True,
         )
     if violations or failed:
+        kinds = Counter[str]()
+        for report in reports:
+            kinds.update(report.failures)
+        counts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+        told = f" ({counts})" if counts else ""
         typer.echo(
-            f"FAILED: {failed} streams failed, {violations} broke the protocol.",
-            err=True,
+            f"FAILED: {failed} streams failed{told}, {violations} broke the protocol.", err=True
         )
         return _FAILED
     if any(report.void for report in reports):

@@ -70,8 +70,15 @@ class Schedule:
 
     def entries(self, pushed: int, kept: int = 1) -> int:
         """Entries of a stack that keeps `kept` of a block, after `pushed` tokens."""
+        if self.binary:
+            return pushed.bit_count()
         folded = max(0, pushed // self.span - self.keep_first - self.keep_newest)
         return pushed - folded * (self.span - kept)
+
+    def folds(self, pushed: int) -> bool:
+        """Whether a fold is due after so many tokens."""
+        behind = pushed // self.span - self.keep_first - self.keep_newest
+        return pushed % self.span == 0 and behind > 0
 
     def most_entries(self, context: int, kept: int = 1) -> int:
         """The most entries on the way to `context` tokens, if not `binary`."""

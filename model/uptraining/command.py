@@ -136,10 +136,15 @@ def uptrain(
         f"of full attention at {made.config.context:,} tokens; {made.seconds:.0f} s"
     )
     if (found := made.comparison) is not None:
-        whole, own = found.measured[0].losses[-1], found.measured[2 if folds else 3].losses[-1]
+        whole, own = found.measured[0], found.measured[2 if found.folds_win else 3]
         _console.print(
-            f"{verdict(found)}; against full attention, {own.mean - whole.mean:+.3f} in all and "
-            f"{own.parts[-1] - whole.parts[-1]:+.3f} in the last quarter; {out / REPORT}"
+            f"a stream of {made.config.context:,} tokens has {own.sizes[-1].bytes / 1e6:.1f} MB of "
+            f"state in float32, not {whole.sizes[-1].bytes / 1e6:.1f}"
+        )
+        less, lost = whole.losses[-1], own.losses[-1]
+        _console.print(
+            f"{verdict(found)}; against full attention, {lost.mean - less.mean:+.3f} in all and "
+            f"{lost.parts[-1] - less.parts[-1]:+.3f} in the last quarter; {out / REPORT}"
         )
         if not found.folds_win:
             _console.print("so the run slides, and does not fold")

@@ -12,14 +12,9 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.run import Checkpoint
 from model.uptraining.choose import rival, share
-from model.uptraining.measure import (
-    Keys,
-    Losses,
-    key_cases,
-    keys_found,
-    last_quarter,
-    losses,
-)
+from model.uptraining.keys import DEPTHS, Keys, key_texts, keys_found
+from model.uptraining.measure import Losses, last_quarter, losses
+from model.uptraining.sizes import Size, size
 from model.uptraining.texts import Encode
 from model.uptraining.weights import given_weights
 
@@ -41,6 +36,8 @@ class Measured:
     """Of the state of full attention in the whole context."""
     losses: tuple[Losses, ...]
     keys: tuple[Keys, ...]
+    sizes: tuple[Size, ...]
+    """At these lengths, and in the whole context."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,8 @@ def compare(
         ("folded", config),
         ("window", slides),
     ]
-    cases = [key_cases(hay, encode, hay.shape[1]) for hay in hays]
+    told = [key_texts(hay, encode) for hay in hays]
+    lengths = sorted({hay.shape[1] for hay in hays} | {config.context})
     measured = []
     for variant, each in models:
         on_variant(TITLES[variant])
@@ -96,12 +94,31 @@ def compare(
                 variant,
                 1.0 if variant == "full" else share(each),
                 tuple(losses(model, hay) for hay in hays),
-                tuple(keys_found(model, some) for some in cases),
+                tuple(keys_found(model, some) for some in told),
+                tuple(size(model, length) for length in lengths),
             )
         )
     by_name = {each.variant: each.losses[-1] for each in measured}
     gain, error = last_quarter(by_name["window"], by_name["folded"])
     return Comparison(tuple(measured), slides, gain, error)
+
+
+def metrics_of(found: Comparison) -> dict[str, float]:
+    """All that was measured, by names that a manifest may have."""
+    named = {}
+    for each in found.measured:
+        for loss in each.losses:
+            named[f"{each.variant}_nats_{loss.length}"] = loss.mean
+            named[f"{each.variant}_last_quarter_nats_{loss.length}"] = loss.parts[-1]
+        for keys in each.keys:
+            named[f"{each.variant}_keys_{keys.length}"] = keys.digits_right
+            for depth, right in zip(DEPTHS, keys.by_depth, strict=True):
+                named[f"{each.variant}_keys_{keys.length}_at_{depth:.0%}"] = right
+        for kept in each.sizes:
+            named[f"{each.variant}_entries_{kept.length}"] = float(sum(kept.entries))
+            named[f"{each.variant}_bytes_{kept.length}"] = float(kept.bytes)
+            named[f"{each.variant}_step_ms_{kept.length}"] = 1000 * kept.step_seconds
+    return {name: value for name, value in named.items() if math.isfinite(value)}
 
 
 def verdict(found: Comparison) -> str:

@@ -1,8 +1,8 @@
-"""What a model loses by remembering less: loss by position, and pass keys found again."""
+"""What a model loses by remembering less: loss by position."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -12,10 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model.decoder import Decoder
-from model.uptraining.texts import Encode
 
 _LOGITS = 256  # tokens whose logits are computed at once; a large vocabulary takes much memory
-_DIGITS = 5
 _PARTS = 4
 
 
@@ -32,16 +30,6 @@ class Losses:
     @property
     def mean(self) -> float:
         return sum(self.parts) / len(self.parts)
-
-
-@dataclass(frozen=True)
-class Keys:
-    """Pass keys of `length` tokens of text that were found again."""
-
-    length: int
-    digits_right: float
-    """Share of the digits."""
-    cases: int
 
 
 @torch.no_grad()
@@ -63,50 +51,6 @@ def last_quarter(one: Losses, other: Losses) -> tuple[float, float]:
     difference = np.array([a - b for a, b in pairs])
     spread = float(difference.std(ddof=1)) if len(difference) > 1 else float("nan")
     return float(difference.mean()), spread / len(difference) ** 0.5
-
-
-@dataclass(frozen=True)
-class KeyCase:
-    """A text that names a pass key and, at its end, has it again."""
-
-    tokens: Tensor
-    """`[T]`, ending with those of the key."""
-    key: int
-    """How many tokens the key has."""
-
-
-def key_cases(hay: Tensor, encode: Encode, length: int, seed: int = 0) -> list[KeyCase]:
-    """One case for each row of `hay[B, T]`, with the key in its first half, at another depth each.
-
-    A case has `length` tokens, at most those of the hay.
-    """
-    rng, made = np.random.default_rng(seed), []
-    for row in hay:
-        key = "".join(str(digit) for digit in rng.integers(10, size=_DIGITS))
-        told = _ids(encode, f"\nThe pass key is {key}. Remember it.\n")
-        asked = _ids(encode, "\nWhat is the pass key? The pass key is ")
-        answer = _ids(encode, key)
-        around = length - len(told) - len(asked) - len(answer)
-        depth = int(rng.integers(around // 8, around // 2))
-        tokens = torch.cat((row[:depth], told, row[depth:around], asked, answer))
-        made.append(KeyCase(tokens, len(answer)))
-    return made
-
-
-@torch.no_grad()
-def keys_found(model: Decoder, cases: Sequence[KeyCase]) -> Keys:
-    """How many tokens of the keys are the most likely ones, each after those before it."""
-    right = total = 0
-    for case in cases:
-        hidden = _hidden(model, case.tokens[None, :-1])[:, -case.key :]
-        chosen = model.head(model.norm(hidden))[0].argmax(-1)
-        right += int((chosen == case.tokens[-case.key :]).sum())
-        total += case.key
-    return Keys(len(cases[0].tokens), right / total, len(cases))
-
-
-def _ids(encode: Encode, text: str) -> Tensor:
-    return torch.from_numpy(np.array(encode(text), np.int64))
 
 
 def _hidden(model: Decoder, tokens: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from model.run import (
     write_whole,
 )
 from model.uptraining.choose import LayerErrors, choose, share, with_layers
-from model.uptraining.compared import Comparison, compare
+from model.uptraining.compared import Comparison, compare, metrics_of
 from model.uptraining.report import write_report
 from model.uptraining.summaries import PASS, FitConfig, Fitted, fit_layers
 from model.uptraining.texts import encoder, windows
@@ -222,11 +222,7 @@ def _write(
         folding = done.config.architecture.folding
         assert folding is not None
         write_report(out, folding.layers, done.errors, done.comparison)
-        for each in done.comparison.measured:
-            for loss, keys in zip(each.losses, each.keys, strict=True):
-                metrics[f"{each.variant}_nats_{loss.length}"] = loss.mean
-                metrics[f"{each.variant}_last_quarter_nats_{loss.length}"] = loss.parts[-1]
-                metrics[f"{each.variant}_keys_{loss.length}"] = keys.digits_right
+        metrics |= metrics_of(done.comparison)
     partial = out / (CHECKPOINT + PARTIAL)
     save_file(weights, partial, {"step": str(checkpoint.step), "metrics": json.dumps(metrics)})
     os.replace(partial, out / CHECKPOINT)

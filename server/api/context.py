@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -21,6 +22,7 @@ from server.api.details import refusal_metadata
 from server.api.limits import require_within_limits
 from server.auth.api_keys import Caller, Callers
 from server.errors import PermissionDenied, RequestError, StepFailed, UnknownModel
+from server.ops.metrics import CALLS
 from server.sessions.served_model import ServedModel
 
 _log = logging.getLogger(__name__)
@@ -154,10 +156,44 @@ async def to_the_end(
         raise
 
 
-async def answer(context: Context, response: Awaitable[_Response]) -> _Response | None:
-    """Await the response of a call. If it raises, refuse the call and return None."""
+async def answer(method: str, context: Context, response: Awaitable[_Response]) -> _Response | None:
+    """Await the response of a call of a method, and count it.
+
+    If it raises, refuse the call and return None.
+    """
+    with counting(method, context) as watched:
+        try:
+            return await response
+        except Exception as error:
+            refuse(watched, error)
+            return None
+
+
+class _Watched:
+    """A context that remembers the status of its call."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self.status = "OK"
+        self.invocation_metadata = context.invocation_metadata
+        self.set_details = context.set_details
+        self.set_trailing_metadata = context.set_trailing_metadata
+
+    def set_code(self, code: grpc.StatusCode) -> None:
+        """Set the status of the call."""
+        self.status = code.name
+        self._context.set_code(code)
+
+
+@contextmanager
+def counting(method: str, context: Context) -> Iterator[Context]:
+    """Count a call by its status when it ends; the status is to be set on this context."""
+    watched, status = _Watched(context), "CANCELLED"
     try:
-        return await response
-    except Exception as error:
-        refuse(context, error)
-        return None
+        yield watched
+        status = watched.status
+    except Exception:
+        status = grpc.StatusCode.UNKNOWN.name
+        raise
+    finally:
+        CALLS.labels(method, status).inc()

@@ -19,6 +19,7 @@ from server.api.context import (
     Context,
     admitted,
     answer,
+    counting,
     find,
     off_loop,
     refuse,
@@ -49,24 +50,27 @@ class GenerationServicer(generation_grpc.GenerationServiceServicer):
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncIterator[pb.GenerateResponse]:
         """Generate a stream."""
-        opening = self._open(request, context)
-        async with aclosing(stream(self._registry, opening, context)) as responses:
-            async for response in responses:
-                yield response
+        with counting("Generate", context) as watched:
+            opening = self._open(request, watched)
+            async with aclosing(stream(self._registry, opening, watched)) as responses:
+                async for response in responses:
+                    yield response
 
     async def Resume(
         self, request: pb.ResumeRequest, context: Context
     ) -> AsyncIterator[pb.GenerateResponse]:
         """Send the rest of a stream."""
         # In place of a request that is too large to be parsed there is an error, without a number.
-        attaching, sequence = self._resume(request, context), getattr(request, "after_sequence", 0)
-        async with aclosing(stream(self._registry, attaching, context, sequence)) as responses:
-            async for response in responses:
-                yield response
+        sequence = getattr(request, "after_sequence", 0)
+        with counting("Resume", context) as watched:
+            attaching = self._resume(request, watched)
+            async with aclosing(stream(self._registry, attaching, watched, sequence)) as responses:
+                async for response in responses:
+                    yield response
 
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse | None:
         """Score a prompt: bits per token."""
-        return await answer(context, self._score(request, context))
+        return await answer("Score", context, self._score(request, context))
 
     async def _open(self, request: pb.GenerateRequest, context: Context) -> Attachment:
         caller = admitted(self._callers, context, request)

@@ -31,7 +31,7 @@ class ModelServicer(model_grpc.ModelServiceServicer):
             models = [_model(model) for _, model in sorted(seen.items())]
             return pb.ListModelsResponse(models=models)
 
-        return await answer(context, list_models())
+        return await answer("ListModels", context, list_models())
 
     async def GetModel(
         self, request: pb.GetModelRequest, context: Context
@@ -42,7 +42,7 @@ class ModelServicer(model_grpc.ModelServiceServicer):
             caller = admitted(self._callers, context, request)
             return pb.GetModelResponse(model=_model(find(self._models, caller, request.model)))
 
-        return await answer(context, get_model())
+        return await answer("GetModel", context, get_model())
 
     async def Tokenize(
         self, request: pb.TokenizeRequest, context: Context
@@ -54,7 +54,7 @@ class ModelServicer(model_grpc.ModelServiceServicer):
             bundle = find(self._models, caller, request.model, request.prompt).bundle
             return await asyncio.to_thread(_tokenized, bundle, request)
 
-        return await answer(context, tokenize())
+        return await answer("Tokenize", context, tokenize())
 
     async def Detokenize(
         self, request: pb.DetokenizeRequest, context: Context
@@ -66,7 +66,7 @@ class ModelServicer(model_grpc.ModelServiceServicer):
             bundle = find(self._models, caller, request.model).bundle
             return await asyncio.to_thread(_detokenized, bundle, request)
 
-        return await answer(context, detokenize())
+        return await answer("Detokenize", context, detokenize())
 
 
 def _tokenized(bundle: Bundle, request: pb.TokenizeRequest) -> pb.TokenizeResponse:

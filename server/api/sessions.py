@@ -15,6 +15,7 @@ from server.api.context import (
     admitted,
     answer,
     caller_of,
+    counting,
     off_loop,
     refuse,
     to_the_end,
@@ -72,16 +73,17 @@ class SessionServicer(session_grpc.SessionServiceServicer):
                     return pb.PauseResponse(session=session_message(model, session))
             raise _unsteady()
 
-        return await answer(context, to_the_end(pause()))
+        return await answer("Pause", context, to_the_end(pause()))
 
     async def Continue(
         self, request: pb.ContinueRequest, context: Context
     ) -> AsyncIterator[generation_pb.GenerateResponse]:
         """Continue a paused or finished session."""
-        continuing = self._continue(request, context)
-        async with aclosing(stream(self._registry, continuing, context)) as responses:
-            async for response in responses:
-                yield response
+        with counting("Continue", context) as watched:
+            continuing = self._continue(request, watched)
+            async with aclosing(stream(self._registry, continuing, watched)) as responses:
+                async for response in responses:
+                    yield response
 
     async def Fork(self, request: pb.ForkRequest, context: Context) -> pb.ForkResponse | None:
         """Copy a paused or finished session."""
@@ -93,28 +95,22 @@ class SessionServicer(session_grpc.SessionServiceServicer):
             copies = await self._opener.copy(model, session, caller, request.n)
             return pb.ForkResponse(stream_ids=copies)
 
-        return await answer(context, to_the_end(fork()))
+        return await answer("Fork", context, to_the_end(fork()))
 
     async def Export(
         self, request: pb.ExportRequest, context: Context
     ) -> AsyncIterator[pb.ExportResponse]:
         """Send the sealed snapshot of a paused or finished session, in parts."""
-        try:
-            model, session = await self._find(
-                request.stream_id, admitted(self._callers, context, request)
-            )
-            _require_ended(session)
-            snapshots, checkpoints = self._snapshots(), session.checkpoints
-            sealed = await asyncio.to_thread(
-                snapshots.export, model.bundle, session.lease, checkpoints
-            )
-        except Exception as error:
-            refuse(context, error)
-            return
-        for at in range(0, len(sealed), self.part_bytes):
-            last = at + self.part_bytes >= len(sealed)
-            digest = hashlib.sha256(sealed).digest() if last else b""
-            yield pb.ExportResponse(part=sealed[at : at + self.part_bytes], sha256=digest)
+        with counting("Export", context) as watched:
+            try:
+                sealed = await self._exported(request, watched)
+            except Exception as error:
+                refuse(watched, error)
+                return
+            for at in range(0, len(sealed), self.part_bytes):
+                last = at + self.part_bytes >= len(sealed)
+                digest = hashlib.sha256(sealed).digest() if last else b""
+                yield pb.ExportResponse(part=sealed[at : at + self.part_bytes], sha256=digest)
 
     async def Import(
         self, requests: AsyncIterator[pb.ImportRequest], context: Context
@@ -129,7 +125,7 @@ class SessionServicer(session_grpc.SessionServiceServicer):
             model, session = await self._opener.adopt(snapshot, caller)
             return pb.ImportResponse(session=session_message(model, session))
 
-        return await answer(context, to_the_end(adopt()))
+        return await answer("Import", context, to_the_end(adopt()))
 
     async def Delete(self, request: pb.DeleteRequest, context: Context) -> pb.DeleteResponse | None:
         """Delete a session."""
@@ -139,7 +135,7 @@ class SessionServicer(session_grpc.SessionServiceServicer):
             await self._registry.delete(request.stream_id, caller.name)
             return pb.DeleteResponse()
 
-        return await answer(context, to_the_end(delete()))
+        return await answer("Delete", context, to_the_end(delete()))
 
     async def ListSessions(
         self, request: pb.ListSessionsRequest, context: Context
@@ -163,7 +159,14 @@ class SessionServicer(session_grpc.SessionServiceServicer):
                 next_page_token=names[size - 1] if len(names) > size else "",
             )
 
-        return await answer(context, list_sessions())
+        return await answer("ListSessions", context, list_sessions())
+
+    async def _exported(self, request: pb.ExportRequest, context: Context) -> bytes:
+        caller = admitted(self._callers, context, request)
+        model, session = await self._find(request.stream_id, caller)
+        _require_ended(session)
+        snapshots, checkpoints = self._snapshots(), session.checkpoints
+        return await asyncio.to_thread(snapshots.export, model.bundle, session.lease, checkpoints)
 
     def _snapshots(self) -> SnapshotWriter:
         if self._registry.snapshots is None:

@@ -186,6 +186,16 @@ class Bundle:
         """Names of the state tensors that are recurrent."""
         return frozenset(t.name for t in self.state if t.kind is StateKind.RECURRENT)
 
+    def folded_blocks(self, pushed: int, kept: int = 1) -> range:
+        """The blocks that are folded after `pushed` tokens, in stacks that keep so many entries of
+        one. Only for a fold that is not binary.
+        """
+        fold, span = self.manifest.fold, self.span or 1
+        if kept == span:
+            return range(0)
+        behind = pushed // span - fold.keep_newest
+        return range(fold.keep_first, max(fold.keep_first, behind))
+
     def fold_size(self, pushed: int) -> tuple[int, int]:
         """Entries of each stack and rows of each history that the fold after `pushed` takes."""
         return resources.fold_size(self.manifest, pushed)
@@ -275,11 +285,11 @@ def _flaw(bundle: Bundle) -> str:
     except ChatTemplateError as error:
         raise BundleError(f"{bundle.folder / TEMPLATE} {error}") from None
     fold = manifest.fold
-    if (fold.keep_first or fold.keep_newest) and (fold.binary or fold.resets or not fold.span):
-        return "a fold that keeps blocks, and is binary, resets or has no span"
+    if (fold.keep_first or fold.keep_newest) and (fold.binary or not fold.span):
+        return "a fold that keeps blocks, and is binary or has no span"
     for tensor in manifest.state:
         shape, kept = list(tensor.shape), resources.kept_entries(tensor)
-        if kept not in (0, 1, fold.span) or (kept != 1 and (fold.binary or fold.resets)):
+        if kept not in (0, 1, fold.span) or (kept != 1 and fold.binary):
             return f"state {tensor.name} keeps {kept} entries of a block"
         most = int(np.max(bundle.entries(np.arange(context), kept))) + 1
         along = {pb.STATE_KIND_STACK: (1, most), pb.STATE_KIND_HISTORY: (0, context)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from typing import Final
 
 import numpy as np
@@ -18,7 +19,7 @@ from server.engine.sampling.logprobs import surprisal, token_logprobs
 from server.engine.sampling.sampler import failures, sample
 from server.engine.stream import Stream
 from server.engine.updates import Ending, Scored, StreamUpdate
-from server.ops.metrics import EngineMetrics
+from server.ops.engine_metrics import EngineMetrics
 
 PREDICTED_BYTES: Final = 64 << 20
 """Most memory for the logits of one pass of a prompt whose own tokens are predicted, in bytes."""
@@ -136,7 +137,7 @@ class Decoding:
                 if reason is not None:
                     ended[row] = self._finish(stream, reason, int(self._cache.pushed[row]), now)
         kept = {row for row in ended if streams[row].is_kept}
-        self._metrics.folded(self._cache.fold(ended.keys() - kept))
+        self._fold(ended.keys() - kept)
         for row in kept:
             streams[row].saved = self._placement.try_save(streams[row])
         since = self._last_step_at and perf - self._last_step_at
@@ -167,7 +168,7 @@ class Decoding:
         if saves:
             self.commit()
         if int(self._cache.pushed[0]) > first and (ending is None or saves):
-            self._metrics.folded(self._cache.fold())
+            self._fold()
         if saves:
             stream.saved = self._placement.try_save(stream)
         return {} if ending is None else {stream: ending}
@@ -218,6 +219,12 @@ class Decoding:
         else:
             stream.subscriber.put(StreamUpdate(token, text, logprobs))
         return reason
+
+    def _fold(self, ended: Collection[int] = ()) -> None:
+        """Fold the blocks that the last step filled, except in `ended` rows."""
+        began = time.perf_counter()
+        blocks = self._cache.fold(ended)
+        self._metrics.folded(blocks, time.perf_counter() - began)
 
     def _finish(self, stream: Stream, reason: FinishReason, pushed: int, now: float) -> Ending:
         return stream.finish(reason, sum(self._bundle.state_bytes(pushed).values()), now)

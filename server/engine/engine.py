@@ -27,7 +27,7 @@ from server.engine.loop import StepLoop
 from server.engine.placement import Placement
 from server.engine.stream import Stream
 from server.errors import EngineStopped, StepFailed
-from server.ops.metrics import EngineMetrics
+from server.ops.engine_metrics import EngineMetrics
 from server.runtime.onnx_session import Runtime
 
 _log = logging.getLogger(__name__)
@@ -58,7 +58,10 @@ class Engine:
         self.placement = Placement(self.cache, config.stream_buffer)
         self.metrics = EngineMetrics(bundle.name)
         self.metrics.buffer_bytes(self.runtime.nbytes)
-        self.ledger = Ledger(bundle, limits(config, memory_bytes()))
+        most = limits(config, memory_bytes())
+        about = bundle.manifest
+        self.metrics.serves(most.state_bytes, about.version, about.fingerprint, about.attention)
+        self.ledger = Ledger(bundle, most)
         self.decoding = Decoding(config, bundle, self.cache, self.placement, self.metrics)
         self._lock = threading.Lock()
         self.streams = StreamLifecycle(

@@ -15,7 +15,7 @@ import numpy as np
 from server.arrays import Floats, Ints, State
 from server.bundles.bundle import Bundle
 from server.checkpoint import SavedState
-from server.engine.prefix_cache import PrefixCache
+from server.engine.prefix_cache import PrefixCache, added, joined
 from server.runtime.host_state import StateLength
 from server.runtime.onnx_session import Runtime
 
@@ -41,6 +41,7 @@ class Cache:
         self._slots = slots
         self._prefill_row = prefill_row(bundle, slots)
         self._prefill_pushed = 0
+        self._prefill_looked_up = 0
         self._open_block: Ints = np.zeros(0, np.int64)  # its tokens, if prefixes are cached
         self._interval = bundle.span or _NEVER
         self._prefixes: PrefixCache | None = None
@@ -68,6 +69,11 @@ class Cache:
     def prefill_pushed(self) -> int:
         """Number of tokens that the stream in the prefill slot has pushed."""
         return self._prefill_pushed
+
+    @property
+    def prefill_looked_up(self) -> int:
+        """Tokens of the prompt in the prefill slot that were looked up in the prefix cache."""
+        return self._prefill_looked_up
 
     @property
     def prefix_bytes(self) -> int:
@@ -106,20 +112,29 @@ class Cache:
         """
         self._runtime.reset(self._prefill_row)
         self._prefill_pushed, self._open_block = 0, np.zeros(0, np.int64)
+        self._prefill_looked_up = 0
         if self._prefixes is None:
             return
+        self._prefill_looked_up = 0 if inputs is None else len(inputs)
         blocks = self._prefixes.match(self._open_block if inputs is None else inputs)
         if blocks:
-            self._prefill_pushed = len(blocks) * (self._bundle.span or 0)
+            span = self._bundle.span or 0
+            self._prefill_pushed = len(blocks) * span
             stacks = {
-                name: np.concatenate([block[name] for block in blocks], axis=1)
-                for name in self._bundle.stacks
+                tensor.name: joined(
+                    [block[tensor.name] for block in blocks],
+                    span,
+                    self._bundle.folded_blocks(self.prefill_pushed, tensor.kept),
+                )
+                for tensor in self._bundle.state
+                if tensor.name in self._bundle.stacks
             }
             self._runtime.write(self._prefill_row, self._length(self.prefill_pushed), stacks)
 
     def resume_prefill(self, inputs: Ints, saved: SavedState) -> None:
         """Give the prefill slot to a stream whose `saved` state has some of its `inputs[T]`."""
         self._prefill_pushed = saved.pushed
+        self._prefill_looked_up = 0
         if self._prefixes is not None:
             blocks, rest = divmod(saved.pushed, self._bundle.span or 1)
             # Some of these tokens may have been pushed one by one, which prompts are not: where
@@ -145,13 +160,27 @@ class Cache:
             return out
         self._open_block = np.concatenate((self._open_block, tokens))
         if is_due:
-            end = self._length(self.prefill_pushed)
-            begin = StateLength(end.entries - 1, end.tokens)
-            entry = self._runtime.read(self._prefill_row, end, begin)
-            stacks = {name: entry[name] for name in self._bundle.stacks}
-            self._prefixes.insert(self._open_block, stacks)
+            self._prefixes.insert(self._open_block, self._newest_block())
             self._open_block = self._open_block[:0]
         return out
+
+    def _newest_block(self) -> State:
+        """What the block adds to each stack that has just become full in the prefill slot."""
+        bundle, end = self._bundle, self._length(self.prefill_pushed)
+        fold, span = bundle.manifest.fold, bundle.span or 0
+        folded = bool(bundle.folded_blocks(self.prefill_pushed))
+        stays = span if fold.keep_newest or not folded else 0
+        begin = StateLength(
+            end.entries - (1 + fold.keep_newest * span if folded else span),
+            end.tokens - span,
+            end.windowed - stays,
+        )
+        part = self._runtime.read(self._prefill_row, end, begin)
+        return {
+            tensor.name: added(part[tensor.name], span, folded and tensor.kept == 1)
+            for tensor in bundle.state
+            if tensor.name in bundle.stacks
+        }
 
     def join(self) -> int:
         """Move the stream in the prefill slot into the batch. Returns its row."""

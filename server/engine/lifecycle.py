@@ -24,7 +24,8 @@ from server.engine.stream import Stream
 from server.engine.updates import Ending, StreamUpdate, outcome
 from server.errors import RequestError, StepFailed
 from server.lazy_heap import LazyHeap
-from server.ops.metrics import SNAPSHOT_FAILURES, EngineMetrics
+from server.ops.engine_metrics import EngineMetrics, Lived
+from server.ops.metrics import SNAPSHOT_FAILURES
 
 _log = logging.getLogger(__name__)
 
@@ -228,7 +229,7 @@ class StreamLifecycle:
         stream.ended, stream.ending = True, ending
         stream.penalties = stream.grammar = None
         self.limited.discard(stream)
-        self._metrics.finished(outcome(ending), now - stream.accepted_at)
+        self._metrics.finished(outcome(ending), _lived(stream, now))
         if ending is not None:
             stream.subscriber.put(StreamUpdate(ending=ending))
         if not stream.is_kept:
@@ -237,3 +238,16 @@ class StreamLifecycle:
             self.snapshot(stream, stream.saved)
         if self.holder is not None:
             self.holder.ended(stream)
+
+
+def _lived(stream: Stream, now: float) -> Lived:
+    since = stream.accepted_at
+    started, first = stream.started_at, stream.first_token_at
+    return Lived(
+        total_s=now - since,
+        started_s=None if started is None else started - since,
+        first_token_s=None if first is None else first - since,
+        prompt_tokens=len(stream.request.prompt),
+        generated=stream.generated,
+        preemptions=stream.preemptions,
+    )

@@ -13,7 +13,7 @@ from server.engine.kv_cache import Cache
 from server.engine.lifecycle import StreamLifecycle
 from server.engine.placement import Placement
 from server.engine.scheduler import DECODE, Load, Plan, next_credit, plan
-from server.ops.metrics import EngineMetrics
+from server.ops.engine_metrics import EngineMetrics
 
 
 class StepLoop:
@@ -87,7 +87,11 @@ class StepLoop:
         if todo.start_prefill and placement.waiting[0].to_prefill:
             with self._streams.placing(placement.waiting[0]):
                 self._streams.start(placement.start_prefill())
-                self._metrics.shared(self._cache.prefill_pushed, self._cache.prefix_bytes)
+                self._metrics.shared(
+                    self._cache.prefill_looked_up,
+                    self._cache.prefill_pushed,
+                    self._cache.prefix_bytes,
+                )
         # What was to join the batch may have ended instead.
         decode_s = self._decode() if todo.decode and placement.running else 0.0
         share = self._config.prefill_share
@@ -101,6 +105,7 @@ class StepLoop:
                 continue
             with self._streams.placing(stream):
                 self._placement.preempt(stream)
+                stream.preemptions += 1
                 self._metrics.preempted()
         for stream in returning[: todo.restore]:
             with self._streams.placing(stream):

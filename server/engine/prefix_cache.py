@@ -1,15 +1,42 @@
 """Caches folded blocks for prompts with the same beginning: a radix tree over blocks of tokens.
 
 A folded entry depends only on the tokens before it and never changes. So it is stored once, and
-later prompts with these tokens copy it instead of pushing them.
+later prompts with these tokens copy it instead of pushing them. Where a fold keeps blocks as they
+are, a block also has its entries of single tokens, as a prompt may end where they are read.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
+
 from server.arrays import Ints, State
+
+Entries = npt.NDArray[np.generic]
+"""Part of a stack, `[heads, entries, head_dim]`."""
+
+
+def added(stack: Entries, span: int, folded: bool) -> Entries:
+    """What a block adds to a stack, out of its newest part: an entry, or `span`, or both in turn.
+
+    folded: whether the part begins with the summary that the block's fold made, of the block or of
+    an older one. Behind it are blocks as they are, the newest one last, if any are.
+    """
+    if not folded:
+        return stack
+    return np.concatenate((stack[:, :1], stack[:, 1:][:, -span:]), axis=1)
+
+
+def joined(parts: Sequence[Entries], span: int, folded: range) -> Entries:
+    """The stack after blocks that added `parts`, of which those `folded` left only summaries."""
+    summaries = [part[:, :1] for part in parts if part.shape[1] % span]
+    blocks = [part[:, part.shape[1] % span :] for part in parts]
+    left = [*blocks[: folded.start], *summaries, *blocks[folded.stop :]]
+    return np.concatenate((parts[0][:, :0], *left), axis=1)
 
 
 @dataclass(eq=False)
@@ -27,7 +54,9 @@ class _Node:
 
 
 class PrefixCache:
-    """Stack entries of blocks of `span` tokens. Above `limit` bytes, drops the least recently used.
+    """What blocks of `span` tokens add to stacks, see `added`.
+
+    Above `limit` bytes, drops the least recently used.
 
     It works on one prompt at a time: `match` begins a prompt, and `insert` adds its next block. An
     insert costs the same at any position of the prompt.
@@ -49,7 +78,7 @@ class PrefixCache:
         return len(self._by_use)
 
     def match(self, tokens: Ints) -> list[State]:
-        """Begin a prompt. Returns the entries of the cached blocks that `tokens[T]` begin with."""
+        """Begin a prompt. Returns what the cached blocks have that `tokens[T]` begin with."""
         self._use_path()
         self._path, self._whole = self._walk(tokens), True
         self._use_path()
@@ -60,7 +89,7 @@ class PrefixCache:
         self._whole = len(self.match(tokens)) == blocks
 
     def insert(self, block: Ints, state: State) -> None:
-        """Cache the entries `state` of the prompt's next block, `block[span]`.
+        """Cache the `state` that the prompt's next block adds, `block[span]`.
 
         Does nothing if an earlier block of the prompt is not cached.
         """

@@ -44,6 +44,7 @@ class Stream:
         self.queue_s: float | None = None  # from acceptance to start, if it began before a restore
         self.queue_key = (-request.priority, 0)  # order in the queue: priority, then arrival
         self.paused = False
+        self.preemptions = 0
         self.ended = False
         self.ending: Ending | None = None
         # Its output. Tokens before `base_tokens` came before it was last continued.

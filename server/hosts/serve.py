@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 
 import psutil
 import typer
@@ -19,11 +19,12 @@ from concertina.codecs.chat_template import ChatTemplateError, compiled
 from concertina.machine import cores, cores_if_fewer, memory_bytes, share_of_memory
 from server.auth.api_keys import read_keys
 from server.auth.tls import require_usable, tls_config
-from server.config import RANGES, ConfigError, EngineConfig, Provider, ServeConfig
+from server.config import ConfigError, EngineConfig, Provider, ServeConfig
 from server.hosts.greeting import greeting
 from server.hosts.ray_environment import HAPROXY_PROGRAM, LOOPBACK, ray_environment
 from server.hosts.scratch import scratch_folder
 from server.hosts.sources import bundle_of, is_pretrained
+from server.ops.options import Host, TlsCert, TlsClientCa, TlsKey, number
 from server.ops.ports import PortTaken, require_free
 from server.ops.process import interrupt_on_stop_signals
 from server.snapshots.opening import open_store
@@ -31,12 +32,6 @@ from server.snapshots.opening import open_store
 BUNDLES: Final = Path("bundles")
 HTTP_PORT: Final = 8000
 _WATCHED_SHARES: Final = 4  # with --watch: number of bundles that memory is divided for
-
-
-def _number(setting: str, help: str) -> Any:
-    """An option for a number, with the range that the configuration gives it."""
-    lowest, highest = RANGES[setting]
-    return typer.Option(min=lowest, max=highest, help=help)
 
 
 def serve(
@@ -57,37 +52,35 @@ def serve(
             "or removed is served, replaced or drained without a restart.",
         ),
     ] = None,
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; 0.0.0.0 or :: opens the port to the network.")
-    ] = ServeConfig.host,
-    port: Annotated[int, _number("port", "Port of the gRPC services.")] = ServeConfig.port,
+    host: Host = ServeConfig.host,
+    port: Annotated[int, number("port", "Port of the gRPC services.")] = ServeConfig.port,
     metrics_port: Annotated[
-        int, _number("metrics_port", "Port for Prometheus metrics and health; 0 turns it off.")
+        int, number("metrics_port", "Port for Prometheus metrics and health; 0 turns it off.")
     ] = ServeConfig.metrics_port,
     http_port: Annotated[
         int | None,
-        _number(
+        number(
             "http_port",
             "Port of OpenAI's HTTP API, on the same address; 0 turns it off. [dim]\\[default: "
             "8000, or none if that is taken][/]",
         ),
     ] = None,
     slots: Annotated[
-        int, _number("slots", "Streams of one bundle that decode at the same time.")
+        int, number("slots", "Streams of one bundle that decode at the same time.")
     ] = EngineConfig.slots,
     queue_limit: Annotated[
         int,
-        _number("queue_limit", "Streams of one bundle that may wait; further ones are refused."),
+        number("queue_limit", "Streams of one bundle that may wait; further ones are refused."),
     ] = EngineConfig.queue_limit,
     queue_tokens: Annotated[
         int,
-        _number(
+        number(
             "queue_tokens", "Prompt tokens of one bundle that may wait; further ones are refused."
         ),
     ] = EngineConfig.queue_tokens,
     state_limit_bytes: Annotated[
         int,
-        _number(
+        number(
             "state_limit_bytes",
             "Largest state that the streams of one bundle may reach; 0 divides half of the memory "
             "(of the container, if it has less) among bundles and replicas (with --watch: as if "
@@ -96,25 +89,25 @@ def serve(
     ] = EngineConfig.state_limit_bytes,
     prefix_cache_bytes: Annotated[
         int,
-        _number(
+        number(
             "prefix_cache_bytes", "Memory for the folded blocks that prompts share; 0 keeps none."
         ),
     ] = EngineConfig.prefix_cache_bytes,
     prefill_chunk: Annotated[
         int,
-        _number(
+        number(
             "prefill_chunk", "Most prompt tokens in one pass; running streams decode in between."
         ),
     ] = EngineConfig.prefill_chunk,
     prefill_share: Annotated[
         float,
-        _number("prefill_share", "Share of the time that prompts may take while streams decode."),
+        number("prefill_share", "Share of the time that prompts may take while streams decode."),
     ] = EngineConfig.prefill_share,
     replicas: Annotated[
-        int, _number("replicas", "Number of server processes; each serves every bundle.")
+        int, number("replicas", "Number of server processes; each serves every bundle.")
     ] = ServeConfig.replicas,
     threads: Annotated[
-        int, _number("threads", "Threads for each model; 0 uses all cores.")
+        int, number("threads", "Threads for each model; 0 uses all cores.")
     ] = EngineConfig.threads,
     provider: Annotated[
         Provider,
@@ -128,14 +121,14 @@ def serve(
     ] = None,
     drain_seconds: Annotated[
         int,
-        _number(
+        number(
             "drain_seconds",
             "Time for streams to end after Ctrl-C, or after their bundle is removed.",
         ),
     ] = ServeConfig.drain_seconds,
     draft_tokens: Annotated[
         int,
-        _number(
+        number(
             "draft_tokens",
             "Draft tokens to guess from repeated text while a single stream runs; "
             "they change only its speed. 0 turns it off; so do int8 and int4 weights.",
@@ -157,14 +150,14 @@ def serve(
         ),
     ] = ServeConfig.snapshots_optional,
     snapshot_interval: Annotated[
-        int, _number("snapshot_interval", "Tokens between two snapshots of a stream.")
+        int, number("snapshot_interval", "Tokens between two snapshots of a stream.")
     ] = EngineConfig.snapshot_interval,
     snapshot_ttl: Annotated[
-        int, _number("snapshot_ttl", "Seconds after which a snapshot expires.")
+        int, number("snapshot_ttl", "Seconds after which a snapshot expires.")
     ] = ServeConfig.snapshot_ttl,
     session_bytes: Annotated[
         int | None,
-        _number(
+        number(
             "session_bytes",
             "Memory for the state of kept streams that have ended. [dim]\\[default: 1 GiB, or an "
             "eighth of the memory (of the container, if it has less), divided among replicas][/]",
@@ -177,18 +170,12 @@ def serve(
             help="File of API keys, made by `concertina keys`; callers then need a key.",
         ),
     ] = None,
-    tls_cert: Annotated[
-        Path | None, typer.Option(help="Certificate chain (PEM). The port then accepts TLS only.")
-    ] = None,
-    tls_key: Annotated[
-        Path | None, typer.Option(help="Private key (PEM) of the certificate.")
-    ] = None,
-    tls_client_ca: Annotated[
-        Path | None, typer.Option(help="CA (PEM) of the certificates that callers must present.")
-    ] = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_client_ca: TlsClientCa = None,
     plain_port: Annotated[
         int,
-        _number(
+        number(
             "plain_port",
             "Port on 127.0.0.1 that accepts plaintext beside TLS, for a gateway of your own, and "
             "for whoever else is on this machine; 0 opens none.",

@@ -30,6 +30,9 @@ from server.http.models import (
     version,
 )
 from server.http.openapi import document
+from server.http.page.chaos import Chaos
+from server.http.page.pace import Paces
+from server.http.page.routes import PAGE_ROUTES
 from server.http.reading.refusals import NOT_HERE, not_here
 from server.http.settings import GatewaySettings
 from server.http.upstream import connected
@@ -37,7 +40,7 @@ from server.http.upstream import connected
 _log = logging.getLogger(__name__)
 
 Endpoint = Callable[[Request], Awaitable[Response]]
-_ROUTES: Final[tuple[tuple[str, str, Endpoint], ...]] = (
+ROUTES: Final[tuple[tuple[str, str, Endpoint], ...]] = (
     ("GET", "/v1/models", list_models),
     ("GET", "/v1/models/{model:path}", get_model),
     ("POST", "/v1/completions", completions),
@@ -51,12 +54,15 @@ _ROUTES: Final[tuple[tuple[str, str, Endpoint], ...]] = (
     ("GET", "/health", health),
     ("GET", "/version", version),
     ("GET", "/metrics", metrics),
+    *PAGE_ROUTES,
 )
+"""Method, path and endpoint of what is offered."""
+
 _METHODS: Final = ("GET", "POST", "PUT", "PATCH", "DELETE")
 
 
-def application(settings: GatewaySettings) -> ASGIApp:
-    """The ASGI application of a gateway."""
+def application(settings: GatewaySettings, chaos: Chaos | None = None) -> ASGIApp:
+    """The ASGI application of a gateway. chaos: whom its page may kill, in a demo."""
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -64,7 +70,7 @@ def application(settings: GatewaySettings) -> ASGIApp:
             app.state.upstream = upstream
             yield
 
-    routes = [Route(path, _guarded(path, each), methods=[method]) for method, path, each in _ROUTES]
+    routes = [Route(path, _guarded(path, each), methods=[method]) for method, path, each in ROUTES]
     routes.append(Route("/openapi.json", _guarded("/openapi.json", _openapi)))
     routes += [Route(path, _guarded(path, _refused), methods=_METHODS) for path in NOT_HERE]
     app = Starlette(
@@ -72,6 +78,7 @@ def application(settings: GatewaySettings) -> ASGIApp:
         lifespan=lifespan,
         exception_handlers={HTTPException: _no_such_path},
     )
+    app.state.paces, app.state.chaos = Paces(), chaos
     return Counting(_OnlyKnownHosts(app, settings))
 
 

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from concertina.cli.options import Ca, Cert, CertKey, UseTls, access
 from concertina.cli.output import plain_console
 from server.auth.tls import require_usable, tls_config
-from server.config import RANGES, ServeConfig
+from server.config import ServeConfig
 from server.http.settings import GatewaySettings
 from server.ops.logs import log_to_stderr
-
-
-def _number(setting: str, help: str) -> Any:
-    lowest, highest = RANGES[setting]
-    return typer.Option(min=lowest, max=highest, help=help)
+from server.ops.options import Host, TlsCert, TlsClientCa, TlsKey, number
 
 
 def gateway(
     upstream: Annotated[
         str, typer.Option(help="Address of the gRPC server, HOST:PORT.")
     ] = f"127.0.0.1:{ServeConfig.port}",
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; 0.0.0.0 or :: opens the port to the network.")
-    ] = GatewaySettings.host,
-    port: Annotated[int, _number("port", "Port to listen on.")] = GatewaySettings.port,
+    host: Host = GatewaySettings.host,
+    port: Annotated[int, number("port", "Port to listen on.")] = GatewaySettings.port,
     allow_host: Annotated[
         list[str] | None,
         typer.Option(
@@ -36,29 +29,23 @@ def gateway(
         ),
     ] = None,
     drain_seconds: Annotated[
-        int, _number("drain_seconds", "Time for streams to end after Ctrl-C.")
+        int, number("drain_seconds", "Time for streams to end after Ctrl-C.")
     ] = GatewaySettings.drain_seconds,
     max_body_bytes: Annotated[
-        int, _number("max_body_bytes", "Largest body of a request.")
+        int, number("max_body_bytes", "Largest body of a request.")
     ] = GatewaySettings.max_body_bytes,
     streams_per_key: Annotated[
-        int, _number("streams_per_key", "Calls that one key may have open; further are refused.")
+        int, number("streams_per_key", "Calls that one key may have open; further are refused.")
     ] = GatewaySettings.streams_per_key,
     slow_reader_seconds: Annotated[
         float,
-        _number(
+        number(
             "slow_reader_seconds", "Time after which a reader that takes nothing loses its stream."
         ),
     ] = GatewaySettings.slow_reader_seconds,
-    tls_cert: Annotated[
-        Path | None, typer.Option(help="Certificate chain (PEM). The port then accepts TLS only.")
-    ] = None,
-    tls_key: Annotated[
-        Path | None, typer.Option(help="Private key (PEM) of the certificate.")
-    ] = None,
-    tls_client_ca: Annotated[
-        Path | None, typer.Option(help="CA (PEM) of the certificates that callers must present.")
-    ] = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_client_ca: TlsClientCa = None,
     tls: UseTls = False,
     ca: Ca = None,
     cert: Cert = None,

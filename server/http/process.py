@@ -19,6 +19,7 @@ from server.auth.file_stamp import stamp
 from server.config import TlsConfig
 from server.http.application import application
 from server.http.connection import Connection
+from server.http.page.chaos import Chaos
 from server.http.settings import GatewaySettings
 from server.ops.ports import require_free
 from server.ops.process import STOP_SIGNALS
@@ -37,10 +38,13 @@ _ORPHAN_SECONDS: Final = 5
 _log = logging.getLogger(__name__)
 
 
-def serve(settings: GatewaySettings, announce: Callable[[], None]) -> None:
+def serve(
+    settings: GatewaySettings, announce: Callable[[], None], chaos: Chaos | None = None
+) -> None:
     """Answer until SIGINT or SIGTERM; then, streams have `drain_seconds` to end.
 
     Calls `announce` once callers can connect. Raises PortTaken.
+    chaos: whom the page may kill, in a demo.
     """
     option = "--http-port" if settings.with_parent else "--port"
     require_free(settings.host, settings.port, f"choose another with {option}")
@@ -49,11 +53,13 @@ def serve(settings: GatewaySettings, announce: Callable[[], None]) -> None:
     for number in STOP_SIGNALS:  # uvicorn raises them again when it has ended
         signal.signal(number, lambda *_: None)
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        runner.run(_serve(settings, announce))
+        runner.run(_serve(settings, announce, chaos))
 
 
-async def _serve(settings: GatewaySettings, announce: Callable[[], None]) -> None:
-    config = configuration(settings)
+async def _serve(
+    settings: GatewaySettings, announce: Callable[[], None], chaos: Chaos | None
+) -> None:
+    config = configuration(settings, chaos)
     server = uvicorn.Server(config)
     watching = [asyncio.create_task(_announce(server, announce))]
     if settings.tls is not None:
@@ -67,11 +73,11 @@ async def _serve(settings: GatewaySettings, announce: Callable[[], None]) -> Non
             task.cancel()
 
 
-def configuration(settings: GatewaySettings) -> uvicorn.Config:
+def configuration(settings: GatewaySettings, chaos: Chaos | None = None) -> uvicorn.Config:
     """How uvicorn runs a gateway."""
     tls = settings.tls
     return uvicorn.Config(
-        application(settings),
+        application(settings, chaos),
         http=Connection,
         ws="none",
         lifespan="on",

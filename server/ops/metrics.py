@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import time
+import platform
 
-import psutil
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import Counter, Gauge, Histogram, disable_created_metrics
 
-from concertina.bundle.resources import KIND_NAMES
+import concertina
 
-GAUGE_INTERVAL_S = 0.25
-_MEMORY_INTERVAL_S = 1.0
+disable_created_metrics()  # a line for each counter and bucket that nobody asks for
 
 _TTFT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
 _STEP = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
-_LONG = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640, 1280, 2560, 5120)
-_STATE_KINDS = tuple(KIND_NAMES.values())
+_GAP = (*_STEP, 2.5, 5, 10, 20, 40, 80)
+_LONG = (*_TTFT, 320, 640, 1280, 2560, 5120)
+_TOKENS = (*(n * 10**power for power in range(6) for n in (1, 2, 5)), 10**6)
+_FEW = (0, 1, 2, 5, 10, 20, 50)
 _BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -31,6 +31,15 @@ RUNNING = _gauge("concertina_streams_running", "Streams that hold a slot.")
 WAITING = _gauge("concertina_streams_waiting", "Streams that wait for a slot.")
 PAUSED = _gauge("concertina_streams_paused", "Streams parked until their reader catches up.")
 STATE_BYTES = _gauge("concertina_state_bytes", "State of the running streams.", "kind")
+STATE_LIMIT = _gauge(
+    "concertina_state_limit_bytes", "Most that the admitted streams' largest states may add up to."
+)
+STATE_USAGE = Gauge(
+    "concertina_state_usage_ratio",
+    "Largest state that all admitted streams can reach, over its limit; of the fullest process.",
+    ("model_name",),
+    multiprocess_mode="livemax",
+)
 ADMITTED_BYTES = _gauge(
     "concertina_state_admitted_bytes", "Largest state that all admitted streams can reach."
 )
@@ -43,6 +52,11 @@ PROCESS_MEMORY = Gauge(
     multiprocess_mode="livesum",
 )
 PROMPT_TOKENS = Counter("concertina_prompt_tokens", "Prompt tokens pushed.", ("model_name",))
+LOOKED_UP_TOKENS = Counter(
+    "concertina_prefix_cache_queries",
+    "Prompt tokens looked up in the prefix cache.",
+    ("model_name",),
+)
 SHARED_TOKENS = Counter(
     "concertina_prefix_cache_hits",
     "Prompt tokens taken from the prefix cache instead of being pushed.",
@@ -71,7 +85,7 @@ TIME_TO_FIRST_TOKEN = _histogram(
 INTER_TOKEN = _histogram(
     "concertina_inter_token_latency_seconds",
     "Time between two tokens of the running streams; observed once per step, not per token.",
-    _STEP,
+    _GAP,
 )
 QUEUE_TIME = _histogram(
     "concertina_stream_queue_time_seconds", "From acceptance to the first work on it.", _TTFT
@@ -101,123 +115,63 @@ RESUMED = Counter(
     ("model_name", "source"),
 )
 BATCH_SIZE = _histogram("concertina_step_batch_size", "Streams in one decode step.", _BATCH)
+STEP_TOKENS = _histogram(
+    "concertina_step_tokens", "Tokens that one decode step drew, accepted drafts included.", _BATCH
+)
+FOLD_TIME = _histogram(
+    "concertina_fold_seconds", "One fold of full blocks of the batch; not those of prompts.", _STEP
+)
+PREFILL_TIME = _histogram(
+    "concertina_stream_prefill_time_seconds",
+    "From the first work on a stream to its first token.",
+    _TTFT,
+)
+DECODE_TIME = _histogram(
+    "concertina_stream_decode_time_seconds", "From the first token of a stream to its end.", _LONG
+)
+INFERENCE_TIME = _histogram(
+    "concertina_stream_inference_time_seconds", "From the first work on a stream to its end.", _LONG
+)
+PER_TOKEN_TIME = _histogram(
+    "concertina_stream_time_per_output_token_seconds",
+    "From the first token of a stream to its end, over the tokens after the first.",
+    _GAP,
+)
+STREAM_PROMPT_TOKENS = _histogram(
+    "concertina_stream_prompt_tokens", "Prompt tokens of a stream that ended.", _TOKENS
+)
+STREAM_GENERATION_TOKENS = _histogram(
+    "concertina_stream_generation_tokens", "Tokens drawn for a stream that ended.", _TOKENS
+)
+STREAM_PREEMPTIONS = _histogram(
+    "concertina_stream_preemptions", "How often a stream that ended was preempted.", _FEW
+)
+CALLS = Counter(
+    "concertina_calls", "Calls that ended, by gRPC method and status.", ("method", "status")
+)
+MODEL_INFO = _gauge(
+    "concertina_model_info",
+    "Engines that serve a model, with what it is.",
+    *("version", "fingerprint", "attention"),
+)
+BUILD_INFO = Gauge(
+    "concertina_build_info",
+    "1, with the versions that run.",
+    ("version", "python_version"),
+    multiprocess_mode="livemax",
+)
+BUILD_INFO.labels(concertina.__version__, platform.python_version()).set(1)
 
-
-class EngineMetrics:
-    """The metrics of one engine, with its model name as the label."""
-
-    def __init__(self, model_name: str) -> None:
-        self._name = model_name
-        self._held_at = self._memory_at = 0.0
-        self._steps: list[tuple[int, float, float | None, int]] = []  # not observed yet
-        self._folded = 0  # not counted yet
-        self._running = RUNNING.labels(model_name)
-        self._waiting = WAITING.labels(model_name)
-        self._paused = PAUSED.labels(model_name)
-        self._state = {kind: STATE_BYTES.labels(model_name, kind) for kind in _STATE_KINDS}
-        self._admitted = ADMITTED_BYTES.labels(model_name)
-        self._inter_token = INTER_TOKEN.labels(model_name)
-        self._batch_size = BATCH_SIZE.labels(model_name)
-        self._decode_time = STEP_TIME.labels(model_name, "decode")
-        self._prefill_time = STEP_TIME.labels(model_name, "prefill")
-        self._generated = GENERATION_TOKENS.labels(model_name)
-        self._folds = FOLDS.labels(model_name)
-
-    def buffer_bytes(self, size: int) -> None:
-        """Add reserved state memory. A draining engine of the same name may still have its own."""
-        BUFFER_BYTES.labels(self._name).inc(size)
-
-    def closed(self, size: int) -> None:
-        """The engine closed: its gauges become 0 and its `size` bytes of state memory are freed."""
-        BUFFER_BYTES.labels(self._name).dec(size)
-        PREFIX_BYTES.labels(self._name).set(0)
-        self.observe()
-        self.holding(0, 0, 0, dict.fromkeys(_STATE_KINDS, 0))
-        self.admitted(0)
-
-    def are_due(self, now: float) -> bool:
-        """Whether it is time to update the gauges again; a busy engine skips most steps."""
-        return now - self._held_at >= GAUGE_INTERVAL_S
-
-    def holding(self, running: int, waiting: int, paused: int, state: dict[str, int]) -> None:
-        """Set the gauges: numbers of streams, and bytes of `state` by kind."""
-        self._running.set(running)
-        self._waiting.set(waiting)
-        self._paused.set(paused)
-        for kind, size in state.items():
-            self._state[kind].set(size)
-        self._held_at = time.monotonic()
-        if self._held_at - self._memory_at > _MEMORY_INTERVAL_S:
-            self._memory_at = self._held_at
-            PROCESS_MEMORY.set(psutil.Process().memory_info().rss)
-
-    def admitted(self, size: int) -> None:
-        """Set the largest state, in bytes, that all admitted streams can reach."""
-        self._admitted.set(size)
-
-    def preempted(self) -> None:
-        """A running stream was parked for a stream of higher priority."""
-        PREEMPTED.labels(self._name).inc()
-
-    def stepped(
-        self, batch: int, seconds: float, since_last: float | None, tokens: int | None = None
-    ) -> None:
-        """A decode step of `batch` streams took `seconds`. `observe` shows it.
-
-        since_last: seconds since the step before; None for the first one. tokens: how many tokens
-        the step drew; None for one per stream.
-        """
-        self._steps.append((batch, seconds, since_last, batch if tokens is None else tokens))
-
-    def observe(self) -> None:
-        """Show the steps and folds since the last call.
-
-        Many at once, since after a step the weights have pushed all this out of the caches.
-        """
-        for batch, seconds, since_last, _ in self._steps:
-            self._batch_size.observe(batch)
-            self._decode_time.observe(seconds)
-            if since_last is not None:
-                self._inter_token.observe(since_last)
-        self._generated.inc(sum(tokens for *_, tokens in self._steps))
-        self._folds.inc(self._folded)
-        self._steps.clear()
-        self._folded = 0
-
-    def drafted(self, proposed: int, accepted: int) -> None:
-        """Of `proposed` draft tokens, `accepted` were right."""
-        if proposed:
-            DRAFT_TOKENS.labels(self._name, "accepted").inc(accepted)
-            DRAFT_TOKENS.labels(self._name, "rejected").inc(proposed - accepted)
-
-    def prefilled(self, tokens: int, seconds: float) -> None:
-        """A prefill pass pushed prompt tokens."""
-        PROMPT_TOKENS.labels(self._name).inc(tokens)
-        self._prefill_time.observe(seconds)
-
-    def shared(self, tokens: int, kept: int) -> None:
-        """The prefix cache held the first `tokens` of a prompt, and now holds `kept` bytes."""
-        SHARED_TOKENS.labels(self._name).inc(tokens)
-        PREFIX_BYTES.labels(self._name).set(kept)
-
-    def folded(self, blocks: int) -> None:
-        """Blocks were folded into summaries. `observe` shows it."""
-        self._folded += blocks
-
-    def started(self, queued_s: float) -> None:
-        """A stream left the queue after `queued_s` seconds."""
-        QUEUE_TIME.labels(self._name).observe(queued_s)
-
-    def first_token(self, seconds: float) -> None:
-        """A stream got its first token, `seconds` after acceptance."""
-        TIME_TO_FIRST_TOKEN.labels(self._name).observe(seconds)
-
-    def finished(self, reason: str, seconds: float) -> None:
-        """A stream ended, `seconds` after acceptance. Who sees that sees its steps, too."""
-        self.observe()
-        FINISHED.labels(self._name, reason).inc()
-        STREAM_TIME.labels(self._name).observe(seconds)
-
-    def refused(self, reason: str) -> None:
-        """A request was refused."""
-        REFUSED.labels(self._name, reason).inc()
+_METHODS = (
+    *("Generate", "Resume", "Score", "Pause", "Continue", "Fork", "Export", "Import", "Delete"),
+    *("ListSessions", "ListModels", "GetModel", "Tokenize", "Detokenize"),
+)
+_REFUSALS = (
+    *("CANCELLED", "INVALID_ARGUMENT", "NOT_FOUND", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED"),
+    *("UNAUTHENTICATED", "UNAVAILABLE", "INTERNAL"),
+)
+# A counter that appears with its first count hides that count from `rate()`.
+for _method in _METHODS:
+    CALLS.labels(_method, "OK")
+for _status in _REFUSALS:
+    CALLS.labels("Generate", _status)

@@ -16,7 +16,7 @@ import onnxruntime as ort
 
 from server.arrays import State
 from server.bundles.state import StateKind, StateTensor
-from server.runtime.host_state import EMPTY, NEXT, StateLength
+from server.runtime.host_state import EMPTY, NEXT, TOKENS, StateLength
 
 _PART = "part."
 
@@ -67,14 +67,27 @@ class DeviceRows:
         parts = self._take(rows, begins, ends)
         io = session.io_binding()
         for value in session.get_inputs():
-            io.bind_ortvalue_input(value.name, parts[value.name])
-        parts |= self._run(session, io, NEXT)
-        # A fold leaves one entry of a stack, and as many rows of a history as before.
-        folded = [
-            StateLength(begin.entries + 1, end.tokens)
+            if value.name == TOKENS:
+                io.bind_cpu_input(TOKENS, np.array([end.tokens for end in ends]))
+            else:
+                io.bind_ortvalue_input(value.name, parts[value.name])
+        folded = self._run(session, io, NEXT)
+        parts |= folded
+        # Of a stack fewer entries are left, of a history as many rows as before.
+        left = {
+            tensor.kept: folded[name].shape()[2]
+            for name, tensor in self._tensors.items()
+            if tensor.kind == StateKind.STACK and name in folded
+        }
+        places = [
+            StateLength(
+                begin.entries + left.get(1, end.entries - begin.entries),
+                end.tokens,
+                begin.windowed + left.get(0, end.windowed - begin.windowed),
+            )
             for begin, end in zip(begins, ends, strict=True)
         ]
-        self._put(rows, begins, folded, parts)
+        self._put(rows, begins, places, parts)
 
     def reset(self, row: int) -> None:
         """See HostRows."""
@@ -94,11 +107,11 @@ class DeviceRows:
         """See HostRows. Copies to the host."""
         state: State = {}
         for name, part in self._take([row], [begin], [end]).items():
-            values, kind = part.numpy()[0], self._tensors[name].kind
-            if kind == StateKind.STACK:
-                values = values[:, : end.entries - begin.entries]
-            elif kind == StateKind.HISTORY:
-                values = values[: end.tokens - begin.tokens]
+            values, tensor = part.numpy()[0], self._tensors[name]
+            if tensor.kind != StateKind.RECURRENT:
+                first, last = (at.along(tensor.kind, tensor.kept) for at in (begin, end))
+                stack = tensor.kind == StateKind.STACK
+                values = values[:, : last - first] if stack else values[: last - first]
             state[name] = values.copy()
         return state
 
@@ -144,9 +157,12 @@ class DeviceRows:
         places = list(zip(begins, ends, strict=True))
         index = {
             "rows": np.array(rows, np.int64),
-            "entries": _indices((begin.entries, end.entries) for begin, end in places),
             "tokens": _indices((begin.tokens, end.tokens) for begin, end in places),
         }
+        for kept in {tensor.kept for tensor in self._tensors.values()}:
+            along = StateKind.STACK, kept
+            spans = ((begin.along(*along), end.along(*along)) for begin, end in places)
+            index["entries" if kept == 1 else f"entries.{kept}"] = _indices(spans)
         io = session.io_binding()
         for value in session.get_inputs():
             if value.name in index:

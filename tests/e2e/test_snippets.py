@@ -42,6 +42,7 @@ NOT_RUN = {
     'concertina generate "def " -m python-4k --address HOST': "needs a host and a certificate",
     "concertina score data/notes": "needs a dataset; tests/concertina/cli",
     "concertina score book.txt": "needs a book; tests/concertina/cli",
+    "concertina demo": "does not end; tests/server/http/page/test_chaos.py",
     "concertina serve": "does not end; tests/e2e and tests/server/hosts start servers",
     "concertina gateway": "does not end; tests/server/http starts gateways",
     "concertina loadtest": "takes a minute; tests/loadtest",
@@ -54,6 +55,8 @@ NOT_RUN = {
     "concertina bench": "takes minutes to hours; tests/loadtest/bench",
     "python -m": "takes minutes; the modules have tests of their own",
     "make": "CI runs it",
+    "make demo-chat": "takes minutes; tests/server/hosts/test_demo_chat.py",
+    "concertina demo-chat": "takes minutes; tests/server/hosts/test_demo_chat.py",
     "bash .ci/run": "is what runs this",
     "bash loadtest/bench/gpu.sh": "needs a GPU; tests/loadtest/bench/test_gpu_script.py",
     "source .venv": "there is none where the tools lie elsewhere",
@@ -66,6 +69,7 @@ NOT_RUN = {
     "node": "tests/examples runs it",
     "export CONCERTINA_SNAPSHOT_KEY": "the fixture sets it",
     "grpcurl": "is not ours",
+    "llm": "is not ours; tests/clients",
     "helm install": "needs a cluster; tests/helm",
 }
 PARSED = (

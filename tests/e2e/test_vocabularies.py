@@ -24,7 +24,7 @@ from tests.e2e.servers import START_SECONDS, Server, concertina, serving, stop
 from tests.model.pretrained.folders import tensors
 from tests.model.pretrained.test_gguf import write_gguf
 from tests.model.pretrained.test_vocabulary import fields
-from tests.pretrained_bundles import LLAMA, make_pretrained_bundle
+from tests.pretrained_bundles import FOLDED_LLAMA, LLAMA, make_pretrained_bundle
 from tests.tokenizers_made import BYTE_LEVEL, trained
 
 pytestmark = pytest.mark.slow
@@ -109,8 +109,12 @@ def wanted(seed: int) -> pb.GenerateRequest:
     return request
 
 
-def test_streams_of_a_killed_server_go_on_at_another(bundle: Path, options: list[str]) -> None:
+@pytest.mark.parametrize("kind", [LLAMA, FOLDED_LLAMA])
+def test_streams_of_a_killed_server_go_on_at_another(
+    kind: str, tiny_bundles: Path, options: list[str]
+) -> None:
     """Both run from the beginning on. Tokens and text are those of streams without a break."""
+    bundle = make_pretrained_bundle(tiny_bundles, kind, CONTEXT)
     seeds = range(4)
     readers = [Reader() for _ in seeds]
     with serving(str(bundle), *options) as last:
@@ -134,7 +138,7 @@ def test_streams_of_a_killed_server_go_on_at_another(bundle: Path, options: list
                 assert (reader.ids, reader.text) == (twin.ids, twin.text)
                 assert len({*reader.text}) > 3
         assert last.metric("concertina_streams_resumed_total", source="store") == len(seeds)
-        name = f"tiny-{LLAMA}"
+        name = f"tiny-{kind}"
         generated = last.metric("concertina_generation_tokens_total", model_name=name)
         assert generated >= len(seeds) * TOKENS
         prompts = last.metric("concertina_prompt_tokens_total", model_name=name)

@@ -34,6 +34,11 @@ def copied(fixed_bundle: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def ready_graphs(fixed_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exports take seconds; here they copy what `fixed_bundle` holds, but for int8 caches."""
+    copy_graphs(fixed_bundle, monkeypatch)
+
+
+def copy_graphs(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let exports copy what `bundle` holds, but for int8 caches."""
     for part in ("step", "fold"):
         written = getattr(export.bundle, f"export_{part}")
 
@@ -48,7 +53,7 @@ def ready_graphs(fixed_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             if units:
                 write(model, path, data_type, *units)
             else:
-                shutil.copy(fixed_bundle / path.name, path)
+                shutil.copy(bundle / path.name, path)
 
         monkeypatch.setattr(export.bundle, f"export_{part}", copy)
 

@@ -83,7 +83,13 @@ def _misfit(
 
 
 @pytest.fixture(
-    params=["fixed", "full", "logsparse", pytest.param("mixture", marks=pytest.mark.slow)]
+    params=[
+        *("fixed", "full", "logsparse", "folded:fitted"),
+        *(
+            pytest.param(pattern, marks=pytest.mark.slow)
+            for pattern in ("mixture", "folded:max", "folded:tangent")
+        ),
+    ]
 )
 def half_bundle(request: pytest.FixtureRequest, tiny_bundles: Path) -> Path:
     return export_tiny(tiny_bundles, request.param, half=True)

@@ -110,9 +110,10 @@ def test_the_knee_is_the_last_point_before_the_server_saturates() -> None:
 
 
 async def test_a_sweep_runs_to_the_knee_and_not_beyond(serve: Serve) -> None:
+    prompts: list[tuple[int, ...]] = []
+
     async def script(request: pb.GenerateRequest, _: Context) -> Stream:
-        if request.sampling.seed == 0:
-            return
+        prompts.append(tuple(request.prompt.tokens.ids))
         for event in keep_contract(request):
             yield event
 
@@ -131,6 +132,7 @@ async def test_a_sweep_runs_to_the_knee_and_not_beyond(serve: Serve) -> None:
     for point, run in zip(contexts.points, contexts.runs, strict=True):
         assert {r.prompt_tokens + 5 for r in run.records} == {point.value}
         assert point.report.whole == 4 and not point.saturated
+    assert len({ids[:8] for ids in prompts}) == len(prompts)  # none begins as another does
     assert contexts.knee == ""
     # Nobody gets a first token within a millisecond of a call.
     rates = await swept("rate=50..200", requests=8, warmup=0)

@@ -207,4 +207,37 @@ MUTANTS = (
             "test_bundles_that_give_no_weights_are_named",
         ),
     ),
+    *bugs(
+        "model/uptraining/keys.py",
+        "tests/model/uptraining/test_keys.py",
+        (
+            "questions stand one token late",
+            "length + torch.arange(len(each))",
+            "length + 1 + torch.arange(len(each))",
+            "test_a_question_is_answered_as_if_it_came_alone",
+        ),
+        (
+            "a question forgets what its own tokens fold",
+            "pattern.summaries(q, k, v) if isinstance(pattern, Folded)",
+            "pattern.summaries(q[:, :, :begin], k[:, :, :begin], v[:, :, :begin]) "
+            "if isinstance(pattern, Folded)",
+            "test_a_question_is_answered_as_if_it_came_alone",
+        ),
+        (
+            "digits are compared one token late",
+            "logits[-question.key - 1 : -1]",
+            "logits[-question.key :]",
+            "test_a_digit_is_right_if_it_is_the_most_likely_one",
+        ),
+    ),
+    *bugs(
+        "model/uptraining/sizes.py",
+        "tests/model/uptraining/test_sizes.py",
+        (
+            "a window is reported to keep an entry of every block",
+            "schedule.entries(length, kept)",
+            "schedule.entries(length)",
+            "test_entries_are_those_of_the_patterns",
+        ),
+    ),
 )

@@ -29,7 +29,7 @@ from server.request import (
 from server.sessions.subscriber import Delta
 from tests.checkpoints import in_few_bits
 from tests.parity.served import TOLERANCE
-from tests.pretrained_bundles import LLAMA, MISTRAL, make_pretrained_bundle
+from tests.pretrained_bundles import FOLDED_LLAMA, LLAMA, MISTRAL, make_pretrained_bundle
 from tests.server.engines import LIMIT_S, DrivenModel, together, until
 from tests.server.tokenizer_bundles import make_tokenizer_bundle
 from tests.tokenizers_made import BYTE_FALLBACK, trained
@@ -102,7 +102,9 @@ async def read_all(model: DrivenModel, requests: list[Request]) -> list[Output]:
 @pytest.fixture(
     scope="module",
     params=[
-        *("float16", "int8", "int4", "state8", "pieces", LLAMA, MISTRAL),
+        *("float16", "int8", "int4", "state8", "pieces", LLAMA, MISTRAL, FOLDED_LLAMA),
+        f"{FOLDED_LLAMA} state8",
+        *(pytest.param(f"{FOLDED_LLAMA} {kind}", marks=slow) for kind in ("int8-state8", "int4")),
         *(pytest.param(kind, marks=slow) for kind in ("int8-state8", f"{LLAMA} int8")),
         *(pytest.param(f"{MISTRAL} {kind}", marks=slow) for kind in ("int4", "state8")),
     ],
@@ -116,7 +118,7 @@ def folder(request: pytest.FixtureRequest, tiny_bundles: Path) -> Path:
         begin = trained(BYTE_FALLBACK).token_to_id("<s>")
         return make_tokenizer_bundle(tiny_bundles / "pieces", BYTE_FALLBACK, begin_token=begin)
     kind, _, bits = request.param.rpartition(" ") if " " in request.param else ("", "", "")
-    if kind or request.param in (LLAMA, MISTRAL):
+    if kind or request.param in (LLAMA, MISTRAL, FOLDED_LLAMA):
         return in_few_bits(make_pretrained_bundle(tiny_bundles, kind or request.param), bits)
     return in_few_bits(request.getfixturevalue("text_bundle"), request.param)
 
@@ -236,9 +238,11 @@ async def test_neither_do_drafts(
     assert model.config.draft_tokens == (0 if model.bundle.pairs_rows else 5)
     refused = [record.getMessage() for record in caplog.records if "draft" in record.getMessage()]
     assert bool(refused) == model.bundle.pairs_rows
+    few, sums = model.bundle.manifest.quantisation.bits, model.bundle.rounds_sums
     for message in refused:
-        assert f"{model.bundle.manifest.quantisation.bits} bits" in message
-        assert message.endswith("without --weights")
+        assert (f"{few} bits" if few else "sums over tokens") in message
+        remedies = ["--weights"] * bool(few) + ["--state int8"] * sums
+        assert message.endswith(f"without {' and '.join(remedies)}")
     got = [(await read_all(model, [wanted(folder, n)]))[0] for n in range(len(PROMPTS))]
     assert_close(got, expected, folder)
 

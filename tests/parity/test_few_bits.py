@@ -122,6 +122,16 @@ def test_a_prompt_without_logits_leaves_the_same_state(few_bits: Path, tokens: I
         assert np.array_equal(values, states[1][name])
 
 
+def test_a_state_takes_the_bytes_that_the_manifest_says(few_bits: Path, tokens: Ints) -> None:
+    served = Served(few_bits, slots=1)
+    served.cache.begin()
+    for pushed, token in enumerate(tokens[0], start=1):
+        served.step(np.array([token]))
+        taken = sum(values.nbytes for values in served.state(0).values())
+        assert taken == sum(served.bundle.state_bytes(pushed).values())
+        assert taken <= served.bundle.peak_state_bytes(pushed)
+
+
 def test_cached_blocks_change_no_bit(few_bits: Path, tokens: Ints) -> None:
     tokens[1, : 2 * SPAN + 3] = tokens[0, : 2 * SPAN + 3]
     served = Served(few_bits, prefix_bytes=10**6)
@@ -196,7 +206,8 @@ def test_a_parked_stream_continues_to_the_bit_in_other_company(
 def test_rows_come_in_pairs_only_where_it_matters(few_bits: Path, plain: Path) -> None:
     few, other = Served(few_bits), Served(plain)
     assert few.bundle.pairs_rows == (
-        "-int" in few_bits.name or ":mean" in few.bundle.manifest.attention
+        "-int" in few_bits.name
+        or few.bundle.manifest.attention.endswith((":mean", ":tangent", ":fitted"))
     )
     if not few.bundle.pairs_rows:
         other, few = few, Served(quantise_tiny(plain, 8))

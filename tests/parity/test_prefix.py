@@ -36,7 +36,8 @@ def test_a_hit_skips_blocks_and_changes_no_logit(bundle: Path, tokens: Ints) -> 
     assert prompted(served, tokens[0]) == 0
     served.prefill(tokens[0])
     shares = served.bundle.shares_blocks
-    assert shares == (bundle.name in ("fixed", "fixed-mean", "fixed-deepset-max", "sparse-fixed"))
+    fixed = ("fixed", "fixed-mean", "fixed-deepset-max", "sparse-fixed")
+    assert shares == (bundle.name in fixed or bundle.name.startswith("folded-"))
     skipped = prompted(served, tokens[1])
     assert skipped == (2 * SPAN if shares else 0)
     assert prompted(alone, tokens[1]) == 0
@@ -46,6 +47,27 @@ def test_a_hit_skips_blocks_and_changes_no_logit(bundle: Path, tokens: Ints) -> 
     states = [it.state(it.join()) for it in (served, alone)]
     for name, values in states[0].items():
         assert np.array_equal(values, states[1][name])
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_a_prefix_may_end_before_and_behind_a_fold(bundle: Path, blocks: int) -> None:
+    """The longer prompt has folded blocks that are read as they are where the other one ends."""
+    tokens = draw_tokens(bundle, 2, 4 * SPAN)
+    tokens[1, : blocks * SPAN] = tokens[0, : blocks * SPAN]
+    tokens[1, blocks * SPAN] = (tokens[0, blocks * SPAN] + 1) % 7
+    served, alone = Served(bundle, prefix_bytes=10**6), Served(bundle)
+    prompted(served, tokens[0])
+    served.prefill(tokens[0])
+    skipped = prompted(served, tokens[1])
+    assert skipped == (blocks * SPAN if served.bundle.shares_blocks else 0)
+    prompted(alone, tokens[1])
+    got, expected = served.prefill(tokens[1, skipped:]), alone.prefill(tokens[1])
+    assert_parity(got, expected_logits(bundle, tokens)[1, skipped:])
+    assert np.array_equal(got, expected[skipped:])
+    states = [it.state(it.join()) for it in (served, alone)]
+    for name, values in states[0].items():
+        if name in served.bundle.stacks:  # the next token sets the others
+            assert np.array_equal(values, states[1][name])
 
 
 def test_cached_blocks_are_copies(fixed_bundle: Path) -> None:

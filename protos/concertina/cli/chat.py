@@ -8,13 +8,8 @@ from typing import Annotated
 
 import typer
 
-from concertina.cli.connection import choose_model, connected
+from concertina.cli.connection import Server, choose_model, connected
 from concertina.cli.options import (
-    Address,
-    Ca,
-    Cert,
-    CertKey,
-    KeyFile,
     MaxTokens,
     MinP,
     ModelName,
@@ -24,11 +19,9 @@ from concertina.cli.options import (
     Timeout,
     TopK,
     TopP,
-    UseTls,
-    access,
 )
 from concertina.cli.printing import own_line, write_text
-from concertina.client import DEFAULT_ADDRESS, Tokens
+from concertina.client import Tokens
 
 
 def chat(
@@ -44,12 +37,8 @@ def chat(
     stop: Stop = None,
     timeout: Timeout = None,
     model: ModelName = "",
-    address: Address = DEFAULT_ADDRESS,
-    key_file: KeyFile = None,
-    tls: UseTls = False,
-    ca: Ca = None,
-    cert: Cert = None,
-    cert_key: CertKey = None,
+    *,
+    server: Server,
 ) -> None:
     """Talk with a model: it answers each line that you write, until Ctrl-D.
 
@@ -61,7 +50,7 @@ def chat(
     echo "What is a concertina?" | concertina chat
     """
     messages = [{"role": "system", "content": system}] if system else []
-    with connected(address, access(key_file, tls, ca, cert, cert_key), False) as client:
+    with connected(server) as client:
         chosen = choose_model(client, model, "text")
         for line in _lines():
             messages.append({"role": "user", "content": line})

@@ -6,11 +6,13 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import typer
 
+from concertina.cli.options import Address, Ca, Cert, CertKey, KeyFile, UseTls, access
 from concertina.client import (
+    DEFAULT_ADDRESS,
     Client,
     ConcertinaError,
     ImageFormat,
@@ -20,17 +22,27 @@ from concertina.client import (
 )
 from concertina.shown import listed
 
-if TYPE_CHECKING:
-    from concertina.client.channel import Access
-
 LOOKUP_TIMEOUT_S = 30.0
 
 
+@dataclass(frozen=True)
+class Server:
+    """Where a command finds its server, and what it shows to it: an option for each field."""
+
+    address: Address = DEFAULT_ADDRESS
+    key_file: KeyFile = None
+    tls: UseTls = False
+    ca: Ca = None
+    cert: Cert = None
+    cert_key: CertKey = None
+
+
 @contextmanager
-def connected(address: str, access: Access, json_output: bool) -> Iterator[Client]:
+def connected(server: Server, json_output: bool = False) -> Iterator[Client]:
     """A client whose errors are printed as JSON if JSON is asked for."""
+    shown = access(server.key_file, server.tls, server.ca, server.cert, server.cert_key)
     try:
-        with Client(address, key=access.key, tls=access.tls) as client:
+        with Client(server.address, key=shown.key, tls=shown.tls) as client:
             yield client
     except ConcertinaError as error:
         if not json_output:

@@ -9,15 +9,11 @@ from typing import Annotated
 
 import typer
 
-from concertina.cli.connection import choose_model, connected
+from concertina.cli.connection import Server, choose_model, connected
 from concertina.cli.inputs import read_text
 from concertina.cli.options import (
-    Address,
     AllowedTokenIds,
     BadWords,
-    Ca,
-    Cert,
-    CertKey,
     Choice,
     FrequencyPenalty,
     IgnoreEos,
@@ -25,7 +21,6 @@ from concertina.cli.options import (
     Json,
     JsonSchema,
     Keep,
-    KeyFile,
     Label,
     LogitBias,
     Logprobs,
@@ -49,12 +44,9 @@ from concertina.cli.options import (
     TopK,
     TopP,
     TypicalP,
-    UseTls,
-    access,
     logit_biases,
 )
 from concertina.cli.printing import EventPrinter, own_line, write_outputs
-from concertina.client import DEFAULT_ADDRESS
 
 
 def generate(
@@ -96,12 +88,8 @@ def generate(
     keep: Keep = None,
     timeout: Timeout = None,
     model: ModelName = "",
-    address: Address = DEFAULT_ADDRESS,
-    key_file: KeyFile = None,
-    tls: UseTls = False,
-    ca: Ca = None,
-    cert: Cert = None,
-    cert_key: CertKey = None,
+    *,
+    server: Server,
     json_output: Json = False,
 ) -> None:
     """Write text to standard output as it is generated.
@@ -123,7 +111,7 @@ def generate(
         raise typer.BadParameter("give the prompt as an argument or as --prompt-file, not both")
     biases = logit_biases(logit_bias)
     text = read_text(prompt_file or Path("-")) if prompt_file or prompt == "-" else prompt
-    with connected(address, access(key_file, tls, ca, cert, cert_key), json_output) as client:
+    with connected(server, json_output) as client:
         chosen = choose_model(client, model, "text")
         stream = client.generate(
             text or None,

@@ -7,6 +7,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from typing import Annotated, Any, NamedTuple
 
 import typer
@@ -38,7 +39,8 @@ class Command(NamedTuple):
 
     load: imports the command and returns it: a typer-annotated function, or a `typer.Typer`.
 
-    A function's docstring is its help page. The lines after `Examples:` (or `Example:`), one
+    A parameter that is a dataclass stands for an option for each of its fields. A function's
+    docstring is its help page. The lines after `Examples:` (or `Example:`), one
     command each, are shown below the options. The commands of a `typer.Typer` work the same way.
     """
 
@@ -147,14 +149,16 @@ def load(name: str, command: Command) -> Any:
         raise CommandUnavailable(name, error) from None
     if isinstance(target, typer.Typer):
         for one in target.registered_commands:
+            assert one.callback is not None
             one.help, one.epilog = _help(one.callback)
+            one.callback = _spread(one.callback)
     else:
         function = target
         target = typer.Typer(
             add_completion=False, context_settings=_HELP_NAMES, rich_markup_mode="rich"
         )
         text, epilog = _help(function)
-        target.command(name, help=text, epilog=epilog)(_guarded(name, function))
+        target.command(name, help=text, epilog=epilog)(_guarded(name, _spread(function)))
     return typer.main.get_command(target)
 
 
@@ -166,6 +170,33 @@ def _guarded(name: str, function: Callable[..., None]) -> Callable[..., None]:
         except ModuleNotFoundError as error:
             raise CommandUnavailable(name, error) from None
 
+    return run
+
+
+def _spread(function: Callable[..., None]) -> Callable[..., None]:
+    """The function, with each parameter that is a dataclass replaced by the fields of it."""
+    given = inspect.signature(function, eval_str=True).parameters.values()
+    groups: dict[str, Callable[..., object]] = {
+        each.name: each.annotation
+        for each in given
+        if isinstance(each.annotation, type) and is_dataclass(each.annotation)
+    }
+    if not groups:
+        return function
+    parts = {
+        name: [*inspect.signature(group, eval_str=True).parameters.values()]
+        for name, group in groups.items()
+    }
+    flat = [part for each in given for part in parts.get(each.name, [each])]
+
+    @functools.wraps(function)
+    def run(**options: Any) -> None:
+        for name, group in groups.items():
+            options[name] = group(**{part.name: options.pop(part.name) for part in parts[name]})
+        function(**options)
+
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    run.__signature__ = inspect.Signature([each.replace(kind=keyword) for each in flat])  # type: ignore[attr-defined]
     return run
 
 

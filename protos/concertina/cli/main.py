@@ -20,6 +20,12 @@ def _demo() -> Any:
     return demo
 
 
+def _demo_chat() -> Any:
+    from server.hosts.demo_chat import demo_chat
+
+    return demo_chat
+
+
 def _serve() -> Any:
     from server.hosts.serve import serve
 
@@ -130,6 +136,7 @@ def _compare() -> Any:
 
 COMMANDS = {
     "demo": Command("Serve the bundled models and watch them write.", _demo),
+    "demo-chat": Command("Make a model remember less, and chat with it.", _demo_chat),
     "serve": Command("Serve bundles over gRPC.", _serve),
     "gateway": Command("Answer OpenAI's HTTP API for a server.", _gateway),
     "keys": Command("Say who may call a server.", _keys),

@@ -12,32 +12,20 @@ from rich import box
 from rich.filesize import decimal
 from rich.table import Table
 
-from concertina.cli.connection import LOOKUP_TIMEOUT_S, choose_model, connected
+from concertina.cli.connection import LOOKUP_TIMEOUT_S, Server, choose_model, connected
 from concertina.cli.inputs import read_text
 from concertina.cli.options import (
-    Address,
-    Ca,
-    Cert,
-    CertKey,
     Json,
-    KeyFile,
     ModelName,
     Timeout,
-    UseTls,
-    access,
 )
 from concertina.cli.output import print_whole
 from concertina.cli.printing import event_json
-from concertina.client import DEFAULT_ADDRESS, Model
+from concertina.client import Model
 
 
 def models(
-    address: Address = DEFAULT_ADDRESS,
-    key_file: KeyFile = None,
-    tls: UseTls = False,
-    ca: Ca = None,
-    cert: Cert = None,
-    cert_key: CertKey = None,
+    server: Server,
     json_output: Json = False,
 ) -> None:
     """List what a server serves.
@@ -47,7 +35,7 @@ def models(
     concertina models --json | jq .name
     CONCERTINA_ADDRESS=127.0.0.1:9001 concertina models
     """
-    with connected(address, access(key_file, tls, ca, cert, cert_key), json_output) as client:
+    with connected(server, json_output) as client:
         served = client.models(timeout=LOOKUP_TIMEOUT_S)
     if json_output:
         for model in served:
@@ -72,8 +60,12 @@ def models(
 
 
 def _heldout(model: Model) -> Iterator[str]:
+    series = [name for name in model.metrics if any(map(str.isdigit, name))]  # at a length, say
     for name, value in model.metrics.items():
-        yield f"{value:.3f} {name}"
+        if name not in series:
+            yield f"{value:.3f} {name}"
+    if series:
+        yield f"and {len(series)} more with --json"
     if model.weights.startswith("int"):
         yield f"{model.weights_loss:+.3f} as {model.weights}"
     if model.state == "int8":
@@ -84,12 +76,8 @@ def tokenize(
     text: Annotated[str, typer.Argument(help="Text to take apart; - reads it from stdin.")],
     timeout: Timeout = None,
     model: ModelName = "",
-    address: Address = DEFAULT_ADDRESS,
-    key_file: KeyFile = None,
-    tls: UseTls = False,
-    ca: Ca = None,
-    cert: Cert = None,
-    cert_key: CertKey = None,
+    *,
+    server: Server,
     json_output: Json = False,
 ) -> None:
     """Show the tokens that a model takes a text for: a line for each, with its id and its bytes.
@@ -101,7 +89,7 @@ def tokenize(
     concertina tokenize - --json < main.py
     """
     content = read_text(Path(text)) if text == "-" else text
-    with connected(address, access(key_file, tls, ca, cert, cert_key), json_output) as client:
+    with connected(server, json_output) as client:
         chosen = choose_model(client, model, "text")
         tokens = client.tokenize(content, model=chosen.name, timeout=timeout)
     for token, piece in zip(tokens.ids, tokens.pieces, strict=True):

@@ -11,15 +11,10 @@ from rich.console import Console
 from rich.live import Live
 
 from concertina.cli.canvas import Canvas, Easel
-from concertina.cli.connection import choose_model, connected, image_format
+from concertina.cli.connection import Server, choose_model, connected, image_format
 from concertina.cli.inputs import image_of, read_input, rows_of
 from concertina.cli.options import (
-    Address,
-    Ca,
-    Cert,
-    CertKey,
     Json,
-    KeyFile,
     Label,
     MinP,
     ModelName,
@@ -30,13 +25,11 @@ from concertina.cli.options import (
     Timeout,
     TopK,
     TopP,
-    UseTls,
-    access,
     png_file,
 )
 from concertina.cli.output import plain_console
 from concertina.cli.printing import EventPrinter
-from concertina.client import DEFAULT_ADDRESS, ImageFormat
+from concertina.client import ImageFormat
 from concertina.codecs.image_files import MOST_PIXELS, most_scale
 from concertina.codecs.pixels import in_palette, on_white
 
@@ -67,12 +60,8 @@ def paint(
     priority: Priority = None,
     timeout: Timeout = None,
     model: ModelName = "",
-    address: Address = DEFAULT_ADDRESS,
-    key_file: KeyFile = None,
-    tls: UseTls = False,
-    ca: Ca = None,
-    cert: Cert = None,
-    cert_key: CertKey = None,
+    *,
+    server: Server,
     json_output: Json = False,
 ) -> None:
     """Paint an image in the terminal as it is generated.
@@ -85,7 +74,7 @@ def paint(
     concertina paint --out image.png --scale 16
     concertina paint --complete half.png --out whole.png
     """
-    with connected(address, access(key_file, tls, ca, cert, cert_key), json_output) as client:
+    with connected(server, json_output) as client:
         chosen = choose_model(client, model, "image")
         size = image_format(chosen)
         if out is not None:

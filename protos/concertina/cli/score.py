@@ -10,20 +10,13 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from concertina.cli.connection import choose_model, connected, image_format, modalities
+from concertina.cli.connection import Server, choose_model, connected, image_format, modalities
 from concertina.cli.inputs import image_of, read_input, rows_of, text_of
 from concertina.cli.options import (
-    Address,
-    Ca,
-    Cert,
-    CertKey,
     Json,
-    KeyFile,
     Label,
     ModelName,
     Timeout,
-    UseTls,
-    access,
     file_or_dataset,
 )
 from concertina.cli.output import counted
@@ -36,7 +29,7 @@ from concertina.cli.windows import (
     spread,
     text_windows,
 )
-from concertina.client import DEFAULT_ADDRESS, Client, InvalidRequest, Model, Score
+from concertina.client import Client, InvalidRequest, Model, Score
 from concertina.client.requests import PromptLike
 
 
@@ -58,12 +51,8 @@ def score(
     label: Label = None,
     timeout: Timeout = None,
     model: ModelName = "",
-    address: Address = DEFAULT_ADDRESS,
-    key_file: KeyFile = None,
-    tls: UseTls = False,
-    ca: Ca = None,
-    cert: Cert = None,
-    cert_key: CertKey = None,
+    *,
+    server: Server,
     json_output: Json = False,
 ) -> None:
     """Measure how well a model predicts a text (bits per byte) or an image (bits per dimension).
@@ -83,7 +72,7 @@ def score(
     concertina score book.txt --stride 2048
     concertina score data/notes --limit 100
     """
-    with connected(address, access(key_file, tls, ca, cert, cert_key), json_output) as client:
+    with connected(server, json_output) as client:
         chosen, prompt = _model_and_prompt(client, model, file)
         windows = _windows(client, chosen, prompt, stride)
         if windows:

@@ -16,16 +16,11 @@ from rich import box
 from rich.filesize import decimal
 from rich.table import Table
 
-from concertina.cli.connection import connected
+from concertina.cli.connection import Server, connected
 from concertina.cli.options import (
-    Address,
-    Ca,
-    Cert,
-    CertKey,
     Copies,
     IgnoreEos,
     Json,
-    KeyFile,
     MaxTokens,
     Seed,
     Stop,
@@ -34,13 +29,11 @@ from concertina.cli.options import (
     Timeout,
     TopK,
     TopP,
-    UseTls,
-    access,
     readable_file,
 )
 from concertina.cli.output import print_whole
 from concertina.cli.printing import EventPrinter, own_line, write_outputs
-from concertina.client import DEFAULT_ADDRESS, Session
+from concertina.client import Session
 
 Name: TypeAlias = Annotated[str, typer.Argument(metavar="ID", help="Name of the stream.")]
 _TIMEOUT_S = 60.0
@@ -57,12 +50,7 @@ sessions = typer.Typer(
 
 @sessions.command("list")
 def list_sessions(
-    address: Address = DEFAULT_ADDRESS,
-    key_file: KeyFile = None,
-    tls: UseTls = False,
-    ca: Ca = None,
-    cert: Cert = None,
-    cert_key: CertKey = None,
+    server: Server,
     json_output: Json = False,
 ) -> None:
     """List your sessions: those in the replica that answers, and those in the store.
@@ -71,7 +59,7 @@ def list_sessions(
     concertina sessions list
     concertina sessions list --json | jq .stream_id
     """
-    with connected(address, access(key_file, tls, ca, cert, cert_key), json_output) as client:
+    with connected(server, json_output) as client:
         found = client.sessions.list(timeout=_TIMEOUT_S)
     if json_output:
         for session in found:
@@ -98,12 +86,7 @@ def list_sessions(
 @sessions.command()
 def pause(
     name: Name,
-    address: Address = DEFAULT_ADDRESS,
-    key_file: KeyFile = None,
-    tls: UseTls = False,
-    ca: Ca = None,
-    cert: Cert = None,
-    cert_key: CertKey = None,
+    server: Server,
     json_output: Json = False,
 ) -> None:
     """Stop a stream where it is and keep its state. Its reader sees it end with `paused`.
@@ -111,7 +94,7 @@ def pause(
     Example:
     concertina sessions pause 3aT0wXzKq9mJ2b7c
     """
-    with connected(address, access(key_file, tls, ca, cert, cert_key), json_output) as client:
+    with connected(server, json_output) as client:
         session = client.sessions.pause(name, timeout=_TIMEOUT_S)
     _print(session, json_output)
 
@@ -129,12 +112,8 @@ def continue_(
     ignore_eos: IgnoreEos = None,
     time_limit: TimeLimit = None,
     timeout: Timeout = None,
-    address: Address = DEFAULT_ADDRESS,
-    key_file: KeyFile = None,
-    tls: UseTls = False,
-    ca: Ca = None,
-    cert: Cert = None,
-    cert_key: CertKey = None,
+    *,
+    server: Server,
     json_output: Json = False,
 ) -> None:
     """Continue a paused or finished stream, and write the text as it is generated.
@@ -145,7 +124,7 @@ def continue_(
     concertina sessions continue 3aT0wXzKq9mJ2b7c
     concertina sessions continue 3aT0wXzKq9mJ2b7c "def main():" -n 200
     """
-    with connected(address, access(key_file, tls, ca, cert, cert_key), json_output) as client:
+    with connected(server, json_output) as client:
         stream = client.sessions.continue_(
             name,
             prompt,
@@ -173,12 +152,8 @@ def continue_(
 def fork(
     name: Name,
     copies: Copies = 1,
-    address: Address = DEFAULT_ADDRESS,
-    key_file: KeyFile = None,
-    tls: UseTls = False,
-    ca: Ca = None,
-    cert: Cert = None,
-    cert_key: CertKey = None,
+    *,
+    server: Server,
     json_output: Json = False,
 ) -> None:
     """Make paused copies of a session, each with its own seed. Prints their names.
@@ -187,7 +162,7 @@ def fork(
     concertina sessions fork 3aT0wXzKq9mJ2b7c --n 4
     concertina sessions continue $(concertina sessions fork 3aT0wXzKq9mJ2b7c)
     """
-    with connected(address, access(key_file, tls, ca, cert, cert_key), json_output) as client:
+    with connected(server, json_output) as client:
         for copy in client.sessions.fork(name, copies, timeout=_TIMEOUT_S):
             print(json.dumps({"stream_id": copy}) if json_output else copy)
 
@@ -198,12 +173,7 @@ def export(
     out: Annotated[
         Path, typer.Option("--out", "-o", dir_okay=False, help="File to write; - is stdout.")
     ],
-    address: Address = DEFAULT_ADDRESS,
-    key_file: KeyFile = None,
-    tls: UseTls = False,
-    ca: Ca = None,
-    cert: Cert = None,
-    cert_key: CertKey = None,
+    server: Server,
     json_output: Json = False,
 ) -> None:
     """Write the snapshot of a session to a file. Only servers with the same key can open it.
@@ -211,7 +181,7 @@ def export(
     Example:
     concertina sessions export 3aT0wXzKq9mJ2b7c -o story.snapshot
     """
-    with connected(address, access(key_file, tls, ca, cert, cert_key), json_output) as client:
+    with connected(server, json_output) as client:
         snapshot = client.sessions.export(name, timeout=_TIMEOUT_S)
     if out == Path("-"):
         sys.stdout.buffer.write(snapshot)
@@ -228,12 +198,7 @@ def import_(
     file: Annotated[
         Path, typer.Argument(callback=readable_file, help="What `export` wrote; - is stdin.")
     ],
-    address: Address = DEFAULT_ADDRESS,
-    key_file: KeyFile = None,
-    tls: UseTls = False,
-    ca: Ca = None,
-    cert: Cert = None,
-    cert_key: CertKey = None,
+    server: Server,
     json_output: Json = False,
 ) -> None:
     """Make a session from a snapshot. Prints its name.
@@ -243,7 +208,7 @@ def import_(
     concertina sessions continue $(concertina sessions import story.snapshot)
     """
     snapshot = sys.stdin.buffer.read() if file == Path("-") else file.read_bytes()
-    with connected(address, access(key_file, tls, ca, cert, cert_key), json_output) as client:
+    with connected(server, json_output) as client:
         session = client.sessions.import_(snapshot, timeout=_TIMEOUT_S)
     print(_json(session) if json_output else session.stream_id)
 
@@ -251,12 +216,7 @@ def import_(
 @sessions.command()
 def delete(
     names: Annotated[list[str], typer.Argument(metavar="ID...", help="Names of streams.")],
-    address: Address = DEFAULT_ADDRESS,
-    key_file: KeyFile = None,
-    tls: UseTls = False,
-    ca: Ca = None,
-    cert: Cert = None,
-    cert_key: CertKey = None,
+    server: Server,
     json_output: Json = False,
 ) -> None:
     """End streams that run, and forget their sessions. An unknown name is no error.
@@ -265,7 +225,7 @@ def delete(
     concertina sessions delete 3aT0wXzKq9mJ2b7c
     concertina sessions list --json | jq -r .stream_id | xargs concertina sessions delete
     """
-    with connected(address, access(key_file, tls, ca, cert, cert_key), json_output) as client:
+    with connected(server, json_output) as client:
         for name in names:
             client.sessions.delete(name, timeout=_TIMEOUT_S)
             if json_output:

@@ -42,6 +42,7 @@ from concertina.client.events import (
     Tokens,
     Usage,
 )
+from concertina.client.layout import Fold, StateTensor
 from concertina.client.models import ImageFormat, Model, Score, TokenList
 from concertina.client.parameters import ContinueParameters, GenerateParameters
 from concertina.client.sessions import AsyncSessions, Session, SessionPhase, Sessions
@@ -64,6 +65,7 @@ __all__ = [
     "Event",
     "FinishReason",
     "Finished",
+    "Fold",
     "GenerateParameters",
     "GenerationFailed",
     "ImageFormat",
@@ -83,6 +85,7 @@ __all__ = [
     "SessionUnsuitable",
     "Sessions",
     "SnapshotRefused",
+    "StateTensor",
     "Stopping",
     "Stream",
     "StreamCut",

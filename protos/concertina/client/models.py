@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from concertina.client.layout import Fold, StateTensor, fold_of, tensors_of
 from concertina.v1 import bundle_pb2, generation_service_pb2, model_service_pb2
 
 
@@ -33,6 +34,7 @@ class Model:
     state_loss: bits per held-out byte or pixel that `int8` costs compared with `float32`.
     has_tokenizer: whether tokens are pieces of text, which `tokenize` gives, and not its bytes.
     begin_token: the token that stands before every prompt; None if it is no id, or there is none.
+    tensors: what the state of a stream is made of. fold: when it folds; None if it never does.
     """
 
     name: str
@@ -55,6 +57,8 @@ class Model:
     max_state_bytes: int
     has_tokenizer: bool = False
     begin_token: int | None = None
+    tensors: tuple[StateTensor, ...] = ()
+    fold: Fold | None = None
 
     @property
     def counts_first_token(self) -> bool:
@@ -144,6 +148,8 @@ def model_from(model: model_service_pb2.Model) -> Model:
         max_state_bytes=model.max_state_bytes,
         has_tokenizer=manifest.HasField("tokenizer"),
         begin_token=tokenizer.begin_token if tokenizer.HasField("begin_token") else None,
+        tensors=tensors_of(manifest),
+        fold=fold_of(manifest),
     )
 
 

@@ -1,4 +1,4 @@
-"""Losses by position and pass keys, as the parallel model has them."""
+"""Losses by position, as the parallel model has them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,10 @@ import torch
 from torch.nn import functional as F
 
 from model.layers.architecture import Folding
-from model.uptraining.measure import Keys, key_cases, keys_found, last_quarter, losses
+from model.uptraining.measure import last_quarter, losses
 from tests.checkpoints import folded_config, random_decoder
 
 MODEL = random_decoder(folded_config(Folding(("full", "fold", "window"), 1, 1, "fitted"), 600))
-
-
-def by_letters(text: str) -> np.ndarray:
-    return np.frombuffer(text.encode(), np.uint8).astype(np.int64) % 7
 
 
 def test_losses_are_those_of_each_quarter() -> None:
@@ -44,35 +40,3 @@ def test_a_difference_has_the_error_of_its_pairs() -> None:
     pairs = np.subtract(one.last_by_window, other.last_by_window)
     assert gain == pytest.approx(pairs.mean()) and error == pytest.approx(pairs.std(ddof=1) / 2)
     assert np.isnan(last_quarter(losses(MODEL, tokens[:1]), losses(MODEL, tokens[1:2]))[1])
-
-
-def test_a_case_tells_a_key_early_and_asks_for_it_at_its_end() -> None:
-    hay = torch.full((6, 400), 9)
-    cases = key_cases(hay, by_letters, 300)
-    assert cases[0].tokens.equal(key_cases(hay, by_letters, 300)[0].tokens)
-    depths = set()
-    for case in cases:
-        tokens = case.tokens.tolist()
-        assert len(tokens) == 300 and case.key == 5
-        told, asked = (
-            by_letters(text).tolist() for text in ("\nThe pass key is ", " pass key is ")
-        )
-        depth = tokens.index(told[0])
-        assert tokens[depth : depth + len(told)] == told and tokens[:depth] == [9] * depth
-        key = tokens[depth + len(told) :][:5]
-        assert tokens[-5 - len(asked) :] == asked + key
-        assert depth < 150
-        depths.add(depth)
-    assert len(depths) > 3
-
-
-def test_a_digit_is_right_if_it_is_the_most_likely_one() -> None:
-    hay = torch.randint(7, (8, 300), generator=torch.Generator().manual_seed(1))
-    cases = key_cases(hay, by_letters, 300)
-    right = 0
-    with torch.no_grad():
-        for case in cases:
-            chosen = MODEL(case.tokens[None])[0].argmax(-1)
-            right += sum(int(chosen[n - 1]) == int(case.tokens[n]) for n in range(295, 300))
-    assert 0 < right < 40
-    assert keys_found(MODEL, cases) == Keys(300, right / 40, 8)

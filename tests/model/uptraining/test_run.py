@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +20,10 @@ from model.report import REPORT
 from model.run import CHECKPOINT, CONFIG, RunError, load_checkpoint
 from model.uptraining.choose import BudgetError
 from model.uptraining.compared import TITLES, Comparison, Measured, Variant, verdict
-from model.uptraining.measure import Keys, Losses, losses
+from model.uptraining.keys import Keys
+from model.uptraining.measure import Losses, losses
 from model.uptraining.run import Settings, uptrain
+from model.uptraining.sizes import Size
 from model.uptraining.summaries import PASS, FitConfig, Fitted, Interrupted
 from model.uptraining.texts import encoder, windows
 from model.uptraining.weights import given_weights
@@ -172,7 +175,10 @@ def made_up(run: Path, gain: float) -> Comparison:
     window = replace(config, span=8, architecture=replace(config.architecture, folding=layers))
     lost = Losses(256, (2.0, 1.0, 1.0, 1.0), (1.0, 1.0))
     variants: list[Variant] = ["full", "swapped", "folded", "window"]
-    measured = [Measured(each, 0.5, (lost,), (Keys(256, 0.75, 2),)) for each in variants]
+    keys = Keys(256, (0.5, 1.0, 0.75, 0.75, 0.75), 10)
+    kept = Size(256, (256, 40, 40), 43_008, 0.0125)
+    untimed = Size(512, (512, 44, 44), 76_800, float("nan"))
+    measured = [Measured(each, 0.5, (lost,), (keys,), (kept, untimed)) for each in variants]
     return Comparison(tuple(measured), window, gain, 0.01)
 
 
@@ -190,10 +196,22 @@ def test_what_loses_to_windows_does_not_fold(
         assert out.metrics["window_nats_256"] == 1.25
         assert out.metrics["folded_last_quarter_nats_256"] == 1.0
         assert out.metrics["full_keys_256"] == 0.75
+        assert out.metrics["full_keys_256_at_30%"] == 1.0
+        assert out.metrics["folded_entries_256"] == 336
+        assert out.metrics["window_bytes_512"] == 76_800
+        assert out.metrics["window_step_ms_256"] == 12.5
+        assert "window_step_ms_512" not in out.metrics
         report = (tmp_path / name / REPORT).read_text()
         other = "windows" if name == "folds" else "folds"
         assert f"{name} lose 0.100 ± 0.020 nats a token less than {other}" in report
-        assert "<td>first blocks and sliding windows</td><td>0.500</td><td>256</td>" in report
+        windows_of = "<td>first blocks and sliding windows</td>"
+        assert f"{windows_of}<td>0.500</td><td>256</td>" in report
+        cells = "<td>256</td><td>256</td><td>40</td><td>0.0</td><td>12.5</td>"
+        assert f"{windows_of}{cells}" in report
+        assert "<td>512</td><td>512</td><td>44</td><td>0.1</td><td>·</td>" in report
+        row = report.split("<figcaption>full attention</figcaption>")[1].split("</figure>")[0]
+        assert re.findall(r"<td[^>]*>([^<]*)</td>", row) == ["0.50", "1.00", "0.75", "0.75", "0.75"]
+        assert re.findall(r"/ (\S+)\)", row)[:2] == ["0.50", "1.00"]
 
 
 def test_every_variant_is_measured_on_the_same_text(run: Path, tmp_path: Path) -> None:
@@ -209,6 +227,8 @@ def test_every_variant_is_measured_on_the_same_text(run: Path, tmp_path: Path) -
     slides = given_weights(found.window, full.model)
     assert by_name["window"].losses == (losses(slides, hay),)
     assert by_name["window"].share >= by_name["folded"].share
+    assert [len(each.keys[0].by_depth) for each in found.measured] == [5] * 4
+    assert by_name["folded"].sizes[0].entries != by_name["window"].sizes[0].entries
     assert by_name["folded"].losses != by_name["swapped"].losses
     pairs = zip(
         by_name["window"].losses[0].last_by_window,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from server.arrays import Ints, State
-from server.engine.prefix_cache import PrefixCache
+from server.engine.prefix_cache import PrefixCache, added, joined
 
 SPAN = 3
 
@@ -140,3 +140,28 @@ def test_any_course_of_events(seed: int) -> None:
             assert found(cache, text) == text[: len(text) // SPAN * SPAN]
         assert cache.nbytes <= 6 * size
         assert cache.nbytes == size * len(cache)
+
+
+@pytest.mark.parametrize("kept", [0, 1, SPAN])
+@pytest.mark.parametrize("newest", range(4))
+@pytest.mark.parametrize("first", range(3))
+def test_what_blocks_add_is_the_stack_that_they_left(first: int, newest: int, kept: int) -> None:
+    """An entry is its token's number; a summary is that of its block's first token, and a half."""
+    stack, parts = np.zeros((2, 0, 5)), []
+    for block in range(9):
+        raw = np.arange(block * SPAN, (block + 1) * SPAN) + np.zeros((2, 5, SPAN))
+        stack = np.concatenate((stack, raw.swapaxes(1, 2)), axis=1)
+        left = block - newest  # the window, if it is no longer one of the first blocks
+        is_folded = left >= first and kept < SPAN
+        if is_folded:
+            begin = stack.shape[1] - (1 + newest) * SPAN
+            summary = np.full((2, kept, 5), left * SPAN + 0.5)
+            stack = np.concatenate((stack[:, :begin], summary, stack[:, begin + SPAN :]), axis=1)
+        taken = kept + newest * SPAN if is_folded else SPAN
+        if is_folded and not kept:
+            taken = SPAN if newest else 0
+        part = stack[:, stack.shape[1] - taken :]
+        parts.append(added(part, SPAN, is_folded and kept == 1))
+        assert parts[-1].shape[1] <= SPAN + 1
+        folded = range(first, max(first, left + 1)) if kept < SPAN else range(0)
+        assert np.array_equal(joined(parts, SPAN, folded), stack)

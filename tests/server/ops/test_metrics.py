@@ -1,16 +1,21 @@
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 
 import numpy as np
 import pytest
-from prometheus_client import REGISTRY
+from prometheus_client import REGISTRY, generate_latest
 
+import concertina
 from concertina.bundle.resources import KIND_NAMES
 from server.bundles.bundle import Bundle
-from server.checkpoint import Finish
-from server.errors import Overloaded
-from server.ops import metrics
+from server.checkpoint import Finish, FinishReason
+from server.engine.admission import Pace, Weight, check
+from server.engine.updates import HandedOver, Scored, outcome
+from server.errors import Overloaded, StepFailed
+from server.ops import engine_metrics
+from server.ops.engine_metrics import EngineMetrics, Lived
 from tests.server.engines import (
     DrivenModel,
     Gate,
@@ -87,7 +92,7 @@ async def test_a_step_counts_once_and_its_tokens_all(text: Bundle, start: Start)
 async def test_steps_show_while_their_stream_runs(
     text: Bundle, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(metrics, "GAUGE_INTERVAL_S", 0.0)  # after every step
+    monkeypatch.setattr(engine_metrics, "GAUGE_INTERVAL_S", 0.0)  # after every step
     model, before = start(text), _counts()
     with Gate(model) as gate:
         stream = model.submit(ask(max_tokens=20))
@@ -145,7 +150,7 @@ async def test_why_streams_ended(text: Bundle, start: Start) -> None:
 async def test_metrics_of_what_an_engine_holds(
     text: Bundle, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(metrics, "GAUGE_INTERVAL_S", 0.0)  # after every step
+    monkeypatch.setattr(engine_metrics, "GAUGE_INTERVAL_S", 0.0)  # after every step
 
     def held() -> dict[str, float]:
         return {
@@ -189,3 +194,146 @@ async def test_times_are_seconds(text: Bundle, start: Start) -> None:
     assert first == pytest.approx(ending.first_token_s)
     assert whole == pytest.approx(ending.total_s, abs=0.05)
     assert gaps == pytest.approx(ending.total_s - ending.first_token_s, rel=0.2)
+
+
+def of_streams(name: str, what: str = "sum") -> float:
+    return value_of(f"stream_{name}_{what}")
+
+
+async def test_the_times_of_a_stream_are_those_of_its_parts(text: Bundle, start: Start) -> None:
+    model = start(text)
+    names = ("queue_time", "prefill_time", "decode_time", "inference_time")
+    before = {name: of_streams(f"{name}_seconds") for name in names}
+    tokens = [of_streams("prompt_tokens"), of_streams("generation_tokens")]
+    per_token = of_streams("time_per_output_token_seconds")
+    ending = (await generate(model, ask(b"some prompt", max_tokens=10))).ending
+    assert isinstance(ending, Finish)
+    grown = {name: of_streams(f"{name}_seconds") - n for name, n in before.items()}
+    assert grown["queue_time"] == pytest.approx(ending.queue_s)
+    first_s = grown["queue_time"] + grown["prefill_time"]
+    assert first_s == pytest.approx(ending.first_token_s) and grown["prefill_time"] > 0
+    parts_s = grown["prefill_time"] + grown["decode_time"]
+    assert grown["inference_time"] == pytest.approx(parts_s) and grown["decode_time"] > 0
+    seconds = of_streams("time_per_output_token_seconds") - per_token
+    assert seconds == pytest.approx(grown["decode_time"] / 9)
+    assert of_streams("prompt_tokens") - tokens[0] == 11
+    assert of_streams("generation_tokens") - tokens[1] == 10
+
+
+def lived(**changes: float | None) -> Lived:
+    given = {"total_s": 9.0, "started_s": 1.0, "first_token_s": 3.0}
+    return Lived(**{**given, "prompt_tokens": 5, "generated": 4, "preemptions": 2, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "grown"),
+    [
+        ({}, {"prefill": 2, "decode": 6, "inference": 8, "per token": 2}),
+        ({"generated": 1}, {"prefill": 2, "decode": 6, "inference": 8}),
+        # It went on here after its first token came from another server.
+        ({"first_token_s": 0.5}, {"inference": 8}),
+        ({"first_token_s": None}, {"inference": 8}),  # a score, or it ended before
+        ({"first_token_s": None, "started_s": None}, {}),  # it never left the queue
+    ],
+)
+def test_a_stream_counts_for_what_happened_here(
+    changes: dict[str, float | None], grown: dict[str, float]
+) -> None:
+    def sums() -> dict[str, float]:
+        names = ("prefill_time", "decode_time", "inference_time", "time_per_output_token")
+        values = (of_streams(f"{name}_seconds") for name in names)
+        return dict(zip(("prefill", "decode", "inference", "per token"), values, strict=True))
+
+    before, preempted = sums(), of_streams("preemptions")
+    EngineMetrics("tiny-text").finished("end", lived(**changes))
+    found = {name: n - before[name] for name, n in sums().items() if n != before[name]}
+    assert found == pytest.approx(grown)
+    assert of_streams("preemptions") - preempted == 2
+
+
+def test_a_step_with_drafts_counts_one_stream_and_all_its_tokens() -> None:
+    engine, before = EngineMetrics("tiny-text"), _counts()
+    tokens = value_of("step_tokens_sum")
+    engine.stepped(1, 0.01, None, 4)
+    engine.stepped(3, 0.01, 0.02)
+    engine.observe()
+    assert value_of("step_tokens_sum") - tokens == 4 + 3
+    assert _grown(before) == {"generated": 7, "steps": 2, "rows": 4, "gaps": 1}
+
+
+async def test_folds_of_the_batch_have_a_time(text: Bundle, start: Start) -> None:
+    """A block is 8 tokens: of 20 that are drawn, two blocks fold; a prompt folds in its pass."""
+    model, before = start(text), value_of("fold_seconds_count")
+    await generate(model, ask(max_tokens=20))
+    assert value_of("fold_seconds_count") - before == 2
+    await generate(model, ask(b"x" * 16, score=True))
+    assert value_of("fold_seconds_count") - before == 2
+
+
+async def test_the_prefix_cache_says_what_was_looked_up(text: Bundle, start: Start) -> None:
+    def counts() -> tuple[float, float]:
+        return value_of("prefix_cache_queries_total"), value_of("prefix_cache_hits_total")
+
+    model, before = start(text, prefix_cache_bytes=10**6), counts()
+    for _ in range(2):
+        await generate(model, ask(b"twenty tokens, yes!!", max_tokens=1))
+    looked_up, found = (now - then for now, then in zip(counts(), before, strict=True))
+    assert (looked_up, found) == (40, 16)
+    without, before = start(text), counts()
+    await generate(without, ask(b"twenty tokens, yes!!", max_tokens=1))
+    assert counts() == before
+
+
+async def test_usage_is_the_share_of_the_limit_that_may_be_needed(
+    text: Bundle, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_metrics, "GAUGE_INTERVAL_S", 0.0)  # after every step
+    held, limit = value_of("state_limit_bytes"), 10 * text.max_state_bytes
+    model = start(text, state_limit_bytes=limit)
+    assert value_of("state_limit_bytes") - held == limit
+    with Gate(model) as gate:
+        stream = model.submit(ask(max_tokens=20))
+        await gate.held("step")
+        await gate.let_one("step")
+        assert value_of("state_usage_ratio") == text.peak_state_bytes(20) / limit
+        gate.let(float("inf"))
+        await read(model, stream)
+    model.close()
+    assert value_of("state_limit_bytes") == held and value_of("state_usage_ratio") == 0
+
+
+async def test_what_is_served_is_named_while_it_is_served(text: Bundle, start: Start) -> None:
+    labels = {
+        "version": text.manifest.version,
+        "fingerprint": text.fingerprint,
+        "attention": text.manifest.attention,
+    }
+    before = value_of("model_info", **labels)
+    model = start(text)
+    assert value_of("model_info", **labels) == before + 1
+    model.close()
+    assert value_of("model_info", **labels) == before
+    build = {"version": concertina.__version__, "python_version": platform.python_version()}
+    assert REGISTRY.get_sample_value("concertina_build_info", build) == 1
+
+
+def test_counters_are_there_before_they_count() -> None:
+    EngineMetrics("just started")
+
+    def there(name: str, **labels: str) -> bool:
+        labels = {"model_name": "just started", **labels}
+        return REGISTRY.get_sample_value(f"concertina_{name}_total", labels) == 0
+
+    assert there("streams_preempted") and there("prefix_cache_queries")
+    for ending in (
+        *(Finish(reason, None, 1, 0, 0, 0, 0) for reason in FinishReason),
+        *(Scored(()), HandedOver(), StepFailed("no"), None),
+    ):
+        assert there("streams_finished", finished_reason=outcome(ending)), ending
+    for field in ("streams", "queue_tokens", "state_bytes"):
+        refusal = check(Weight(), Weight(**{field: 2}), Weight(1, 1, 1), Pace(), 0.0)
+        assert refusal is not None and there("requests_refused", reason=refusal.reason)
+
+
+def test_nothing_says_when_it_was_made() -> None:
+    assert b"_created" not in generate_latest()

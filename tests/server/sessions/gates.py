@@ -283,6 +283,7 @@ class Stage:
 _REPLACED = (
     "server.api.",
     "server.engine.",
+    "server.ops.engine_metrics",
     "server.ops.metrics",
     "server.sessions.",
     "server.snapshots.",
