@@ -146,12 +146,15 @@ def _channel(settings: GatewaySettings) -> grpc.aio.Channel:
 
 
 def _key(request: Request) -> str:
-    """The API key of a request; empty without one. Raises HttpError."""
+    """The API key of a request; empty without one. Raises HttpError.
+
+    lm_eval sends `Bearer` without a key when it has none.
+    """
     given = request.headers.get("authorization", "")
     if not given:
         return ""
     scheme, _, key = given.partition(" ")
-    if scheme.lower() != "bearer" or not key.strip():
+    if scheme.lower() != "bearer":
         raise HttpError(
             401,
             "Authorization is not understood: send `Authorization: Bearer KEY`",

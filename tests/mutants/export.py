@@ -11,6 +11,7 @@ _KERNEL = "tests/export/test_kernel.py"
 _HELDOUT = "tests/export/test_heldout.py"
 _WINDOWS = "tests/export/test_windows.py"
 _BESIDE = "tests/export/test_graph_file.py"
+_FOLDED = "tests/export/test_folded.py"
 
 MUTANTS = (
     *bugs(
@@ -63,6 +64,32 @@ MUTANTS = (
             "np.maximum(most.get(tensor.name, reached), reached)",
             "reached",
             "test_a_unit_covers_entries_of_tokens_and_summaries",
+        ),
+    ),
+    *bugs(
+        "export/graphs.py",
+        _FOLDED,
+        (
+            "a fold takes integers for numbers",
+            "numbers = wide | {name: wide[name] * unit ",
+            "numbers = wide | {name: wide[name] + 0 * unit ",
+            "test_caches_in_int8_are_small_proven_and_measured",
+        ),
+    ),
+    *bugs(
+        "export/heldout.py",
+        _FOLDED,
+        (
+            "a full layer has as many entries as one that folds",
+            "int(graphs.unfolded(stream, tensor)[0])",
+            "int(stream.lengths[0])",
+            "test_a_unit_covers_every_kind_of_entry",
+        ),
+        (
+            "keys of later tokens do not fit",
+            "valid = _longest(valid, turning)",
+            "pass",
+            "test_keys_of_later_tokens_fit_in_their_units",
         ),
     ),
     *bugs(

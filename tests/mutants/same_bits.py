@@ -33,6 +33,16 @@ MUTANTS = (
         ),
     ),
     *bugs(
+        "server/bundles/bundle.py",
+        _FEW_BITS,
+        (
+            "sums of summaries do not count as sums",
+            '(":mean", ":tangent", ":fitted")',
+            '(":mean",)',
+            "test_rows_come_in_pairs_only_where_it_matters",
+        ),
+    ),
+    *bugs(
         "server/engine/kv_cache.py",
         _FEW_BITS,
         (

@@ -6,6 +6,7 @@ from tests.mutants.mutant import Mutant, bugs
 
 _STREAMS = "tests/parity/test_streams.py"
 _BATCHES = "tests/parity/test_batches.py"
+_PREFIX = "tests/parity/test_prefix.py"
 _RESTORE = "tests/parity/test_restore.py"
 _STORY = "tests/server/sessions/test_story.py"
 
@@ -167,6 +168,26 @@ MUTANTS = (
             "return StateLength(entries(pushed), pushed, entries(pushed, 0))",
             "return StateLength(entries(pushed), pushed - 1, entries(pushed, 0))",
             "test_any_prefix_in_the_prefill_slot_and_the_rest_in_the_batch",
+        ),
+    ),
+    *bugs(
+        "server/engine/prefix_cache.py",
+        _PREFIX,
+        (
+            "a cached block has its newest token for a summary",
+            "np.concatenate((stack[:, :1], stack",
+            "np.concatenate((stack[:, -1:], stack",
+            "test_a_prefix_may_end_before_and_behind_a_fold",
+        ),
+    ),
+    *bugs(
+        "server/engine/prefix_cache.py",
+        "tests/server/engine/test_prefix_cache.py",
+        (
+            "summaries lie before the first blocks",
+            "[*blocks[: folded.start], *summaries,",
+            "[*summaries, *blocks[: folded.start],",
+            "test_what_blocks_add_is_the_stack_that_they_left",
         ),
     ),
     *bugs(
@@ -468,6 +489,16 @@ MUTANTS = (
             'if provider != "cpu" and (bundle.rounds_state or not bundle.moves_on_devices):',
             'if provider != "cpu" and not bundle.moves_on_devices:',
             "test_graphs_that_move_state_do_not_make_int8_caches_fit",
+        ),
+    ),
+    *bugs(
+        "server/runtime/device_state.py",
+        "tests/server/runtime/test_device_state.py",
+        (
+            "full layers have as many entries on a device as those that fold",
+            "along = StateKind.STACK, kept\n",
+            "along = StateKind.STACK, 1\n",
+            "test_host_and_device_agree_in_any_order_of_operations",
         ),
     ),
 )

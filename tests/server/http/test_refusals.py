@@ -140,12 +140,18 @@ def test_only_known_hosts(host: str, status: int, front: Front) -> None:
     assert front.call("GET", "/version", Host=host).status == status
 
 
+def test_an_empty_key_is_none(front: Front) -> None:
+    for given in ("Bearer", "Bearer ", "bearer  "):
+        assert front.post("/v1/completions", TEXT, Authorization=given).status == 200
+
+
 def test_keys_are_passed_on(text_bundle: Path, image_bundle: Path, tmp_path: Path) -> None:
     keys = tmp_path / "keys.json"
     key, secret = new_key(Caller("me", models=("tiny-text",)))
     write_keys(keys, [key])
     with serving(text_bundle, image_bundle, keys=keys) as upstream, fronting(upstream) as front:
-        for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": secret}):
+        for given in (None, "Bearer wrong", secret, "Bearer", f"Basic {secret}"):
+            header = {} if given is None else {"Authorization": given}
             reply = front.post("/v1/completions", TEXT, **header)
             assert (reply.status, reply.error["code"]) == (401, "invalid_api_key")
         good = {"Authorization": f"Bearer {secret}"}
