@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -20,8 +20,8 @@ from concertina.cli.generate import generate
 from concertina.cli.output import plain_console
 from concertina.cli.paint import paint
 from concertina.client import Client
-from server.hosts.serve import BUNDLES, find_bundles
-from server.ops.ports import free_ports
+from server.hosts.serve import BUNDLES, HTTP_PORT, find_bundles
+from server.ops.ports import PortTaken, free_ports, require_free
 
 _PROMPT: Final = "def "
 _TOKENS: Final = 400
@@ -29,6 +29,7 @@ _LABEL: Final = "Smileys & Emotion"
 _SEED: Final = 6
 _CALL_SECONDS: Final = 60.0
 _POLL_SECONDS: Final = 0.1
+_HOLD_SECONDS: Final = 3600.0
 _START_SECONDS: Final = 15
 _START_LIMIT_SECONDS: Final = 120.0
 _STOP_LIMIT_SECONDS: Final = 60.0
@@ -42,17 +43,34 @@ def demo(
     out: Annotated[
         Path, typer.Option("--out", "-o", dir_okay=False, help="File for the image.")
     ] = Path("demo.png"),
+    chaos: Annotated[
+        bool,
+        typer.Option(
+            "--chaos", help="Instead, serve a page with a button that kills the server behind it."
+        ),
+    ] = False,
 ) -> None:
     """Serve the bundles in ./bundles on Ray Serve, generate text and an image, and stop.
 
-    Fails if anything does not work or a process is left over.
+    On a terminal, the page that shows all this stays open until Ctrl-C. Fails if anything does not
+    work or a process is left over.
 
     Examples:
     concertina demo --out picture.png
+    concertina demo --chaos
     """
     bundles = find_bundles(BUNDLES)
     console = plain_console()
-    with running_server(bundles, console) as address, Client(address) as client:
+    if chaos:
+        from server.hosts.demo_chaos import serve_chaos
+
+        serve_chaos(bundles, console, usual_http_port())
+        console.print("stopped; no process is left")
+        return
+    stays = sys.stdin.isatty() and sys.stdout.isatty()
+    page_port = usual_http_port() if stays else 0
+    options = ["--http-port", str(page_port), "--snapshots", "memory://demo"]
+    with running_server(bundles, console, *options) as address, Client(address) as client:
         models = client.models(timeout=_CALL_SECONDS)
         for model in sorted(models, key=lambda model: model.modality != "text"):
             console.rule(
@@ -82,7 +100,30 @@ def demo(
                     server=Server(address),
                 )
                 console.print(f"saved {out}")
+        if stays:
+            _hold(console, page_port)
+        else:
+            console.print(
+                f"to see it in a browser: concertina serve, then http://127.0.0.1:{HTTP_PORT}/"
+            )
     console.print("stopped; no process is left")
+
+
+def usual_http_port() -> int:
+    """The port of the HTTP API, or another one if that is taken."""
+    try:
+        require_free("127.0.0.1", HTTP_PORT, "")
+    except PortTaken:
+        return free_ports(1)[0]
+    return HTTP_PORT
+
+
+def _hold(console: Console, port: int) -> None:
+    """Keep the page open until Ctrl-C."""
+    console.print(f"page: http://127.0.0.1:{port}/ (until Ctrl-C)", soft_wrap=True)
+    with suppress(KeyboardInterrupt):
+        while True:
+            time.sleep(_HOLD_SECONDS)
 
 
 @contextmanager

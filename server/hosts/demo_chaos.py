@@ -105,7 +105,7 @@ def _started(command: list[str], environment: dict[str, str], log: Path) -> psut
         )
 
 
-def chaos(bundles: list[Path], console: Console, port: int) -> None:
+def serve_chaos(bundles: list[Path], console: Console, port: int) -> None:
     """Serve the page at a port of this machine, until Ctrl-C. Raises ChaosFailed."""
     with replicas(bundles, console) as servers:
 
@@ -123,9 +123,10 @@ def chaos(bundles: list[Path], console: Console, port: int) -> None:
 
         def announce() -> None:
             console.print(f"page: {settings.url}/#chaos={button.token}", soft_wrap=True)
-            console.print("The link works once. Ctrl-C ends everything.")
+            console.print("the link works once; Ctrl-C ends everything")
 
-        serve(settings, announce, button)
+        with suppress(KeyboardInterrupt):
+            serve(settings, announce, button)
 
 
 @contextmanager

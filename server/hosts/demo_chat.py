@@ -29,7 +29,7 @@ _REPORT: Final = "report.html"
 _UNFINISHED: Final = ".unfinished."
 _BUDGET: Final = 0.25
 _FIT: Final = {
-    False: "--window 6 --tokens 8192 --steps 60 --measure 4096 --texts 2",
+    False: "--window 6 --tokens 8192 --steps 40 --measure 4096 --texts 2",
     True: "--tokens 2048 --window-tokens 512 --steps 20 --measure 512 --texts 2",
 }
 """Options of `uptrain`, in full and quick."""

@@ -21,6 +21,7 @@ def greeting(config: ServeConfig, bundles: Sequence[Bundle]) -> list[str]:
         scheme = "http" if config.tls is None else "https"
         front = join(reachable(config.host), config.http_port)
         lines.append(f"  OpenAI   {scheme}://{front}/v1")
+        lines.append(f"  page     {scheme}://{front}/")
     if config.metrics_port:
         metrics = join(reachable(config.host), config.metrics_port)
         lines.append(f"  metrics  http://{metrics}/metrics")

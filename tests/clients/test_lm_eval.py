@@ -93,8 +93,8 @@ def test_rolling_is_what_score_says(client: Environment, texts: Server) -> None:
 
 def test_likelihoods_of_continuations(client: Environment, texts: Server) -> None:
     documents = [
-        {"context": "import os\nimport ", "next": "sys"},
-        {"context": "import os\nimport ", "next": "qqq"},
+        {"context": "import os\nimport", "next": " sys"},  # it moves spaces to what follows
+        {"context": "import os\nimport", "next": " qqq"},
         {"context": "def f(x):\n    return", "next": " x + 1\n"},
         {"context": "é", "next": "é"},
     ]

@@ -42,6 +42,7 @@ NOT_RUN = {
     'concertina generate "def " -m python-4k --address HOST': "needs a host and a certificate",
     "concertina score data/notes": "needs a dataset; tests/concertina/cli",
     "concertina score book.txt": "needs a book; tests/concertina/cli",
+    "concertina demo": "does not end; tests/server/http/page/test_chaos.py",
     "concertina serve": "does not end; tests/e2e and tests/server/hosts start servers",
     "concertina gateway": "does not end; tests/server/http starts gateways",
     "concertina loadtest": "takes a minute; tests/loadtest",

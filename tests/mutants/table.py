@@ -11,6 +11,7 @@ from tests.mutants import (
     http_api,
     limits,
     model,
+    page,
     patterns,
     pixels,
     same_bits,
@@ -23,6 +24,7 @@ from tests.mutants import (
 MUTANTS = (
     *patterns.MUTANTS,
     *model.MUTANTS,
+    *page.MUTANTS,
     *pixels.MUTANTS,
     *export.MUTANTS,
     *client.MUTANTS,

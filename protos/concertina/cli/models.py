@@ -60,8 +60,12 @@ def models(
 
 
 def _heldout(model: Model) -> Iterator[str]:
+    series = [name for name in model.metrics if any(map(str.isdigit, name))]  # at a length, say
     for name, value in model.metrics.items():
-        yield f"{value:.3f} {name}"
+        if name not in series:
+            yield f"{value:.3f} {name}"
+    if series:
+        yield f"and {len(series)} more with --json"
     if model.weights.startswith("int"):
         yield f"{model.weights_loss:+.3f} as {model.weights}"
     if model.state == "int8":

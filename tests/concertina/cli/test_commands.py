@@ -701,6 +701,16 @@ def test_models_table(fake: Fake, run: Run) -> None:
     assert max(map(len, out.splitlines())) <= 80
 
 
+def test_models_table_leaves_out_what_was_measured_at_many_lengths(fake: Fake, run: Run) -> None:
+    (model,) = fake.models = [text_model()]
+    model.manifest.metrics.update({"full_nats_512": 2.0, "folded_keys_512_at_10%": 1.0})
+    code, out, _ = run("models")
+    assert code == 0
+    assert "1.250 bits/byte" in out and "and 2 more with --json" in out and "512" not in out
+    (found,) = map(json.loads, run("models", "--json")[1].splitlines())
+    assert found["metrics"]["full_nats_512"] == 2.0
+
+
 def test_models_table_shows_what_few_bits_cost(fake: Fake, run: Run) -> None:
     (model,) = fake.models = [text_model()]
     model.manifest.quantisation.CopyFrom(

@@ -3,34 +3,32 @@
 from __future__ import annotations
 
 import os
+import pty
 import re
+import select
 import subprocess
-import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from concertina.bundle.manifest import MANIFEST, read_manifest
 from server.hosts.demo import DemoFailed
 from server.hosts.demo_chat import conclusion, demo_chat
-from tests.e2e.servers import ROOT
+from tests.e2e.servers import concertina
 from tests.pretrained_bundles import write_source
 
-WAIT = 300.0
+WAIT = 240.0
 
 
 def demo(*arguments: Path | str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "concertina.cli.main", "demo-chat", *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'protos'}"}
-    return subprocess.run(
-        command,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=WAIT,
-        check=False,
-    )
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = concertina("demo-chat", *map(str, arguments), text=True, **pipes)
+    output, errors = process.communicate(timeout=WAIT)
+    return subprocess.CompletedProcess(arguments, process.returncode, output, errors)
 
 
 @pytest.mark.slow
@@ -56,11 +54,40 @@ def test_a_pretrained_model_is_folded_quantised_served_and_asked(tmp_path: Path)
     assert manifest.metrics["state_share"] <= 0.25
     assert manifest.HasField("fold")
 
-    again = demo(source, "--folder", folder)
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert again.stdout.startswith(f"{folder / 'bundle'} is there from before")
-    assert "convert" not in again.stdout
-    assert re.findall("^> .*\n.*", again.stdout) == re.findall("^> .*\n.*", said)
+    with in_a_terminal(source, "--folder", folder) as (process, terminal):
+        shown = read_until(terminal, b"> ")
+        assert f"{folder / 'bundle'} is there from before".encode() in shown
+        assert b"convert" not in shown
+        os.write(terminal, b"Hello\n")
+        assert len(read_until(terminal, b"> ")) > 10  # what was typed, and an answer
+        os.write(terminal, b"\x04")
+        assert b"to serve it again" in read_until(terminal, b"bundle\r\n")
+        assert process.wait(60) == 0
+
+
+@contextmanager
+def in_a_terminal(*arguments: Path | str) -> Iterator[tuple[psutil.Popen, int]]:
+    """The demo in a terminal, and the end of it where a person sits."""
+    terminal, other = pty.openpty()
+    process = concertina("demo-chat", *map(str, arguments), stdin=other, stdout=other, stderr=other)
+    os.close(other)
+    try:
+        yield process, terminal
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(60)
+        os.close(terminal)
+
+
+def read_until(terminal: int, text: bytes) -> bytes:
+    """What was shown until `text` was."""
+    shown, end = b"", time.monotonic() + WAIT
+    while text not in shown:
+        ready, _, _ = select.select([terminal], [], [], max(0, end - time.monotonic()))
+        assert ready, shown
+        shown += os.read(terminal, 4096)
+    return shown
 
 
 def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:

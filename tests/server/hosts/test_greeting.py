@@ -50,6 +50,11 @@ def test_where_it_listens_and_who_may_call() -> None:
     ]
 
 
+def test_whoever_has_a_browser_is_told_of_the_page() -> None:
+    assert "  page     http://127.0.0.1:9014/" in greeting(replace(CONFIG, http_port=9014), [TEXT])
+    assert not [line for line in greeting(CONFIG, [TEXT]) if "page" in line]
+
+
 def test_what_to_try_is_what_a_model_is_good_at() -> None:
     code = last(CONFIG, named("tiny", source="Python files of the standard library"))
     assert code.startswith('try: concertina generate "import " -m tiny')

@@ -288,9 +288,9 @@ const levelOf = (bits) => LEVELS.filter((each) => bits >= each).length;
 let runs = [], shown = null, models = [], current = null, dialogue = [], picture = null;
 
 class Run {
-  constructor(model, { prompt = "", rows = "", label = "", seed = "", before = [], note = "" } = {}) {
-    Object.assign(this, { model, prompt, rows, label, seed, before, note });
-    Object.assign(this, { id: "", phase: "starts", abort: null, counted: undefined, base: before.length, marks: [] });
+  /** before: tokens of before it was continued or copied; the first `base` of them are not its own. */
+  constructor(model, { prompt = "", rows = "", label = "", seed = "", before = [], base = before.length, note = "" } = {}) {
+    Object.assign(this, { model, prompt, rows, label, seed, before, base, note, id: "", phase: "starts", abort: null });
     this.sheet = document.createElement("section");
     this.sheet.className = "sheet";
     this.title = document.createElement("h3");
@@ -321,6 +321,7 @@ class Run {
       this.text.append(given);
     } else this.blank();
     for (const token of this.before) this.add(token);
+    this.times = [];
     this.flush();
     this.name();
   }
@@ -352,7 +353,8 @@ class Run {
   blank() {
     const { width, height } = this.model.image;
     for (const pen of [this.art, this.heat]) pen.clearRect(0, 0, width, height);
-    if (this.rows) bytesOf(this.rows).reduce((_, __, at, all) => { if (at % 3 === 0) this.paint(at / 3, all.subarray(at, at + 3)); return _; }, 0);
+    const given = bytesOf(this.rows);
+    for (let at = 0; 3 * at < given.length; at += 1) this.paint(at, given.subarray(3 * at, 3 * at + 3));
   }
 
   paint(pixel, [red, green, blue], pen = this.art) {
@@ -364,7 +366,7 @@ class Run {
   async start(method, path, body) {
     this.abort = new AbortController();
     this.phase = "starts";
-    let again = false;
+    let again = false, cuts = 0;
     controls();
     for (;;) {
       try {
@@ -376,14 +378,16 @@ class Run {
       } catch (error) {
         if (this.phase === "stopped") break;
         // A cut connection is none of the stream's business: the server keeps it.
-        if (!(error instanceof TypeError) || !this.id || this.phase === "failed") {
+        const isCut = error instanceof TypeError || (error.status === 503 && cuts < 20);
+        if (!isCut || !this.id || this.phase === "failed") {
           this.phase = "failed";
           problem(this.failure ?? error.message);
           break;
         }
         $("says").textContent = "the connection was cut; going on";
         again = true;
-        await new Promise((wake) => setTimeout(wake, 700));
+        cuts += 1;
+        await new Promise((wake) => setTimeout(wake, Math.min(5000, 500 * cuts)));
       }
     }
     this.flush();
@@ -611,11 +615,14 @@ function show(run) {
   controls();
 }
 
+/** A token without what is only for this page: as an array of colours, since files hold no bytes. */
+const portable = ({ id, bits, bytes, text, at, rgb }) => ({ id, bits, bytes, text, at, rgb: rgb && [...rgb] });
+
 /** What a reload needs: the tab forgets it when it is closed. */
 function remember() {
   store("runs", runs.filter((each) => each.id && ["runs", "paused", "finished"].includes(each.phase)).map((run) => ({
     id: run.id, model: run.model.name, prompt: run.prompt, rows: run.rows, label: run.label, note: run.note, seed: run.seed, phase: run.phase,
-    before: run.before.map(({ id, bits, bytes, text }) => ({ id, bits, bytes, text })),
+    base: run.base, before: run.before.map(portable),
   })));
   store("dialogue", dialogue);
 }
@@ -632,10 +639,11 @@ function clear() {
 // ---- what is asked
 
 async function write() {
-  const model = current;
-  await clear();
-  const seed = $("seed").value.trim(), body = { model: model.name, temperature: Number($("temperature").value), seed, pace: paceOf() };
+  const model = current, seed = $("seed").value.trim();
   if (seed && !/^[0-9]{1,20}$/.test(seed)) return problem("Seed is no whole number: leave it empty for any, or give digits.");
+  if (model.chats && !$("prompt").value.trim()) return problem("Say something first.");
+  await clear();
+  const body = { model: model.name, temperature: Number($("temperature").value), seed, pace: paceOf() };
   const given = {};
   if (model.image) {
     Object.assign(given, { label: $("label").value, rows: picture ?? "" });
@@ -646,13 +654,11 @@ async function write() {
     body.max_tokens = Number($("length").value) || undefined;
     body.top_p = 0.98;
     if (model.chats) {
-      if (!text.trim()) return problem("Say something first.");
       dialogue.push({ role: "user", content: text });
       $("prompt").value = "";
       body.messages = dialogue;
       showDialogue();
-    } else Object.assign(given, { prompt: text }) && (body.prompt = text);
-    document.querySelector(".writing").classList.toggle("prose", model.chats);
+    } else given.prompt = body.prompt = text;
   }
   const run = new Run(model, given);
   run.asked = performance.now();
@@ -661,14 +667,20 @@ async function write() {
   $("chaos-says").textContent = "";
   await run.start("POST", "c/streams", body);
   if (run.resumes && run.phase === "finished") await compare(run, { ...body, seed: run.seed });
-  if (model.chats && run.phase === "finished") {
-    dialogue.push({ role: "assistant", content: run.written });
-    remember();
-  }
+  answered(run);
+}
+
+/** An answer is part of the conversation once it is whole. */
+function answered(run) {
+  if (!run.model.chats || run.phase !== "finished" || dialogue.at(-1)?.role !== "user") return;
+  dialogue.push({ role: "assistant", content: run.written });
+  remember();
 }
 
 function showDialogue() {
-  const earlier = dialogue.map(({ role, content }) => {
+  // The newest answer stands below, with its colours.
+  const isBelow = runs.length && dialogue.at(-1)?.role === "assistant";
+  const earlier = dialogue.slice(0, isBelow ? -1 : undefined).map(({ role, content }) => {
     const said = document.createElement("p");
     said.className = role;
     said.textContent = content;
@@ -708,7 +720,7 @@ async function save() {
   const snapshot = new Uint8Array(await answer.arrayBuffer());
   const told = {
     format: "concertina page 1", model: run.model.name, prompt: run.prompt, label: run.label, seed: run.seed, pushed: run.pushed, rows: run.rows,
-    tokens: run.tokens.map(({ id, bits, bytes, text, at, rgb }) => ({ id, bits, bytes, text, at, rgb: rgb && [...rgb] })),
+    tokens: run.tokens.map(portable),
     snapshot: base64Of(snapshot),
   };
   const file = URL.createObjectURL(new Blob([JSON.stringify(told)], { type: "application/json" }));
@@ -919,6 +931,7 @@ function choose(model) {
   $("image-ask").hidden = !model.image;
   $("legend").hidden = !!model.image;
   $("chat-log").hidden = !model.chats;
+  document.querySelector(".writing").classList.toggle("prose", model.chats);
   $("length").parentElement.classList.toggle("image", !!model.image);
   $("length").disabled = !!model.image;
   $("prompt-label").textContent = model.chats ? "You say" : "It goes on from";
@@ -1029,7 +1042,7 @@ function comeBack() {
     const run = Object.assign(new Run(model, told), { id: told.id, phase: told.phase });
     runs.push(run);
     run.asked = performance.now();
-    run.start("GET", `c/streams/${told.id}`);
+    run.start("GET", `c/streams/${told.id}`).then(() => answered(run));
   }
   if (runs.length) show(runs[0]);
   showDialogue();

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 WAIT = 120.0
+READY = "document.querySelectorAll('#model option').length > 0"
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -118,14 +119,14 @@ def browsing() -> Iterator[Any]:
 def tab(browser: Any, address: str, **options: Any) -> Iterator[Tab]:
     """The page of a gateway, in a browser that has been nowhere. Its console has to stay silent."""
     chosen = {"viewport": {"width": 1280, "height": 900}, "reduced_motion": "reduce"} | options
-    path = chosen.pop("path", "/")
+    path, is_ready = chosen.pop("path", "/"), chosen.pop("is_ready", READY)
     context = browser.new_context(**chosen)
     try:
         opened = Tab(context.new_page())
         opened.page.on("console", lambda told: opened.noise.append(f"{told.type}: {told.text}"))
         opened.page.on("pageerror", lambda error: opened.noise.append(f"error: {error}"))
         opened.page.goto(f"http://{address}{path}")
-        opened.until("document.querySelectorAll('#model option').length > 0")
+        opened.until(is_ready)
         yield opened
         assert opened.noise == []
         with suppress(Exception):  # so that nothing runs on for those who come next

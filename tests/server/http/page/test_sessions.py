@@ -9,6 +9,7 @@ import pytest
 
 from tests.e2e.servers import Server, until
 from tests.server.http.page.browser import Tab, tab
+from tests.server.http.page.relay import relayed
 
 pytestmark = pytest.mark.browser
 ASKED = {"prompt": "def ", "length": 1500, "seed": 6}
@@ -42,6 +43,25 @@ def test_a_pause_and_a_reload_change_nothing(here: Tab, undisturbed: str) -> Non
     here.page.reload()
     here.says("all tokens")
     assert here.texts == [undisturbed]
+
+
+def test_a_connection_that_is_cut_loses_nothing(
+    browser: Any, server: Server, undisturbed: str
+) -> None:
+    with relayed(server.http_address) as relay, tab(browser, relay.address) as here:
+        here.set(pace=80)
+        here.write(wait=False, **ASKED)
+        for tokens in (30, 200):
+            here.wait_for_tokens(tokens)
+            relay.cut()
+            here.until("document.querySelector('#says').textContent.startsWith('the connection')")
+            here.until("document.querySelector('#says').textContent === 'writing'")
+        here.set(pace=100)
+        here.says("all tokens")
+        assert here.texts == [undisturbed]
+        # The browser tells of each cut, and of calls that were under way.
+        assert all("Failed to load" in each or "ERR_" in each for each in here.noise)
+        here.noise.clear()
 
 
 def test_three_go_on_side_by_side(here: Tab, server: Server, undisturbed: str) -> None:
