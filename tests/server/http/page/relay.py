@@ -16,7 +16,7 @@ class Relay:
     target: tuple[str, int]
     listener: socket.socket
     connections: list[socket.socket] = field(default_factory=list)
-    threads: list[threading.Thread] = field(default_factory=list)
+    passing: list[threading.Thread] = field(default_factory=list)
 
     @property
     def address(self) -> str:
@@ -26,15 +26,9 @@ class Relay:
 
     def cut(self) -> None:
         """Cut all connections that there are; new ones may come."""
-        connections, self.connections = self.connections, []
-        threads, self.threads = self.threads, []
-        for each in connections:
+        for each in self.connections:
             with suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
-        for thread in threads:
-            thread.join(30)
-        for each in connections:
-            each.close()
 
     def run(self) -> None:
         """Pass on until the listener is closed."""
@@ -44,9 +38,16 @@ class Relay:
                 callee = socket.create_connection(self.target)
                 self.connections += [caller, callee]
                 for source, sink in ((caller, callee), (callee, caller)):
-                    passing = threading.Thread(target=_pass_on, args=(source, sink))
-                    passing.start()
-                    self.threads.append(passing)
+                    thread = threading.Thread(target=_pass_on, args=(source, sink), daemon=True)
+                    thread.start()
+                    self.passing.append(thread)
+
+    def close(self) -> None:
+        """Close what was cut."""
+        for thread in self.passing:
+            thread.join(30)
+        for each in self.connections:
+            each.close()
 
 
 def _pass_on(source: socket.socket, sink: socket.socket) -> None:
@@ -64,11 +65,13 @@ def relayed(address: str) -> Iterator[Relay]:
     host, _, port = address.rpartition(":")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         relay = Relay((host, int(port)), listener)
-        running = threading.Thread(target=relay.run)
+        running = threading.Thread(target=relay.run, daemon=True)
         running.start()
         try:
             yield relay
         finally:
-            listener.shutdown(socket.SHUT_RDWR)
-            running.join(30)
             relay.cut()
+            listener.shutdown(socket.SHUT_RDWR)
+    running.join(30)
+    relay.cut()  # also what came while it was cut
+    relay.close()
