@@ -96,8 +96,8 @@ protos: $(VENV)/.dev ## generate the stubs, and the limits in docs/api.md, from 
 dashboards: $(VENV)/.dev ## generate the dashboards in helm/concertina/dashboards
 	$(BIN)/python -m tools.write_dashboards
 
-image: ## build the server's image; EXTRA=gpu for CUDA
-	docker build --build-arg EXTRA=$(EXTRA) --tag $(IMAGE) .
+image: ## build the server's image; EXTRA=gpu for CUDA; TARGET=convert for the one that converts models
+	docker build --build-arg EXTRA=$(EXTRA) $(if $(TARGET),--target $(TARGET)) --tag $(IMAGE) .
 
 clean: ## remove what the targets above made, the virtual environment too
 	rm -rf build dist $(VENV)
