@@ -10,7 +10,12 @@ from server.http.writing.schemas import ANSWERS, DELETED, ERROR, Schema
 
 _STREAM: Final = "/v1/streams/{stream_id}"
 _MODEL_IN: Final = {"/v1/models/{model}": ("path",), "/tokenizer_info": ("query",)}
-_EVENTS: Final = {"text/event-stream": {"schema": {"type": "string"}}}
+_EVENT: Final = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {"data": {"type": "string"}, "id": {"type": "string"}},
+}
+_EVENTS: Final = {"text/event-stream": {"schema": _EVENT}}
 _PAGE: Final = {"text/plain": {"schema": {"type": "string"}}}
 
 
