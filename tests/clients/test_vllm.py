@@ -56,8 +56,8 @@ def test_its_functions_read_chats(client: Environment, chats: Server) -> None:
 def test_its_command_measures(client: Environment, texts: Server, tokenizer_folders: Path) -> None:
     prompts = client.home / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": each}) + "\n" for each in PROMPTS))
-    client.run(
-        *("vllm", "bench", "serve", "--backend", "openai", "--model", "python-4k"),
+    client.python(
+        *("vllm_bench_serve.py", "--backend", "openai", "--model", "python-4k"),
         *("--base-url", f"http://{texts.http_address}", "--endpoint", "/v1/completions"),
         *("--tokenizer", tokenizer_folders / "bytes", "--dataset-name", "custom"),
         *("--dataset-path", prompts, "--custom-output-len", str(TOKENS), "--skip-chat-template"),
