@@ -28,6 +28,7 @@ _GGUF: Final = ".gguf"
 _HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
 _CACHE: Final = "CONCERTINA_CACHE"
 _CONVERSION: Final = "1"  # counts up when the same source has to be converted again
+_MADE_OF: Final = ".source"  # in a bundle that `prepared` made
 _NEEDED: Final = ("torch", "safetensors", "gguf", "onnx", "onnxscript")
 _FILES: Final = ("*.safetensors", "*.json", "*.jinja", "README.md")
 
@@ -66,6 +67,41 @@ def bundle_of(source: Path, say: Say) -> Bundle:
     return _converted(source.resolve(), name.removesuffix(_GGUF), say)
 
 
+def prepared(source: Path, folder: Path, state: str, say: Say) -> Bundle:
+    """The bundle of a pretrained model at `folder`, made unless it is there, whole, and of it.
+
+    state: type of the caches, as for `export`. A model of a hub is not asked for again while its
+    bundle is there, so that a pod can start again without the hub. Raises SourceError.
+    """
+    if not is_pretrained(source):
+        raise SourceError(
+            f"{source} is neither a Hugging Face folder, nor a GGUF file, nor OWNER/NAME of a hub"
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(folder):
+        wanted = f"{source if is_hub_id(source) else _digest(source.resolve())} {state}"
+        if folder.exists():
+            if not (folder / MANIFEST).exists():
+                raise SourceError(
+                    f"{folder} exists and is not a bundle: choose another folder, or remove it"
+                )
+            try:
+                bundle = load_bundle(folder)
+            except BundleError as error:
+                say(f"{error}: it is made again")
+            else:
+                if _read(folder / _MADE_OF) == wanted:
+                    return bundle
+                say(f"{folder} was not made of {source} as it is now: it is made again")
+        path = fetched(str(source), say) if is_hub_id(source) else source.resolve()
+        _make(path, folder, folder.name, wanted, say, "--state", state)
+        return load_bundle(folder)
+
+
+def _read(path: Path) -> str:
+    return path.read_text(errors="replace") if path.is_file() else ""
+
+
 def cache_folder() -> Path:
     """Where converted models are kept: `$CONCERTINA_CACHE`, or below the user's cache folder."""
     if chosen := os.environ.get(_CACHE):
@@ -82,21 +118,35 @@ def _converted(source: Path, name: str, say: Say) -> Bundle:
                 return _named(load_bundle(folder), name)
             except BundleError as error:
                 say(f"{error}: it is made again")
-                shutil.rmtree(folder)
-        for left in folder.parent.glob(f".{folder.name}.*/"):  # by a process that was killed
-            shutil.rmtree(left)
-        _require_extra(source)
-        say(f"converting {source}, this once: it takes minutes; {folder} will have the bundle")
-        with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as partial:
-            run = Path(partial) / "run"
-            run_command(source, "convert", source, run)
-            if not (run / TOKENIZER).exists():
-                raise SourceError(
-                    f"{source} has no {TOKENIZER}, so that nobody knows what its tokens are: save "
-                    "its tokenizer there with transformers' save_pretrained"
-                )
-            run_command(source, "export", run, folder, "--name", name)
+        _make(source, folder, name, "", say)
         return load_bundle(folder)
+
+
+def _make(
+    source: Path, folder: Path, name: str, made_of: str, say: Say, *options: Path | str
+) -> None:
+    """Convert and export `source`, and put the bundle in place of what is at `folder`.
+
+    made_of: noted inside the bundle, if it is not empty. options: of `export`.
+    """
+    for left in folder.parent.glob(f".{folder.name}.*/"):  # by a process that was killed
+        shutil.rmtree(left)
+    _require_extra(source)
+    say(f"converting {source}, this once: it takes minutes; {folder} will have the bundle")
+    with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as partial:
+        run, made = Path(partial) / "run", Path(partial) / "bundle"
+        run_command(source, "convert", source, run)
+        if not (run / TOKENIZER).exists():
+            raise SourceError(
+                f"{source} has no {TOKENIZER}, so that nobody knows what its tokens are: save "
+                "its tokenizer there with transformers' save_pretrained"
+            )
+        run_command(source, "export", run, made, "--name", name, *options)
+        if made_of:
+            (made / _MADE_OF).write_text(made_of)
+        if folder.exists():
+            folder.rename(Path(partial) / "old")  # never half of a bundle, whenever this is killed
+        made.rename(folder)
 
 
 def _named(bundle: Bundle, name: str) -> Bundle:

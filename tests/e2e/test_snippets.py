@@ -51,12 +51,12 @@ NOT_RUN = {
     "concertina convert": "needs a pretrained model; tests/model/pretrained",
     "concertina uptrain": "needs a pretrained model; tests/model/uptraining",
     "concertina export": "needs a trained model; tests/export",
+    "concertina prepare": "needs a pretrained model; tests/server/hosts",
     "concertina compare": "takes hours; tests/export",
     "concertina bench": "takes minutes to hours; tests/loadtest/bench",
     "python -m": "takes minutes; the modules have tests of their own",
     "make": "CI runs it",
     "make demo-chat": "takes minutes; tests/server/hosts/test_demo_chat.py",
-    "concertina demo-chat": "takes minutes; tests/server/hosts/test_demo_chat.py",
     "bash .ci/run": "is what runs this",
     "bash loadtest/bench/gpu.sh": "needs a GPU; tests/loadtest/bench/test_gpu_script.py",
     "source .venv": "there is none where the tools lie elsewhere",
@@ -74,7 +74,7 @@ NOT_RUN = {
 }
 PARSED = (
     *("serve", "gateway", "loadtest", "data", "train", "uptrain", "export", "compare", "bench"),
-    "generate",
+    *("generate", "prepare"),
 )
 
 

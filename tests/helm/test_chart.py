@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import typer
 import yaml
 
+from server.hosts.prepare import prepare
 from server.hosts.serve import serve
 from server.http.command import gateway
 from server.ops.exporter import HEALTH_PATH
@@ -165,7 +167,7 @@ def test_it_runs_as_nobody_and_writes_nowhere_but_to_its_volumes(values: str) ->
     assert security["runAsNonRoot"] is True
     assert f"USER {security['runAsUser']}:{security['runAsGroup']}" in dockerfile_lines()
     assert security["seccompProfile"] == {"type": "RuntimeDefault"}
-    for each in pod(objects)["containers"]:
+    for each in [*pod(objects)["containers"], *pod(objects).get("initContainers", [])]:
         assert each["securityContext"] == {
             "allowPrivilegeEscalation": False,
             "readOnlyRootFilesystem": True,
@@ -257,6 +259,93 @@ def test_bundles_come_from_the_image_or_from_a_claim() -> None:
     assert volume["persistentVolumeClaim"] == {"claimName": "mine", "readOnly": True}
 
 
+def model(objects: list[Object]) -> Object:
+    """The init container that converts."""
+    (found,) = pod(objects)["initContainers"]
+    assert found["name"] == "model"
+    return dict(found)
+
+
+def mounts(container: Object) -> dict[str, Object]:
+    return {each["mountPath"]: each for each in container["volumeMounts"]}
+
+
+def test_a_pretrained_model_is_prepared_where_the_server_looks_for_it() -> None:
+    assert "initContainers" not in pod(render())
+    objects = render("model.source=them/Their-1.5B-v2")
+    said = parsed(model(objects), prepare)
+    assert said["source"] == Path("them/Their-1.5B-v2") and said["state"] == "float32"
+    assert arguments(objects)["bundles"] == [said["bundle"]] == [Path("/models/Their-1.5B-v2")]
+    into, out_of = (mounts(each(objects))["/models"] for each in (model, server))
+    assert into["name"] == out_of["name"] and out_of["readOnly"] and "readOnly" not in into
+    both = render("model.source=them/tiny model.name=mine bundles.names={a}")
+    assert arguments(both)["bundles"] == [Path("/bundles/a"), Path("/models/mine")]
+    assert parsed(model(both), prepare)["bundle"] == Path("/models/mine")
+
+
+def test_a_model_in_a_file_comes_from_a_claim() -> None:
+    objects = render("model.source=/source/all/tiny.Q4_1.gguf model.sourceClaim=files")
+    said = parsed(model(objects), prepare)
+    assert said["source"] == Path("/source/all/tiny.Q4_1.gguf")
+    assert said["bundle"] == Path("/models/tiny.Q4_1")
+    mount = mounts(model(objects))["/source"]
+    assert mount["readOnly"] is True and "/source" not in mounts(server(objects))
+    (volume,) = (each for each in pod(objects)["volumes"] if each["name"] == mount["name"])
+    assert volume["persistentVolumeClaim"] == {"claimName": "files", "readOnly": True}
+
+
+@pytest.mark.parametrize("claim", ["", "kept"])
+def test_a_converted_model_is_kept_only_in_a_claim(claim: str) -> None:
+    objects = render(f"model.source=them/tiny model.claim={claim} model.disk=7Gi")
+    volumes = {each["name"]: each for each in pod(objects)["volumes"]}
+    volume = volumes[mounts(model(objects))["/models"]["name"]]
+    if claim:
+        assert volume["persistentVolumeClaim"] == {"claimName": "kept"}
+    else:
+        assert volume["emptyDir"] == {"sizeLimit": "7Gi"}
+    assert volumes[mounts(model(objects))["/tmp"]["name"]]["emptyDir"] == {"sizeLimit": "20Gi"}
+    assert mounts(model(objects))["/tmp"]["name"] != mounts(server(objects))["/tmp"]["name"]
+
+
+def test_a_model_is_prepared_for_the_device_that_it_is_served_on() -> None:
+    objects = render("model.source=them/tiny gpu.enabled=true")
+    assert parsed(model(objects), prepare)["state"] == "float16"
+    assert "nvidia.com/gpu" not in model(objects)["resources"]["limits"]
+
+
+def test_the_image_that_converts_is_another() -> None:
+    for settings, image in (
+        ("", "concertina:0.1.0-convert"),
+        ("gpu.enabled=true image.repository=r/c", "r/c:0.1.0-convert"),
+        ("image.tag=x model.image.tag=y model.image.repository=z", "z:y"),
+    ):
+        assert model(render(f"model.source=them/tiny {settings}"))["image"] == image
+    stages = [line for line in dockerfile_lines() if line.startswith("FROM ")]
+    assert "FROM base AS convert" in stages and stages[-1] == "FROM base"  # the server's is last
+
+
+def test_only_the_image_that_converts_asks_for_torch() -> None:
+    """The lines of Python in the Dockerfile, run: what pip is told to install."""
+    text = (ROOT / "Dockerfile").read_text().replace("\\\n", "")
+    asked = {}
+    for name, code in re.findall(
+        r'AS ([\w-]+)\n(?:(?!FROM ).*\n)*?RUN [^"]*-c "(import tomllib.*?)"', text
+    ):
+        ran = subprocess.run(
+            [sys.executable, "-c", code.replace("${EXTRA}", "cpu")],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+        asked[name] = {re.split(r"[\W]", line)[0] for line in ran.stdout.split()}
+    assert asked.keys() == {"requirements", "build-convert"}
+    assert {"grpcio", "onnxruntime", "ray"} <= asked["requirements"]
+    assert "torch" not in asked["requirements"]
+    assert {"torch", "safetensors", "gguf", "onnx", "huggingface_hub"} <= asked["build-convert"]
+
+
 def mounted(objects: list[Object], path: Path) -> str:
     """The secret that holds the file at this path."""
     (mount,) = (
@@ -308,6 +397,8 @@ def test_the_autoscaler_alone_says_how_many_pods() -> None:
         ("networkPolicy.enabled", "NetworkPolicy"),
         ("podDisruptionBudget.enabled", "PodDisruptionBudget"),
         ("podMonitor.enabled", "PodMonitor"),
+        ("dashboards.enabled", "ConfigMap"),
+        ("prometheusRule.enabled", "PrometheusRule"),
         ("serviceAccount.create", "ServiceAccount"),
     ],
 )
@@ -391,6 +482,12 @@ def test_without_an_account_of_its_own_the_pod_uses_a_named_one() -> None:
         ("resources.limits.nvidia\\.com/gpu=1", "resources/limits"),
         ("service.type=ExternalName", "service/type"),
         ("image.pullPolicy=Sometimes", "image/pullPolicy"),
+        ("model.source=typo", "model/source"),
+        ("model.source=/etc/passwd", "model/source"),
+        ("model.source=/source/../etc/passwd model.sourceClaim=a", "model/source"),
+        ("model.source=/source/tiny", "model/sourceClaim"),
+        ("model.source=a/b bundles.watch=true", "model/source"),
+        ("model.name=a/b", "model/name"),
         ("probes.liveness.port=1", "probes/liveness"),
     ],
 )

@@ -96,6 +96,22 @@ MUTANTS: tuple[Mutant, ...] = (
             "if len(refused) == len(done) and not running:",
             "if True:",
         ),
+        (
+            "the first token of a window is not predicted",
+            "min(first + stride, counted - shared)",
+            "min(first + stride, counted)",
+            "test_every_token_but_the_first_is_predicted_from_another",
+        ),
+    ),
+    *bugs(
+        "protos/concertina/cli/score.py",
+        "tests/concertina/cli/test_windows.py",
+        (
+            "a space that the tokenizer adds is a byte of the text",
+            'tokens.pieces[0].startswith(b" ") and not content.startswith(b" ")',
+            "False",
+            "test_tokens_and_not_bytes_fill_the_context",
+        ),
     ),
     *bugs(
         "protos/concertina/machine.py",

@@ -39,9 +39,15 @@ MUTANTS = (
         ),
         (
             "what is no bundle any more stands in the way",
-            "                shutil.rmtree(folder)\n",
-            "                pass\n",
+            'folder.rename(Path(partial) / "old")',
+            "pass",
             "test_what_a_killed_process_left_is_removed",
+        ),
+        (
+            "the bundle of another model is taken for that of a source",
+            "if _read(folder / _MADE_OF) == wanted:",
+            "if True:",
+            "test_a_bundle_that_is_not_what_was_prepared_is_made_again",
         ),
         (
             "a mistyped bundle is looked for in the hub",

@@ -27,6 +27,15 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- printf "%s:%s" .Values.image.repository (.Values.image.tag | default $tag) -}}
 {{- end -}}
 
+{{- define "concertina.modelFolder" -}}
+{{- printf "/models/%s" (.Values.model.name | default (base .Values.model.source | trimSuffix ".gguf")) -}}
+{{- end -}}
+
+{{- define "concertina.modelImage" -}}
+{{- $tag := printf "%s-convert" .Chart.AppVersion -}}
+{{- printf "%s:%s" (.Values.model.image.repository | default .Values.image.repository) (.Values.model.image.tag | default $tag) -}}
+{{- end -}}
+
 {{- /* A probe of the whole server: (list context name-of-probe) */ -}}
 {{- define "concertina.probe" -}}
 {{- $values := (index . 0).Values -}}

@@ -128,6 +128,12 @@ def _export() -> Any:
     return export
 
 
+def _prepare() -> Any:
+    from server.hosts.prepare import prepare
+
+    return prepare
+
+
 def _compare() -> Any:
     from export.comparison.command import compare
 
@@ -154,6 +160,7 @@ COMMANDS = {
     "convert": Command("Take over a pretrained model.", _convert),
     "uptrain": Command("Make a model remember less.", _uptrain),
     "export": Command("Turn a checkpoint into a bundle.", _export),
+    "prepare": Command("Convert and export, unless it is done.", _prepare),
     "compare": Command("Train patterns side by side.", _compare),
 }
 

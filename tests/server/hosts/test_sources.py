@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,12 +18,13 @@ import pytest
 import torch
 
 from concertina.bundle.manifest import read_manifest, write_manifest
+from concertina.v1 import bundle_pb2 as pb
 from export.bundle import export_bundle
 from model.pretrained.convert import convert
 from model.pretrained.source import PretrainedError
 from server.errors import BundleError
 from server.hosts import sources
-from server.hosts.sources import SourceError, bundle_of, is_pretrained
+from server.hosts.sources import SourceError, bundle_of, is_pretrained, prepared
 from tests.model.pretrained.folders import tensors, write
 from tests.tokenizers_made import BYTE_LEVEL, content_of, trained
 
@@ -58,7 +59,9 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         if command == "convert":
             convert(arguments[0], arguments[1])
         else:
-            export_bundle(arguments[0], arguments[1], name=arguments[3])
+            _, name, *options = arguments[2:]
+            data_type = pb.DATA_TYPE_FLOAT16 if "float16" in options else pb.DATA_TYPE_FLOAT32
+            export_bundle(arguments[0], arguments[1], name=name, data_type=data_type)
 
     monkeypatch.setattr(sources, "run_command", concertina)
     return run
@@ -122,6 +125,113 @@ def test_what_a_killed_process_left_is_removed(source: Path, commands: list[str]
     (bundle.folder / "manifest.json").unlink()
     bundle_of(source, str)
     assert not left.exists() and other.exists()
+
+
+def test_a_bundle_is_prepared_where_it_is_wanted(
+    source: Path, commands: list[str], tmp_path: Path
+) -> None:
+    folder, said = tmp_path / "volume" / "mine", list[str]()
+    bundle = prepared(source, folder, "float16", said.append)
+    assert (bundle.folder, bundle.name, bundle.cache_type) == (folder, "mine", "float16")
+    assert any(str(folder) in line for line in said)
+    assert [*folder.parent.iterdir()] == [folder]
+    assert prepared(source, folder, "float16", said.append).fingerprint == bundle.fingerprint
+    assert commands == ["convert", "export"] and len(said) == 1
+    assert bundle_of(folder, str).fingerprint == bundle.fingerprint
+    assert len(commands) == 2
+
+
+def _touch(source: Path, folder: Path) -> str:
+    os.utime(source / "model.safetensors", (1, 1))
+    return "was not made of"
+
+
+def _flip(source: Path, folder: Path) -> str:
+    content = bytearray((folder / "step.onnx").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "step.onnx").write_bytes(content)
+    return "step.onnx"
+
+
+def _copy_another(source: Path, folder: Path) -> str:
+    (folder / ".source").unlink()  # as of a bundle that somebody exported here
+    return "was not made of"
+
+
+@pytest.mark.parametrize("change", [_touch, _flip, _copy_another])
+def test_a_bundle_that_is_not_what_was_prepared_is_made_again(
+    change: Callable[[Path, Path], str], source: Path, commands: list[str], tmp_path: Path
+) -> None:
+    folder, said = tmp_path / "volume" / "mine", list[str]()
+    before = prepared(source, folder, "float32", str)
+    reason = change(source, folder)
+    assert prepared(source, folder, "float32", said.append).fingerprint == before.fingerprint
+    assert len(commands) == 4 and reason in said[0] and said[0].endswith("it is made again")
+    assert [*folder.parent.iterdir()] == [folder]
+    prepared(source, folder, "float32", str)
+    assert len(commands) == 4
+
+
+def test_a_bundle_with_caches_of_another_type_is_made_again(
+    source: Path, commands: list[str], tmp_path: Path
+) -> None:
+    for state in ("float32", "float16"):
+        bundle = prepared(source, tmp_path / "mine", state, str)
+        assert bundle.cache_type == state
+    assert len(commands) == 4
+
+
+def test_a_hub_is_asked_once(
+    source: Path, commands: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked: list[str] = []
+
+    def fetched(name: str, say: Callable[[str], None]) -> Path:
+        asked.append(name)
+        return source
+
+    monkeypatch.setattr(sources, "fetched", fetched)
+    folder = tmp_path / "mine"
+    for name in ("them/tiny", "them/tiny", "them/other"):
+        assert prepared(Path(name), folder, "float32", str).name == "mine"
+    assert asked == ["them/tiny", "them/other"]
+
+
+def test_what_stands_in_the_way_of_a_bundle_stays(
+    source: Path, commands: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter").write_text("dear")
+    with pytest.raises(SourceError, match="mine exists and is not a bundle: choose another"):
+        prepared(source, tmp_path / "mine", "float32", str)
+    with pytest.raises(SourceError, match="nothing is neither a Hugging Face folder, nor a GGUF"):
+        prepared(tmp_path / "nothing", tmp_path / "mine", "float32", str)
+    assert (tmp_path / "mine" / "letter").read_text() == "dear" and not commands
+
+
+def test_what_cannot_be_converted_leaves_the_bundle_that_was_there(
+    source: Path, commands: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "volume" / "mine"
+    before = prepared(source, folder, "float32", str)
+    (source / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(PretrainedError):
+        prepared(source, folder, "float32", str)
+    assert bundle_of(folder, str).fingerprint == before.fingerprint
+    assert [*folder.parent.iterdir()] == [folder]
+
+
+@pytest.mark.slow
+def test_the_command_that_prepares(source: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "concertina.cli.main", "prepare", str(source)]
+    for _ in range(2):
+        done = subprocess.run(
+            [*command, str(tmp_path / "mine")], capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        assert "ready, fingerprint" in done.stdout
+    assert "converting" not in done.stderr
 
 
 def test_tokens_that_nobody_knows_are_refused(source: Path, commands: list[str]) -> None:
