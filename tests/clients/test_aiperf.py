@@ -10,6 +10,8 @@ from tests.clients.environments import Environment
 from tests.e2e.servers import Server
 
 REQUESTS, TOKENS = 6, 20
+# Offline, it takes a folder for a name; so it may ask a hub, but there is none.
+HUB = {"HF_HUB_OFFLINE": "", "TRANSFORMERS_OFFLINE": "", "HF_ENDPOINT": "http://127.0.0.1:1"}
 
 
 def profile(
@@ -23,6 +25,7 @@ def profile(
         *("--osl", str(TOKENS), "--extra-inputs", "ignore_eos:true"),
         *("--extra-inputs", "temperature:0", "--export-level", "raw", "--ui", "none"),
         *("--output-artifact-dir", client.home / "out"),
+        **HUB,
     )
     (summary,) = (client.home / "out").rglob("profile_export_aiperf.json")
     told = json.loads(summary.read_text())
