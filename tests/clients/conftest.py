@@ -25,6 +25,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if here in item.path.parents:
             item.add_marker(pytest.mark.clients)
+            item.add_marker(pytest.mark.timeout(1200))  # some take a minute to be imported
 
 
 @pytest.fixture

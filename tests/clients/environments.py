@@ -13,7 +13,7 @@ import pytest
 from tools.install_clients import INSTALLED, what_is_missing
 
 PROGRAMS = Path(__file__).parent / "programs"
-WAIT = 280.0
+WAIT = 600.0
 # Nothing may be fetched, and nobody told: what a client needs is here, or it fails.
 OFFLINE = {
     "DO_NOT_TRACK": "1",

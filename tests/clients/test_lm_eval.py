@@ -33,11 +33,16 @@ Sample = Mapping[str, Any]
 
 
 def evaluate(
-    client: Environment, server: Server, task: str, *options: str, **environment: str
+    client: Environment,
+    server: Server,
+    task: str,
+    *options: str,
+    model: str = f"python-4k,max_length={CONTEXT}",
+    **environment: str,
 ) -> tuple[Sequence[Sample], Mapping[str, Any]]:
     """The samples and the results of a task."""
     address = f"http://{server.http_address}/v1/completions"
-    arguments = f"model=python-4k,base_url={address},num_concurrent=4,max_length={CONTEXT}"
+    arguments = f"model={model},base_url={address},num_concurrent=4"
     out = client.home / "out"
     client.run(
         *("lm_eval", "run", "--model", "local-completions", "--model_args", arguments),
@@ -66,9 +71,17 @@ def write_task(
     return f"ours_{kind}"
 
 
-def test_rolling_is_what_score_says(client: Environment, texts: Server) -> None:
+@pytest.mark.parametrize("model", ["python-4k", "tiny-llama"])
+def test_rolling_is_what_score_says(
+    model: str, client: Environment, tokenizer_folders: Path, request: pytest.FixtureRequest
+) -> None:
+    server: Server = request.getfixturevalue("texts" if model == "python-4k" else "chats")
     source = (ROOT / "protos" / "concertina" / "client" / "client.py").read_text()
-    documents = [source[:3000], source[3000:3050], "naïve café — 你好\n", "x"]
+    documents = [source[:800], source[800:3800], "naïve café — 你好\n", "x"]
+    arguments = f"python-4k,max_length={CONTEXT}"
+    if model != "python-4k":  # one with a tokenizer, and a shorter context
+        documents.pop(1)
+        arguments = f"{model},tokenizer={tokenizer_folders / model},max_length=1024"
     task = write_task(
         client.home,
         "loglikelihood_rolling",
@@ -76,17 +89,18 @@ def test_rolling_is_what_score_says(client: Environment, texts: Server) -> None:
         [{"text": each} for each in documents],
         "{{text}}",
     )
-    samples, results = evaluate(client, texts, task)
+    samples, results = evaluate(client, server, task, model=arguments)
     bits = 0.0
     for sample, text in zip(samples, documents, strict=True):
         file = client.home / "document.txt"
         file.write_text(text)
-        asked = ["score", str(file), "--json", "--address", texts.address, "-m", "python-4k"]
-        scoring = concertina(*asked, stdout=subprocess.PIPE)
-        wanted = json.loads(scoring.communicate(timeout=120)[0])["bits_per_token"]
-        size = len(text.encode())
-        assert bits_of(sample) / size == pytest.approx(wanted, abs=NEAR)
-        bits += wanted * size
+        scoring = concertina(
+            *("score", str(file), "--json", "--address", server.address, "-m", model),
+            stdout=subprocess.PIPE,
+        )
+        told = json.loads(scoring.communicate(timeout=120)[0])["bits"]
+        assert bits_of(sample) / len(told) == pytest.approx(sum(told) / len(told), abs=NEAR)
+        bits += sum(told)
     total = sum(len(each.encode()) for each in documents)
     assert results["bits_per_byte,none"] == pytest.approx(bits / total, abs=NEAR)
 
@@ -130,7 +144,8 @@ def test_ruler_finds_needles(client: Environment, texts: Server, tokenizer_folde
     )
     assert len(samples) == 3
     prompts = [each["arguments"]["gen_args_0"]["arg_0"] for each in samples]
-    assert all(3000 < len(each.encode()) < CONTEXT for each in prompts)
+    # It adds 25 sentences at a time, so that the next size would not fit.
+    assert all(2500 < len(each.encode()) < CONTEXT for each in prompts)
     found = assert_generated(texts, samples, max_tokens=128)
     right = [
         needle in text

@@ -70,6 +70,10 @@ NOT_RUN = {
     "export CONCERTINA_SNAPSHOT_KEY": "the fixture sets it",
     "grpcurl": "is not ours",
     "llm": "is not ours; tests/clients",
+    "lm_eval": "is not ours; tests/clients",
+    "vllm": "is not ours; tests/clients",
+    "aiperf": "is not ours; tests/clients",
+    "guidellm": "is not ours; tests/clients",
     "helm install": "needs a cluster; tests/helm",
 }
 PARSED = (
