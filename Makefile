@@ -33,10 +33,10 @@ json.load(page)["vulnerabilities"]
 endef
 export VULNERABILITIES
 
-.PHONY: help demo demo-chat test mutants clients chaos soak lint audit format protos image clean
+.PHONY: help demo demo-chat test mutants clients chaos soak lint audit format protos dashboards image clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.server ## install the server (no torch) and watch it write text and images
 	$(BIN)/concertina demo
@@ -92,6 +92,9 @@ format: $(VENV)/.dev ## let ruff fix what it can
 protos: $(VENV)/.dev ## generate the stubs, and the limits in docs/api.md, from the .proto files
 	$(call protoc,protos)
 	$(BIN)/python -m tools.write_limits
+
+dashboards: $(VENV)/.dev ## generate the dashboards in helm/concertina/dashboards
+	$(BIN)/python -m tools.write_dashboards
 
 image: ## build the server's image; EXTRA=gpu for CUDA; TARGET=convert for the one that converts models
 	docker build --build-arg EXTRA=$(EXTRA) $(if $(TARGET),--target $(TARGET)) --tag $(IMAGE) .

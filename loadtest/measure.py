@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -95,12 +95,16 @@ def opened(plan: Plan, access: Access) -> AbstractAsyncContextManager[Target]:
 async def run_plan(plan: Plan, target: Target, name: str = "run") -> Run:
     """Warms the server up and runs the plan. Raises InvalidRequest as `measure` does."""
     served = target.served
-    _require_fit(plan, served)
+    require_fit(plan, served)
+    prompt_lengths, output_lengths = plan.prompt_tokens, plan.output_tokens
+    if plan.trace:  # what warms the server up is of the same kind
+        prompt_lengths = _range(entry.prompt_tokens for entry in plan.trace)
+        output_lengths = _range(entry.output_tokens for entry in plan.trace)
     drawn = draw_requests(
         plan.seed,
         vocabulary=served.vocabulary,
-        prompt_lengths=plan.prompt_tokens,
-        output_lengths=plan.output_tokens,
+        prompt_lengths=prompt_lengths,
+        output_lengths=output_lengths,
         prompts=plan.prompts,
         begin=served.begin_token,
         has_begin=served.has_begin,
@@ -117,6 +121,11 @@ async def run_plan(plan: Plan, target: Target, name: str = "run") -> Run:
     if warmed.interrupted:
         return replace(warmed, records=(), lags_ns=())
     return await _load(plan, target, drawn, name)
+
+
+def _range(lengths: Iterable[int]) -> Lengths:
+    known = sorted(lengths)
+    return Lengths(known[0], known[-1])
 
 
 async def _load(plan: Plan, target: Target, drawn: Iterator[Request], name: str) -> Run:
@@ -204,7 +213,8 @@ async def _shown(
         await asyncio.wait([bar])
 
 
-def _require_fit(plan: Plan, served: Served) -> None:
+def require_fit(plan: Plan, served: Served) -> None:
+    """Raises InvalidRequest if the model's context is too short for the plan."""
     if served.context is None or plan.prompts:
         return
     longest, remedy = (

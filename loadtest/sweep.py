@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import Final
 
 from concertina.client.channel import Access
-from loadtest.measure import Plan, opened, run_plan
+from loadtest.measure import Plan, opened, require_fit, run_plan
 from loadtest.reports.objectives import Objective
 from loadtest.reports.report import Report, summarise
 from loadtest.run import Run
@@ -179,6 +179,8 @@ async def run_series(
             run = await run_plan(plan, target)
             report = summarise(run, max_lag_s=max_lag_s, objectives=objectives)
             return Series(target.served, None, (Point(0, report),), (run,))
+        for value in sweep.values:  # before any of them runs for minutes
+            require_fit(at(plan, sweep.axis, value), target.served)
         for index, value in enumerate(sweep.values):
             # Prompts of one seed begin alike, and a server may remember how others began.
             here = replace(at(plan, sweep.axis, value), seed=plan.seed + _NEXT_SEED * index)

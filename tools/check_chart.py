@@ -14,7 +14,7 @@ import yaml
 
 # The oldest that Chart.yaml allows, and the newest there is a schema for.
 KUBERNETES = ("1.27.0", kubernetes_validate.latest_version())
-WITHOUT_SCHEMA = {"PodMonitor"}  # of an operator, not of Kubernetes
+WITHOUT_SCHEMA = {"PodMonitor", "PrometheusRule"}  # of an operator, not of Kubernetes
 
 
 def run(command: list[str]) -> str:

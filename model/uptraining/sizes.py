@@ -15,7 +15,7 @@ from model.decoder import Block, Decoder
 from model.patterns.pattern import Pattern, Place
 
 _BYTES = 4  # state in float32
-_MOST = 2**31
+MOST_BYTES = 2**31
 """Bytes of state above which no step is timed: a machine may not have them."""
 _TIMES = 5
 
@@ -43,7 +43,7 @@ def size(model: Decoder, length: int) -> Size:
         for pattern, entries in zip(patterns, counted, strict=True)
     ]
     taken = sum(_BYTES * math.prod(shape) for layer in shapes for shape in layer.values())
-    if taken > _MOST:
+    if taken > MOST_BYTES:
         return Size(length, counted, taken, float("nan"))
     state = [{name: torch.randn(shape) for name, shape in layer.items()} for layer in shapes]
     times = []

@@ -69,7 +69,7 @@ def demo(
         return
     stays = sys.stdin.isatty() and sys.stdout.isatty()
     page_port = usual_http_port() if stays else 0
-    options = ["--http-port", str(page_port), "--snapshots", "memory://demo"]
+    options = ["--http-port", str(page_port), "--snapshots", "memory://demo"] if stays else []
     with running_server(bundles, console, *options) as address, Client(address) as client:
         models = client.models(timeout=_CALL_SECONDS)
         for model in sorted(models, key=lambda model: model.modality != "text"):

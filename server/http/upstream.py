@@ -19,7 +19,7 @@ from server.http.settings import GatewaySettings
 from server.http.writing.vocabulary import Vocabulary, vocabulary_of
 
 _STREAMS_PER_CONNECTION: Final = 32  # a reader that stalls holds up no more than these
-_MOST_CONNECTIONS: Final = 256
+most_connections = 256  # beyond these, idle ones are closed
 _MODEL_SECONDS: Final = 5.0
 _MOST_VOCABULARIES: Final = 16
 _MOST_MODELS: Final = 1024
@@ -83,7 +83,7 @@ class Upstream:
     async def tidy(self) -> None:
         """Close the connections that have been idle for longest, when there are too many."""
         idle = [each for each in self._connections if not each.calls]
-        for each in idle[: max(0, len(self._connections) - _MOST_CONNECTIONS)]:
+        for each in idle[: max(0, len(self._connections) - most_connections)]:
             self._connections.remove(each)
             await each.client.close()
 

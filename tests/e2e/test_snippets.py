@@ -57,7 +57,6 @@ NOT_RUN = {
     "python -m": "takes minutes; the modules have tests of their own",
     "make": "CI runs it",
     "make demo-chat": "takes minutes; tests/server/hosts/test_demo_chat.py",
-    "concertina demo-chat": "takes minutes; tests/server/hosts/test_demo_chat.py",
     "bash .ci/run": "is what runs this",
     "bash loadtest/bench/gpu.sh": "needs a GPU; tests/loadtest/bench/test_gpu_script.py",
     "source .venv": "there is none where the tools lie elsewhere",

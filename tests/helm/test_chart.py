@@ -397,6 +397,8 @@ def test_the_autoscaler_alone_says_how_many_pods() -> None:
         ("networkPolicy.enabled", "NetworkPolicy"),
         ("podDisruptionBudget.enabled", "PodDisruptionBudget"),
         ("podMonitor.enabled", "PodMonitor"),
+        ("dashboards.enabled", "ConfigMap"),
+        ("prometheusRule.enabled", "PrometheusRule"),
         ("serviceAccount.create", "ServiceAccount"),
     ],
 )

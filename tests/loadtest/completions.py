@@ -18,13 +18,13 @@ class Answering:
     """The answer to one request, written event by event."""
 
     def __init__(self, request: web.Request) -> None:
-        self._request = request
+        self.request = request
         self._response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
 
     async def start(self) -> None:
         """Send the head, which `event` does as well."""
         if not self._response.prepared:
-            await self._response.prepare(self._request)
+            await self._response.prepare(self.request)
 
     async def raw(self, text: str) -> None:
         """Send this as it is."""
@@ -37,8 +37,8 @@ class Answering:
 
     def cut(self) -> None:
         """Close the connection in the middle."""
-        assert self._request.transport is not None
-        self._request.transport.close()
+        assert self.request.transport is not None
+        self.request.transport.close()
 
 
 def texts(count: int, **more: Any) -> list[Body]:

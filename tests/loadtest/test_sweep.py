@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from concertina.client import InvalidRequest
 from concertina.client.channel import Access
 from concertina.v1 import generation_service_pb2 as pb
 from loadtest.measure import Plan
@@ -134,6 +135,10 @@ async def test_a_sweep_runs_to_the_knee_and_not_beyond(serve: Serve) -> None:
         assert point.report.whole == 4 and not point.saturated
     assert len({ids[:8] for ids in prompts}) == len(prompts)  # none begins as another does
     assert contexts.knee == ""
+    prompts.clear()
+    with pytest.raises(InvalidRequest, match="context of 1024"):
+        await swept("context=512..2k")
+    assert not prompts  # the first points would have fitted
     # Nobody gets a first token within a millisecond of a call.
     rates = await swept("rate=50..200", requests=8, warmup=0)
     assert len(rates.points) == 1 and rates.points[0].saturated

@@ -10,6 +10,7 @@ from tests.mutants import (
     grammars,
     http_api,
     limits,
+    load,
     model,
     page,
     patterns,
@@ -37,5 +38,6 @@ MUTANTS = (
     *sampling.MUTANTS,
     *snapshots.MUTANTS,
     *bench.MUTANTS,
+    *load.MUTANTS,
     *vocabularies.MUTANTS,
 )

@@ -128,7 +128,7 @@ async def continues_to_the_bit(
     try:
         for name, fields in CASES.items():
             request = pb.GenerateRequest(
-                **fields, keep={"seconds": 60}, stopping={"ignore_eos": True}
+                **fields, keep={"seconds": 600}, stopping={"ignore_eos": True}
             )
             expected[name], names = await undisturbed(model, writer, name, request)
             stored += names

@@ -37,7 +37,8 @@ class Pace:
             now = loop.time()
             if rate > 0 and now >= self._due:
                 # A reader that fell behind, since the next token came late, need not catch up.
-                self._due = max(self._due + 1 / rate, now)
+                kept = now - self._due < 1 / rate
+                self._due = (self._due if kept else now) + 1 / rate
                 return
             self._changed.clear()
             try:

@@ -191,7 +191,7 @@ async def test_the_key_goes_with_every_call() -> None:
     seen: list[str | None] = []
 
     async def answer(_: Body, stream: Answering) -> web.Response:
-        seen.append(stream._request.headers.get("Authorization"))
+        seen.append(stream.request.headers.get("Authorization"))
         return web.json_response({}, status=400)
 
     await observe(answer, key="secret")

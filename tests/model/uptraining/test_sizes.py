@@ -29,6 +29,6 @@ def test_entries_are_those_of_the_patterns(length: int) -> None:
 
 def test_what_would_fill_the_memory_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = size(MODEL, 200)
-    monkeypatch.setattr(sizes, "_MOST", whole.bytes - 1)
+    monkeypatch.setattr(sizes, "MOST_BYTES", whole.bytes - 1)
     found = size(MODEL, 200)
     assert math.isnan(found.step_seconds) and found.bytes == whole.bytes

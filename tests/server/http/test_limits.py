@@ -9,12 +9,14 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 
+import psutil
 import pytest
 
-from server.http import connection, process
+from server.http import connection, process, upstream
 from server.http.settings import GatewaySettings
 from server.ops.ports import PortTaken
 from tests.concertina.conftest import WAIT, Fake
+from tests.e2e.servers import until
 from tests.server.http.gateways import Front, fronting
 
 PART = 64 * 1024
@@ -121,6 +123,25 @@ def test_too_many_calls_of_a_key(stream: bool, fake: Fake) -> None:
         assert [each.result(WAIT).status for each in open_calls] == [200, 200]
         assert front.post("/v1/completions", body, **first).status == 200
     assert len(fake.requests) == 3
+
+
+def test_keys_that_come_and_go_leave_few_connections(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upstream, "most_connections", 4)
+    port = int(fake.address.rpartition(":")[2])
+
+    def connections() -> int:
+        mine = psutil.Process().net_connections("tcp")
+        here = [each for each in mine if each.raddr and each.raddr.port == port]
+        return sum(each.status == psutil.CONN_ESTABLISHED for each in here)
+
+    with fronting(fake.address) as front:
+        for number in range(12):
+            key = {"Authorization": f"Bearer key-{number:020}"}
+            assert front.call("GET", "/v1/models", **key).status == 200
+            assert connections() >= min(number + 1, 4)
+        until(lambda: connections() == 4)
 
 
 def test_too_large_a_head(fake: Fake) -> None:

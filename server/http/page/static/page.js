@@ -10,7 +10,7 @@ const COPIES = 3;
 
 async function call(method, path, body, signal) {
   const headers = {};
-  const key = sessionStorage.getItem("key");
+  const key = sessionStorage.getItem("api-key");
   if (key) headers.Authorization = `Bearer ${key}`;
   const isBytes = body instanceof Uint8Array;
   if (body !== undefined) headers["Content-Type"] = isBytes ? "application/octet-stream" : "application/json";
@@ -995,7 +995,7 @@ $("pace").addEventListener("input", () => {
   for (const run of runs) if (run.phase === "runs") run.keepPace();
 });
 $("key-form").addEventListener("submit", act(async () => {
-  sessionStorage.setItem("key", $("key").value.trim());
+  sessionStorage.setItem("api-key", $("key").value.trim());
   $("access").open = false;
   await load();
 }));

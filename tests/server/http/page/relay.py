@@ -16,6 +16,7 @@ class Relay:
     target: tuple[str, int]
     listener: socket.socket
     connections: list[socket.socket] = field(default_factory=list)
+    passing: list[threading.Thread] = field(default_factory=list)
 
     @property
     def address(self) -> str:
@@ -28,7 +29,6 @@ class Relay:
         for each in self.connections:
             with suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
-        self.connections.clear()
 
     def run(self) -> None:
         """Pass on until the listener is closed."""
@@ -38,7 +38,16 @@ class Relay:
                 callee = socket.create_connection(self.target)
                 self.connections += [caller, callee]
                 for source, sink in ((caller, callee), (callee, caller)):
-                    threading.Thread(target=_pass_on, args=(source, sink), daemon=True).start()
+                    thread = threading.Thread(target=_pass_on, args=(source, sink), daemon=True)
+                    thread.start()
+                    self.passing.append(thread)
+
+    def close(self) -> None:
+        """Close what was cut."""
+        for thread in self.passing:
+            thread.join(30)
+        for each in self.connections:
+            each.close()
 
 
 def _pass_on(source: socket.socket, sink: socket.socket) -> None:
@@ -64,3 +73,5 @@ def relayed(address: str) -> Iterator[Relay]:
             relay.cut()
             listener.shutdown(socket.SHUT_RDWR)
     running.join(30)
+    relay.cut()  # also what came while it was cut
+    relay.close()

@@ -99,7 +99,7 @@ def test_the_stack_is_drawn_as_it_is_held(here: Tab, server: Server) -> None:
     # It shrank at folds, and what it held at last is what the server counts.
     ordered = [held for _, (held, *_) in sorted(seen.items())]
     assert sum(after < before for before, after in itertools.pairwise(ordered)) >= 3
-    assert here.text("#bytes-held").endswith("B ✓")
+    here.until("document.querySelector('#bytes-held').textContent.endsWith('B ✓')")
     (wide, wider) = here.js(
         "['held', 'full'].map((e) => document.querySelector('#bar-' + e).clientWidth)"
     )
@@ -127,7 +127,7 @@ def test_a_picture_is_the_servers(here: Tab, server: Server) -> None:
     image = Image.open(io.BytesIO(base64.b64decode(made))).convert("RGBA")
     assert np.array_equal(np.array(pixels).reshape(32, 32, 4), np.asarray(image))
     assert here.text("#f-bits-name") == "bits/pixel"
-    assert here.text("#bytes-held").endswith("B ✓")
+    here.until("document.querySelector('#bytes-held').textContent.endsWith('B ✓')")
 
 
 def test_stop_leaves_nothing_running(here: Tab, server: Server) -> None:
