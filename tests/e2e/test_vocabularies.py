@@ -145,6 +145,43 @@ def test_streams_of_a_killed_server_go_on_at_another(
         assert prompts >= len(seeds) * len(trained(BYTE_LEVEL).encode("the quick brown").ids)
 
 
+def repeating(seed: int) -> pb.GenerateRequest:
+    """A stream that says much again, of which drafts guess a part."""
+    request = wanted(seed)  # of a few tokens only
+    request.sampling.ClearField("repetition_penalty")
+    request.sampling.temperature = 0.3
+    return request
+
+
+def test_a_stream_with_drafts_goes_on_at_another(bundle: Path, options: list[str]) -> None:
+    """Killed between guesses, some of which were right: its text is that without any."""
+    reader, twin = Reader(), Reader()
+    drafting = [str(bundle), *options, "--draft-tokens", "6"]
+    with serving(*drafting) as last, serving(str(bundle), *options) as plain:
+        with doomed(*drafting) as (address, process), grpc.insecure_channel(address) as channel:
+            stub = generation_grpc.GenerationServiceStub(channel)
+            reader.read(stub.Generate(repeating(3), timeout=LIMIT_S), AFTER)
+            process.kill()
+            process.wait(LIMIT_S)
+        assert not reader.finished
+        for server, found in ((plain, twin), (last, reader)):
+            with grpc.insecure_channel(server.address) as channel:
+                stub = generation_grpc.GenerationServiceStub(channel)
+                call = (
+                    stub.Resume(found.resumed(True), timeout=LIMIT_S)
+                    if found.stream_id
+                    else stub.Generate(repeating(3), timeout=LIMIT_S)
+                )
+                found.read(call)
+        assert (reader.ids, reader.text) == (twin.ids, twin.text)
+        assert reader.finished and len(reader.ids) == TOKENS and len({*reader.ids}) > 3
+        name = f"tiny-{LLAMA}"
+        assert (
+            last.metric("concertina_draft_tokens_total", model_name=name, outcome="accepted") > 20
+        )
+        assert last.metric("concertina_streams_resumed_total", source="store") == 1
+
+
 def run(server: Server, *arguments: str) -> str:
     """What a command prints."""
     process = concertina(
