@@ -2,7 +2,13 @@
 
 const $ = (id) => document.getElementById(id);
 const stored = (name) => JSON.parse(sessionStorage.getItem(name) ?? "null");
-const store = (name, value) => sessionStorage.setItem(name, JSON.stringify(value));
+function store(name, value) {
+  try {
+    sessionStorage.setItem(name, JSON.stringify(value));
+  } catch {
+    sessionStorage.removeItem(name); // the tab has no room for it: a reload then begins anew
+  }
+}
 const number = (value) => value.toLocaleString("en");
 const COPIES = 3;
 
@@ -366,6 +372,7 @@ class Run {
   async start(method, path, body) {
     this.abort = new AbortController();
     this.phase = "starts";
+    this.isAccepted = method === "GET";
     let again = false, cuts = 0;
     controls();
     for (;;) {
@@ -379,8 +386,9 @@ class Run {
         if (this.phase === "stopped") break;
         // A cut connection is none of the stream's business: the server keeps it.
         const isCut = error instanceof TypeError || (error.status === 503 && cuts < 20);
-        if (!isCut || !this.id || this.phase === "failed") {
-          this.phase = "failed";
+        if (!isCut || !this.isAccepted || this.phase === "failed") {
+          // What was paused and could not go on is still paused.
+          this.phase = this.id && !this.isAccepted ? "paused" : "failed";
           problem(this.failure ?? error.message);
           break;
         }
@@ -392,6 +400,7 @@ class Run {
     }
     this.flush();
     this.text?.classList.remove("writes");
+    answered(this);
     remember();
     controls();
   }
@@ -403,6 +412,8 @@ class Run {
       if (!this.id || this.phase === "starts") this.at = performance.now();
       Object.assign(this, { id: event.id, phase: this.phase === "stopped" ? "stopped" : "runs", seed: event.seed, durable: event.durable });
       this.pushed = Math.max(this.pushed, event.prompt_tokens);
+      this.isAccepted = true;
+      this.sent = undefined;
       this.text?.classList.add("writes");
       this.name();
       if (this.phase === "stopped") this.leave();
@@ -505,6 +516,7 @@ class Run {
   }
 
   goOn() {
+    this.sent ??= this.before.length;
     this.before = this.tokens.map(({ number, mark, ...rest }) => rest);
     this.begin();
     const length = Number($("length").value) || undefined;
@@ -622,12 +634,13 @@ const portable = ({ id, bits, bytes, text, at, rgb }) => ({ id, bits, bytes, tex
 function remember() {
   store("runs", runs.filter((each) => each.id && ["runs", "paused", "finished"].includes(each.phase)).map((run) => ({
     id: run.id, model: run.model.name, prompt: run.prompt, rows: run.rows, label: run.label, note: run.note, seed: run.seed, phase: run.phase,
-    base: run.base, before: run.before.map(portable),
+    base: run.base, before: run.before.slice(0, run.sent).map(portable), // the server sends the rest again
   })));
   store("dialogue", dialogue);
 }
 
 function clear() {
+  for (const each of runs) if (each.phase !== "finished") unanswered(each);
   const gone = runs.map((each) => each.stop());
   runs = [];
   shown = null;
@@ -667,14 +680,18 @@ async function write() {
   $("chaos-says").textContent = "";
   await run.start("POST", "c/streams", body);
   if (run.resumes && run.phase === "finished") await compare(run, { ...body, seed: run.seed });
-  answered(run);
 }
 
-/** An answer is part of the conversation once it is whole. */
+/** An answer is part of the conversation once it is whole; what gets none was not asked. */
 function answered(run) {
+  if (!runs.includes(run)) return;
+  if (["failed", "stopped"].includes(run.phase)) unanswered(run);
   if (!run.model.chats || run.phase !== "finished" || dialogue.at(-1)?.role !== "user") return;
   dialogue.push({ role: "assistant", content: run.written });
-  remember();
+}
+
+function unanswered(run) {
+  if (run.model.chats && dialogue.at(-1)?.role === "user") dialogue.pop();
 }
 
 function showDialogue() {
@@ -720,7 +737,7 @@ async function save() {
   const snapshot = new Uint8Array(await answer.arrayBuffer());
   const told = {
     format: "concertina page 1", model: run.model.name, prompt: run.prompt, label: run.label, seed: run.seed, pushed: run.pushed, rows: run.rows,
-    tokens: run.tokens.map(portable),
+    tokens: run.tokens.map(portable), kept: run.sent ?? run.before.length,
     snapshot: base64Of(snapshot),
   };
   const file = URL.createObjectURL(new Blob([JSON.stringify(told)], { type: "application/json" }));
@@ -744,7 +761,7 @@ async function open(file) {
   await clear();
   choose(model);
   const run = new Run(model, { prompt: String(told.prompt), rows: told.rows, label: told.label, seed: told.seed, before: told.tokens, note: `from ${file.name}` });
-  Object.assign(run, { id: session.id, phase: session.phase === "finished" ? "finished" : "paused", pushed: told.pushed, counted: session.state_bytes });
+  Object.assign(run, { id: session.id, sent: Number(told.kept) || 0, phase: session.phase === "finished" ? "finished" : "paused", pushed: told.pushed, counted: session.state_bytes });
   run.finished = { reason: "paused", total_time: 0, time_to_first_token: 0 };
   runs = [run];
   remember();
@@ -855,6 +872,7 @@ async function compare(run, body) {
   const ids = [];
   let id = "";
   for await (const event of eventsOf(await call("POST", "c/streams", { ...body, pace: null }))) {
+    if (event.error) throw new Error(`The twin failed: ${event.error.message}`);
     if (event.type === "accepted") id = event.id;
     if (event.type === "tokens") ids.push(...event.ids);
   }
@@ -1042,7 +1060,7 @@ function comeBack() {
     const run = Object.assign(new Run(model, told), { id: told.id, phase: told.phase });
     runs.push(run);
     run.asked = performance.now();
-    run.start("GET", `c/streams/${told.id}`).then(() => answered(run));
+    run.start("GET", `c/streams/${told.id}`);
   }
   if (runs.length) show(runs[0]);
   showDialogue();

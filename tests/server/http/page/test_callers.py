@@ -67,6 +67,6 @@ def test_a_key_stays_in_its_tab(browser: Any, text_bundle: Path, tmp_path: Path)
             here.page.reload()
             here.until(READY)
             assert here.js("Object.values(localStorage).join() + document.cookie") in ("", "light")
-            assert here.js("sessionStorage.getItem('key')") == secret
+            assert here.js("sessionStorage.getItem('api-key')") == secret
             with tab(browser, address, is_ready=asks) as other:
                 other.noise.clear()

@@ -90,13 +90,16 @@ def test_a_file_carries_a_session(here: Tab, undisturbed: str, tmp_path: Path) -
     here.page.click("#pause")
     here.page.click("#stop")
     here.page.set_input_files("#import", str(file))
-    here.until("document.querySelector('.sheet h3').textContent.startsWith('from ')")
+    here.until("document.querySelector('.sheet h3')?.textContent.startsWith('from ')")
+    assert here.texts == [begun]
+    here.page.reload()
+    here.says("paused")
     assert here.texts == [begun]
     here.page.click("#pause")
     here.until("document.body.classList.contains('busy')", 10)
     here.says("all tokens")
     assert here.texts == [undisturbed]
-    assert here.text("#bytes-held").endswith("B ✓")
+    here.until("document.querySelector('#bytes-held').textContent.endsWith('B ✓')")
 
 
 def test_a_link_carries_prompt_seed_and_settings(here: Tab, browser: Any, server: Server) -> None:
