@@ -51,7 +51,7 @@ class Upstream:
     @contextmanager
     def calling(self, request: Request) -> Iterator[AsyncClient]:
         """A client with the key of an HTTP request, for one call. Raises HttpError."""
-        key = _key(request)
+        key = key_of(request)
         mine = [each for each in self._connections if each.key == key]
         if sum(each.calls for each in mine) >= self.settings.streams_per_key:
             raise HttpError(
@@ -145,7 +145,7 @@ def _channel(settings: GatewaySettings) -> grpc.aio.Channel:
     return Access("", settings.upstream_tls).async_channel(settings.upstream)
 
 
-def _key(request: Request) -> str:
+def key_of(request: Request) -> str:
     """The API key of a request; empty without one. Raises HttpError.
 
     lm_eval sends `Bearer` without a key when it has none.

@@ -75,22 +75,22 @@ class Pace:
 class Paces:
     """The paces of the streams that this gateway sends to pages. It belongs to one event loop."""
 
-    _paces: dict[str, Pace] = field(default_factory=dict)
+    _paces: dict[tuple[str, str], Pace] = field(default_factory=dict)
 
-    def of(self, stream_id: str) -> Pace | None:
-        """The pace of a stream, if it is read here."""
-        return self._paces.get(stream_id)
+    def of(self, key: str, stream_id: str) -> Pace | None:
+        """The pace of a stream, if it is read here with that API key."""
+        return self._paces.get((key, stream_id))
 
-    def keep(self, stream_id: str, pace: Pace) -> None:
+    def keep(self, key: str, stream_id: str, pace: Pace) -> None:
         """Remember the pace of a stream, in place of that of an earlier reader."""
         while len(self._paces) >= _MOST_PACES:
             del self._paces[next(iter(self._paces))]
-        self._paces[stream_id] = pace
+        self._paces[key, stream_id] = pace
 
-    def drop(self, stream_id: str, pace: Pace) -> None:
+    def drop(self, key: str, stream_id: str, pace: Pace) -> None:
         """Forget a pace, unless another reader has come to the stream since."""
-        if self._paces.get(stream_id) is pace:
-            del self._paces[stream_id]
+        if self._paces.get((key, stream_id)) is pace:
+            del self._paces[key, stream_id]
 
 
 async def read_slowly(

@@ -15,7 +15,7 @@ from server.http.page.pace import Paces
 from server.http.page.streams import pace
 from server.http.reading.fields import integer, read_body
 from server.http.settings import GatewaySettings
-from server.http.upstream import CALL_SECONDS, Upstream
+from server.http.upstream import CALL_SECONDS, Upstream, key_of
 
 _BYTES: Final = "application/octet-stream"
 _MOST_COPIES: Final = 8
@@ -47,7 +47,7 @@ async def change_pace(request: Request) -> Response:
     upstream: Upstream = request.app.state.upstream
     paces: Paces = request.app.state.paces
     per_second = pace(await read_body(request, upstream.settings))
-    if (reader := paces.of(request.path_params["stream_id"])) is not None:
+    if (reader := paces.of(key_of(request), request.path_params["stream_id"])) is not None:
         reader.change(per_second)
     return JSONResponse({"pace": per_second})
 

@@ -24,7 +24,7 @@ from server.http.errors import invalid
 from server.http.page.events import line, told
 from server.http.page.pace import RESUME_SECONDS, Pace, Paces, read_slowly
 from server.http.reading.fields import Body, boolean, integer, number, read_body, text
-from server.http.upstream import Upstream
+from server.http.upstream import Upstream, key_of
 from server.http.writing.sse import EventStream, unless_gone
 
 KEEP_SECONDS: Final = 600.0
@@ -94,6 +94,7 @@ async def _events(
 ) -> AsyncGenerator[bytes]:
     upstream: Upstream = request.app.state.upstream
     paces: Paces = request.app.state.paces
+    key = key_of(request)
     with upstream.calling(request) as client:
         stream_id, reader = "", Pace(per_second)
         try:
@@ -101,10 +102,10 @@ async def _events(
                 async for event in events:
                     if isinstance(event, Accepted):
                         stream_id = event.stream_id
-                        paces.keep(stream_id, reader)
+                        paces.keep(key, stream_id, reader)
                     yield line({"type": "resumed"} if event is None else told(event))
         finally:
-            paces.drop(stream_id, reader)
+            paces.drop(key, stream_id, reader)
 
 
 def pace(body: Body) -> float | None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from concertina.client import Client
-from server.http.page.pace import Pace
+from server.http.page.pace import Pace, Paces
 from tests.server.http.conftest import front as front
 from tests.server.http.gateways import WAIT, Front
 
@@ -65,3 +65,12 @@ async def test_a_reader_that_fell_behind_need_not_catch_up() -> None:
     for _ in range(5):
         await pace.turn()
     assert time.monotonic() - began >= 2.5 / 50
+
+
+def test_only_who_reads_a_stream_changes_its_pace() -> None:
+    paces, mine = Paces(), Pace(10.0)
+    paces.keep("my key", "stream", mine)
+    assert paces.of("my key", "stream") is mine
+    assert paces.of("another", "stream") is paces.of("", "stream") is None
+    paces.drop("another", "stream", mine)
+    assert paces.of("my key", "stream") is mine
