@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -108,12 +109,14 @@ def _started(command: list[str], environment: dict[str, str], log: Path) -> psut
 def serve_chaos(bundles: list[Path], console: Console, port: int) -> None:
     """Serve the page at a port of this machine, until Ctrl-C. Raises ChaosFailed."""
     with replicas(bundles, console) as servers:
+        alone = threading.Lock()  # a second press must not start a second server in its place
 
         def kill(stream_id: str) -> str:
-            for each in servers:
-                if each.runs(stream_id):
-                    each.kill()
-                    return each.name
+            with alone:
+                for each in servers:
+                    if each.runs(stream_id):
+                        each.kill()
+                        return each.name
             return ""
 
         settings = GatewaySettings(
