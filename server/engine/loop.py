@@ -87,11 +87,10 @@ class StepLoop:
         if todo.start_prefill and placement.waiting[0].to_prefill:
             with self._streams.placing(placement.waiting[0]):
                 self._streams.start(placement.start_prefill())
-                self._metrics.shared(
-                    self._cache.prefill_looked_up,
-                    self._cache.prefill_pushed,
-                    self._cache.prefix_bytes,
-                )
+                # What a saved state has was not found in the prefix cache.
+                looked_up = self._cache.prefill_looked_up
+                found = self._cache.prefill_pushed if looked_up else 0
+                self._metrics.shared(looked_up, found, self._cache.prefix_bytes)
         # What was to join the batch may have ended instead.
         decode_s = self._decode() if todo.decode and placement.running else 0.0
         share = self._config.prefill_share
