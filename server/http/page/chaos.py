@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
@@ -10,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from server.http.errors import HttpError
+from server.http.page.pace import Paces
 from server.http.reading.fields import read_body, text
 
 
@@ -62,7 +64,10 @@ async def kill(request: Request) -> Response:
     chaos = _chaos(request)
     body = await read_body(request, request.app.state.upstream.settings)
     chaos.require(text(body, "secret") or "")
-    killed = await chaos.kill(text(body, "stream") or "")
+    stream_id, began = text(body, "stream") or "", time.monotonic()
+    killed = await chaos.kill(stream_id)
     if not killed:
         raise HttpError(409, "no server runs this stream now", code="stream_unsuitable")
+    paces: Paces = request.app.state.paces
+    paces.lose(stream_id, began)
     return JSONResponse({"killed": killed})

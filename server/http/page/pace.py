@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -18,9 +19,14 @@ _LAG_SECONDS: Final = 0.5
 
 @dataclass(eq=False)
 class Pace:
-    """The pace of one reader. per_second: None lets tokens go as they come, 0 holds them."""
+    """The pace of one reader.
+
+    per_second: None lets tokens go as they come, 0 holds them. lost_at: when the server of the
+    stream was killed, by `time.monotonic`.
+    """
 
     per_second: float | None = None
+    lost_at: float = float("-inf")
     _due: float = 0.0
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -87,6 +93,12 @@ class Paces:
             del self._paces[next(iter(self._paces))]
         self._paces[key, stream_id] = pace
 
+    def lose(self, stream_id: str, at: float) -> None:
+        """Remember when the server of a stream was killed, for all who read it."""
+        for (_, name), pace in self._paces.items():
+            if name == stream_id:
+                pace.lost_at = at
+
     def drop(self, key: str, stream_id: str, pace: Pace) -> None:
         """Forget a pace, unless another reader has come to the stream since."""
         if self._paces.get((key, stream_id)) is pace:
@@ -103,13 +115,17 @@ async def read_slowly(
     """
     accepted: Accepted | None = None
     tokens = characters = 0
+    told_at, is_back = time.monotonic(), False
     try:
         while True:
             resumed, waited, lags = 0, 0.0, False
             async for event in stream:
-                if stream.resumed > resumed:
-                    resumed = stream.resumed
+                # Who did not read while a server died meets the next one as if it were the first.
+                missed = is_back and pace.lost_at > told_at and not isinstance(event, Accepted)
+                if stream.resumed > resumed or missed:
+                    resumed, told_at = stream.resumed, time.monotonic()
                     yield None
+                is_back = is_back and isinstance(event, Accepted)
                 if isinstance(event, Accepted):
                     if accepted is None:
                         accepted = event
@@ -129,6 +145,7 @@ async def read_slowly(
                     break
             if not lags or accepted is None:
                 return
+            is_back = True
             reached = [Cursor(0, tokens, characters)]
             stream = client.resume(accepted.stream_id, reached, resume_for=RESUME_SECONDS)
     finally:
