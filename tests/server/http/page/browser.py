@@ -128,7 +128,7 @@ def tab(browser: Any, address: str, **options: Any) -> Iterator[Tab]:
         opened.page.goto(f"http://{address}{path}")
         opened.until(is_ready)
         yield opened
-        assert opened.noise == []
+        assert opened.noise == [], opened.noise
         with suppress(Exception):  # so that nothing runs on for those who come next
             opened.page.click("#stop", timeout=500)
     finally:
